@@ -1,0 +1,45 @@
+# Everything here makes its own virtual environment first, from nothing but Python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+# mkdocs-material advertises its successor at every build.
+export NO_MKDOCS_2_WARNING := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs style clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
+
+$(INSTALLED): pyproject.toml constraints.txt optimum_sieve/commands/register_sieve.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed for the tested versions; name one with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+	@touch $@
+
+demo: $(INSTALLED) ## Prune a real model for a real task and compare the two (DEMO_MODEL, DEMO_TASK: other ones)
+	$(BIN)/python examples/demo/run.py
+
+test: $(INSTALLED) ## Run the tests and the doctests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED) ## Lint, format, types, import rules, documentation, version
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m pytest --quiet tests/test_project.py
+
+docs: $(INSTALLED) ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+style: $(INSTALLED) ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the virtual environment and everything built
+	rm -rf $(VENV) site dist demo-output .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

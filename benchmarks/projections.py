@@ -1,0 +1,143 @@
+"""Compare projections, allocations and storages at equal size on held-out examples of a task.
+
+    python benchmarks/projections.py                        # the demo's model and task
+    python benchmarks/projections.py --task my_task.yaml --model my-model
+
+Prints, for each kept fraction of the target linears' parameters, accuracy +- standard error, the paired difference to
+the dense model +- standard error, agreement with it and KL from it, and the time of each factorization. Calibrates on
+the calibration split, scores the test split; nothing is searched. `--learned` adds LLM-Sieve's adapters at .6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"))
+
+from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
+from optimum_sieve.loading import load_model
+from optimum_sieve.stages import Setting, choose_ranks, collect, factor
+from optimum_sieve.surgery import truncated
+from optimum_sieve.targets import find_targets
+from optimum_sieve.workdir import WorkDir, content_key, model_fingerprint
+
+
+FRACTIONS = (0.8, 0.6, 0.5, 0.45, 0.4, 0.3)
+# projection, loss, allocation, storage
+METHODS = (
+    ("svd", "answer", "uniform", "factors"),
+    ("svd", "answer", "energy", "pivoted"),
+    ("activation", "answer", "uniform", "factors"),
+    ("activation", "answer", "uniform", "pivoted"),
+    ("activation", "answer", "energy", "factors"),
+    ("activation", "answer", "energy", "pivoted"),
+    ("joint", "answer", "energy", "pivoted"),
+    ("joint", "labels", "energy", "pivoted"),
+    ("joint", "fisher", "uniform", "factors"),
+    ("joint", "fisher", "uniform", "pivoted"),
+    ("joint", "fisher", "energy", "factors"),
+    ("joint", "fisher", "energy", "pivoted"),
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    parser.add_argument("--task", help="task file; default: the demo's movie reviews")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--fractions", type=float, nargs="+", default=list(FRACTIONS))
+    parser.add_argument("--only", help="only methods whose name contains this text")
+    parser.add_argument("--learned", action="store_true", help="also train LLM-Sieve's adapters, at kept .6")
+    parser.add_argument("--work-dir", type=Path, help="keeps moments and bases")
+    parser.add_argument("--json", type=Path, help="where the rows go as JSON lines")
+    return parser.parse_args()
+
+
+class Bench:
+    """One model and task; scores every method on the test split."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        gguf_file, model, task = None, arguments.model, arguments.task
+        if model is None or task is None:
+            from prepare import CACHE, MODEL_FILE, prepare
+
+            prepare()
+            task = task or Path(__file__).resolve().parents[1] / "examples" / "demo" / "movie.yaml"
+            if model is None:
+                model, gguf_file = CACHE / "model", MODEL_FILE
+        self.task = Task.from_file(task)
+        self.model, self.tokenizer, _ = load_model(model, dtype=arguments.dtype, gguf_file=gguf_file)
+        self.test = self.task.examples("test", self.tokenizer)
+        self.json = arguments.json
+        self.targets = find_targets(self.model)
+        self.work = WorkDir(arguments.work_dir)
+        self.fingerprint = content_key(model=model_fingerprint(self.model), task=self.task.fingerprint())
+        self.dense = self.score()
+        print(f"{self.dense.count} test examples, majority {self.dense.majority_score:.3f}, dense "
+              f"{self.dense.score:.3f} +- {self.dense.standard_error:.3f}\n")  # fmt: skip
+
+    def score(self) -> Evaluation:
+        """Score the model as it is."""
+        return evaluate(
+            self.model, self.test, self.tokenizer, metric=self.task.metric, batch_size=32, progress=False
+        )
+
+    def run(self, projection: str, loss: str, allocation: str, storage: str, fractions: list[float]) -> None:
+        """Factor once (adapters: once per fraction) and print a row per fraction."""
+        config = SieveConfig(
+            projection=projection, loss=loss, allocation=allocation, storage=storage, pruning_ratio=1 - fractions[0]
+        )
+        setting = Setting(
+            model=self.model, tokenizer=self.tokenizer, config=config, metric=self.task.metric, targets=self.targets,
+            work=self.work, fingerprint=self.fingerprint, progress=False,
+        )  # fmt: skip
+        start = time.perf_counter()
+        moments = collect(setting, self.task.examples("calibration", self.tokenizer))
+        collected = time.perf_counter()
+        bases = factor(setting, moments)
+        seconds = {"moments": collected - start, "bases": time.perf_counter() - collected}
+        for fraction in fractions:
+            at = dataclasses.replace(setting, config=dataclasses.replace(config, pruning_ratio=1 - fraction))
+            ranks, _ = choose_ranks(at, bases, [])
+            with truncated(self.model, bases, ranks, storage=storage):
+                self.report(f"{projection} ({loss})", allocation, storage, fraction, self.score(), seconds)
+
+    def report(self, name: str, allocation: str, storage: str, fraction: float, pruned: Evaluation, seconds: dict[str, float]) -> None:
+        """Print one row."""
+        against = compare(self.dense, pruned)
+        print(
+            f"{name:20} {allocation:8} {storage:8} kept {fraction:.2f}: accuracy {pruned.score:.3f} +- "
+            f"{pruned.standard_error:.3f}, difference {against.mean:+.3f} +- {against.standard_error:.3f}, agreement "
+            f"{against.agreement:.3f}, KL {against.kl:.4f}; moments {seconds['moments']:.0f} s, bases {seconds['bases']:.0f} s",
+            flush=True,
+        )
+        if self.json is not None:
+            row = {"method": name, "allocation": allocation, "storage": storage, "kept": fraction, "score": pruned.score,
+                   "standard_error": pruned.standard_error, **against.to_dict(), "seconds": seconds}  # fmt: skip
+            with self.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    """Run every method."""
+    arguments = parse_arguments()
+    torch.manual_seed(0)
+    bench = Bench(arguments)
+    for method in METHODS:
+        if arguments.only is None or arguments.only in " ".join(method):
+            bench.run(*method, fractions=arguments.fractions)
+    if arguments.learned:
+        bench.run("learned", "answer", "uniform", "factors", fractions=[0.6])
+
+
+if __name__ == "__main__":
+    main()

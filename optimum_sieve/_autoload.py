@@ -1,0 +1,95 @@
+"""Make transformers know the model type `sieve` before anything of this package is imported.
+
+torch calls `register` at the end of its own import (entry point group `torch.backends`), so that plain
+`AutoModelForCausalLM.from_pretrained` loads a pruned model wherever this package is installed. The standard library is
+all this module uses, and it raises nothing: an exception would break `import torch`. transformers learns a stand-in for
+the configuration class; the real one is imported when a pruned model is met.
+
+`OPTIMUM_SIEVE_AUTOLOAD=0` in the environment switches it off. `import optimum_sieve.modeling_sieve` registers the model
+type then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+
+
+logger = logging.getLogger(__name__)
+
+_MODEL_TYPE = "sieve"
+_AUTO_MODULE = "transformers.models.auto.configuration_auto"
+
+
+def register() -> None:
+    """Register the model type as soon as transformers' Auto classes exist; once, and never with an exception."""
+    try:
+        if os.environ.get("OPTIMUM_SIEVE_AUTOLOAD", "1") != "0":
+            _watch()
+    except Exception:
+        logger.debug("The model type %r could not be registered.", _MODEL_TYPE, exc_info=True)
+
+
+def _watch() -> None:
+    module = sys.modules.get(_AUTO_MODULE)
+    if module is None:
+        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder())
+    elif "AutoConfig" in vars(module):
+        _register_stand_in(module)
+    else:
+        # transformers imports torch in the middle of this module, which has no Auto classes yet.
+        module.__class__ = _UnfinishedModule
+
+
+class _Finder(MetaPathFinder):
+    """Finds the module of the Auto configuration as the other finders do, and watches it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _AUTO_MODULE:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                # Looking for a module need not mean importing it, so the finder stays until one is made.
+                setattr(spec.loader, "create_module", lambda spec: _UnfinishedModule(spec.name))  # noqa: B010
+                return spec
+        return None
+
+
+class _UnfinishedModule(ModuleType):
+    """A module under construction: becomes an ordinary one, and registers the model type, once it can."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if "AutoConfig" in ModuleType.__getattribute__(self, "__dict__"):
+            self.__class__ = ModuleType
+            sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+            _register_stand_in(self)
+        return ModuleType.__getattribute__(self, name)
+
+
+def _register_stand_in(module: Any) -> None:
+    try:
+        if _MODEL_TYPE not in module.CONFIG_MAPPING:
+            namespace = {"__module__": __name__, "model_type": _MODEL_TYPE, "from_dict": classmethod(_from_dict)}
+            stand_in = type("SieveModelConfig", (module.PreTrainedConfig,), namespace)
+            module.AutoConfig.register(_MODEL_TYPE, stand_in, exist_ok=True)
+    except Exception:
+        logger.debug("The model type %r could not be registered.", _MODEL_TYPE, exc_info=True)
+
+
+def _from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    from .modeling_sieve import SieveModelConfig
+
+    return SieveModelConfig.from_dict(config_dict, **kwargs)

@@ -1,0 +1,151 @@
+r"""Collect the moments of every target layer while the model reads the calibration examples.
+
+Hooks and the pass over the data are here; the arithmetic is in `moments`. Needs torch alone: what a batch is and how
+its loss is computed are arguments.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from .moments import Moments, accumulate_moments, check_finite, empty_moments, watches_outputs
+from .targets import Target, linear_weight
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+
+class CalibrationBatch(Protocol):
+    """What calibration reads of a batch: the mask that tells tokens from padding, and the number of examples."""
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """Mask (rows, length), nonzero at tokens."""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the batch."""
+
+
+BatchT = TypeVar("BatchT", bound=CalibrationBatch)
+
+
+def collect_moments(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Iterable[BatchT],
+    loss: Callable[[nn.Module, BatchT], torch.Tensor],
+    *,
+    projection: str = "joint",
+    num_examples: int,
+) -> dict[str, Moments]:
+    """Run the model over `batches` and return the moments of each target by name.
+
+    Sums are over tokens and independent of how the examples are batched and padded, up to rounding. They are held in
+    float32 on the device of each weight. Parameters' `requires_grad` and the training mode are restored.
+
+    Args:
+        model (`torch.nn.Module`): The dense model, on its device.
+        targets (`Sequence[Target]`): Layers to watch.
+        batches (`Iterable`): Batches, already on the model's device.
+        loss (`Callable`): Maps `(model, batch)` to the *sum* of the examples' losses; only called with gradients on for
+            the joint projection.
+        projection (`str`): `"joint"`, `"activation"` or `"learned"`.
+        num_examples (`int`): Examples in all batches, by which the sums are divided.
+
+    Raises:
+        ValueError: If a loss or a moment is not finite; the message names the layer.
+    """
+    modules = {target.name: model.get_submodule(target.name) for target in targets}
+    weights = {name: linear_weight(module) for name, module in modules.items()}
+    moments = {name: empty_moments(weight, projection=projection) for name, weight in weights.items()}
+    needs_gradient = projection == "joint"
+    # float16 gradients underflow below 6e-8: scale the loss up and the gradients down again in float32.
+    loss_scale = 1024.0 if needs_gradient and any(w.dtype == torch.float16 for w in weights.values()) else 1.0
+
+    def accumulate(name: str, mask: torch.Tensor, x: torch.Tensor, g: torch.Tensor | None) -> None:
+        gradient = None if g is None else _token_rows(g, mask).float() / loss_scale
+        weight = weights[name]
+        accumulate_moments(
+            moments[name],
+            weight,
+            _token_rows(x, mask),
+            gradient,
+            on_outputs=watches_outputs(weight, projection),
+            scaling=1 / num_examples,
+        )
+
+    with _frozen(model), torch.set_grad_enabled(needs_gradient):
+        for batch in batches:
+            with _watching(modules, partial(_dispatch, accumulate, batch.attention_mask, needs_gradient)):
+                value = loss(model, batch)
+                if not torch.isfinite(value):
+                    raise ValueError(
+                        f"The calibration loss must be finite, got {value.item()}. "
+                        "Check the model's weights for NaN, or load it in bfloat16 or float32 instead of float16."
+                    )
+                if needs_gradient:
+                    (value * loss_scale).backward()  # type: ignore[no-untyped-call]
+    for name, collected in moments.items():
+        check_finite(name, collected)
+    return moments
+
+
+def _token_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Flatten `values` (..., features) to the rows of tokens; all rows where the shape does not follow the mask."""
+    rows = values.detach().reshape(-1, values.shape[-1])
+    return rows[mask.reshape(-1).bool()] if rows.shape[0] == mask.numel() else rows
+
+
+def _dispatch(
+    accumulate: Callable[..., None],
+    mask: torch.Tensor,
+    needs_gradient: bool,
+    name: str,
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    if not needs_gradient:
+        accumulate(name, mask, x, None)
+        return
+    if not y.requires_grad:
+        # Parameters are frozen, so the first layers' outputs start the graph.
+        y.requires_grad_(True)
+    y.register_hook(lambda g: accumulate(name, mask, x, g))  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _watching(modules: dict[str, nn.Module], callback: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Call `callback(name, input, output)` after each module's forward."""
+
+    def make_hook(name: str) -> Callable[..., None]:
+        return lambda module, args, output: callback(name, args[0].detach(), output)
+
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode without parameter gradients, and restore both."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+        for module, mode in training:
+            module.training = mode

@@ -1,0 +1,212 @@
+"""The model card of a pruned model: what was measured, how to load it, how to make it again. Does not import torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from optimum_sieve.config import SieveConfig
+from optimum_sieve.report import size_changes
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+_TAGS = ["sieve", "optimum-sieve", "low-rank", "pruned"]
+_AUTO_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+}
+_LAYER_NAME = re.compile(r"(.*?\b\d+)\.(.+)")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def build_card(
+    report: dict[str, Any],
+    rank_pattern: dict[str, dict[str, Any]],
+    *,
+    base_model: str | None,
+    base_revision: str | None = None,
+    task_spec: dict[str, Any] | None = None,
+    pipeline_tag: str = "text-generation",
+    license_id: str | None = None,
+) -> ModelCard:
+    """Build the README.md of a pruned model from its report; asks nothing of the network.
+
+    Args:
+        report (`dict[str, Any]`):
+            A report of [`build_report`][optimum_sieve.report.build_report]. What it lacks is left out of the card.
+        rank_pattern (`dict[str, dict]`): Module name -> `{"rank", "storage", "bias"}`; modules not listed are dense.
+        base_model (`str`, *optional*):
+            Hub id or path of the dense model; a path gives its last part to the text and nothing to the metadata.
+        base_revision (`str`, *optional*): Commit of the dense model on the Hub.
+        task_spec (`dict[str, Any]`, *optional*): The task file's content, quoted in the card.
+        pipeline_tag (`str`): The Hub's name for what the model does.
+        license_id (`str`, *optional*):
+            Licence of the dense model, see [`base_license`][optimum_sieve.card.base_license].
+
+    Returns:
+        `huggingface_hub.ModelCard`: Metadata with a model index of both models' scores, and the text.
+
+    Example:
+
+    ```python
+    >>> report = {"task": "toy", "split": "test", "metric": "accuracy", "count": 200, "majority_score": 0.5,
+    ...           "pruned": {"score": 0.8, "standard_error": 0.028}, "versions": {}}
+    >>> pattern = {"layers.0.mlp.up_proj": {"rank": 8, "storage": "pivoted", "bias": True}}
+    >>> build_card(report, pattern, base_model="org/base").data.base_model
+    'org/base'
+
+    ```
+    """
+    from huggingface_hub import ModelCard
+
+    hub_id = _hub_id(base_model)
+    name = Path(base_model).name if base_model else "model"
+    settings = report.get("settings")
+    storages = Counter(entry["storage"] for entry in rank_pattern.values()).most_common()
+    grid = _rank_grid(rank_pattern)
+    card: ModelCard = ModelCard.from_template(
+        _card_data(report, hub_id, f"{name}-sieve", pipeline_tag, license_id),
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        report=report,
+        name=name,
+        base=hub_id or name,
+        revision=base_revision if hub_id else None,
+        sizes=size_changes(report),
+        auto_class=_AUTO_CLASSES.get(pipeline_tag, "AutoModel"),
+        rank_pattern=rank_pattern,
+        grid=grid,
+        kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
+        storage=storages[0][0] if storages else None,
+        mixed_storage=len(storages) > 1,
+        command=reproduction_command(hub_id or name, settings) if settings else None,
+        settings=_yaml(settings or {}),
+        task_spec=_yaml(task_spec) if task_spec else None,
+    )
+    return card
+
+
+def base_license(base_model: str | None) -> str | None:
+    """Return the licence the dense model's own card declares, or `None` where it cannot be known.
+
+    Args:
+        base_model (`str`, *optional*): A directory (its README.md is read) or a Hub id.
+
+    Returns:
+        `str`, *optional*: The licence as the Hub names it, for instance `"apache-2.0"`.
+    """
+    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    if not base_model:
+        return None
+    try:
+        local = Path(base_model) / "README.md"
+        path = local if Path(base_model).is_dir() else hf_hub_download(base_model, "README.md")
+        declared = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
+    except (OSError, HFValidationError, ValueError, yaml.YAMLError):
+        # No card, no network or metadata that is not YAML: a card without a licence line is better than no card.
+        return None
+    return declared if isinstance(declared, str) else None
+
+
+def reproduction_command(base_model: str, settings: dict[str, Any]) -> str:
+    """Write the command line that prunes `base_model` with `settings`, naming only what differs from the defaults.
+
+    Args:
+        base_model (`str`): The value of `--model`.
+        settings (`dict[str, Any]`): `SieveConfig.to_dict()` of the run; keys that are no setting are passed over.
+
+    Returns:
+        `str`: A line for a POSIX shell.
+
+    Example:
+
+    ```python
+    >>> reproduction_command("org/base", {"pruning_ratio": 0.5, "storage": "factors", "seed": 0})
+    'optimum-cli sieve prune --model org/base --task task.yaml --pruning-ratio 0.5 --storage factors --output pruned'
+
+    ```
+    """
+    words = ["optimum-cli", "sieve", "prune", "--model", base_model, "--task", "task.yaml"]
+    for field in dataclasses.fields(SieveConfig):
+        value = settings.get(field.name, field.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if value == field.default:
+            continue
+        option = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join([*words, "--output", "pruned"])
+
+
+def _hub_id(base_model: str | None) -> str | None:
+    """Return `base_model` where it can be a Hub id: a path of somebody's machine has no place in a card."""
+    if not base_model or Path(base_model).exists() or not _REPO_ID.fullmatch(base_model):
+        return None
+    return base_model
+
+
+def _card_data(
+    report: dict[str, Any], hub_id: str | None, model_name: str, pipeline_tag: str, license_id: str | None
+) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        base_model=hub_id,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        license=license_id,
+        tags=_TAGS,
+        metrics=[report["metric"]],
+        model_name=model_name,
+        eval_results=[_eval_result(report, key, pipeline_tag) for key in ("pruned", "dense") if key in report],
+    )
+
+
+def _eval_result(report: dict[str, Any], key: str, pipeline_tag: str) -> EvalResult:
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type=pipeline_tag,
+        dataset_type=report["task"],
+        dataset_name=report["task"],
+        dataset_split=report["split"],
+        metric_type=report["metric"],
+        metric_name=f"{report['metric']} ({key} model)",
+        metric_value=report[key]["score"],
+    )
+
+
+def _rank_grid(rank_pattern: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Sort the pattern into layer -> matrix kind -> entry; a name's first number ends the layer's name."""
+    grid: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, entry in rank_pattern.items():
+        numbered = _LAYER_NAME.fullmatch(name)
+        layer, kind = numbered.groups() if numbered else ("", name)
+        grid.setdefault(layer, {})[kind] = entry
+    return grid
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which a text of several lines, such as a prompt, keeps its lines."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000).rstrip()

@@ -1,0 +1,71 @@
+"""What the subcommands share: the options that name model and task, and errors as one line."""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from collections.abc import Iterator
+
+_REPORTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
+
+
+class ModelCommand(BaseOptimumCLICommand):
+    """A subcommand that loads a model and works on a task. Errors end it with one line and exit status 1."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Add the options that name the model, the task and how to load them."""
+        parser.add_argument("--model", required=True, metavar="MODEL", help="Hub id or directory of the model.")
+        parser.add_argument("--task", required=True, metavar="FILE", help="Task file, YAML or JSON.")
+        parser.add_argument("--dtype", help="Floating-point type to load in, such as bfloat16 (default: as saved).")
+        parser.add_argument(
+            "--device",
+            help="Where to compute, such as cpu, cuda or cuda:1 (default: the accelerator if there is one, else cpu).",
+        )
+        parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
+        parser.add_argument("--gguf-file", metavar="FILE", help="File of a GGUF repository to read the model from.")
+        parser.add_argument(
+            "--trust-remote-code", action="store_true", help="Run modelling code that lies beside the weights."
+        )
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+    @abstractmethod
+    def execute(self, arguments: Namespace) -> None:
+        """Do the work of the subcommand."""
+
+    def run(self) -> None:
+        """Do the work; an error is printed as one line, with its traceback under `--debug`."""
+        with _one_line_errors(debug=self.args.debug):
+            self.execute(self.args)
+
+
+@contextmanager
+def _one_line_errors(*, debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if debug or not _is_reported(error):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _is_reported(error: Exception) -> bool:
+    """Whether `error` tells the user something: any other type is a mistake of ours, whose traceback is wanted."""
+    from safetensors import SafetensorError
+
+    return isinstance(error, (*_REPORTED, SafetensorError))

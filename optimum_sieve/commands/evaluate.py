@@ -1,0 +1,108 @@
+"""`optimum-cli sieve evaluate`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from optimum_sieve.commands.base import ModelCommand
+from optimum_sieve.config import SieveConfig
+
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from typing import Any
+
+    from optimum_sieve.evaluation import Evaluation
+    from optimum_sieve.tasks import Task
+
+_PARAMETER_KEYS = {"dense": "model_before", "pruned": "model_after"}
+
+
+class EvaluateCommand(ModelCommand):
+    """Score a model on a task, alone or against another one."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Add the options of `optimum-cli sieve evaluate`."""
+        parser.description = "Score a model, pruned or not, on one split of a task."
+        ModelCommand.parse_args(parser)
+        parser.add_argument(
+            "--split",
+            choices=("calibration", "selection", "test"),
+            default="test",
+            help="Split of the task to score (default: test).",
+        )
+        parser.add_argument(
+            "--compare-to", metavar="MODEL", help="Dense model to score on the same examples, for a paired comparison."
+        )
+        parser.add_argument("--json", metavar="FILE", help="File for the figures, in the form of sieve_report.json.")
+        parser.add_argument(
+            "--batch-size",
+            type=int,
+            metavar="N",
+            default=SieveConfig.batch_size,
+            help="Examples per forward pass (default: %(default)s).",
+        )
+
+    def execute(self, arguments: Namespace) -> None:
+        """Score the model or models, print a table and write the JSON file."""
+        from optimum_sieve.comparison import compare
+        from optimum_sieve.report import build_report, format_table, write_report
+        from optimum_sieve.tasks import Task
+
+        task = Task.from_file(arguments.task)
+        task.require_splits(arguments.split)
+        if arguments.compare_to is None:
+            only = _score(arguments.model, task, arguments)
+            scored = {"pruned" if only.is_pruned else "dense": only}
+        else:
+            scored = {
+                "dense": _score(arguments.compare_to, task, arguments),
+                "pruned": _score(arguments.model, task, arguments),
+            }
+        evaluations = {side: one.evaluation for side, one in scored.items()}
+        report = build_report(
+            task.name,
+            evaluations.get("dense"),
+            evaluations.get("pruned"),
+            compare(**evaluations) if len(evaluations) == 2 else None,
+            parameters={_PARAMETER_KEYS[side]: one.num_parameters for side, one in scored.items()},
+            seconds={f"evaluate_{side}": one.seconds for side, one in scored.items()},
+            split=arguments.split,
+        )
+        if arguments.json:
+            write_report(report, arguments.json)
+        print(format_table(report))
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What is kept of a scored model; the model itself is let go, so that two need not fit in memory."""
+
+    evaluation: Evaluation
+    is_pruned: bool
+    num_parameters: int
+    seconds: float
+
+
+def _score(model_name: str, task: Task, arguments: Namespace) -> _Scored:
+    from optimum_sieve.evaluation import evaluate
+    from optimum_sieve.loading import load_model
+
+    source: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
+    if model_name == arguments.model:
+        source |= {"gguf_file": arguments.gguf_file, "revision": arguments.revision}
+    model, tokenizer, _ = load_model(model_name, dtype=arguments.dtype, device=arguments.device, **source)
+    examples = task.examples(arguments.split, tokenizer)
+    start = time.perf_counter()
+    evaluation = evaluate(
+        model, examples, tokenizer, metric=task.metric, batch_size=arguments.batch_size, description=model_name
+    )
+    return _Scored(
+        evaluation=evaluation,
+        is_pruned=model.config.model_type == "sieve",
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        seconds=time.perf_counter() - start,
+    )

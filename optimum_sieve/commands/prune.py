@@ -1,0 +1,67 @@
+"""`optimum-cli sieve prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimum_sieve.commands.base import ModelCommand
+from optimum_sieve.commands.options import add_settings, settings_from
+
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+
+class PruneCommand(ModelCommand):
+    """Prune a model for a task and save it with its report and card."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Add the options of `optimum-cli sieve prune`."""
+        parser.description = (
+            "Prune a model for a task: until the score loss reaches --tolerance, or to a given --pruning-ratio."
+        )
+        ModelCommand.parse_args(parser)
+        parser.add_argument("--output", metavar="DIR", help="Directory of the pruned model. Not needed by --dry-run.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
+        parser.add_argument(
+            "--work-dir",
+            metavar="DIR",
+            help="Directory for intermediate results: a run that was stopped resumes there.",
+        )
+        parser.add_argument(
+            "--dry-run", action="store_true", help="Show what would be pruned, with sizes and memory, and stop."
+        )
+        parser.add_argument(
+            "--config", metavar="FILE", help="JSON file of settings; an option given beside it takes precedence."
+        )
+        add_settings(parser)
+
+    def execute(self, arguments: Namespace) -> None:
+        """Prune, save and print the report as a table."""
+        if arguments.output is None and not arguments.dry_run:
+            self.parser.error("the following arguments are required: --output (or --dry-run)")
+        config = settings_from(arguments)
+
+        from optimum_sieve.pruner import SievePruner, check_output
+        from optimum_sieve.report import format_table
+
+        if arguments.output is not None:
+            check_output(Path(arguments.output), arguments.overwrite)
+        pruner = SievePruner.from_pretrained(
+            arguments.model,
+            task=arguments.task,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
+            gguf_file=arguments.gguf_file,
+            revision=arguments.revision,
+        )
+        if arguments.dry_run:
+            print(pruner.plan(config).format())
+            return
+        result = pruner.prune(config, work_dir=arguments.work_dir)
+        pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite)
+        print(format_table(result.report))
+        print(f"\nsaved in {arguments.output}")

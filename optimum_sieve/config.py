@@ -1,0 +1,191 @@
+"""`SieveConfig`: every setting of a pruning run, its default and its rule. Does not import torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+PROJECTIONS = ("svd", "activation", "joint", "learned")
+ALLOCATIONS = ("uniform", "energy")
+STORAGES = ("factors", "pivoted")
+LOSSES = ("fisher", "labels", "answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SieveConfig:
+    r"""Settings of one pruning run.
+
+    Exactly one of `tolerance` and `pruning_ratio` says when to stop.
+
+    Args:
+        tolerance (`float`, *optional*):
+            Accuracy loss accepted, in absolute points of the task's metric (0.02 = two points). The fewest parameters
+            whose score on the selection split stays within it are searched.
+        pruning_ratio (`float`, *optional*):
+            Fraction of the target linears' parameters to remove, above 0 and below 1. No search is made.
+        projection (`str`):
+            `"joint"` (inputs and output gradients), `"activation"` (inputs alone, the optimum of
+            \(\lVert WX - W'X \rVert\)), `"svd"` (the weight alone) or `"learned"` (adapters trained by Adam).
+        allocation (`str`):
+            `"energy"` (least predicted loss under the budget) or `"uniform"` (same kept fraction everywhere).
+        storage (`str`):
+            `"pivoted"` (fewest parameters) or `"factors"`.
+        loss (`str`):
+            What the output gradients are taken of: `"fisher"` (the model's own distribution over the task's candidate
+            texts; exact, and gold answers are not used), `"labels"` (cross-entropy of the gold candidate in that
+            distribution) or `"answer"` (likelihood of the gold answer among all texts). A task without candidates
+            always takes `"answer"`.
+        target_modules (`tuple[str, ...]`, *optional*):
+            `fnmatch` patterns of the linears to prune. `None`: every linear of the transformer blocks.
+        exclude_modules (`tuple[str, ...]`):
+            `fnmatch` patterns of linears that stay dense.
+        rank_multiple (`int`):
+            Ranks are multiples of this number.
+        damping (`float`):
+            Added to the diagonal of each moment, as a fraction of its mean.
+        confidence (`float`):
+            One-sided confidence, from 0.5 up to below 1, with which the paired score difference must lie within
+            `tolerance`. 0.5 compares the bare means.
+        search_steps (`int`):
+            Steps of the binary search on the kept fraction; each is one scored pass over the selection split.
+        batch_size (`int`):
+            Examples per forward pass.
+        seed (`int`):
+            Seed of everything random.
+
+    Raises:
+        ValueError: If a value breaks its rule; the message names the argument, the rule and the value.
+
+    Example:
+
+    ```python
+    >>> SieveConfig(pruning_ratio=0.5).projection
+    'joint'
+
+    ```
+    """
+
+    tolerance: float | None = None
+    pruning_ratio: float | None = None
+    projection: str = "joint"
+    allocation: str = "energy"
+    storage: str = "pivoted"
+    loss: str = "fisher"
+    target_modules: tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] = ()
+    rank_multiple: int = 8
+    damping: float = 1e-3
+    confidence: float = 0.9
+    search_steps: int = 6
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if (self.tolerance is None) == (self.pruning_ratio is None):
+            raise ValueError(
+                "Exactly one of `tolerance` (accuracy loss accepted, such as 0.02) and `pruning_ratio` (fraction of "
+                f"parameters removed, such as 0.5) must be set, got tolerance={self.tolerance} and "
+                f"pruning_ratio={self.pruning_ratio}."
+            )
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name, (low, high, includes_low) in _FLOAT_RANGES.items():
+            _check_float(name, getattr(self, name), low, high, includes_low)
+        for name, low in _LEAST_INTEGERS.items():
+            _check_integer(name, getattr(self, name), low)
+        if self.projection == "learned" and (self.allocation != "uniform" or self.pruning_ratio is None):
+            raise ValueError(
+                "`projection='learned'` must go with allocation='uniform' and a `pruning_ratio`, got "
+                f"allocation={self.allocation!r} and pruning_ratio={self.pruning_ratio}. An adapter is trained for one "
+                "rank, so there is no curve to allocate or search on."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON types, sorted by name."""
+        values = dataclasses.asdict(self)
+        return {key: list(values[key]) if isinstance(values[key], tuple) else values[key] for key in sorted(values)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SieveConfig:
+        """Make a configuration from `to_dict`'s output.
+
+        Raises:
+            ValueError: If a key is unknown (the message names the closest known one) or a value breaks its rule.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"Did you mean `{close[0]}`?" if close else f"Known settings: {', '.join(known)}."
+                raise ValueError(f"`{key}` is not a setting of SieveConfig. {hint}")
+        return cls(**values)
+
+    def to_json_file(self, path: str | Path) -> None:
+        """Write the settings to `path` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json_file(cls, path: str | Path, **overrides: Any) -> SieveConfig:
+        """Read settings written by `to_json_file`; `overrides` take the place of what the file says.
+
+        Raises:
+            ValueError: If the file is not a JSON object of known settings.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"`{path}` must be a JSON file of SieveConfig settings: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"`{path}` must hold a JSON object of SieveConfig settings, got {type(values).__name__}.")
+        return cls.from_dict({**values, **overrides})
+
+
+_CHOICES = {"projection": PROJECTIONS, "allocation": ALLOCATIONS, "storage": STORAGES, "loss": LOSSES}
+# name: (low, high, whether low itself is allowed); high itself never is.
+_FLOAT_RANGES = {
+    "tolerance": (0.0, 1.0, True),
+    "pruning_ratio": (0.0, 1.0, False),
+    "damping": (0.0, 1.0, True),
+    "confidence": (0.5, 1.0, True),
+}
+_LEAST_INTEGERS = {"rank_multiple": 1, "search_steps": 1, "batch_size": 1, "seed": 0}
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None and name == "target_modules":
+        return None
+    if isinstance(value, str) or not all(isinstance(pattern, str) and pattern for pattern in value or ()):
+        raise TypeError(f"`{name}` must be a sequence of name patterns, got {value!r}. Write ('*.q_proj',) for one.")
+    if name == "target_modules" and not value:
+        raise ValueError("`target_modules` must name at least one pattern, got none. Leave it out for all linears.")
+    return tuple(value or ())
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_float(name: str, value: Any, low: float, high: float, includes_low: bool) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not math.isfinite(value) or not (low <= value < high if includes_low else low < value < high):
+        rule = f"{'at least' if includes_low else 'above'} {low:g} and below {high:g}"
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}. Points are fractions: two points are 0.02.")
+
+
+def _check_integer(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < low:
+        raise ValueError(f"`{name}` must be at least {low}, got {value}.")

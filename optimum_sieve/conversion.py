@@ -1,0 +1,130 @@
+"""Turn a model whose linears were replaced in place into one of the model type `sieve`, ready to be saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .layers import FactorizedLinear
+from .modeling_sieve import (
+    FORMAT_VERSION,
+    SieveConfigMixin,
+    SievePreTrainedModel,
+    auto_map,
+    config_class,
+    model_class,
+    read_rank_pattern,
+)
+
+
+def sieve_model(
+    model: PreTrainedModel,
+    *,
+    base_model: str | None,
+    settings: dict[str, Any],
+    results: dict[str, Any],
+    base_revision: str | None = None,
+) -> PreTrainedModel:
+    """Turn a factorized transformers model into a model of type `sieve`, in place.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model of an architecture of transformers itself, some of whose linears are [`FactorizedLinear`]. A
+            pruned model that was factorized further is one, too.
+        base_model (`str`, *optional*): Hub id or path of the model that was pruned.
+        settings (`dict`): Settings of the pruning run, as JSON values.
+        results (`dict`): What was measured, as JSON values.
+        base_revision (`str`, *optional*): Commit of `base_model`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The same object with the same weights. Its class and configuration are those
+        it will have when it is saved and loaded again.
+
+    Raises:
+        ValueError: If the architecture is not transformers' own, a factorized layer lies outside the base model, or
+            weights are still packed in GGUF blocks.
+    """
+    base_config, base_class = _base_classes(model)
+    _check_layers_inside(model)
+    _forget_gguf(model)
+    block: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "base_model_type": base_config.model_type,
+        "base_model": base_model,
+        "rank_pattern": read_rank_pattern(model),
+        "settings": settings,
+        "results": results,
+    }
+    if base_revision is not None:
+        block["base_revision"] = base_revision
+    sieve_config = config_class(base_config)
+    _replace_configs(model, base_config, sieve_config, block)
+    model.__class__ = model_class(base_class, sieve_config)
+    return model
+
+
+def _replace_configs(model: PreTrainedModel, base_config: Any, sieve_config: Any, block: dict[str, Any]) -> None:
+    """Give the model, and every module that refers to its configuration, a configuration that holds `block`."""
+    replaced: dict[int, Any] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if type(config) not in (base_config, sieve_config) or id(config) in map(id, replaced.values()):
+            continue
+        if id(config) not in replaced:
+            # A copy, as other models may hold the same object; shallow, as modules refer to its parts.
+            new = copy.copy(config)
+            new.__class__ = sieve_config
+            # As it will come back from the file: lists for tuples, strings for keys.
+            new.sieve = json.loads(json.dumps(block))
+            new.auto_map = auto_map(sieve_config)
+            replaced[id(config)] = new
+        module.config = replaced[id(config)]
+
+
+def _base_classes(model: PreTrainedModel) -> tuple[Any, Any]:
+    """Find the classes of transformers that `model` is made of."""
+    base_class: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, SievePreTrainedModel))
+    base_config: Any = next(cls for cls in type(model.config).__mro__ if not issubclass(cls, SieveConfigMixin))
+    model_type = base_config.model_type
+    if (
+        getattr(transformers, base_class.__name__, None) is not base_class
+        or model_type not in CONFIG_MAPPING
+        or CONFIG_MAPPING[model_type] is not base_config
+    ):
+        raise ValueError(
+            f"`model` must be of an architecture of transformers itself, got {base_class.__name__} with "
+            f"{base_config.__name__}. Models that bring their own code cannot be saved as pruned models."
+        )
+    return base_config, base_class
+
+
+def _check_layers_inside(model: PreTrainedModel) -> None:
+    inside = set(map(id, model.base_model.modules()))
+    for name, module in model.named_modules():
+        if isinstance(module, FactorizedLinear) and id(module) not in inside:
+            raise ValueError(
+                f"`model` must be factorized inside its base model alone, got {name!r} outside it. Name it in "
+                "`exclude_modules`."
+            )
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Forget that the weights came from a GGUF file; transformers saves no model that remembers it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    settings = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
+    if getattr(settings, "quant_method", None) != "gguf":
+        return
+    if getattr(quantizer, "packed_modules", None):
+        raise ValueError(
+            "`model` must hold plain weights, got weights packed in GGUF blocks. Load it with "
+            "`quantization_config=GgufConfig(dequantize=True)`."
+        )
+    owners: tuple[Any, ...] = (model, model.config)
+    for owner in owners:
+        for name in ("hf_quantizer", "quantization_method", "is_quantized", "quantization_config"):
+            owner.__dict__.pop(name, None)

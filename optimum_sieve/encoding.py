@@ -1,0 +1,181 @@
+r"""From text to token ids: where an example's prompt ends, which tokens are scored, which rows the model must see.
+
+Does not import torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from optimum_sieve.tasks import Example
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One example as token ids, padded to nothing.
+
+    Args:
+        index (`int`):
+            Position of the example in its list.
+        rows (`list[list[int]]`):
+            Distinct inputs of the model: a candidate whose tokens another's begin with needs no row of its own.
+        reads (`list[tuple[int, int, int, int]]`):
+            For each token scored: its row, the position that predicts it, its id, its candidate.
+        num_candidates (`int`):
+            Number of candidates.
+        shadowed (`bool`):
+            Whether one candidate's tokens are the beginning of another's.
+    """
+
+    index: int
+    rows: list[list[int]]
+    reads: list[tuple[int, int, int, int]]
+    num_candidates: int
+    shadowed: bool
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the longest row."""
+        return max(len(row) for row in self.rows)
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool
+) -> list[EncodedExample]:
+    """Tokenize every candidate (or the gold answer alone) of `examples`; see [`~optimum_sieve.scoring.make_batches`].
+
+    Raises:
+        ValueError: If an example has nothing to score, no token comes before its continuation, or two candidates are
+            the same tokens.
+    """
+    continuations = [example.candidates if candidates else (example.answer,) for example in examples]
+    texts: list[str] = []
+    for index, (example, texts_after) in enumerate(zip(examples, continuations, strict=True)):
+        if not texts_after:
+            raise ValueError(
+                f"`examples[{index}]` must have candidates to score, got none. Pass `candidates=False` to score its "
+                "answer."
+            )
+        texts += [example.prompt, *(example.prompt + text for text in texts_after)]
+    with _restored(tokenizer):
+        tokens = iter(_token_ids(tokenizer, texts))
+        prefix = _special_prefix(tokenizer, examples)
+    rows = []
+    for index, (example, texts_after) in enumerate(zip(examples, continuations, strict=True)):
+        before = prefix if example.add_special_tokens else []
+        prompt = before + next(tokens)
+        rows.append(_encode_row(index, example, prompt, [before + next(tokens) for _ in texts_after]))
+    shadowed = sum(row.shadowed for row in rows)
+    if shadowed:
+        logger.warning(
+            "In %d of %d examples one candidate's tokens are the beginning of another's, which therefore can never "
+            "score higher. End the texts alike, for instance with a line break.",
+            shadowed,
+            len(examples),
+        )
+    return rows
+
+
+def _encode_row(index: int, example: Example, prompt: list[int], wholes: list[list[int]]) -> EncodedExample:
+    """Lay out one example: `prompt` and `wholes` (prompt and continuation) are token ids with their prefix."""
+    context = _common_prefix([prompt, *wholes])
+    shown = repr(example.prompt if len(example.prompt) <= 60 else example.prompt[:60] + "...")
+    if context == 0:
+        raise ValueError(
+            f"`examples[{index}]` must have at least one token before its continuation, got prompt {shown}. Put "
+            "something in front of the answer: this tokenizer adds no token of its own."
+        )
+    if any(len(whole) == context for whole in wholes):
+        raise ValueError(
+            f"`examples[{index}]` must have continuations of at least one token each, got one of none after the "
+            f"prompt {shown}. Check the texts of the labels or answers with this tokenizer."
+        )
+    if len(set(map(tuple, wholes))) < len(wholes):
+        raise ValueError(
+            f"`examples[{index}]` must have candidates of distinct tokens, got two that are the same to this tokenizer "
+            f"among {', '.join(map(repr, example.candidates))}. Choose other texts for them."
+        )
+    # The last token of a continuation is predicted, never read, so it needs no place in the row.
+    rows, owners = _merge_prefixes([whole[:-1] for whole in wholes])
+    reads = [
+        (owner, position - 1, whole[position], candidate)
+        for candidate, (owner, whole) in enumerate(zip(owners, wholes, strict=True))
+        for position in range(context, len(whole))
+    ]
+    shadowed = len(_merge_prefixes(wholes)[0]) < len(wholes)
+    return EncodedExample(index, rows, reads, len(wholes), shadowed)
+
+
+def _merge_prefixes(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Leave out every sequence that another begins with; return the rest and, for each sequence, which holds it."""
+    kept: list[list[int]] = []
+    owners = [0] * len(sequences)
+    previous: list[int] | None = None
+    # In descending order a sequence comes right after one that begins with it, if there is any.
+    for i in sorted(range(len(sequences)), key=lambda i: sequences[i], reverse=True):
+        if previous is None or previous[: len(sequences[i])] != sequences[i]:
+            kept.append(sequences[i])
+        owners[i] = len(kept) - 1
+        previous = sequences[i]
+    return kept, owners
+
+
+def _common_prefix(sequences: list[list[int]]) -> int:
+    """Length of what all `sequences` begin with."""
+    for length, tokens in enumerate(zip(*sequences, strict=False)):
+        if len(set(tokens)) > 1:
+            return length
+    return min(len(sequence) for sequence in sequences)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False) -> list[list[int]]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _special_prefix(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[int]:
+    """Find what `tokenizer` puts before a text when asked for its special tokens."""
+    text = next((example.prompt + example.answer for example in examples if example.add_special_tokens), None)
+    if text is None:
+        return []
+    plain, full = (_token_ids(tokenizer, [text], special)[0] for special in (False, True))
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    raise ValueError(
+        f"`tokenizer` must put its special tokens around a text and leave the text's own as they are, got {full} for "
+        f"{plain}. Use `chat` in the task file, which adds none."
+    )
+
+
+@contextmanager
+def _restored(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Put back the truncation and padding of a fast tokenizer, which a call without them switches off."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
+    try:
+        yield
+    finally:
+        if backend is not None and truncation is not None:
+            backend.enable_truncation(**truncation)
+        if backend is not None and padding is not None:
+            backend.enable_padding(**padding)

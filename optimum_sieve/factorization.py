@@ -1,0 +1,169 @@
+r"""Moments and a weight in, nested low-rank factors out. Pure functions on tensors.
+
+To second order, replacing a weight `W` by `W'` raises the loss by half of `E[(g^T (W - W') x)^2]`. With that
+expectation approximated by the Kronecker product of `C = E[|g|^2 x x^T]` and `G = E[|x|^2 g g^T]` (divided by
+`E[|g|^2 |x|^2]`, so that the trace is right), the best `W'` of every rank at once is the truncated SVD of
+`L_G^T W L_C`, where `L_C L_C^T = C` and `L_G L_G^T = G`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .moments import Moments, watches_outputs
+
+
+@dataclass
+class FactorBasis:
+    r"""Factors of one weight, ordered so that the first `r` directions are the best approximation of rank `r`.
+
+    Args:
+        left (`torch.Tensor` of shape `(out_features, max_rank)`): Left factors, float32.
+        right (`torch.Tensor` of shape `(max_rank, in_features)`): Right factors, float32.
+        energy (`torch.Tensor` of shape `(max_rank,)`):
+            Predicted rise of the loss when a direction is dropped, descending, float64. In nats per example for the
+            joint projection, comparable between layers; a fraction of the layer's own output energy otherwise.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    energy: torch.Tensor
+
+    @property
+    def max_rank(self) -> int:
+        """Number of directions."""
+        return self.energy.numel()
+
+    def truncate(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `left` (out, rank) and `right` (rank, in), views of the first `rank` directions."""
+        return self.left[:, :rank], self.right[:rank]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that are present, by field name."""
+        return dict(vars(self))
+
+
+def factorize(
+    weight: torch.Tensor,
+    moments: Moments | None = None,
+    *,
+    projection: str = "joint",
+    damping: float = 1e-3,
+) -> FactorBasis:
+    r"""Factor `weight` so that every truncation is optimal in the projection's own metric.
+
+    For each rank `r`, `left[:, :r] @ right[:r]` minimizes over all matrices \(W'\) of rank `r`
+
+    - `"svd"`: \(\lVert W - W' \rVert_F^2\);
+    - `"activation"`: \(E \lVert (W - W') x \rVert^2\);
+    - `"joint"`: \(\mathrm{tr}\,(W - W') C (W - W')^\top G\);
+
+    and the minimum equals `energy[r:].sum()` up to the projection's unit (see `FactorBasis`).
+
+    Args:
+        weight (`torch.Tensor` of shape `(out_features, in_features)`): The weight.
+        moments (`Moments`, *optional*): The layer's moments, collected for the same projection; not used by `"svd"`.
+        projection (`str`): `"svd"`, `"activation"` or `"joint"`.
+        damping (`float`): Added to the diagonal of both moments, as a fraction of its mean.
+
+    Returns:
+        [`FactorBasis`]: Factors of rank `min(out_features, in_features)`. Singular and all-zero moments are allowed.
+
+    Raises:
+        ValueError: If `weight` or a moment is not finite, or `moments` are missing or of another projection.
+
+    Everything runs in float64: the matrix whose eigenvalues are taken holds squares of the singular values, and
+    float32 loses the small ones on which the allocation of ranks depends.
+
+    Reference: Eckart and Young (1936), *The approximation of one matrix by another of lower rank*.
+
+    Example:
+
+    ```python
+    >>> basis = factorize(torch.diag(torch.tensor([2.0, 1.0, 1.0])), projection="svd")
+    >>> [round(value, 4) for value in basis.energy.tolist()]
+    [0.6667, 0.1667, 0.1667]
+
+    ```
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("`weight` must be finite, got NaN or infinity. The checkpoint is damaged or overflowed.")
+    if projection == "svd":
+        return _plain_basis(weight.double())
+    if moments is None or (moments.gradient is None) != (projection == "activation"):
+        raise ValueError(f"`moments` must be collected with projection={projection!r}. Collect them again.")
+    if not all(torch.isfinite(tensor).all() for tensor in moments.tensors().values()):
+        raise ValueError("`moments` must be finite, got NaN or infinity. Calibrate in float32.")
+    if not moments.scale > 0:
+        # The layer met no input, or the loss does not depend on it: any order of directions is as good.
+        plain = _plain_basis(weight.double())
+        return FactorBasis(plain.left, plain.right, torch.zeros_like(plain.energy))
+    return _basis(weight.double(), moments, damping, on_outputs=watches_outputs(weight, projection))
+
+
+def _basis(weight: torch.Tensor, moments: Moments, damping: float, *, on_outputs: bool) -> FactorBasis:
+    """Factor `weight` (float64) by one symmetric eigendecomposition of the smaller side."""
+    rows, columns = weight.shape
+    activation, scale = moments.activation.double(), float(moments.scale)
+    gradient = None if moments.gradient is None else moments.gradient.double()
+    if on_outputs:
+        # M M^T for M = L_G^T W L_C; the damping of C reaches this side as W W^T.
+        root = _identity(weight, rows) if gradient is None else _cholesky(gradient, damping)
+        inner = activation + (damping * scale / columns) * weight @ weight.T
+        values, vectors = _descending_eigh(root.T @ inner @ root)
+        left = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+        right = vectors.T @ root.T @ weight
+    else:
+        # M^T M; the damping of G reaches this side as W^T W.
+        root = _cholesky(activation, damping)
+        gram = weight.T @ weight
+        inner = gram if gradient is None else gradient + (damping * scale / rows) * gram
+        values, vectors = _descending_eigh(root.T @ inner @ root)
+        left = weight @ root @ vectors
+        right = torch.linalg.solve_triangular(root.T, vectors, upper=True).T
+    if gradient is None:
+        return _balanced(left, right, _share(values))
+    return _balanced(left, right, values / (2 * scale))
+
+
+def _plain_basis(weight: torch.Tensor) -> FactorBasis:
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    return _balanced(left * values, right, _share(values.square()))
+
+
+def _share(values: torch.Tensor) -> torch.Tensor:
+    total = values.sum()
+    return values / total if total > 0 else values
+
+
+def _identity(like: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+def _descending_eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _cholesky(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return `L` with `L L^T = moment + damping * mean diagonal`; damps more where rounding made it indefinite."""
+    mean = moment.diagonal().mean()
+    if not mean > 0:
+        return _identity(moment, moment.shape[0])
+    symmetric = (moment + moment.T) / 2
+    root: torch.Tensor
+    while True:
+        root, info = torch.linalg.cholesky_ex(symmetric + damping * mean * _identity(moment, moment.shape[0]))
+        if info.item() == 0 and torch.isfinite(root).all():
+            return root
+        damping = max(damping * 10, 1e-12)
+
+
+def _balanced(left: torch.Tensor, right: torch.Tensor, energy: torch.Tensor) -> FactorBasis:
+    """Give column i of `left` and row i of `right` the same norm, which suits low-precision dtypes; to float32."""
+    left_norm, right_norm = left.norm(dim=0), right.norm(dim=1)
+    usable = (left_norm > 0) & (right_norm > 0)
+    ratio = torch.where(usable, (right_norm / left_norm.clamp_min(1e-300)).sqrt(), torch.ones_like(left_norm))
+    return FactorBasis((left * ratio).float(), (right / ratio[:, None]).float(), energy)

@@ -1,0 +1,103 @@
+"""What a pruning run would do, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .targets import Target, linear_weight
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .config import SieveConfig
+    from .tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunePlan:
+    """Sizes of a run before it is made.
+
+    Args:
+        num_targets (`int`): Matrices to prune.
+        targets_parameters (`int`): Their parameters.
+        model_parameters (`int`): Parameters of the whole model.
+        expected_targets_parameters (`int`, *optional*): Target parameters afterwards; `None` while a search decides.
+        model_bytes (`int`): Bytes of the dense model.
+        expected_bytes (`int`, *optional*): Bytes of the pruned model.
+        moments_bytes (`int`): Bytes of the moments, on the model's device.
+        bases_bytes (`int`): Bytes of the factor bases.
+        examples (`dict[str, int]`): Examples of each split.
+    """
+
+    num_targets: int
+    targets_parameters: int
+    model_parameters: int
+    expected_targets_parameters: int | None
+    model_bytes: int
+    expected_bytes: int | None
+    moments_bytes: int
+    bases_bytes: int
+    examples: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes held at most beside the activations: model, and moments or bases while both are alive."""
+        return self.model_bytes + self.moments_bytes + self.bases_bytes
+
+    def format(self) -> str:
+        """Return the plan as lines for a terminal."""
+        after = self.expected_targets_parameters
+        splits = ", ".join(f"{split} {count:,}" for split, count in self.examples.items())
+        lines = [
+            f"matrices to prune      {self.num_targets:,} ({self.targets_parameters:,} parameters)",
+            f"parameters of the model {self.model_parameters:,}",
+            "kept after pruning     "
+            + (f"about {after:,} of the matrices' parameters" if after is not None else "decided by the search"),
+            f"weights on disk        {_megabytes(self.model_bytes)} dense"
+            + (f", about {_megabytes(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
+            f"memory                 {_megabytes(self.peak_bytes)} at most: model {_megabytes(self.model_bytes)}, "
+            f"moments {_megabytes(self.moments_bytes)}, factor bases {_megabytes(self.bases_bytes)}; "
+            "activations come on top",
+            f"examples               {splits}",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, task: Task) -> PrunePlan:
+    """Work out a `PrunePlan`."""
+    total = sum(target.num_parameters for target in targets)
+    model_bytes = tensor_bytes(model)
+    after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
+    element = linear_weight(model.get_submodule(targets[0].name)).element_size()
+    return PrunePlan(
+        num_targets=len(targets),
+        targets_parameters=total,
+        model_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        expected_targets_parameters=after,
+        model_bytes=model_bytes,
+        expected_bytes=None if after is None else model_bytes - (total - after) * element,
+        moments_bytes=sum(_moment_elements(target, config.projection) * 4 for target in targets),
+        bases_bytes=sum(target.max_rank * (target.out_features + target.in_features + 2) * 4 for target in targets),
+        examples=task.splits,
+    )
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights as a checkpoint holds them: shared tensors once, buffers that are saved included."""
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    distinct = {id(tensor): tensor for tensor in state.values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+
+
+def _moment_elements(target: Target, projection: str) -> int:
+    if projection == "svd":
+        return 0
+    if projection == "learned":
+        return target.in_features**2
+    return target.max_rank**2 * (2 if projection == "joint" else 1)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,317 @@
+"""`SievePruner`: prune a model for a task, and save what loads with plain transformers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .card import base_license, build_card
+from .conversion import sieve_model
+from .evaluation import compare
+from .loading import load_model
+from .modeling_sieve import read_rank_pattern
+from .plan import PrunePlan, make_plan, tensor_bytes
+from .report import REPORT_NAME, build_report, write_report
+from .stages import Setting, choose_ranks, collect, factor, score
+from .surgery import apply_ranks, count_target_parameters
+from .targets import find_targets, linear_weight
+from .tasks import Task
+from .workdir import WorkDir, content_key, model_fingerprint
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .config import SieveConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SieveResult:
+    """What a pruning run returns.
+
+    Args:
+        model (`PreTrainedModel`): The pruned model, of model type `sieve`.
+        rank_pattern (`dict[str, dict]`): Module name, relative to the base model -> `rank`, `storage`, `bias`.
+        report (`dict[str, Any]`): The content of `sieve_report.json`.
+        trials (`list[dict]`): Kept fractions the search tried, with their figures on the selection split.
+    """
+
+    model: PreTrainedModel
+    rank_pattern: dict[str, dict[str, Any]]
+    report: dict[str, Any]
+    trials: list[dict[str, float]]
+
+
+class SievePruner:
+    """Prune one model for one task.
+
+    Args:
+        model (`PreTrainedModel`): The dense model. `prune` turns it into the pruned one, in place.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        task (`Task`): The task.
+        base_model (`str`, *optional*): Name of the dense model, for the card and the configuration.
+
+    Raises:
+        ValueError: If the model is pruned already, or its weights are quantized.
+
+    Example:
+
+        pruner = SievePruner.from_pretrained("base-model", task="task.yaml")
+        result = pruner.prune(SieveConfig(tolerance=0.02))
+        pruner.save_pretrained("out")
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, base_model: str | None = None
+    ) -> None:
+        if getattr(model.config, "model_type", None) == "sieve":
+            raise ValueError("`model` must be a dense model, got one that is pruned already. Prune its base model.")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.task = task
+        self.base_model = base_model
+        self.result: SieveResult | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | PreTrainedModel,
+        *,
+        task: str | Path | dict[str, Any] | Task,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        gguf_file: str | None = None,
+        revision: str | None = None,
+    ) -> SievePruner:
+        """Load a model and a task.
+
+        Args:
+            model (`str | Path | PreTrainedModel`): Hub id, directory or a loaded model (then pass `tokenizer` too).
+            task (`str | Path | dict | Task`): Task file, its content, or a task.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): `None`: the one that lies with the model.
+            dtype (`str | torch.dtype`, *optional*): Such as `"bfloat16"`; `None`: as the checkpoint was saved.
+            device (`str | torch.device`, *optional*): Where to work; `None`: the GPU if there is one.
+            trust_remote_code (`bool`): Whether code that lies with the model may run.
+            gguf_file (`str`, *optional*): Name of a GGUF file in the model's repository or directory.
+            revision (`str`, *optional*): Revision on the Hub.
+
+        Raises:
+            FileNotFoundError: If the task file or its data is not there.
+            ValueError: If the task file is wrong; the message names what.
+            OSError: If the model cannot be loaded.
+        """
+        if isinstance(task, dict):
+            task = Task.from_dict(task)
+        elif not isinstance(task, Task):
+            task = Task.from_file(task)
+        loaded, found, name = load_model(
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            gguf_file=gguf_file,
+            revision=revision,
+        )
+        return cls(loaded, found, task, base_model=name)
+
+    def plan(self, config: SieveConfig) -> PrunePlan:
+        """Return what `prune` would do, from the shapes alone: targets, sizes, memory. Runs nothing."""
+        self._check_inputs(config)
+        return make_plan(
+            self.model, find_targets(self.model, config.target_modules, config.exclude_modules), config, self.task
+        )
+
+    def prune(self, config: SieveConfig, *, work_dir: str | Path | None = None, progress: bool = True) -> SieveResult:
+        """Prune the model in place and score it, beside the dense one, on the test split.
+
+        The stages: moments on the calibration split, factor bases, ranks (searched on the selection split), pruned
+        model, scores on the test split. The test split is read at the end and decides nothing.
+
+        Args:
+            config (`SieveConfig`): The settings.
+            work_dir (`str | Path`, *optional*): Keeps finished stages, so that a killed run, or one with other
+                settings, does not repeat them. `None`: nothing is kept.
+            progress (`bool`): Whether progress bars are shown.
+
+        Returns:
+            [`SieveResult`]: The pruned model and its report.
+
+        Raises:
+            ValueError: If the settings, the model or the data break a rule; before any long work where it can be seen.
+            RuntimeError: If the model was pruned before, or nothing within the tolerance was found; it is dense then.
+        """
+        self._check_inputs(config)
+        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        seconds: dict[str, float] = {}
+        setting = Setting(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            config=config,
+            metric=self.task.metric,
+            targets=targets,
+            work=WorkDir(work_dir),
+            fingerprint=content_key(model=model_fingerprint(self.model), task=self.task.fingerprint()),
+            progress=progress,
+        )
+        with _timed(seconds, "moments"):
+            moments = collect(setting, self.task.examples("calibration", self.tokenizer))
+        with _timed(seconds, "factors"):
+            bases = factor(setting, moments)
+            del moments
+        with _timed(seconds, "ranks"):
+            ranks, trials = choose_ranks(setting, bases, self.task.examples("selection", self.tokenizer))
+        test = self.task.examples("test", self.tokenizer)
+        with _timed(seconds, "test"):
+            dense = score(setting, test, "dense model on test")
+        sizes_before = self._sizes()
+        apply_ranks(self.model, bases, ranks, storage=config.storage)
+        del bases
+        with _timed(seconds, "test"):
+            # Not from the work directory: what is scored here is what will be saved.
+            pruned = score(setting_without_work(setting), test, "pruned model on test")
+        sizes_after = self._sizes()
+        report = build_report(
+            self.task.name,
+            dense,
+            pruned,
+            compare(dense, pruned),
+            parameters={
+                "targets_before": sum(target.num_parameters for target in targets),
+                "targets_after": count_target_parameters(self.model, targets),
+                "model_before": sizes_before[0],
+                "model_after": sizes_after[0],
+            },
+            num_bytes={"before": sizes_before[1], "after": sizes_after[1]},
+            seconds={stage: round(value, 3) for stage, value in seconds.items()},
+            settings=config.to_dict(),
+        )
+        results = {key: report[key] for key in ("task", "split", "metric", "count", "dense", "pruned")}
+        self.model = sieve_model(self.model, base_model=self.base_model, settings=config.to_dict(), results=results)
+        self.result = SieveResult(
+            model=self.model, rank_pattern=read_rank_pattern(self.model), report=report, trials=trials
+        )
+        return self.result
+
+    def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False) -> Path:
+        """Write model, tokenizer, model card and report; all of it or, if anything fails, nothing.
+
+        Args:
+            output_dir (`str | Path`): A new or empty directory.
+            overwrite (`bool`): Whether a directory that holds files is replaced, once the new one is complete.
+
+        Returns:
+            `Path`: `output_dir`.
+
+        Raises:
+            RuntimeError: If nothing was pruned yet.
+            FileExistsError: If `output_dir` holds files and `overwrite` is false.
+            OSError: If the disk is full or the directory cannot be written.
+        """
+        if self.result is None:
+            raise RuntimeError("`save_pretrained` must follow `prune`, got a model that is not pruned. Call `prune`.")
+        output = Path(output_dir)
+        check_output(output, overwrite, needed_bytes=self.result.report["bytes"]["after"])
+        partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        try:
+            self.result.model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            report = self.result.report
+            report["bytes"]["after"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+            write_report(report, partial / REPORT_NAME)
+            card = build_card(
+                report,
+                self.result.rank_pattern,
+                base_model=self.base_model,
+                task_spec=self.task.spec,
+                license_id=base_license(self.base_model),
+            )
+            card.save(partial / "README.md")
+            _replace_directory(partial, output)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+                raise OSError(
+                    f"`output_dir` must be writable and have room, got {output}: {error}. Nothing was written."
+                ) from error
+            raise
+        return output
+
+    def _sizes(self) -> tuple[int, int]:
+        return sum(parameter.numel() for parameter in self.model.parameters()), tensor_bytes(self.model)
+
+    def _check_inputs(self, config: SieveConfig) -> None:
+        """Refuse what would fail later: a second run, missing splits, weights that cannot be factorized."""
+        if self.result is not None:
+            raise RuntimeError("`prune` must be called once per pruner, got a second call. Load the dense model again.")
+        self.task.require_splits("calibration", "selection", "test")
+        for target in find_targets(self.model, config.target_modules, config.exclude_modules):
+            weight = linear_weight(self.model.get_submodule(target.name))
+            if not weight.is_floating_point() or weight.is_meta:
+                raise ValueError(
+                    f"`model` must have floating-point weights in memory, got {weight.dtype} on {weight.device} in "
+                    f"`{target.name}`. Load it without quantization or offloading, prune, then quantize."
+                )
+            if not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"`model` must have finite weights, got NaN or infinity in `{target.name}`. "
+                    "The checkpoint is damaged, or overflowed when it was cast to float16."
+                )
+
+
+def setting_without_work(setting: Setting) -> Setting:
+    """Return `setting` with a work directory that keeps nothing."""
+    return Setting(**{**vars(setting), "work": WorkDir(None)})
+
+
+def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
+    """Refuse an output directory that holds files, is a file, or lies on a disk without room, before any work."""
+    if output.is_file():
+        raise FileExistsError(f"`output_dir` must be a directory, got the file {output}. Choose another name.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"`output_dir` must be new or empty, got {output} which holds files. Choose another or pass --overwrite."
+        )
+    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes * 1.05:
+        raise OSError(
+            f"`output_dir` must have room for {needed_bytes / 1e9:.2f} GB, got {free / 1e9:.2f} GB free for {output}. "
+            "Free some space or choose another disk."
+        )
+
+
+def _replace_directory(source: Path, target: Path) -> None:
+    """Rename `source` to `target`; what was there goes away only after that succeeded."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        target.rename(old)
+    try:
+        source.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,0 +1,178 @@
+"""The report of a run: what `sieve_report.json` holds, and how it reads on a terminal. Does not import torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from optimum_sieve.comparison import Comparison
+    from optimum_sieve.evaluation import Evaluation
+
+REPORT_NAME = "sieve_report.json"
+_VERSIONED = ("optimum-sieve", "torch", "transformers", "optimum", "accelerate", "datasets", "numpy", "safetensors")
+
+
+def build_report(
+    task_name: str,
+    dense: Evaluation | None = None,
+    pruned: Evaluation | None = None,
+    comparison: Comparison | None = None,
+    parameters: dict[str, int] | None = None,
+    num_bytes: dict[str, int] | None = None,
+    seconds: dict[str, float] | None = None,
+    settings: dict[str, Any] | None = None,
+    *,
+    split: str = "test",
+) -> dict[str, Any]:
+    """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
+
+    Args:
+        task_name (`str`): Name of the task.
+        dense (`Evaluation`, *optional*): The dense model's evaluation.
+        pruned (`Evaluation`, *optional*): The pruned model's evaluation, on the same examples.
+        comparison (`Comparison`, *optional*): The paired comparison of the two.
+        parameters (`dict[str, int]`, *optional*):
+            Counts under `"targets_before"`, `"targets_after"`, `"model_before"` and `"model_after"`.
+        num_bytes (`dict[str, int]`, *optional*): Sizes of the weight files under `"before"` and `"after"`.
+        seconds (`dict[str, float]`, *optional*): Wall-clock time of each stage.
+        settings (`dict[str, Any]`, *optional*): `SieveConfig.to_dict()` of the run.
+        split (`str`): The split that was scored.
+
+    Returns:
+        `dict[str, Any]`: The report. Scores are on the task's metric, differences are pruned minus dense.
+
+    Raises:
+        ValueError: If neither `dense` nor `pruned` is given, or if they scored different metrics or example counts.
+    """
+    scored = [evaluation for evaluation in (dense, pruned) if evaluation is not None]
+    if not scored:
+        raise ValueError("`dense` or `pruned` must be an evaluation, got None for both. Evaluate a model first.")
+    if len({(evaluation.metric, evaluation.count) for evaluation in scored}) > 1:
+        raise ValueError(
+            "`dense` and `pruned` must be evaluations of the same metric on the same examples, got "
+            + " and ".join(f"{evaluation.metric} on {evaluation.count}" for evaluation in scored)
+            + ". Evaluate both models on one list of examples."
+        )
+    report: dict[str, Any] = {
+        "task": task_name,
+        "split": split,
+        "metric": scored[0].metric,
+        "count": scored[0].count,
+        "majority_score": float(scored[0].majority_score),
+    }
+    for name, evaluation in (("dense", dense), ("pruned", pruned)):
+        if evaluation is not None:
+            report[name] = {
+                "score": float(evaluation.score),
+                "standard_error": float(evaluation.standard_error),
+            }
+    if comparison is not None:
+        report["paired_difference"] = {
+            "mean": float(comparison.mean),
+            "standard_error": float(comparison.standard_error),
+        }
+        report["agreement"] = float(comparison.agreement)
+        report["kl"] = float(comparison.kl)
+    for key, value in (
+        ("parameters", parameters),
+        ("bytes", num_bytes),
+        ("seconds", seconds),
+        ("settings", settings),
+    ):
+        if value is not None:
+            report[key] = value
+    report["versions"] = versions()
+    return report
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed libraries a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_report(report: dict[str, Any], path: str | Path) -> None:
+    """Write `report` to `path` as JSON with sorted keys, the form every run of the same settings can be compared in."""
+    Path(path).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """Format a report for a terminal: one row per measure, dense beside pruned; what the report lacks is left out.
+
+    Args:
+        report (`dict[str, Any]`): A report of [`build_report`].
+
+    Returns:
+        `str`: Several lines, without a trailing newline.
+
+    Example:
+
+    ```python
+    >>> print(format_table({"task": "toy", "split": "test", "metric": "accuracy", "count": 200,
+    ...                     "majority_score": 0.5, "dense": {"score": 0.8, "standard_error": 0.0283}}))
+    toy: 200 examples of the test split, majority class 0.500
+    <BLANKLINE>
+                      dense
+    accuracy  0.800 ± 0.028
+
+    ```
+    """
+    rows = [row for row in _rows(report) if any(row[1:])]
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells)).rstrip()
+        for cells in (list(zip(row, widths, strict=True)) for row in zip(*columns, strict=True))
+    ]
+    title = (
+        f"{report['task']}: {report['count']:,} examples of the {report['split']} split, "
+        f"majority class {report['majority_score']:.3f}"
+    )
+    return "\n".join([title, "", *lines, *_seconds_line(report)])
+
+
+def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """List what a report says of sizes as (label, before, after), leaving out what it knows of one model only."""
+    parameters, num_bytes = report.get("parameters", {}), report.get("bytes", {})
+    pairs = [
+        ("parameters of the target matrices", parameters.get("targets_before"), parameters.get("targets_after")),
+        ("parameters of the model", parameters.get("model_before"), parameters.get("model_after")),
+        ("bytes of the weight files", num_bytes.get("before"), num_bytes.get("after")),
+    ]
+    return [(label, before, after) for label, before, after in pairs if before and after is not None]
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    return [
+        ("", "dense", "pruned", "difference"),
+        (report["metric"], *(_with_error(report.get(key)) for key in ("dense", "pruned", "paired_difference"))),
+        ("agreement", "", f"{report['agreement']:.3f}" if "agreement" in report else "", ""),
+        ("KL to dense", "", f"{report['kl']:.4f}" if "kl" in report else "", ""),
+        *(
+            (label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+            for label, before, after in size_changes(report)
+        ),
+    ]
+
+
+def _with_error(measure: dict[str, float] | None) -> str:
+    """Write a score, or the mean of a paired difference with its sign, with its standard error."""
+    if measure is None:
+        return ""
+    value = f"{measure['score']:.3f}" if "score" in measure else f"{measure['mean']:+.3f}"
+    return f"{value} ± {measure['standard_error']:.3f}"
+
+
+def _seconds_line(report: dict[str, Any]) -> list[str]:
+    seconds = report.get("seconds")
+    return ["", "seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())] if seconds else []

@@ -1,0 +1,56 @@
+r"""`kind: labels`: every example is answered by the likeliest of the same few texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from optimum_sieve.tasks.example import Reference
+from optimum_sieve.tasks.metrics import CLASS_METRICS
+from optimum_sieve.tasks.prompts import Row, RowTemplate
+from optimum_sieve.tasks.spec import require
+
+
+@dataclass(frozen=True)
+class LabelScoring:
+    """Read `answer` and `labels` of a task file: `labels` maps what the data says to the text that is scored."""
+
+    keys: ClassVar[tuple[str, ...]] = ("answer", "labels")
+    metrics: ClassVar[tuple[str, ...]] = CLASS_METRICS
+
+    answer: RowTemplate
+    labels: dict[str, str]
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> LabelScoring:
+        """Check the two keys.
+
+        Raises:
+            ValueError: If a key is absent, there are fewer than two labels, or two have the same text.
+            TypeError: If a value is of the wrong type.
+        """
+        labels = require(spec, "labels", dict, "a mapping from each label of the data to the text that is scored")
+        answer = require(spec, "answer", str, "a template that renders to one of the labels")
+        if len(labels) < 2:
+            raise ValueError(f"`labels` must name at least two labels, got {list(labels)}.")
+        for label, text in labels.items():
+            if not isinstance(text, str):
+                raise TypeError(f"`labels.{label}` must be a text, got {text!r}. Put it in quotes.")
+            if not text:
+                raise ValueError(f"`labels.{label}` must not be empty: its text is what the model is scored on.")
+        if len(set(labels.values())) < len(labels):
+            raise ValueError(f"`labels` must have distinct texts, got {list(labels.values())}.")
+        return cls(RowTemplate("answer", answer), labels)
+
+    def reference(self, row: Row) -> Reference:
+        """Return the gold label of `row` among all labels.
+
+        Raises:
+            ValueError: If the rendered answer is none of the labels.
+        """
+        value = self.answer.render(row)
+        names = list(self.labels)
+        if value not in self.labels:
+            known = ", ".join(map(repr, names))
+            raise ValueError(f"`answer` must be one of the labels {known}, got {value!r} in {row.place}.")
+        return Reference(self.labels[value], tuple(self.labels.values()), names.index(value))

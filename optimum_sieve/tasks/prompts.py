@@ -1,0 +1,182 @@
+r"""Templates over the fields of a row: jinja2 in a sandbox, strict about what is missing; chat messages."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import SandboxedEnvironment
+
+from optimum_sieve.tasks.spec import check_keys
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class _NoValueError(Exception):
+    """A template prints a field whose value is missing."""
+
+
+def _refuse_none(value: Any) -> Any:
+    if value is None:
+        raise _NoValueError
+    return value
+
+
+_ENVIRONMENT = SandboxedEnvironment(
+    undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_refuse_none
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the data, and where it stands: `fields`, the name of its `source`, its `number` there, from 1."""
+
+    fields: dict[str, Any]
+    source: str
+    number: int
+
+    @property
+    def place(self) -> str:
+        """Say where the row is, for messages."""
+        return f"row {self.number} of {self.source}"
+
+
+@dataclass(frozen=True)
+class RowTemplate:
+    """A jinja2 template over the fields of a row, by name or as `row["name"]`.
+
+    Args:
+        key (`str`):
+            Key of the task file it stands under, for messages.
+        source (`str`):
+            The template.
+
+    Raises:
+        ValueError: If the template's syntax is wrong; when it is rendered, if it names a field the data does not
+            have, prints a missing value, or fails.
+    """
+
+    key: str
+    source: str
+
+    def __post_init__(self) -> None:
+        try:
+            _ENVIRONMENT.parse(self.source)
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"`{self.key}` must be a valid jinja2 template, got {self.source!r}: {error.message} "
+                f"(line {error.lineno})."
+            ) from error
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return _ENVIRONMENT.from_string(self.source)
+
+    def render(self, row: Row) -> str:
+        """Fill in the fields of `row`."""
+        try:
+            return str(self._compiled.render({"row": row.fields, **row.fields}))
+        # A template is a small program: whatever it raises belongs to the task file and the row.
+        except Exception as error:
+            raise ValueError(self._explain(error, row)) from error
+
+    def _explain(self, error: Exception, row: Row) -> str:
+        names = meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source)) - {"row", *_ENVIRONMENT.globals}
+        unknown = sorted(names - set(row.fields))
+        if unknown:
+            closest = difflib.get_close_matches(unknown[0], list(row.fields), n=1)
+            hint = f"Did you mean {closest[0]!r}? " if closest else ""
+            return (
+                f"`{self.key}` must name fields of the data, got {unknown[0]!r} for {row.place}. {hint}"
+                f"Its fields are: {', '.join(row.fields)}."
+            )
+        if isinstance(error, _NoValueError):
+            missing = [name for name, value in row.fields.items() if value is None and name in (names or row.fields)]
+            shown = ", ".join(missing or names)
+            return (
+                f"`{self.key}` must not print a missing value, got one for {shown} in {row.place}. "
+                "Fill it in, drop the row, or say what to print: `{{ field or '' }}`."
+            )
+        return f"`{self.key}` must render for every row, got {type(error).__name__} for {row.place}: {error}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given: one text, or the messages of a chat where there are `roles`."""
+
+    templates: tuple[RowTemplate, ...]
+    roles: tuple[str, ...] = ()
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Prompt:
+        """Read `prompt` or `chat`.
+
+        Raises:
+            ValueError: If not exactly one of them is there, or a message is malformed.
+        """
+        prompt, chat = spec.get("prompt"), spec.get("chat")
+        if (prompt is None) == (chat is None):
+            got = "neither" if prompt is None else "both"
+            raise ValueError(f"`prompt` or `chat` must be given, exactly one of them, got {got}.")
+        if prompt is not None:
+            if not isinstance(prompt, str):
+                raise TypeError(f"`prompt` must be a text, got {prompt!r}. For messages use `chat`.")
+            return cls((RowTemplate("prompt", prompt),))
+        if not isinstance(chat, list) or not chat:
+            raise TypeError(f"`chat` must be a list of messages with `role` and `content`, got {chat!r}.")
+        return cls(
+            tuple(RowTemplate(f"chat[{i}].content", _message(i, message)["content"]) for i, message in enumerate(chat)),
+            tuple(message["role"] for message in chat),
+        )
+
+    def render(self, row: Row) -> tuple[str, ...]:
+        """Fill in the fields of `row`: one text, or the content of each message."""
+        texts = tuple(template.render(row) for template in self.templates)
+        if not any(text.strip() for text in texts):
+            raise ValueError(f"`{self.templates[0].key}` must not be empty, got {texts[0]!r} for {row.place}.")
+        return texts
+
+    def text(self, texts: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> str:
+        """Turn rendered `texts` into the one text the model is given.
+
+        Messages go through the tokenizer's chat template, up to where the model's answer begins; where the last
+        message is the assistant's own, the answer continues it.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template, or it refuses the messages.
+        """
+        if not self.roles:
+            return texts[0]
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "`chat` must be used with a tokenizer that has a chat template, got one without. Use `prompt`, or an "
+                "instruction-tuned model."
+            )
+        messages = [{"role": role, "content": text} for role, text in zip(self.roles, texts, strict=True)]
+        continued = self.roles[-1] == "assistant"
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+                )
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"`chat` must fit the tokenizer's chat template, got an error for the roles {', '.join(self.roles)}: "
+                f"{error}"
+            ) from error
+
+
+def _message(index: int, message: Any) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise TypeError(f"`chat[{index}]` must be a mapping with `role` and `content`, got {message!r}.")
+    check_keys(message, ("role", "content"), f"chat[{index}]")
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            raise TypeError(f"`chat[{index}].{key}` must be a text, got {message.get(key)!r}.")
+    return message

@@ -1,0 +1,106 @@
+"""A work directory: results of finished stages under the hash of everything they depend on, so that a run resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+
+
+logger = logging.getLogger(__name__)
+
+
+def content_key(**parts: Any) -> str:
+    """Return a short hash of `parts`, which must be JSON types; equal parts give equal keys in any process."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Hash every parameter's name, shape, dtype and a strided sample of its values."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `path` to write to; it takes the place of `path` if nothing is raised."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class WorkDir:
+    """Stage results as safetensors files, `<stage>-<key>.safetensors`; without a path, nothing is kept.
+
+    Args:
+        path (`str | Path`, *optional*): The directory; made if it does not exist.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+        if self.path is not None:
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def load(self, stage: str, key: str) -> dict[str, torch.Tensor] | None:
+        """Return the tensors of a finished stage, or `None`.
+
+        Raises:
+            ValueError: If the file is damaged; the message names it.
+        """
+        path = self._file(stage, key)
+        if path is None or not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator protocol
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"`{path}` must be a safetensors file, got {error}. Delete it and run again.") from error
+        logger.info("Resumed the %s from %s.", stage, path)
+        return tensors
+
+    def save(self, stage: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the tensors of a finished stage. Written to a temporary sibling first."""
+        path = self._file(stage, key)
+        if path is None:
+            return
+        with replacing(path) as temporary:
+            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+
+    def _file(self, stage: str, key: str) -> Path | None:
+        return None if self.path is None else self.path / f"{stage}-{key}.safetensors"
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Turn objects with `tensors()` into one flat dictionary, `<name>|<field>`."""
+    return {f"{name}|{field}": tensor for name, value in values.items() for field, tensor in value.tensors().items()}
+
+
+def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Undo `flatten` up to the objects' class."""
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, field = key.rsplit("|", 1)
+        result.setdefault(name, {})[field] = tensor
+    return result

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from optimum_sieve import SieveConfig
+from optimum_sieve.card import base_license, build_card, reproduction_command
+from optimum_sieve.commands.options import add_settings, settings_from
+
+
+SPEC = {"name": "toy", "prompt": "Review: {{ text }}\nSentiment:", "labels": {"no": " no", "yes": " yes"}}
+PATTERN = {
+    "layers.0.self_attn.q_proj": {"rank": 16, "storage": "pivoted", "bias": True},
+    "layers.0.mlp.up_proj": {"rank": 24, "storage": "factors", "bias": True},
+    "layers.1.mlp.up_proj": {"rank": 0, "storage": "pivoted", "bias": True},
+    "adapter": {"rank": 8, "storage": "pivoted", "bias": False},
+}
+
+
+@pytest.fixture
+def report():
+    return {
+        "task": "toy",
+        "split": "test",
+        "metric": "accuracy",
+        "count": 1234,
+        "majority_score": 0.5125,
+        "dense": {"score": 0.7891, "standard_error": 0.0116},
+        "pruned": {"score": 0.7812, "standard_error": 0.0118},
+        "paired_difference": {"mean": -0.0079, "standard_error": 0.0052},
+        "agreement": 0.9312,
+        "kl": 0.0234,
+        "parameters": {"targets_before": 2000, "targets_after": 900, "model_before": 3000, "model_after": 1900},
+        "bytes": {"before": 6000, "after": 3800},
+        "seconds": {"moments": 3.5},
+        "settings": SieveConfig(tolerance=0.02, seed=3).to_dict(),
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    }
+
+
+def test_metadata_survives_the_hub_library(report, tmp_path):
+    build_card(report, PATTERN, base_model="org/base", license_id="apache-2.0").save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.base_model, data.license, data.library_name) == ("org/base", "apache-2.0", "transformers")
+    assert data.pipeline_tag == "text-generation"
+    assert {"sieve", "low-rank", "pruned"} <= set(data.tags)
+    assert [(result.metric_name, result.metric_value) for result in data.eval_results] == [
+        ("accuracy (pruned model)", 0.7812),
+        ("accuracy (dense model)", 0.7891),
+    ]
+
+
+def test_text_has_every_figure(report):
+    text = build_card(report, PATTERN, base_model="org/base", base_revision="abc123").text
+    for figure in ("1,234", "0.7891 | 0.0116", "0.7812 | 0.0118", "-0.0079 | 0.0052", "0.5125", "93.1 %", "0.0234"):
+        assert figure in text
+    for row in ("2,000 | 900 | -55.0%", "3,000 | 1,900 | -36.7%", "6,000 | 3,800 | -36.7%"):
+        assert row in text
+    assert "`org/base` at revision `abc123`" in text
+    assert "python 3.11.7, torch 2.13.0." in text
+
+
+def test_rank_table_has_a_row_for_each_layer(report):
+    text = build_card(report, PATTERN, base_model="org/base").text
+    table = re.search(r"## Ranks\n\n.*?\n\n(.*?)\n\n", text, flags=re.DOTALL)[1].splitlines()
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in table] == [
+        ["layer", "self_attn.q_proj", "mlp.up_proj", "adapter"],
+        ["---", "---:", "---:", "---:"],
+        ["layers.0", "16", r"24\*", "-"],
+        ["layers.1", "-", "0", "-"],
+        ["", "-", "-", "8"],
+    ]
+
+
+def test_card_quotes_settings_and_task_as_yaml_that_reads_back(report):
+    text = build_card(report, PATTERN, base_model="org/base", task_spec=SPEC).text
+    settings, task = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL))
+    assert settings == report["settings"]
+    assert task == SPEC
+    assert "prompt: |-\n  Review: {{ text }}\n  Sentiment:" in text
+
+
+def test_card_of_a_bare_report_has_no_empty_sections(report):
+    bare = {key: report[key] for key in ("task", "split", "metric", "count", "majority_score", "pruned", "versions")}
+    text = build_card(bare, {}, base_model="org/base").text
+    assert re.findall(r"^## (.*)", text, flags=re.MULTILINE) == ["Scores", "How to load", "How it was made"]
+    assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("pipeline_tag", "auto_class"),
+    [
+        ("text-generation", "AutoModelForCausalLM"),
+        ("text-classification", "AutoModelForSequenceClassification"),
+        ("feature-extraction", "AutoModel"),
+    ],
+)
+def test_loading_example_names_the_auto_class(report, pipeline_tag, auto_class):
+    text = build_card(report, PATTERN, base_model="org/base", pipeline_tag=pipeline_tag).text
+    assert f"from transformers import {auto_class}, AutoTokenizer" in text
+    assert "trust_remote_code=True" in text
+
+
+def test_a_local_path_stays_out_of_the_card(report, tmp_path):
+    base = tmp_path / "private" / "my-base"
+    base.mkdir(parents=True)
+    for base_model, name in ((str(base), "my-base"), (str(tmp_path / "gone" / "other"), "other"), (None, "model")):
+        card = build_card(report, PATTERN, base_model=base_model, base_revision="abc")
+        assert card.data.base_model is None
+        assert str(tmp_path) not in str(card)
+        assert f"# {name}, pruned for toy" in card.text
+        assert "revision" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("front_matter", "expected"),
+    [("---\nlicense: mit\n---\n# A model", "mit"), ("# No metadata", None), ("---\nlicense: [a\n---\n", None)],
+)
+def test_licence_is_read_from_the_base_models_card(tmp_path, front_matter, expected):
+    (tmp_path / "README.md").write_text(front_matter)
+    assert base_license(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("base_model", [None, "org/not-in-the-cache", "not a hub id/at all/", "missing-card"])
+def test_licence_that_cannot_be_known_is_left_out(base_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "missing-card").mkdir()
+    assert base_license(base_model) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SieveConfig(tolerance=0.02),
+        SieveConfig(pruning_ratio=0.5, mean_correction=False, target_modules=("*.q_proj", "up proj"), seed=7),
+        SieveConfig(tolerance=0.0, projection="svd", exclude_modules=("lm_head",), damping=0.5, rank_multiple=1),
+    ],
+)
+def test_reproduction_command_parses_back_to_the_same_settings(config):
+    words = shlex.split(reproduction_command("org/base", config.to_dict()))
+    assert words[:7] == ["optimum-cli", "sieve", "prune", "--model", "org/base", "--task", "task.yaml"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output")
+    parser.add_argument("--config")
+    add_settings(parser)
+    assert settings_from(parser.parse_args(words[7:])) == config

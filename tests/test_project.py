@@ -1,0 +1,52 @@
+"""The project's own files agree with each other. Part of `make check`, and quick."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import optimum_sieve
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_changelog_begins_with_the_package_version():
+    heading = re.search(r"^## \[([^\]]+)\] - (.+)$", read("CHANGELOG.md"), flags=re.MULTILINE)
+    assert heading is not None
+    assert heading[1] == optimum_sieve.__version__
+    assert heading[2] == "unreleased" if "dev" in heading[1] else re.fullmatch(r"\d{4}-\d\d-\d\d", heading[2])
+
+
+def test_every_requirement_has_a_tested_version():
+    names = r'^ {4}"([A-Za-z0-9_.-]+)[><=]|"([a-z-]+)[><=][^"]*"[,\]]'
+    required = {first or second for first, second in re.findall(names, read("pyproject.toml"), flags=re.MULTILINE)}
+    pinned = set(re.findall(r"^([a-z0-9-]+)==", read("constraints.txt"), flags=re.MULTILINE))
+    assert {"torch", "transformers", "ruff", "mkdocs"} <= required
+    assert {name.lower().replace("_", "-") for name in required} <= pinned
+
+
+@pytest.mark.parametrize("name", optimum_sieve.__all__)
+def test_every_public_name_is_in_the_documentation(name):
+    assert re.search(rf"^::: optimum_sieve\.(\w+\.)*{name}$", read("docs/api.md"), flags=re.MULTILINE)
+
+
+def test_the_wheel_brings_the_command_and_the_hook(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    assert {name for name in names if name.startswith("optimum/")} == {"optimum/commands/register/register_sieve.py"}
+    assert {"optimum_sieve/py.typed", "optimum_sieve/card_template.md"} <= names
+    assert "[torch.backends]\noptimum_sieve = optimum_sieve._autoload:register" in entry_points

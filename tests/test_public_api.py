@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import optimum_sieve
+
+
+def test_all_is_sorted_and_complete():
+    assert optimum_sieve.__all__ == sorted(optimum_sieve.__all__)
+    assert set(optimum_sieve.__all__) == set(optimum_sieve._MODULES)
+    assert set(optimum_sieve.__all__) <= set(dir(optimum_sieve))
+
+
+@pytest.mark.parametrize("name", optimum_sieve.__all__)
+def test_public_name_is_importable_and_documented(name):
+    value = getattr(optimum_sieve, name)
+    assert value.__module__.startswith("optimum_sieve.")
+    assert inspect.getdoc(value)
+    if inspect.isclass(value):
+        undocumented = [
+            method
+            for method, function in vars(value).items()
+            if not method.startswith("_") and callable(getattr(value, method)) and not inspect.getdoc(function)
+        ]
+        assert undocumented == []
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'optimum_sieve' has no attribute 'SievePrune'"):
+        optimum_sieve.SievePrune  # noqa: B018
+
+
+def test_import_is_light():
+    code = (
+        "import sys, optimum_sieve; optimum_sieve.SieveConfig(tolerance=0.02); "
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from optimum_sieve import Comparison, Evaluation
+from optimum_sieve.report import build_report, format_table, size_changes, write_report
+from optimum_sieve.tasks.metrics import score_classes
+
+
+def make_evaluation(correct: int, count: int = 10, metric: str = "accuracy") -> Evaluation:
+    targets = np.arange(count) % 2
+    predictions = np.where(np.arange(count) < correct, targets, 1 - targets)
+    scored = score_classes(metric, predictions, targets)
+    return Evaluation(
+        metric=metric,
+        score=scored.score,
+        standard_error=scored.standard_error,
+        majority_score=0.5,
+        predictions=predictions,
+        targets=targets,
+        values=scored.values,
+        log_probs=np.log(np.full((count, 2), 0.5)),
+        fingerprint="same",
+    )
+
+
+COMPARISON = Comparison(mean=-0.1, standard_error=0.05, agreement=0.9, kl=0.0123, count=10)
+PARAMETERS = {"targets_before": 2000, "targets_after": 500, "model_before": 3000, "model_after": 1500}
+
+
+@pytest.fixture
+def full_report():
+    return build_report(
+        "toy",
+        make_evaluation(8),
+        make_evaluation(7),
+        COMPARISON,
+        PARAMETERS,
+        {"before": 6000, "after": 3000},
+        {"moments": 1.25, "test": 2.0},
+        {"tolerance": 0.02},
+    )
+
+
+def test_report_has_the_documented_schema(full_report):
+    assert set(full_report) == {
+        *("task", "split", "metric", "count", "dense", "pruned", "majority_score", "paired_difference", "agreement"),
+        *("kl", "parameters", "bytes", "seconds", "settings", "versions"),
+    }
+    assert full_report["task"] == "toy"
+    assert full_report["split"] == "test"
+    assert full_report["count"] == 10
+    assert full_report["majority_score"] == 0.5
+    assert full_report["dense"] == {"score": 0.8, "standard_error": make_evaluation(8).standard_error}
+    assert full_report["pruned"]["score"] == 0.7
+    assert full_report["paired_difference"] == {"mean": -0.1, "standard_error": 0.05}
+    assert {"optimum-sieve", "torch", "transformers", "python"} <= set(full_report["versions"])
+
+
+def test_report_survives_json(full_report, tmp_path):
+    write_report(full_report, tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text) == full_report
+    assert text.endswith("}\n")
+    assert list(json.loads(text)) == sorted(full_report)
+
+
+def test_what_is_not_known_is_left_out():
+    report = build_report("toy", pruned=make_evaluation(7), split="selection")
+    assert set(report) == {"task", "split", "metric", "count", "majority_score", "pruned", "versions"}
+    assert report["split"] == "selection"
+    assert size_changes(report) == []
+
+
+def test_a_report_needs_an_evaluation():
+    with pytest.raises(ValueError, match="`dense` or `pruned` must be an evaluation, got None for both"):
+        build_report("toy")
+
+
+@pytest.mark.parametrize("other", [make_evaluation(5, count=8), make_evaluation(5, metric="macro_f1")])
+def test_a_report_refuses_evaluations_that_do_not_match(other):
+    with pytest.raises(ValueError, match="`dense` and `pruned` must be evaluations of the same metric on the same"):
+        build_report("toy", make_evaluation(8), other)
+
+
+def test_table_shows_every_figure(full_report):
+    table = format_table(full_report)
+    for figure in ("0.800", "0.700", "-0.100 ± 0.050", "0.900", "0.0123", "2,000", "500", "-75.0%", "-50.0%"):
+        assert figure in table
+    assert table.splitlines()[0] == "toy: 10 examples of the test split, majority class 0.500"
+    assert table.splitlines()[-1] == "seconds: moments 1.2, test 2.0"
+    assert all(line == line.rstrip() for line in table.splitlines())
+
+
+def test_table_columns_line_up(full_report):
+    header, *rows = [line for line in format_table(full_report).splitlines() if "  " in line][:3]
+    assert {line.index(word) + len(word) for line, word in [(header, "dense"), (rows[0], "± 0.133")]} == {
+        header.index("dense") + len("dense")
+    }
+
+
+def test_table_of_one_model_has_one_column():
+    table = format_table(build_report("toy", make_evaluation(8)))
+    assert "dense" in table
+    assert "pruned" not in table
+    assert "difference" not in table
