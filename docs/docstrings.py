@@ -19,7 +19,7 @@ _SYMBOLS = {
     r"\Vert": "‖",
     r"\top": "ᵀ",
     r"\theta": "θ",
-    r"\times": "×",
+    r"\times": "\u00d7",
     r"\min": "min",
     r"\log": "log ",
     r"\mid": "|",

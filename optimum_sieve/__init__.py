@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve._autoload import register as _register_model_type
+
 
 if TYPE_CHECKING:
     from optimum_sieve.comparison import Comparison, compare
@@ -57,3 +59,7 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """List the public names, loaded or not."""
     return sorted({*globals(), *__all__})
+
+
+# torch calls this too, but only for an installed package.
+_register_model_type()

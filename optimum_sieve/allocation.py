@@ -74,12 +74,12 @@ def allocate_uniform(
     curves: Sequence[LossCurve], budget: int, *, storage: str = "pivoted", multiple: int = 8
 ) -> dict[str, int | None]:
     """Keep the same fraction of every layer, rounded down to the rank multiple; dense only if all fits."""
-    fraction = budget / sum(curve.dense_parameters for curve in curves)
-    if fraction >= 1:
+    total = sum(curve.dense_parameters for curve in curves)
+    if budget >= total:
         return {curve.name: None for curve in curves}
     return {
         curve.name: largest_rank(
-            fraction * curve.dense_parameters, curve.out_features, curve.in_features, storage, multiple
+            budget * curve.dense_parameters // total, curve.out_features, curve.in_features, storage, multiple
         )
         for curve in curves
     }
@@ -88,7 +88,7 @@ def allocate_uniform(
 def allocate_energy(
     curves: Sequence[LossCurve], budget: int, *, storage: str = "pivoted", multiple: int = 8
 ) -> dict[str, int | None]:
-    r"""Minimize the summed predicted loss within `budget`.
+    r"""Minimize the summed predicted loss within `budget`; never worse than `allocate_uniform`.
 
     Every layer minimizes loss + price * parameters over all its choices; one price, found by bisection, serves all
     layers (a Lagrange multiplier). That visits the convex hull of each layer's curve; what the last step of the price
@@ -111,6 +111,10 @@ def allocate_energy(
             low, high = (low, price) if spent(choose(price)) <= budget else (price, high)
         picks = choose(high)
     picks = _spend_rest(tables, picks, budget - spent(picks))
+    # Between two points of the hulls, which matters with few layers, equal fractions can be the better choice.
+    uniform = allocate_uniform(curves, budget, storage=storage, multiple=multiple)
+    equal = [table[0].index(uniform[curve.name]) for curve, table in zip(curves, tables, strict=True)]
+    picks = min(picks, equal, key=lambda picks: sum(table[2][pick] for table, pick in zip(tables, picks, strict=True)))
     return {curve.name: table[0][pick] for curve, table, pick in zip(curves, tables, picks, strict=True)}
 
 

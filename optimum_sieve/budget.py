@@ -48,9 +48,7 @@ def rank_choices(out_features: int, in_features: int, storage: str = "pivoted", 
     return [rank for rank in ranks if rank_parameters(rank, out_features, in_features, storage) < dense]
 
 
-def largest_rank(
-    budget: float, out_features: int, in_features: int, storage: str = "pivoted", multiple: int = 8
-) -> int:
+def largest_rank(budget: int, out_features: int, in_features: int, storage: str = "pivoted", multiple: int = 8) -> int:
     """Return the largest allowed rank whose parameters fit in `budget` (0 if none but 0 does)."""
     fitting = [
         rank

@@ -1,17 +1,17 @@
 """The model type `sieve`: any transformers architecture, some of whose linears are `FactorizedLinear`.
 
-This file and `layers.py` travel beside the weights of every pruned model, so they need torch and transformers alone;
-the same code serves the installed package and `trust_remote_code=True`. Classes are made on demand as subclasses of
-the base architecture's (`SieveLlamaConfig`, `SieveLlamaForCausalLM`). They replace the linears named in the
-configuration when the model is built, before any weight is read: sharding, dtypes, device maps, tied weights and
-generation are transformers' own.
+This file and those it imports travel beside the weights of every pruned model, so they need torch and transformers
+alone; the same code serves the installed package and `trust_remote_code=True`.
+
+Classes are made on demand as subclasses of the base architecture's (`SieveLlamaConfig`, `SieveLlamaForCausalLM`). They
+replace the linears named in the configuration when the model is built, before any weight is read: sharding, dtypes,
+device maps, tied weights and generation are transformers' own.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-import inspect
 import re
 import shutil
 from pathlib import Path
@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from .layers import FactorizedLinear
+from .tensor_parallel import factor_plan
 
 
 if TYPE_CHECKING:
@@ -44,7 +46,6 @@ if int(transformers.__version__.partition(".")[0]) < 5:
 MODEL_TYPE = "sieve"
 FORMAT_VERSION = 1
 _FACTOR_TENSOR = re.compile(r"\.((right|left|pivot|rest)\.(weight|bias)|row_order)$")
-_BLOCK_TENSOR = re.compile(r"\.\d+\.")
 
 
 class SieveModelConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -74,8 +75,8 @@ class SieveConfigMixin(_ConfigBase):  # type: ignore[no-untyped-call]
         """Write `config.json` and, beside it, the code that `trust_remote_code=True` runs."""
         self.auto_map = auto_map(type(self))
         super().save_pretrained(save_directory)
-        for source in (Path(__file__), Path(inspect.getfile(FactorizedLinear))):
-            shutil.copyfile(source, Path(save_directory) / source.name)
+        for source in (__file__, *get_relative_import_files(__file__)):
+            shutil.copyfile(source, Path(save_directory) / Path(source).name)
         if push_to_hub:
             # The base method uploads only what it wrote itself: the code would stay behind.
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
@@ -92,7 +93,7 @@ class SievePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         _read_base(vars(config))
         super().__init__(config, *args, **kwargs)
         _replace_linears(self)
-        self._tp_plan = _factor_plan(self)
+        self._tp_plan = factor_plan(self, self._tp_plan or {})
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -199,9 +200,10 @@ def __getattr__(name: str) -> Any:
     """Make a class on demand, for `auto_map` and for pickle."""
     stem, _, borrower = name.removeprefix("Sieve").partition("__")
     base: Any = getattr(transformers, stem, None) if name.startswith("Sieve") else None
-    if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+    ancestors = getattr(base, "__mro__", ())
+    if PreTrainedConfig in ancestors:
         return config_class(base)
-    if isinstance(base, type) and issubclass(base, PreTrainedModel):
+    if PreTrainedModel in ancestors:
         return model_class(base, config_class(getattr(transformers, borrower) if borrower else base.config_class))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -274,9 +276,10 @@ def _loading_problems(model: PreTrainedModel, loading_info: Any) -> list[str]:
     Another class than the one that wrote the checkpoint may bring a head or a pooler of its own, never a block.
     """
     inside = tuple(f"{name}." for name, _ in _factorized_layers(model))
+    block = re.compile(("" if model.base_model is model else rf"{model.base_model_prefix}\.") + r".*\.\d+\.")
     same = model.config.architectures == [type(model).__name__]
     problems: dict[str, Iterable[str]] = {
-        "missing": (k for k in loading_info.missing_keys if same or k.startswith(inside) or _BLOCK_TENSOR.search(k)),
+        "missing": (k for k in loading_info.missing_keys if same or k.startswith(inside) or block.match(k)),
         "unexpected": (k for k in loading_info.unexpected_keys if _FACTOR_TENSOR.search(k)),
         "of another shape": (
             f"{key} {tuple(found)} instead of {tuple(wanted)}"
@@ -289,30 +292,6 @@ def _loading_problems(model: PreTrainedModel, loading_info: Any) -> list[str]:
 
 def _shorten(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _factor_plan(model: PreTrainedModel) -> dict[str, str]:
-    """Rewrite the tensor parallel plan for the factors, or empty it, so that transformers refuses a parallel run.
-
-    A row-parallel layer splits its first factor and a column-parallel one its last. The rows of a pivoted layer are in
-    another order than the output's, which no plan of transformers can split.
-    """
-    plan = dict(model._tp_plan or {})
-    wildcard = functools.partial(re.sub, r"\.\d+(?=\.|$)", ".*")
-    dense = {wildcard(name) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    rules: dict[str, str] = {}
-    for name, layer in _factorized_layers(model):
-        style = plan.get(container := wildcard(name), "")
-        first, last = ("right", "left") if layer.storage == "factors" else ("pivot", "rest")
-        if "rowwise" in style:
-            rules |= {f"{container}.{first}": style, f"{container}.{last}": "replicate"}
-        elif "colwise" in style and layer.storage == "factors":
-            rules |= {f"{container}.{first}": "replicate", f"{container}.{last}": style}
-        elif style:
-            return {}
-    containers = {name.rpartition(".")[0] for name in rules}
-    # First, because vLLM takes the first rule that is a prefix of a layer's name.
-    return rules | {name: style for name, style in plan.items() if name in dense or name not in containers}
 
 
 # Code that came with one trusted checkpoint must not spare the next one the question of trust.

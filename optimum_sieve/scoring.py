@@ -106,11 +106,7 @@ def make_batches(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if not examples:
-        raise ValueError("`examples` must hold at least one example, got none.")
-    rows = encode_examples(examples, tokenizer, candidates)
-    if max_length is not None:
-        _check_lengths(rows, examples, max_length)
+    rows = _encode(examples, tokenizer, candidates, max_length)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
     batches: list[list[EncodedExample]] = []
     filled = batch_size
@@ -121,6 +117,17 @@ def make_batches(
         batches[-1].append(row)
         filled += len(row.rows)
     return [_collate(batch, pad_id) for batch in batches]
+
+
+def check_examples(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    candidates: bool = True,
+    max_length: int | None = None,
+) -> None:
+    """Raise what [`make_batches`] would raise, so that nothing about a split goes wrong after hours of work."""
+    _encode(examples, tokenizer, candidates, max_length)
 
 
 def log_likelihoods(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -191,13 +198,19 @@ def _collate(batch: list[EncodedExample], pad_id: int) -> Batch:
     )
 
 
-def _check_lengths(rows: list[EncodedExample], examples: Sequence[Example], max_length: int) -> None:
-    too_long = [row for row in rows if row.length > max_length]
+def _encode(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, max_length: int | None
+) -> list[EncodedExample]:
+    if not examples:
+        raise ValueError("`examples` must hold at least one example, got none.")
+    rows = encode_examples(examples, tokenizer, candidates)
+    too_long = [row for row in rows if max_length is not None and row.length > max_length]
     if too_long:
         worst = max(too_long, key=lambda row: row.length)
-        prompt = examples[worst.index].prompt
         raise ValueError(
             f"`examples` must fit in the {max_length} tokens the model takes, got {len(too_long)} longer ones; the "
-            f"longest is `examples[{worst.index}]` with {worst.length} tokens ({prompt[:60]!r}...). Shorten the "
-            "prompt in the task file (jinja2: `{{ text | truncate(2000) }}`) or leave such rows out."
+            f"longest is `examples[{worst.index}]` with {worst.length} tokens "
+            f"({examples[worst.index].prompt[:60]!r}...). Shorten the prompt in the task file (jinja2: "
+            "`{{ text | truncate(2000) }}`) or leave such rows out."
         )
+    return rows

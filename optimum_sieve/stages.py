@@ -106,15 +106,15 @@ def collect(setting: Setting, examples: Sequence[Example]) -> dict[str, Moments]
         candidates=by_candidate,
         max_length=max_positions(setting.model),
     )
-    bar = tqdm(batches, desc="moments", unit="batch", disable=not setting.progress)
-    moments = collect_moments(
-        setting.model,
-        setting.targets,
-        (batch.to(device) for batch in bar),
-        loss,
-        projection=config.projection,
-        num_examples=len(examples),
-    )
+    with tqdm(batches, desc="moments", unit="batch", disable=not setting.progress) as bar:
+        moments = collect_moments(
+            setting.model,
+            setting.targets,
+            (batch.to(device) for batch in bar),
+            loss,
+            projection=config.projection,
+            num_examples=len(examples),
+        )
     setting.work.save("moments", key, flatten(moments))
     return moments
 

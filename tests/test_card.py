@@ -137,7 +137,7 @@ def test_licence_that_cannot_be_known_is_left_out(base_model, tmp_path, monkeypa
     "config",
     [
         SieveConfig(tolerance=0.02),
-        SieveConfig(pruning_ratio=0.5, mean_correction=False, target_modules=("*.q_proj", "up proj"), seed=7),
+        SieveConfig(pruning_ratio=0.5, storage="factors", target_modules=("*.q_proj", "up proj"), seed=7),
         SieveConfig(tolerance=0.0, projection="svd", exclude_modules=("lm_head",), damping=0.5, rank_multiple=1),
     ],
 )

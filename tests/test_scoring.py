@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from toy import SPECIAL, VOCABULARY, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from optimum_sieve.scoring import input_device, log_likelihoods, make_batches, max_positions
+from optimum_sieve.scoring import check_examples, input_device, log_likelihoods, make_batches, max_positions
 from optimum_sieve.tasks import Example
 
 
@@ -306,8 +306,17 @@ def test_a_shadowed_candidate_is_logged(caplog: pytest.LogCaptureFixture) -> Non
     ],
 )
 def test_bad_input(examples: list[Example], options: dict[str, int], message: str) -> None:
+    tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match=message):
-        make_batches(examples, make_tokenizer(), **{"batch_size": 4, **options})
+        make_batches(examples, tokenizer, **{"batch_size": 4, **options})
+    if "batch_size" not in options:
+        with pytest.raises(ValueError, match=message):
+            check_examples(examples, tokenizer, **options)
+
+
+def test_good_examples_pass_the_check() -> None:
+    check_examples(make_examples(), make_tokenizer(), max_length=8)
+    check_examples([Example(prompt="Number: 7", answer=" odd")], make_tokenizer(), candidates=False)
 
 
 def test_a_tokenizer_that_changes_the_text_for_its_special_tokens_is_refused() -> None:

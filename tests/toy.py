@@ -13,6 +13,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from optimum_sieve.tasks import Task
+
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,3 +102,13 @@ def write_task(directory: Path, rows: list[dict[str, Any]] | None = None, **chan
     path = directory / "task.json"
     path.write_text(json.dumps(task_spec(**changes)), encoding="utf-8")
     return path
+
+
+def load_task(directory: Path, rows: list[dict[str, Any]] | None = None, **changes: Any) -> Task:
+    """Write the toy task and read it."""
+    return Task.from_file(write_task(directory, rows, **changes))
+
+
+def prompts(task: Task, split: str) -> list[str]:
+    """Return the prompts of a split in their order."""
+    return [example.prompt for example in task.examples(split, make_tokenizer())]

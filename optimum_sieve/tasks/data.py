@@ -46,15 +46,13 @@ class Data:
     revision: str | None = None
 
     @classmethod
-    def from_spec(cls, spec: Any) -> Data:
+    def from_spec(cls, spec: dict[str, Any]) -> Data:
         """Read the `data` of a task file.
 
         Raises:
             ValueError: If a key or value breaks its rule.
             TypeError: If a value is of the wrong type.
         """
-        if not isinstance(spec, dict):
-            raise TypeError(f"`data` must be a mapping with `files` or `dataset`, got {spec!r}.")
         if ("files" in spec) == ("dataset" in spec):
             check_keys(spec, (*_FILE_KEYS, *_DATASET_KEYS), "data")
             got = "both" if "files" in spec else "neither"

@@ -49,7 +49,7 @@ def divide(
         `dict[str, list[Row]]`: Rows of each split of `data.sources`, no two splits with a prompt or group in common.
 
     Raises:
-        ValueError: If a split would be empty, or separate sources have prompts or groups in common.
+        ValueError: If a split would be empty, or too small for a standard error, or separate sources have prompts or groups in common.
     """
     identities: dict[str, Callable[[Row], Hashable]] = {"prompt": prompt}
     if group is not None:

@@ -1,0 +1,53 @@
+"""Rewrite a tensor parallel plan of transformers for the factors. Travels beside the weights of a pruned model."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import TYPE_CHECKING
+
+from .layers import FactorizedLinear
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+
+_wildcard = functools.partial(re.sub, r"\.\d+(?=\.|$)", ".*")
+
+
+def factor_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """Put rules for the factors in place of the rules for the layers that they replace.
+
+    A row-parallel layer splits its first factor and a column-parallel one its last. The rows of a pivoted layer are in
+    another order than the output's, which no rule of transformers can split: with a column-parallel one the plan
+    becomes empty, and transformers then refuses to load the model in parallel.
+
+    Args:
+        model (`torch.nn.Module`): Some of its linears are [`FactorizedLinear`].
+        plan (`dict[str, str]`): Style by module name, where `*` stands for any layer number.
+
+    Returns:
+        `dict[str, str]`: A new plan. Rules of factorized layers remain where another layer with the same wildcard name
+        is dense.
+    """
+    rules: dict[str, str] = {}
+    dense = set()
+    for name, module in model.named_modules():
+        container = _wildcard(name)
+        if not isinstance(module, FactorizedLinear):
+            dense.add(container)
+            continue
+        style = plan.get(container, "")
+        first, last = ("right", "left") if module.storage == "factors" else ("pivot", "rest")
+        if "rowwise" in style:
+            rules |= {f"{container}.{first}": style, f"{container}.{last}": "replicate"}
+        elif "colwise" in style and module.storage == "factors":
+            rules |= {f"{container}.{first}": "replicate", f"{container}.{last}": style}
+        elif style:
+            return {}
+    containers = {name.rpartition(".")[0] for name in rules}
+    # First, because vLLM takes the first rule that is a prefix of a layer's name.
+    return rules | {name: style for name, style in plan.items() if name in dense or name not in containers}

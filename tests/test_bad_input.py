@@ -1,0 +1,192 @@
+"""Bad input from a user's side: each case ends `optimum-cli sieve prune` with one line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from toy import make_model, make_tokenizer, parity_rows, task_spec, write_rows, write_task
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is broken, the options it shows under, and what the message says."""
+
+    name: str
+    message: str
+    breaks: Callable[[Path], object] = lambda directory: None
+    options: tuple[str, ...] = ("--pruning-ratio", "0.5")
+    arguments: dict[str, str] = field(default_factory=dict)
+
+
+def spec(**changes: object) -> Callable[[Path], object]:
+    return lambda directory: (directory / "task.json").write_text(json.dumps(task_spec(**changes)))
+
+
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_text(content)
+
+
+def rows(*values: dict[str, object]) -> Callable[[Path], object]:
+    return lambda directory: write_rows(directory / "rows.jsonl", [*parity_rows(60), *values])
+
+
+def overlapping(directory: Path) -> None:
+    for split in ("calibration", "selection", "test"):
+        write_rows(directory / f"{split}.jsonl", parity_rows(30))
+    spec(data={"files": {s: f"{s}.jsonl" for s in ("calibration", "selection", "test")}})(directory)
+
+
+def model(**settings: object) -> Callable[[Path], object]:
+    def write(directory: Path) -> None:
+        shutil.rmtree(directory / "model")
+        make_model(**settings).save_pretrained(directory / "model")
+        make_tokenizer().save_pretrained(directory / "model")
+
+    return write
+
+
+def weights(change: Callable[[torch.nn.Module], object]) -> Callable[[Path], object]:
+    def write(directory: Path) -> None:
+        changed = make_model()
+        with torch.no_grad():
+            change(changed)
+        changed.save_pretrained(directory / "model")
+
+    return write
+
+
+def truncated_checkpoint(directory: Path) -> None:
+    path = directory / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def pruned_already(directory: Path) -> None:
+    from optimum_sieve import SieveConfig, SievePruner
+
+    pruner = SievePruner.from_pretrained(directory / "model", task=directory / "task.json", device="cpu")
+    pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=2), progress=False)
+    pruner.save_pretrained(directory / "model", overwrite=True)
+
+
+def occupied(directory: Path) -> None:
+    (directory / "out").mkdir()
+    (directory / "out" / "thesis.txt").write_text("the only copy")
+
+
+CASES = [
+    Case("task file missing", "No task file|must be.*task|no such file", arguments={"--task": "absent.yaml"}),
+    Case("task file not YAML", "task", text("task.json", "{")),
+    Case("unknown key", "Did you mean `prompt`|closest.*prompt|prompt", spec(promt="x")),
+    Case("unknown kind", "`kind` must be", spec(kind="guess")),
+    Case("prompt names no field", "txt", spec(prompt="Number: {{ txt }}")),
+    Case("prompt template broken", "prompt", spec(prompt="Number: {{ text")),
+    Case("one label only", "labels", spec(labels={"odd": " odd"})),
+    Case("equal label texts", "labels", spec(labels={"odd": " x", "even": " x"})),
+    Case("unknown label", "prime", rows({"text": "7 7 7 7", "label": "prime"})),
+    Case("missing value", "text", rows({"text": None, "label": "odd"})),
+    Case("empty data", "row|empty|example", text("rows.jsonl", "")),
+    Case("data not JSON", "rows.jsonl", text("rows.jsonl", "odd,even\n{")),
+    Case("data file missing", "absent.jsonl", spec(data={"files": "absent.jsonl"})),
+    Case("overlapping splits", "calibration", overlapping),
+    Case("limit of zero", "`limit.test`", spec(limit={"test": 0})),
+    Case("unknown metric", "`metric` must be", spec(metric="happiness")),
+    Case("negative fraction", "fractions", spec(data={"files": "rows.jsonl", "fractions": {"calibration": -0.5, "selection": 1, "test": 1}})),
+    Case("no stop criterion", "Exactly one of `tolerance`", options=()),
+    Case("ratio above one", "`pruning_ratio` must be", options=("--pruning-ratio", "1.2")),
+    Case("negative tolerance", "`tolerance` must be", options=("--tolerance", "-0.1")),
+    Case("unknown projection", "`projection` must be", options=("--pruning-ratio", "0.5", "--projection", "pca")),
+    Case("rank multiple of zero", "`rank_multiple` must be", options=("--pruning-ratio", "0.5", "--rank-multiple", "0")),
+    Case("adapters with a tolerance", "learned", options=("--tolerance", "0.1", "--projection", "learned")),
+    Case("pattern without match", "`target_modules` must match", options=("--pruning-ratio", "0.5", "--target-modules", "wq")),
+    Case("everything excluded", "must have linear layers", options=("--pruning-ratio", "0.5", "--exclude-modules", "layers.*")),
+    Case("settings file with a typo", "Did you mean `damping`", text("settings.json", '{"dampping": 1}'), ("--pruning-ratio", "0.5", "--config", "settings.json")),
+    Case("model missing", "absent", arguments={"--model": "absent/absent/absent"}),
+    Case("checkpoint truncated", "model|safetensors|header|file", truncated_checkpoint),
+    Case("weights not finite", "must have finite weights", weights(lambda m: m.model.layers[1].mlp.up_proj.weight.fill_(float("nan")))),
+    Case("activations overflow", "finite", weights(lambda m: m.lm_head.weight.mul_(1e38))),
+    Case("model pruned already", "pruned already", pruned_already),
+    Case("model without linears", "must have linear layers", model(num_hidden_layers=0)),
+    Case("prompt too long", "tokens the model takes", model(max_position_embeddings=4)),
+    Case("integer dtype", "`dtype` must be", options=("--pruning-ratio", "0.5", "--dtype", "int8")),
+    Case("output holds files", "`output_dir` must be new or empty", occupied),
+    Case("output is a file", "`output_dir` must be a directory", text("out", "")),
+    Case("tolerance out of reach", "`tolerance` must leave room", options=("--tolerance", "0", "--confidence", "0.999", "--search-steps", "2")),
+]  # fmt: skip
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    write_task(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_ends_in_one_line_and_leaves_nothing(case: Case, directory: Path, monkeypatch, capsys) -> None:
+    from optimum.commands.optimum_cli import main
+
+    case.breaks(directory)
+    capsys.readouterr()
+    before = contents(directory)
+    words = {"--model": "model", "--task": "task.json", "--output": "out", "--device": "cpu", **case.arguments}
+    pairs = [word for pair in words.items() for word in pair]
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", "prune", *pairs, *case.options])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert exit_.value.code == 1
+    assert len(errors) == 1
+    assert_matches(case.message, errors[0])
+    assert "Traceback" not in errors[0]
+    assert contents(directory) == before
+
+
+def assert_matches(pattern: str, message: str) -> None:
+    import re
+
+    assert re.search(pattern, message, flags=re.IGNORECASE), message
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_full_disk_leaves_nothing(directory: Path) -> None:
+    """A file size limit stands in for the full disk: the operating system refuses the write in the same way."""
+    code = (
+        "import resource, signal, sys\n"
+        "from optimum_sieve import SieveConfig, SievePruner\n"
+        "pruner = SievePruner.from_pretrained('model', task='task.json', device='cpu')\n"
+        "pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=2), progress=False)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "try: pruner.save_pretrained('out')\n"
+        "except OSError as error: print('message:', error)\n"
+    )
+    before = contents(directory)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "message: `output_dir` must be writable and have room" in done.stdout, done.stdout + done.stderr
+    assert contents(directory) == before
+    assert sorted(path.name for path in directory.iterdir()) == ["model", "rows.jsonl", "task.json"]
+
+
+def test_damaged_work_directory_names_the_file(directory: Path) -> None:
+    from optimum_sieve import SieveConfig, SievePruner
+
+    config = SieveConfig(pruning_ratio=0.5, rank_multiple=2)
+    SievePruner.from_pretrained("model", task="task.json", device="cpu").prune(config, work_dir="work", progress=False)
+    damaged = next(Path("work").glob("moments-*"))
+    damaged.write_bytes(b"not a checkpoint")
+    again = SievePruner.from_pretrained("model", task="task.json", device="cpu")
+    with pytest.raises(ValueError, match=rf"{damaged.name}.*Delete it and run again"):
+        again.prune(config, work_dir="work", progress=False)
