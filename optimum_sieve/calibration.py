@@ -18,7 +18,7 @@ from .targets import Target, linear_weight
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 
 class CalibrationBatch(Protocol):
@@ -44,6 +44,7 @@ def collect_moments(
     *,
     projection: str = "joint",
     num_examples: int,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Moments]:
     """Run the model over `batches` and return the moments of each target by name.
 
@@ -51,19 +52,21 @@ def collect_moments(
     float32 on the device of each weight. Parameters' `requires_grad` and the training mode are restored.
 
     Args:
-        model (`torch.nn.Module`): The dense model, on its device.
+        model (`torch.nn.Module`): The model, on its device; its targets may hold factors already.
         targets (`Sequence[Target]`): Layers to watch.
         batches (`Iterable`): Batches, already on the model's device.
         loss (`Callable`): Maps `(model, batch)` to the *sum* of the examples' losses; only called with gradients on for
             the joint projection.
         projection (`str`): `"joint"`, `"activation"` or `"learned"`.
         num_examples (`int`): Examples in all batches, by which the sums are divided.
+        weights (`Mapping[str, torch.Tensor]`, *optional*): Weight (out, in) of each target that the moments are for;
+            `None`: the one it has now.
 
     Raises:
         ValueError: If a loss or a moment is not finite; the message names the layer.
     """
     modules = {target.name: model.get_submodule(target.name) for target in targets}
-    weights = {name: linear_weight(module) for name, module in modules.items()}
+    weights = weights or {name: linear_weight(module) for name, module in modules.items()}
     moments = {name: empty_moments(weight, projection=projection) for name, weight in weights.items()}
     needs_gradient = projection == "joint"
     # float16 gradients underflow below 6e-8: scale the loss up and the gradients down again in float32.

@@ -41,6 +41,9 @@ class SieveConfig:
             texts; exact, and gold answers are not used), `"labels"` (cross-entropy of the gold candidate in that
             distribution) or `"answer"` (likelihood of the gold answer among all texts). A task without candidates
             always takes `"answer"`.
+        rounds (`int`):
+            How often moments are taken: first on the dense model, then on the model pruned part of the way with the
+            factors so far. `"svd"` and `"learned"` always take one.
         target_modules (`tuple[str, ...]`, *optional*):
             `fnmatch` patterns of the linears to prune. `None`: every linear of the transformer blocks.
         exclude_modules (`tuple[str, ...]`):
@@ -77,10 +80,11 @@ class SieveConfig:
     allocation: str = "energy"
     storage: str = "pivoted"
     loss: str = "fisher"
+    rounds: int = 2
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
     rank_multiple: int = 8
-    damping: float = 1e-3
+    damping: float = 1e-4
     confidence: float = 0.9
     search_steps: int = 6
     batch_size: int = 16
@@ -156,7 +160,7 @@ _FLOAT_RANGES = {
     "damping": (0.0, 1.0, True),
     "confidence": (0.5, 1.0, True),
 }
-_LEAST_INTEGERS = {"rank_multiple": 1, "search_steps": 1, "batch_size": 1, "seed": 0}
+_LEAST_INTEGERS = {"rank_multiple": 1, "rounds": 1, "search_steps": 1, "batch_size": 1, "seed": 0}
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...] | None:

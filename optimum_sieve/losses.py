@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,10 +49,10 @@ def label_loss(targets: Sequence[int]) -> Loss:
 def fisher_root(seed: int = 0) -> Loss:
     r"""Return a function whose gradient's second moment is the Fisher information of the candidates' distribution.
 
-    With scores \(s\) and \(p = \mathrm{softmax}(s)\), the Fisher information is \(J^\top F J\) where
-    \(F = \mathrm{diag}(p) - p p^\top\) and \(J\) is the derivative of \(s\). With \(F = \sum_j \lambda_j u_j u_j^\top\),
-    the function is \(a^\top s\) for the constant \(a = \sum_j \pm \sqrt{\lambda_j}\, u_j\) with random signs, so
-    \(E[a a^\top] = F\). For two candidates there is one \(\lambda_j > 0\), so no randomness at all. The gold answers
+    With scores \(s\) and \(p = \mathrm{softmax}(s)\), the Fisher information is \(J^\top F J\), where
+    \(F = \mathrm{diag}(p) - p p^\top\) and \(J\) is the derivative of \(s\). With eigenvectors \(u_j\) and eigenvalues
+    \(\lambda_j\) of \(F\), the function is \(a^\top s\) for the constant \(a = \sum_j \pm \sqrt{\lambda_j}\, u_j\) with
+    random signs, so \(E[a a^\top] = F\). For two candidates one \(\lambda_j > 0\) only: nothing is random. Gold answers
     are not used: what is kept is the dense model's behaviour, right or wrong.
     """
 
@@ -70,8 +71,5 @@ def fisher_root(seed: int = 0) -> Loss:
 
 def _signs(indices: Sequence[int], count: int, seed: int) -> torch.Tensor:
     """Random signs (len(indices), count) that depend on each example alone, not on how examples are batched."""
-    rows = []
-    for index in indices:
-        generator = torch.Generator().manual_seed((seed << 32) + index)
-        rows.append(torch.randint(0, 2, (count,), generator=generator) * 2 - 1)
-    return torch.stack(rows)
+    rows = [np.random.default_rng((seed, index)).choice((-1.0, 1.0), size=count) for index in indices]
+    return torch.from_numpy(np.stack(rows))

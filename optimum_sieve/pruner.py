@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ from .loading import load_model
 from .modeling_sieve import read_rank_pattern
 from .plan import PrunePlan, make_plan, tensor_bytes
 from .report import REPORT_NAME, build_report, write_report
-from .stages import Setting, choose_ranks, collect, factor, score
+from .stages import Setting, calibrate, choose_ranks, score, timed
 from .surgery import apply_ranks, count_target_parameters
 from .targets import find_targets, linear_weight
 from .tasks import Task
@@ -28,8 +26,6 @@ from .workdir import WorkDir, content_key, model_fingerprint
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
@@ -169,20 +165,16 @@ class SievePruner:
             fingerprint=content_key(model=model_fingerprint(self.model), task=self.task.fingerprint()),
             progress=progress,
         )
-        with _timed(seconds, "moments"):
-            moments = collect(setting, self.task.examples("calibration", self.tokenizer))
-        with _timed(seconds, "factors"):
-            bases = factor(setting, moments)
-            del moments
-        with _timed(seconds, "ranks"):
+        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), seconds)
+        with timed(seconds, "ranks"):
             ranks, trials = choose_ranks(setting, bases, self.task.examples("selection", self.tokenizer))
         test = self.task.examples("test", self.tokenizer)
-        with _timed(seconds, "test"):
+        with timed(seconds, "test"):
             dense = score(setting, test, "dense model on test")
         sizes_before = self._sizes()
         apply_ranks(self.model, bases, ranks, storage=config.storage)
         del bases
-        with _timed(seconds, "test"):
+        with timed(seconds, "test"):
             # Not from the work directory: what is scored here is what will be saved.
             pruned = score(setting_without_work(setting), test, "pruned model on test")
         sizes_after = self._sizes()
@@ -308,10 +300,3 @@ def _replace_directory(source: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ from .workdir import WorkDir, content_key, flatten, unflatten
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -67,6 +69,14 @@ class Setting:
         return content_key(run=self.fingerprint, **{name: values[name] for name in settings}, **more)
 
 
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall-clock time spent inside to `seconds[stage]`."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
 def score(setting: Setting, examples: Sequence[Example], description: str, **key: object) -> Evaluation:
     """Score the model as it is now, or take the score from the work directory."""
     name = setting.key(description=description, **key)
@@ -87,13 +97,71 @@ def score(setting: Setting, examples: Sequence[Example], description: str, **key
     return evaluation
 
 
-def collect(setting: Setting, examples: Sequence[Example]) -> dict[str, Moments]:
+def calibrate(setting: Setting, examples: Sequence[Example], seconds: dict[str, float]) -> dict[str, FactorBasis]:
+    """Return a factor basis of every target's dense weight, from moments taken in one or more rounds.
+
+    The first round's moments are the dense model's. Each later round takes them on the model pruned part of the way
+    with the bases so far, where inputs and gradients are what the pruned layers will really meet.
+
+    Args:
+        setting (`Setting`): The run.
+        examples (`Sequence[Example]`): The calibration examples.
+        seconds (`dict[str, float]`): Wall-clock time is added under `"moments"` and `"factors"`.
+    """
+    weights = {target.name: linear_weight(setting.model.get_submodule(target.name)) for target in setting.targets}
+    rounds = setting.config.rounds if setting.config.projection in ("joint", "activation") else 1
+    bases: dict[str, FactorBasis] = {}
+    history: list[Ranks] = []
+    for number in range(rounds):
+        if number:
+            history.append(allocate_ranks(setting, bases, kept_in_round(setting.config, number)))
+        key = setting.key(*_BASIS_SETTINGS, names=list(weights), history=history, learned=_learned(setting.config))
+        found = setting.work.load("bases", key)
+        if found is not None:
+            bases = {name: FactorBasis(**tensors) for name, tensors in unflatten(found).items()}
+            continue
+        with (
+            timed(seconds, "moments"),
+            truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
+        ):
+            moments = collect(setting, examples, weights, history, number)
+        with timed(seconds, "factors"):
+            bases = factor(setting, weights, moments)
+        setting.work.save("bases", key, flatten(bases))
+    return bases
+
+
+_BASIS_SETTINGS = ("projection", "loss", "seed", "damping")
+
+
+def _learned(config: SieveConfig) -> list[object]:
+    """What adapters depend on beside the moments: they are trained for one rank."""
+    return [config.pruning_ratio, config.storage, config.rank_multiple] if config.projection == "learned" else []
+
+
+def kept_in_round(config: SieveConfig, number: int) -> float:
+    """Kept fraction at which round `number` (from 1) takes its moments: in equal ratios on the way to the goal.
+
+    The goal is what `pruning_ratio` keeps, or a quarter where a search has yet to find it.
+    """
+    goal = 0.25 if config.pruning_ratio is None else 1 - config.pruning_ratio
+    return float(goal ** (number / config.rounds))
+
+
+def collect(
+    setting: Setting,
+    examples: Sequence[Example],
+    weights: Mapping[str, torch.Tensor],
+    history: Sequence[Ranks] = (),
+    number: int = 0,
+) -> dict[str, Moments]:
     """Collect the moments of every target over the calibration examples; none for the `svd` projection."""
     config = setting.config
     if config.projection == "svd":
         return {}
-    names = [target.name for target in setting.targets]
-    key = setting.key("projection", "loss", "seed", names=names)
+    key = setting.key(
+        "projection", "loss", "seed", *(("damping",) if history else ()), names=list(weights), history=list(history)
+    )
     kept = setting.work.load("moments", key)
     if kept is not None:
         return {name: Moments.from_tensors(tensors) for name, tensors in unflatten(kept).items()}
@@ -106,7 +174,8 @@ def collect(setting: Setting, examples: Sequence[Example]) -> dict[str, Moments]
         candidates=by_candidate,
         max_length=max_positions(setting.model),
     )
-    with tqdm(batches, desc="moments", unit="batch", disable=not setting.progress) as bar:
+    description = f"moments, round {number + 1}"
+    with tqdm(batches, desc=description, unit="batch", disable=not setting.progress) as bar:
         moments = collect_moments(
             setting.model,
             setting.targets,
@@ -114,48 +183,40 @@ def collect(setting: Setting, examples: Sequence[Example]) -> dict[str, Moments]
             loss,
             projection=config.projection,
             num_examples=len(examples),
+            weights=weights,
         )
     setting.work.save("moments", key, flatten(moments))
     return moments
 
 
-def factor(setting: Setting, moments: Mapping[str, Moments]) -> dict[str, FactorBasis]:
-    """Factor every target's weight; one basis serves every rank, but for `learned`, which is trained for its rank."""
+def factor(
+    setting: Setting, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]
+) -> dict[str, FactorBasis]:
+    """Factor every weight; one basis serves every rank, but for `learned`, which is trained for its rank."""
     config = setting.config
-    names = [target.name for target in setting.targets]
-    learned = ("pruning_ratio", "storage", "rank_multiple") if config.projection == "learned" else ()
-    key = setting.key("projection", "loss", "seed", "damping", *learned, names=names)
-    kept = setting.work.load("bases", key)
-    if kept is not None:
-        return {name: FactorBasis(**tensors) for name, tensors in unflatten(kept).items()}
     ranks = _ranks_to_learn(setting) if config.projection == "learned" else {}
     bases: dict[str, FactorBasis] = {}
-    for target in tqdm(setting.targets, desc="factors", unit="matrix", disable=not setting.progress):
-        weight = linear_weight(setting.model.get_submodule(target.name))
+    for name, weight in tqdm(weights.items(), desc="factors", unit="matrix", disable=not setting.progress):
         if config.projection == "learned":
-            rank = ranks[target.name]
-            bases[target.name] = learn_adapter(weight, moments[target.name], target.max_rank if rank is None else rank)
-            continue
-        bases[target.name] = factorize(
-            weight,
-            moments.get(target.name),
-            projection=config.projection,
-            damping=config.damping,
-        )
-    setting.work.save("bases", key, flatten(bases))
+            rank = ranks[name]
+            bases[name] = learn_adapter(weight, moments[name], min(weight.shape) if rank is None else rank)
+        else:
+            bases[name] = factorize(weight, moments.get(name), projection=config.projection, damping=config.damping)
     return bases
 
 
 def _ranks_to_learn(setting: Setting) -> Ranks:
-    """Ranks of the uniform allocation, which needs no curve."""
-    bases = {target.name: torch.zeros(target.max_rank) for target in setting.targets}
-    return _allocate(setting, bases, 1 - (setting.config.pruning_ratio or 0.0))
+    """Ranks of the uniform allocation, which looks at no energy."""
+    config = setting.config
+    flat = {t.name: FactorBasis(torch.empty(0), torch.empty(0), torch.zeros(t.max_rank)) for t in setting.targets}
+    return allocate_ranks(setting, flat, 1 - (config.pruning_ratio or 0.0))
 
 
-def _allocate(setting: Setting, energies: Mapping[str, torch.Tensor], kept: float) -> Ranks:
+def allocate_ranks(setting: Setting, bases: Mapping[str, FactorBasis], kept: float) -> Ranks:
+    """Choose every target's rank (`None` = dense) so that the fraction `kept` of their parameters is left."""
     config = setting.config
     curves = [
-        LossCurve(target.name, target.out_features, target.in_features, energies[target.name].cpu().numpy())
+        LossCurve(target.name, target.out_features, target.in_features, bases[target.name].energy.cpu().numpy())
         for target in setting.targets
     ]
     total = sum(target.num_parameters for target in setting.targets)
@@ -179,28 +240,27 @@ def choose_ranks(
     Raises:
         RuntimeError: If the search found nothing within the tolerance.
     """
-    energies = {name: basis.energy for name, basis in bases.items()}
     config = setting.config
     if config.pruning_ratio is not None:
-        return _allocate(setting, energies, 1 - config.pruning_ratio), []
+        return allocate_ranks(setting, bases, 1 - config.pruning_ratio), []
     dense = score(setting, examples, "dense model on selection")
 
     def compare_at(kept: float) -> Comparison:
-        ranks = _allocate(setting, energies, kept)
+        ranks = allocate_ranks(setting, bases, kept)
         with truncated(setting.model, bases, ranks, storage=config.storage):
             pruned = score(
                 setting,
                 examples,
                 f"kept {kept:.1%} on selection",
                 ranks=ranks,
-                config={name: config.to_dict()[name] for name in ("projection", "loss", "seed", "damping", "storage")},
+                config={name: config.to_dict()[name] for name in (*_BASIS_SETTINGS, "rounds", "allocation", "storage")},
             )
         return compare(dense, pruned)
 
     kept, trials = search_kept_fraction(
         compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
     )
-    return _allocate(setting, energies, kept), trials
+    return allocate_ranks(setting, bases, kept), trials
 
 
 def search_kept_fraction(

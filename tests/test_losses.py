@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toy import load_task, make_model, make_tokenizer
+from torch import nn
+
+from optimum_sieve.losses import answer_loss, calibration_loss, fisher_root
+from optimum_sieve.scoring import Batch, log_likelihoods, make_batches
+
+
+class Scores(nn.Module):
+    """A model whose candidate scores are its parameters, one row per example."""
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(scores)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Let `log_likelihoods` return the model's own scores; return what makes a batch of them."""
+    monkeypatch.setattr("optimum_sieve.losses.log_likelihoods", lambda model, batch: model.scores[batch.rows])
+
+    def batch(rows: list[int], present: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(rows=rows, indices=tuple(rows), present=present[rows])
+
+    return batch
+
+
+def gradient(model: Scores, batch: object, seed: int = 0) -> torch.Tensor:
+    model.zero_grad()
+    fisher_root(seed)(model, batch).backward()
+    return model.scores.grad.clone()
+
+
+def test_two_candidates_give_the_exact_fisher_information(scored):
+    torch.manual_seed(0)
+    model = Scores(torch.randn(5, 2))
+    found = gradient(model, scored([0, 1, 2, 3, 4], torch.ones(5, 2, dtype=torch.bool)))
+    p = model.scores.detach().softmax(-1)
+    expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    torch.testing.assert_close(found[:, :, None] * found[:, None, :], expected)
+
+
+def test_many_candidates_give_the_fisher_information_on_average(scored):
+    torch.manual_seed(0)
+    model = Scores(torch.randn(1, 4))
+    batch = scored([0], torch.ones(1, 4, dtype=torch.bool))
+    roots = torch.stack([gradient(model, batch, seed)[0] for seed in range(2000)])
+    p = model.scores.detach()[0].softmax(-1)
+    torch.testing.assert_close(roots.T @ roots / len(roots), torch.diag(p) - torch.outer(p, p), atol=0.01, rtol=0)
+
+
+def test_missing_candidates_do_not_matter_and_batching_does_not_either(scored):
+    torch.manual_seed(0)
+    scores = torch.randn(3, 4)
+    present = torch.ones(3, 4, dtype=torch.bool)
+    present[1, 2:] = False
+    model = Scores(scores.masked_fill(~present, float("-inf")))
+    together = gradient(model, scored([0, 1, 2], present))
+    alone = sum(gradient(model, scored([row], present)) for row in range(3))
+    torch.testing.assert_close(together, alone)
+    assert torch.isfinite(together).all()
+    assert (together[1, 2:] == 0).all()
+    p = scores[1, :2].softmax(-1)
+    torch.testing.assert_close(together[1, :2].abs(), (p[0] * p[1]).sqrt().expand(2))
+
+
+@pytest.fixture
+def examples(tmp_path):
+    return load_task(tmp_path).examples("calibration", make_tokenizer())[:8]
+
+
+def batch_of(examples: list, candidates: bool) -> Batch:
+    return make_batches(examples, make_tokenizer(), batch_size=8, candidates=candidates)[0]
+
+
+def test_labels_is_the_cross_entropy_of_the_gold_candidates(examples):
+    model = make_model()
+    loss, by_candidate = calibration_loss("labels", examples)
+    batch = batch_of(examples, by_candidate)
+    log_probs = log_likelihoods(model, batch).log_softmax(-1)
+    expected = -sum(log_probs[row, examples[index].target] for row, index in enumerate(batch.indices))
+    assert by_candidate
+    torch.testing.assert_close(loss(model, batch), expected)
+
+
+def test_answer_is_the_likelihood_of_the_gold_texts(examples):
+    model = make_model()
+    loss, by_candidate = calibration_loss("answer", examples)
+    batch = batch_of(examples, by_candidate)
+    whole = batch_of(examples, True)
+    scores = log_likelihoods(model, whole)
+    expected = -sum(scores[row, examples[index].target] for row, index in enumerate(whole.indices))
+    assert not by_candidate
+    assert loss is answer_loss
+    torch.testing.assert_close(loss(model, batch), expected)
+
+
+@pytest.mark.parametrize("name", ["fisher", "labels"])
+def test_without_candidates_every_loss_is_answer(name, examples):
+    from dataclasses import replace
+
+    bare = [replace(example, candidates=(), target=None) for example in examples]
+    assert calibration_loss(name, bare) == (answer_loss, False)
