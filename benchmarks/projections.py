@@ -87,9 +87,7 @@ class Bench:
 
     def score(self) -> Evaluation:
         """Score the model as it is."""
-        return evaluate(
-            self.model, self.test, self.tokenizer, metric=self.task.metric, batch_size=32, progress=False
-        )
+        return evaluate(self.model, self.test, self.tokenizer, metric=self.task.metric, batch_size=32, progress=False)
 
     def run(self, projection: str, loss: str, allocation: str, storage: str, fractions: list[float]) -> None:
         """Factor once (adapters: once per fraction) and print a row per fraction."""
@@ -111,7 +109,9 @@ class Bench:
             with truncated(self.model, bases, ranks, storage=storage):
                 self.report(f"{projection} ({loss})", allocation, storage, fraction, self.score(), seconds)
 
-    def report(self, name: str, allocation: str, storage: str, fraction: float, pruned: Evaluation, seconds: dict[str, float]) -> None:
+    def report(
+        self, name: str, allocation: str, storage: str, fraction: float, pruned: Evaluation, seconds: dict[str, float]
+    ) -> None:
         """Print one row."""
         against = compare(self.dense, pruned)
         print(

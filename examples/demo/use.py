@@ -1,0 +1,45 @@
+"""What the demo does with the reloaded model: write, classify, and be scored on data of a sibling task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimum_sieve import Task, compare, evaluate
+
+
+SENTENCES = (
+    "An unforgettable film, warm and funny from the first minute to the last.",
+    "Two hours of my life that I will never get back.",
+    "The cast does what it can, but the script is dead on arrival.",
+)
+
+
+def write(model: Any, tokenizer: Any) -> list[int]:
+    """Continue a text, greedily."""
+    inputs = tokenizer("Review: The film is", return_tensors="pt")
+    return model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()
+
+
+def classify(model: torch.nn.Module, tokenizer: Any, task: Task) -> None:
+    """Print the likelier label of a few sentences, read from the next-token logits."""
+    tokens = {label: tokenizer(text, add_special_tokens=False).input_ids[0] for label, text in task.labels.items()}
+    for sentence in SENTENCES:
+        inputs = tokenizer(f"Review: {sentence}\nSentiment:", return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+        print(f"  {max(tokens, key=lambda label: logits[tokens[label]]):9} {sentence}")
+
+
+def sibling(dense: torch.nn.Module, pruned: torch.nn.Module, tokenizer: Any) -> None:
+    """Score both models on product reviews, which neither calibration nor search has seen anything of."""
+    task = Task.from_file(Path(__file__).with_name("amazon.yaml"))
+    examples = task.examples("test", tokenizer)
+    scores = [evaluate(model, examples, tokenizer, metric="accuracy", batch_size=32) for model in (dense, pruned)]
+    difference = compare(*scores)
+    print(f"\nSibling data: {len(examples)} product reviews, majority class {scores[0].majority_score:.3f}")
+    for name, score in zip(("dense", "pruned"), scores, strict=True):
+        print(f"{name:6} accuracy {score.score:.3f} +- {score.standard_error:.3f}")
+    print(f"paired difference {difference.mean:+.3f} +- {difference.standard_error:.3f}")

@@ -1,0 +1,21 @@
+"""Prune a model for a task and save it: `python examples/prune.py MODEL TASK_FILE OUTPUT [TOLERANCE]`."""
+
+from __future__ import annotations
+
+import sys
+
+from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve.report import format_table
+
+
+def main(model: str, task: str, output: str, tolerance: str = "0.02") -> None:
+    """Prune `model` until it loses `tolerance` points on the task's selection split."""
+    pruner = SievePruner.from_pretrained(model, task=task)
+    # The work directory keeps finished stages: run the same command again after a stop and it goes on there.
+    result = pruner.prune(SieveConfig(tolerance=float(tolerance)), work_dir=f"{output}-work")
+    pruner.save_pretrained(output)
+    print(format_table(result.report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

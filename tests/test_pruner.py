@@ -1,0 +1,227 @@
+"""The main job end to end, on a tiny model that has learned the toy task."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from toy import load_task, make_model, make_tokenizer, parity_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve.calibration import collect_moments
+from optimum_sieve.losses import answer_loss
+from optimum_sieve.scoring import make_batches
+
+
+QUIET = {"progress": False}
+# Below this many parameters a pivoted matrix of the toy model keeps almost nothing.
+HALF = SieveConfig(pruning_ratio=0.5, rank_multiple=1)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return load_task(tmp_path_factory.mktemp("task"), parity_rows(900))
+
+
+@pytest.fixture(scope="module")
+def learned(task):
+    """A toy model trained on the calibration split until it does the task."""
+    model = make_model(initializer_range=0.05).train()
+    batches = make_batches(
+        task.examples("calibration", make_tokenizer()), make_tokenizer(), batch_size=32, candidates=False
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(200):
+        optimizer.zero_grad()
+        batch = batches[step % len(batches)]
+        (answer_loss(model, batch) / batch.num_examples).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture
+def pruner(learned, task):
+    return SievePruner(copy.deepcopy(learned), make_tokenizer(), task, base_model="toy/base")
+
+
+def score(model, task, split="test"):
+    tokenizer = make_tokenizer()
+    return evaluate(model, task.examples(split, tokenizer), tokenizer, metric="accuracy", batch_size=32, progress=False)
+
+
+def test_tolerance_holds_on_the_test_split(pruner, learned, task):
+    dense = score(learned, task)
+    assert dense.score > 0.9
+    result = pruner.prune(SieveConfig(tolerance=0.05, rank_multiple=1), **QUIET)
+    difference = compare(dense, score(result.model, task))
+    parameters = result.report["parameters"]
+    assert parameters["targets_after"] < 0.5 * parameters["targets_before"]
+    assert difference.mean + 2 * difference.standard_error >= -0.05
+    assert result.report["paired_difference"]["mean"] == pytest.approx(difference.mean)
+
+
+def test_budget_is_met_and_counted_from_the_modules(pruner, learned):
+    before = sum(p.numel() for p in learned.parameters())
+    parameters = pruner.prune(HALF, **QUIET).report["parameters"]
+    assert 0.45 * parameters["targets_before"] < parameters["targets_after"] <= 0.5 * parameters["targets_before"]
+    assert parameters["model_before"] == before
+    assert parameters["model_after"] == sum(p.numel() for p in pruner.model.parameters())
+    saved = parameters["targets_before"] - parameters["targets_after"]
+    assert parameters["model_before"] - parameters["model_after"] == saved
+
+
+def kl_of(learned, task, **settings):
+    pruner = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)
+    return pruner.prune(SieveConfig(**{"pruning_ratio": 0.7, "rank_multiple": 1, **settings}), **QUIET).report["kl"]
+
+
+def test_joint_with_energy_keeps_more_than_the_baselines(learned, task):
+    best = kl_of(learned, task)
+    assert best < kl_of(learned, task, allocation="uniform")
+    assert best < kl_of(learned, task, projection="svd")
+    assert best < kl_of(learned, task, projection="activation", allocation="uniform", storage="factors")
+    assert best < kl_of(learned, task, projection="learned", allocation="uniform", storage="factors")
+
+
+@pytest.mark.parametrize("settings", [
+    {"projection": "svd"},
+    {"projection": "activation", "rounds": 1},
+    {"projection": "learned", "allocation": "uniform"},
+    {"loss": "labels", "storage": "factors"},
+    {"loss": "answer", "allocation": "uniform"},
+    {"rank_multiple": 8, "rounds": 3},
+])  # fmt: skip
+def test_every_setting_gives_a_model_of_the_size_asked(pruner, settings):
+    parameters = pruner.prune(SieveConfig(**{"pruning_ratio": 0.4, **settings}), **QUIET).report["parameters"]
+    assert parameters["targets_after"] <= 0.6 * parameters["targets_before"]
+
+
+def test_saved_model_loads_with_plain_transformers(pruner, task, tmp_path):
+    result = pruner.prune(HALF, **QUIET)
+    pruner.save_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("Number: 7 51 30 Parity:", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, result.model(**inputs).logits)
+    assert score(model, task).score == result.report["pruned"]["score"]
+
+
+def test_report_and_card_lie_beside_the_model(pruner, tmp_path):
+    result = pruner.prune(HALF, **QUIET)
+    pruner.save_pretrained(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "sieve_report.json").read_text())
+    expected = {"task", "split", "count", "dense", "pruned", "majority_score", "paired_difference", "agreement", "kl"}
+    assert expected | {"parameters", "bytes", "seconds", "settings", "versions"} <= report.keys()
+    assert report["split"] == "test"
+    assert report["bytes"]["after"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert report["settings"] == result.report["settings"] == HALF.to_dict()
+    assert "toy/base" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_work_directory_resumes_every_stage(learned, task, tmp_path, monkeypatch):
+    config = SieveConfig(tolerance=0.1, rank_multiple=1, search_steps=3)
+    first = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, work_dir=tmp_path, **QUIET)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a finished stage was run again")
+
+    monkeypatch.setattr("optimum_sieve.stages.collect_moments", forbidden)
+    monkeypatch.setattr("optimum_sieve.stages.factorize", forbidden)
+    scored = []
+    monkeypatch.setattr(
+        "optimum_sieve.stages.evaluate",
+        lambda *args, description, **options: scored.append(description) or evaluate(*args, **options),
+    )
+    second = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, work_dir=tmp_path, **QUIET)
+    assert second.rank_pattern == first.rank_pattern
+    assert second.trials == first.trials
+    # What will be saved is always scored as it is.
+    assert scored == ["pruned model on test"]
+
+
+def test_killed_run_resumes_to_the_same_result(learned, task, tmp_path, monkeypatch):
+    config = SieveConfig(tolerance=0.1, rank_multiple=1, search_steps=3)
+    whole = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
+    calls = iter(range(100))
+
+    def interrupted(*args, **options):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    broken = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)
+    with monkeypatch.context() as patched:
+        patched.setattr("optimum_sieve.stages.evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            broken.prune(config, work_dir=tmp_path, **QUIET)
+    assert all(type(module).__name__ != "FactorizedLinear" for module in broken.model.modules())
+    resumed = broken.prune(config, work_dir=tmp_path, **QUIET)
+    assert resumed.rank_pattern == whole.rank_pattern
+    for (name, a), (_, b) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_other_data_or_weights_are_not_taken_from_the_work_directory(learned, task, tmp_path):
+    SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(HALF, work_dir=tmp_path, **QUIET)
+    files = set(tmp_path.iterdir())
+    changed = copy.deepcopy(learned)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    SievePruner(changed, make_tokenizer(), task).prune(HALF, work_dir=tmp_path, **QUIET)
+    assert len(set(tmp_path.iterdir())) == 2 * len(files)
+
+
+def test_test_split_is_read_last(pruner, monkeypatch):
+    order = []
+    examples = type(pruner.task).examples
+    monkeypatch.setattr(type(pruner.task), "examples", lambda s, split, t: order.append(split) or examples(s, split, t))
+    pruner.prune(SieveConfig(tolerance=0.1, rank_multiple=1, search_steps=2), **QUIET)
+    assert order == ["calibration", "selection", "test"]
+
+
+def test_later_rounds_watch_the_pruned_model(learned, task, monkeypatch):
+    ranks = []
+
+    def watching(model, targets, *args, **options):
+        modules = [model.get_submodule(target.name) for target in targets]
+        ranks.append(sum(type(module).__name__ == "FactorizedLinear" for module in modules))
+        return collect_moments(model, targets, *args, **options)
+
+    monkeypatch.setattr("optimum_sieve.stages.collect_moments", watching)
+    config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, rounds=2)
+    SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
+    assert ranks[0] == 0
+    assert ranks[1] > 0
+
+
+def test_bfloat16_model_is_pruned_in_bfloat16(learned, task):
+    pruner = SievePruner(copy.deepcopy(learned).bfloat16(), make_tokenizer(), task)
+    result = pruner.prune(HALF, **QUIET)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert result.report["pruned"]["score"] > 0.85
+
+
+def test_second_prune_is_refused(pruner):
+    pruner.prune(HALF, **QUIET)
+    with pytest.raises(RuntimeError, match="once per pruner"):
+        pruner.prune(HALF, **QUIET)
+
+
+def test_saving_before_pruning_is_refused(pruner, tmp_path):
+    with pytest.raises(RuntimeError, match="must follow `prune`"):
+        pruner.save_pretrained(tmp_path / "out")
+
+
+def test_overwrite_replaces_the_directory_as_a_whole(pruner, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    pruner.prune(HALF, **QUIET)
+    with pytest.raises(FileExistsError, match="must be new or empty"):
+        pruner.save_pretrained(tmp_path / "out")
+    pruner.save_pretrained(tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "old.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
