@@ -11,10 +11,8 @@ the calibration split, scores the test split; nothing is searched. `--learned` a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -24,27 +22,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
 from optimum_sieve.loading import load_model
-from optimum_sieve.stages import Setting, choose_ranks, collect, factor
+from optimum_sieve.stages import Setting, allocate_ranks, calibrate
 from optimum_sieve.surgery import truncated
 from optimum_sieve.targets import find_targets
 from optimum_sieve.workdir import WorkDir, content_key, model_fingerprint
 
 
 FRACTIONS = (0.8, 0.6, 0.5, 0.45, 0.4, 0.3)
-# projection, loss, allocation, storage
+# projection, loss, rounds, allocation, storage
 METHODS = (
-    ("svd", "answer", "uniform", "factors"),
-    ("svd", "answer", "energy", "pivoted"),
-    ("activation", "answer", "uniform", "factors"),
-    ("activation", "answer", "uniform", "pivoted"),
-    ("activation", "answer", "energy", "factors"),
-    ("activation", "answer", "energy", "pivoted"),
-    ("joint", "answer", "energy", "pivoted"),
-    ("joint", "labels", "energy", "pivoted"),
-    ("joint", "fisher", "uniform", "factors"),
-    ("joint", "fisher", "uniform", "pivoted"),
-    ("joint", "fisher", "energy", "factors"),
-    ("joint", "fisher", "energy", "pivoted"),
+    ("svd", "answer", 1, "uniform", "factors"),
+    ("svd", "answer", 1, "energy", "pivoted"),
+    ("activation", "answer", 1, "uniform", "factors"),
+    ("activation", "answer", 1, "uniform", "pivoted"),
+    ("activation", "answer", 1, "energy", "factors"),
+    ("activation", "answer", 1, "energy", "pivoted"),
+    ("joint", "answer", 1, "energy", "pivoted"),
+    ("joint", "labels", 1, "energy", "pivoted"),
+    ("joint", "fisher", 1, "uniform", "factors"),
+    ("joint", "fisher", 1, "uniform", "pivoted"),
+    ("joint", "fisher", 1, "energy", "factors"),
+    ("joint", "fisher", 1, "energy", "pivoted"),
+    ("joint", "fisher", 2, "energy", "pivoted"),
+    ("joint", "fisher", 3, "energy", "pivoted"),
 )
 
 
@@ -89,40 +89,50 @@ class Bench:
         """Score the model as it is."""
         return evaluate(self.model, self.test, self.tokenizer, metric=self.task.metric, batch_size=32, progress=False)
 
-    def run(self, projection: str, loss: str, allocation: str, storage: str, fractions: list[float]) -> None:
-        """Factor once (adapters: once per fraction) and print a row per fraction."""
-        config = SieveConfig(
-            projection=projection, loss=loss, allocation=allocation, storage=storage, pruning_ratio=1 - fractions[0]
-        )
-        setting = Setting(
-            model=self.model, tokenizer=self.tokenizer, config=config, metric=self.task.metric, targets=self.targets,
-            work=self.work, fingerprint=self.fingerprint, progress=False,
-        )  # fmt: skip
-        start = time.perf_counter()
-        moments = collect(setting, self.task.examples("calibration", self.tokenizer))
-        collected = time.perf_counter()
-        bases = factor(setting, moments)
-        seconds = {"moments": collected - start, "bases": time.perf_counter() - collected}
+    def run(self, method: tuple[str, str, int, str, str], fractions: list[float]) -> None:
+        """Factor once and print a row per fraction."""
+        projection, loss, rounds, allocation, storage = method
+        name = f"{projection} {loss} x{rounds}" if projection == "joint" else projection
+        # Adapters are trained for one size; everything else is factored as for a search, which does not know it yet.
+        stop = {"pruning_ratio": 1 - fractions[0]} if projection == "learned" else {"tolerance": 0.0}
+        setting = self.setting(method, stop)
+        seconds = {"moments": 0.0, "factors": 0.0}
+        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), seconds)
         for fraction in fractions:
-            at = dataclasses.replace(setting, config=dataclasses.replace(config, pruning_ratio=1 - fraction))
-            ranks, _ = choose_ranks(at, bases, [])
-            with truncated(self.model, bases, ranks, storage=storage):
-                self.report(f"{projection} ({loss})", allocation, storage, fraction, self.score(), seconds)
+            with truncated(self.model, bases, allocate_ranks(setting, bases, fraction), storage=storage):
+                self.report(name, allocation, storage, fraction, self.score(), seconds)
+
+    def setting(self, method: tuple[str, str, int, str, str], stop: dict[str, float]) -> Setting:
+        """Make the setting of a run by `method`."""
+        fields = ("projection", "loss", "rounds", "allocation", "storage")
+        config = SieveConfig(**stop, **dict(zip(fields, method, strict=True)))
+        return Setting(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            config=config,
+            metric=self.task.metric,
+            targets=self.targets,
+            work=self.work,
+            fingerprint=self.fingerprint,
+            progress=False,
+        )
 
     def report(
         self, name: str, allocation: str, storage: str, fraction: float, pruned: Evaluation, seconds: dict[str, float]
     ) -> None:
         """Print one row."""
         against = compare(self.dense, pruned)
+        times = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
         print(
-            f"{name:20} {allocation:8} {storage:8} kept {fraction:.2f}: accuracy {pruned.score:.3f} +- "
+            f"{name:22} {allocation:8} {storage:8} kept {fraction:.2f}: score {pruned.score:.3f} +- "
             f"{pruned.standard_error:.3f}, difference {against.mean:+.3f} +- {against.standard_error:.3f}, agreement "
-            f"{against.agreement:.3f}, KL {against.kl:.4f}; moments {seconds['moments']:.0f} s, bases {seconds['bases']:.0f} s",
+            f"{against.agreement:.3f}, KL {against.kl:.4f}; {times}",
             flush=True,
         )
         if self.json is not None:
-            row = {"method": name, "allocation": allocation, "storage": storage, "kept": fraction, "score": pruned.score,
-                   "standard_error": pruned.standard_error, **against.to_dict(), "seconds": seconds}  # fmt: skip
+            row = {"method": name, "allocation": allocation, "storage": storage, "kept": fraction}
+            row |= {"score": pruned.score, "score_standard_error": pruned.standard_error}
+            row |= {**against.to_dict(), "seconds": seconds}
             with self.json.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -133,10 +143,10 @@ def main() -> None:
     torch.manual_seed(0)
     bench = Bench(arguments)
     for method in METHODS:
-        if arguments.only is None or arguments.only in " ".join(method):
-            bench.run(*method, fractions=arguments.fractions)
+        if arguments.only is None or arguments.only in " ".join(map(str, method)):
+            bench.run(method, arguments.fractions)
     if arguments.learned:
-        bench.run("learned", "answer", "uniform", "factors", fractions=[0.6])
+        bench.run(("learned", "answer", 1, "uniform", "factors"), [0.6])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prune a model to one size in several ways and compare them: `python examples/compare_projections.py MODEL TASK_FILE`."""
+"""Prune a model to one size in several ways: `python examples/compare_projections.py MODEL TASK_FILE [RATIO]`."""
 
 from __future__ import annotations
 

@@ -6,13 +6,21 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from toy import make_model, make_tokenizer, parity_rows, task_spec, write_rows, write_task
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+HALF = ("--pruning-ratio", "0.5")
+UNREACHABLE = ("--tolerance", "0", "--confidence", "0.999", "--search-steps", "2")
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Case:
     name: str
     message: str
     breaks: Callable[[Path], object] = lambda directory: None
-    options: tuple[str, ...] = ("--pruning-ratio", "0.5")
+    options: tuple[str, ...] = HALF
     arguments: dict[str, str] = field(default_factory=dict)
 
 
@@ -42,6 +50,11 @@ def overlapping(directory: Path) -> None:
     for split in ("calibration", "selection", "test"):
         write_rows(directory / f"{split}.jsonl", parity_rows(30))
     spec(data={"files": {s: f"{s}.jsonl" for s in ("calibration", "selection", "test")}})(directory)
+
+
+def fractions(*shares: float) -> Callable[[Path], object]:
+    named = dict(zip(("calibration", "selection", "test"), shares, strict=True))
+    return spec(data={"files": "rows.jsonl", "fractions": named})
 
 
 def model(**settings: object) -> Callable[[Path], object]:
@@ -98,28 +111,53 @@ CASES = [
     Case("overlapping splits", "calibration", overlapping),
     Case("limit of zero", "`limit.test`", spec(limit={"test": 0})),
     Case("unknown metric", "`metric` must be", spec(metric="happiness")),
-    Case("negative fraction", "fractions", spec(data={"files": "rows.jsonl", "fractions": {"calibration": -0.5, "selection": 1, "test": 1}})),
+    Case(
+        "negative fraction",
+        "fractions",
+        fractions(-0.5, 1, 1),
+    ),
     Case("no stop criterion", "Exactly one of `tolerance`", options=()),
     Case("ratio above one", "`pruning_ratio` must be", options=("--pruning-ratio", "1.2")),
     Case("negative tolerance", "`tolerance` must be", options=("--tolerance", "-0.1")),
-    Case("unknown projection", "`projection` must be", options=("--pruning-ratio", "0.5", "--projection", "pca")),
-    Case("rank multiple of zero", "`rank_multiple` must be", options=("--pruning-ratio", "0.5", "--rank-multiple", "0")),
+    Case("unknown projection", "`projection` must be", options=(*HALF, "--projection", "pca")),
+    Case("rank multiple of zero", "`rank_multiple` must be", options=(*HALF, "--rank-multiple", "0")),
     Case("adapters with a tolerance", "learned", options=("--tolerance", "0.1", "--projection", "learned")),
-    Case("pattern without match", "`target_modules` must match", options=("--pruning-ratio", "0.5", "--target-modules", "wq")),
-    Case("everything excluded", "must have linear layers", options=("--pruning-ratio", "0.5", "--exclude-modules", "layers.*")),
-    Case("settings file with a typo", "Did you mean `damping`", text("settings.json", '{"dampping": 1}'), ("--pruning-ratio", "0.5", "--config", "settings.json")),
+    Case(
+        "pattern without match",
+        "`target_modules` must match",
+        options=(*HALF, "--target-modules", "wq"),
+    ),
+    Case(
+        "everything excluded",
+        "must have linear layers",
+        options=(*HALF, "--exclude-modules", "layers.*"),
+    ),
+    Case(
+        "settings file with a typo",
+        "Did you mean `damping`",
+        text("settings.json", '{"dampping": 1}'),
+        (*HALF, "--config", "settings.json"),
+    ),
     Case("model missing", "absent", arguments={"--model": "absent/absent/absent"}),
     Case("checkpoint truncated", "model|safetensors|header|file", truncated_checkpoint),
-    Case("weights not finite", "must have finite weights", weights(lambda m: m.model.layers[1].mlp.up_proj.weight.fill_(float("nan")))),
+    Case(
+        "weights not finite",
+        "must have finite weights",
+        weights(lambda m: m.model.layers[1].mlp.up_proj.weight.fill_(torch.nan)),
+    ),
     Case("activations overflow", "finite", weights(lambda m: m.lm_head.weight.mul_(1e38))),
     Case("model pruned already", "pruned already", pruned_already),
     Case("model without linears", "must have linear layers", model(num_hidden_layers=0)),
     Case("prompt too long", "tokens the model takes", model(max_position_embeddings=4)),
-    Case("integer dtype", "`dtype` must be", options=("--pruning-ratio", "0.5", "--dtype", "int8")),
+    Case("integer dtype", "`dtype` must be", options=(*HALF, "--dtype", "int8")),
     Case("output holds files", "`output_dir` must be new or empty", occupied),
     Case("output is a file", "`output_dir` must be a directory", text("out", "")),
-    Case("tolerance out of reach", "`tolerance` must leave room", options=("--tolerance", "0", "--confidence", "0.999", "--search-steps", "2")),
-]  # fmt: skip
+    Case(
+        "tolerance out of reach",
+        "`tolerance` must leave room",
+        options=UNREACHABLE,
+    ),
+]
 
 
 @pytest.fixture
@@ -185,7 +223,7 @@ def test_damaged_work_directory_names_the_file(directory: Path) -> None:
 
     config = SieveConfig(pruning_ratio=0.5, rank_multiple=2)
     SievePruner.from_pretrained("model", task="task.json", device="cpu").prune(config, work_dir="work", progress=False)
-    damaged = next(Path("work").glob("moments-*"))
+    damaged = next(Path("work").glob("bases-*"))
     damaged.write_bytes(b"not a checkpoint")
     again = SievePruner.from_pretrained("model", task="task.json", device="cpu")
     with pytest.raises(ValueError, match=rf"{damaged.name}.*Delete it and run again"):

@@ -6,10 +6,14 @@ import importlib.util
 import io
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 from toy import make_model, make_tokenizer, write_task
+
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy import load_task, make_model, make_tokenizer
 from torch import nn
+from toy import load_task, make_model, make_tokenizer
 
 from optimum_sieve.losses import answer_loss, calibration_loss, fisher_root
 from optimum_sieve.scoring import Batch, log_likelihoods, make_batches
