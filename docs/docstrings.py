@@ -43,6 +43,8 @@ class DocstringMarkup(griffe.Extension):
         if obj.docstring is not None:
             text = re.sub(r"\\\((.*?)\\\)", lambda match: f"`{_plain_formula(match[1])}`", obj.docstring.value)
             text = re.sub(r"^( +\w+) \((.*?)\):", _plain_types, text, flags=re.MULTILINE)
+            # The signature has the type of what is returned.
+            text = re.sub(r"(\nReturns:\n +)\[?`[^`]*`\]?( of shape `.*?`)?(, \*optional\*)?: ", r"\1", text)
             obj.docstring.value = re.sub(r"\[`~?([\w.]+)`\](?!\[)", self._reference, text)
 
     def _reference(self, match: re.Match[str]) -> str:
@@ -63,4 +65,7 @@ def _plain_formula(formula: str) -> str:
 
 
 def _plain_types(match: re.Match[str]) -> str:
-    return f"{match[1]} ({re.sub(r'[`*]', '', match[2])}):"
+    """Take the markup out of a parameter's type, and put its shape in front of the description."""
+    shape = re.search(r" of shape (`.*?`)|, (0-d)", match[2])
+    kind = re.sub(r" of shape `.*?`|, 0-d|[`*]", "", match[2])
+    return f"{match[1]} ({kind}):" + (f" Shape {shape[1] or '`()`'}." if shape else "")

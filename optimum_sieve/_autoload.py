@@ -73,7 +73,7 @@ class _UnfinishedModule(ModuleType):
 
     def __getattribute__(self, name: str) -> Any:
         if "AutoConfig" in ModuleType.__getattribute__(self, "__dict__"):
-            self.__class__ = ModuleType
+            ModuleType.__setattr__(self, "__class__", ModuleType)
             sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
             _register_stand_in(self)
         return ModuleType.__getattribute__(self, name)
@@ -82,14 +82,14 @@ class _UnfinishedModule(ModuleType):
 def _register_stand_in(module: Any) -> None:
     try:
         if _MODEL_TYPE not in module.CONFIG_MAPPING:
-            namespace = {"__module__": __name__, "model_type": _MODEL_TYPE, "from_dict": classmethod(_from_dict)}
+            namespace = {"__module__": __name__, "model_type": _MODEL_TYPE, "from_dict": staticmethod(_from_dict)}
             stand_in = type("SieveModelConfig", (module.PreTrainedConfig,), namespace)
             module.AutoConfig.register(_MODEL_TYPE, stand_in, exist_ok=True)
     except Exception:
         logger.debug("The model type %r could not be registered.", _MODEL_TYPE, exc_info=True)
 
 
-def _from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+def _from_dict(config_dict: dict[str, Any], **kwargs: Any) -> Any:
     from .modeling_sieve import SieveModelConfig
 
     return SieveModelConfig.from_dict(config_dict, **kwargs)

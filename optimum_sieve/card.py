@@ -142,11 +142,7 @@ def reproduction_command(base_model: str, settings: dict[str, Any]) -> str:
         value = tuple(value) if isinstance(value, list) else value
         if value == field.default:
             continue
-        option = field.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
+        words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join([*words, "--output", "pruned"])
 
 

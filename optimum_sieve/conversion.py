@@ -15,7 +15,6 @@ from .modeling_sieve import (
     FORMAT_VERSION,
     SieveConfigMixin,
     SievePreTrainedModel,
-    auto_map,
     config_class,
     model_class,
     read_rank_pattern,
@@ -35,7 +34,7 @@ def sieve_model(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             A model of an architecture of transformers itself, some of whose linears are [`FactorizedLinear`]. A
-            pruned model that was factorized further is one, too.
+            pruned model, more linears of which were replaced, is one too.
         base_model (`str`, *optional*): Hub id or path of the model that was pruned.
         settings (`dict`): Settings of the pruning run, as JSON values.
         results (`dict`): What was measured, as JSON values.
@@ -46,11 +45,11 @@ def sieve_model(
         it will have when it is saved and loaded again.
 
     Raises:
-        ValueError: If the architecture is not transformers' own, a factorized layer lies outside the base model, or
-            weights are still packed in GGUF blocks.
+        ValueError: If the architecture is not transformers' own, a factorized layer lies outside the base model or
+            inside another one, or weights are still packed in GGUF blocks.
     """
     base_config, base_class = _base_classes(model)
-    _check_layers_inside(model)
+    _check_layers(model)
     _forget_gguf(model)
     block: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -81,7 +80,6 @@ def _replace_configs(model: PreTrainedModel, base_config: Any, sieve_config: Any
             new.__class__ = sieve_config
             # As it will come back from the file: lists for tuples, strings for keys.
             new.sieve = json.loads(json.dumps(block))
-            new.auto_map = auto_map(sieve_config)
             replaced[id(config)] = new
         module.config = replaced[id(config)]
 
@@ -103,13 +101,21 @@ def _base_classes(model: PreTrainedModel) -> tuple[Any, Any]:
     return base_config, base_class
 
 
-def _check_layers_inside(model: PreTrainedModel) -> None:
+def _check_layers(model: PreTrainedModel) -> None:
+    """Refuse factorized layers that a rank pattern cannot name, or that it could not rebuild."""
     inside = set(map(id, model.base_model.modules()))
-    for name, module in model.named_modules():
-        if isinstance(module, FactorizedLinear) and id(module) not in inside:
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FactorizedLinear):
+            continue
+        if id(layer) not in inside:
             raise ValueError(
                 f"`model` must be factorized inside its base model alone, got {name!r} outside it. Name it in "
                 "`exclude_modules`."
+            )
+        if any(isinstance(child, FactorizedLinear) for child in layer.children()):
+            raise ValueError(
+                f"`model` must be factorized once, got {name!r} with a factor that is factorized again. Prune the "
+                "dense model instead."
             )
 
 

@@ -3,13 +3,17 @@ r"""What the output gradients of calibration are taken of; each loss is a sum ov
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from .scoring import Batch, log_likelihoods
-from .tasks import Example
+
+
+if TYPE_CHECKING:
+    from .tasks import Example
 
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]

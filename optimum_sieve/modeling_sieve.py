@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -146,9 +146,7 @@ def config_class(base: Any) -> Any:
         "__module__": __name__,
         "__doc__": f"`{base.__name__}` of a pruned model.",
         "model_type": MODEL_TYPE,
-        # Left out, these are generated anew from the fields: a base's own `__init__` would not run, and two
-        # configurations with different ranks would be equal.
-        "__init__": lambda self, **kwargs: base.__init__(self, **kwargs),
+        # Left out, it is generated from the fields, of which `sieve` is none: other ranks would be equal.
         "__eq__": PreTrainedConfig.__eq__,
     }
     made = type(base)(f"Sieve{base.__name__}", (SieveConfigMixin, base), namespace)
@@ -168,14 +166,12 @@ def model_class(base: Any, config: Any) -> Any:
     # Some architectures have a configuration of their own and borrow another one's model class.
     borrower = "" if base.config_class is base_config else f"__{base_config.__name__}"
     name = f"Sieve{base.__name__}{borrower}"
-    # Not as a direct base, the Auto classes subclass it once more for remote code, which then cannot be pickled.
-    generation = (GenerationMixin,) if issubclass(base, GenerationMixin) else ()
     namespace = {"__module__": __name__, "__doc__": f"Pruned `{base.__name__}`.", "config_class": config}
     # transformers looks them up by the name of the class or the model type, both of which are new.
     for known in (base_config.model_type, base.__name__):
         if (conversions := conversion_mapping.get_checkpoint_conversion_mapping(known)) is not None:  # type: ignore[no-untyped-call]
             conversion_mapping.register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-    return type(base)(name, (SievePreTrainedModel, base, *generation), namespace)
+    return type(base)(name, (SievePreTrainedModel, base), namespace)
 
 
 def _auto_classes(config: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -7,8 +7,8 @@ import shutil
 import tempfile
 
 
-# No test reaches the network or the user's caches. The models are tiny: one thread each beats threads that wait for
-# each other, above all when pytest-xdist runs several workers.
+# No test reaches the network or the user's caches. The models are tiny: one thread beats several that wait for
+# each other.
 _HF_HOME = tempfile.mkdtemp(prefix="optimum-sieve-tests-")
 os.environ.update(HF_HOME=_HF_HOME, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -45,9 +45,7 @@ def every_allocation(curves: Sequence[LossCurve], storage: str, multiple: int) -
     """Return the parameters and the predicted loss of every combination of ranks."""
     choices = [[*rank_choices(c.out_features, c.in_features, storage, multiple), None] for c in curves]
     names = [curve.name for curve in curves]
-    return [
-        measure(curves, dict(zip(names, ranks, strict=True)), storage) for ranks in itertools.product(*choices)
-    ]
+    return [measure(curves, dict(zip(names, ranks, strict=True)), storage) for ranks in itertools.product(*choices)]
 
 
 def least_loss(points: Sequence[tuple[int, float]], budget: float) -> float:

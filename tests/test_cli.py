@@ -105,7 +105,7 @@ def test_options_are_the_settings():
         assert options[field.name].option_strings[0] == f"--{field.name.replace('_', '-')}"
         assert options[field.name].default is argparse.SUPPRESS
         assert len(options[field.name].help) > 20
-        if field.default not in (None, ()) and not isinstance(field.default, bool):
+        if field.default not in (None, ()):
             assert options[field.name].help.endswith(f"(default: {field.default})")
     assert all(action.help for action in parser._actions)
 
@@ -217,6 +217,13 @@ def test_output_that_holds_files_is_refused_before_any_work(cli, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "keep me"
 
 
+def test_a_json_file_without_a_directory_is_refused_before_any_work(cli, tmp_path):
+    words = ("evaluate", "--model", "no-such-model", "--task", "gone.yaml", "--json", tmp_path / "gone" / "scores.json")
+    status, _, error = cli(*words)
+    assert status == 1
+    assert error.startswith("error: `--json` must lie in an existing directory")
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(cli, world):
     before = sorted(world.rglob("*"))
     status, output, _ = cli(
@@ -251,6 +258,11 @@ def test_prune_then_evaluate(cli, world, tmp_path):
     assert again["kl"] == pytest.approx(report["kl"], abs=1e-6)
     for key in ("model_before", "model_after"):
         assert again["parameters"][key] == report["parameters"][key]
+    assert again["bytes"] == {
+        "before": (model / "model.safetensors").stat().st_size,
+        "after": (output / "model.safetensors").stat().st_size,
+    }
+    assert again["bytes"]["after"] == report["bytes"]["after"]
     assert "difference" in table
 
     status, table, error = cli("evaluate", "--model", output, "--task", task, "--json", scores)
@@ -281,7 +293,8 @@ def test_evaluate_scores_a_dense_model_alone(cli, world, tmp_path, split):
     assert status == 0, error
     report = json.loads(scores.read_text())
     assert set(report) == {
-        *("task", "split", "metric", "count", "majority_score", "dense", "parameters", "seconds", "versions"),
+        *("task", "split", "metric", "count", "majority_score", "dense", "parameters", "bytes"),
+        *("seconds", "versions"),
     }
     assert report["split"] == split
     assert report["count"] == 30

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from toy import load_task, parity_rows, prompts, write_rows
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 SPLITS = ("calibration", "selection", "test")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from optimum_sieve.conversion import sieve_model
 from optimum_sieve.layers import FactorizedLinear
 
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VOCABULARY_SIZE = 64
 _COMMON = {
@@ -64,11 +69,14 @@ def logits(model: PreTrainedModel, input_ids: torch.Tensor | None = None) -> tor
 
 
 def block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Name every linear of the transformer blocks, relative to the base model."""
+    """Name every dense linear of the transformer blocks, relative to the base model."""
+    modules = dict(model.base_model.named_modules())
     return {
         name: module
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear | Conv1D)
+        and any(part.isdigit() for part in name.split("."))
+        and not isinstance(modules[name.rpartition(".")[0]], FactorizedLinear)
     }
 
 
@@ -99,20 +107,21 @@ def factorize_in_place(
         bias = linear.bias.detach() if linear.bias is not None else None
         if bias is None and index % 2 == 0 and not exact:
             bias = torch.randn(weight.shape[0], generator=generator)
-        layer = _pivoted(weight, rank, bias) if kind == "pivoted" and rank else _factors(weight, rank, bias)
+        layer = pivoted_layer(weight, rank, bias) if kind == "pivoted" and rank else factors_layer(weight, rank, bias)
         model.base_model.set_submodule(name, layer.to(weight.dtype).train(linear.training))
         replaced.append(name)
     return replaced
 
 
-def _factors(weight: torch.Tensor, rank: int, bias: torch.Tensor | None) -> FactorizedLinear:
+def factors_layer(weight: torch.Tensor, rank: int, bias: torch.Tensor | None) -> FactorizedLinear:
+    """Hold the best approximation of `weight` of rank `rank` as factors."""
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     left, right = (left * values)[:, :rank].float(), right[:rank].float()
     return FactorizedLinear.from_factors(left, right, bias)
 
 
-def _pivoted(weight: torch.Tensor, rank: int, bias: torch.Tensor | None) -> FactorizedLinear:
-    """Keep the rows that QR-free greedy pivoting finds in the rank-`rank` approximation of `weight`."""
+def pivoted_layer(weight: torch.Tensor, rank: int, bias: torch.Tensor | None) -> FactorizedLinear:
+    """Hold the best approximation of `weight` of rank `rank` by the rows that greedy pivoting finds in it."""
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     low_rank = (left * values)[:, :rank] @ right[:rank]
     rows: list[int] = []
@@ -128,3 +137,40 @@ def _pivoted(weight: torch.Tensor, rank: int, bias: torch.Tensor | None) -> Fact
     row_order = torch.empty(len(weight), dtype=torch.int32)
     row_order[torch.tensor([*rows, *others])] = torch.arange(len(weight), dtype=torch.int32)
     return FactorizedLinear.from_pivots(low_rank[rows].float(), coefficients.float(), row_order, bias)
+
+
+def make_pruned_model(architecture: str, *, seed: int = 0, storage: Any = None, **settings: Any) -> PreTrainedModel:
+    """Make a tiny model of type `sieve`, with the mixed layers of `factorize_in_place`."""
+    model = make_tiny_model(architecture, seed=seed, **settings)
+    factorize_in_place(model, seed=seed, storage=storage)
+    return sieve_model(model, base_model="org/base", settings={"pruning_ratio": 0.5}, results={"score": 0.75})
+
+
+def auto_class(architecture: str) -> Any:
+    """Return the Auto class that loads `architecture` with its head."""
+    is_classifier = "SequenceClassification" in ARCHITECTURES[architecture][0]
+    return AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+
+
+def assert_same_tensors(first: PreTrainedModel, second: PreTrainedModel) -> None:
+    """Assert that two models hold the same tensors, bit for bit."""
+    expected, found = first.state_dict(), second.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert torch.equal(tensor, found[name]), name
+
+
+def tensor_names(directory: Path) -> set[str]:
+    """Name the tensors of the checkpoint in `directory`."""
+    names: set[str] = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names.update(tensors.keys())
+    return names
+
+
+def save(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
+    """Save `model`, and return where."""
+    model.save_pretrained(directory, **options)
+    return directory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_sieve.commands.base import ModelCommand
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from optimum_sieve.evaluation import Evaluation
     from optimum_sieve.tasks import Task
 
-_PARAMETER_KEYS = {"dense": "model_before", "pruned": "model_after"}
+_WHEN = {"dense": "before", "pruned": "after"}
 
 
 class EvaluateCommand(ModelCommand):
@@ -52,6 +53,10 @@ class EvaluateCommand(ModelCommand):
         from optimum_sieve.report import build_report, format_table, write_report
         from optimum_sieve.tasks import Task
 
+        if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"`--json` must lie in an existing directory, got {arguments.json}. Make the directory."
+            )
         task = Task.from_file(arguments.task)
         task.require_splits(arguments.split)
         if arguments.compare_to is None:
@@ -68,7 +73,8 @@ class EvaluateCommand(ModelCommand):
             evaluations.get("dense"),
             evaluations.get("pruned"),
             compare(**evaluations) if len(evaluations) == 2 else None,
-            parameters={_PARAMETER_KEYS[side]: one.num_parameters for side, one in scored.items()},
+            parameters={f"model_{_WHEN[side]}": one.num_parameters for side, one in scored.items()},
+            num_bytes={_WHEN[side]: one.num_bytes for side, one in scored.items() if one.num_bytes} or None,
             seconds={f"evaluate_{side}": one.seconds for side, one in scored.items()},
             split=arguments.split,
         )
@@ -84,6 +90,7 @@ class _Scored:
     evaluation: Evaluation
     is_pruned: bool
     num_parameters: int
+    num_bytes: int
     seconds: float
 
 
@@ -104,5 +111,7 @@ def _score(model_name: str, task: Task, arguments: Namespace) -> _Scored:
         evaluation=evaluation,
         is_pruned=model.config.model_type == "sieve",
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        # Of the files, so 0 for a model on the Hub or in another format.
+        num_bytes=sum(path.stat().st_size for path in Path(model_name).glob("*.safetensors")),
         seconds=time.perf_counter() - start,
     )

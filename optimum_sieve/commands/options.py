@@ -54,11 +54,9 @@ def _arguments(annotation: Any) -> dict[str, Any]:
     """Return what `add_argument` needs to read a value of type `annotation`."""
     members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     kind = next(member for member in members if member is not type(None))
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is tuple:
         return {"nargs": "+", "metavar": "PATTERN"}
-    return {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
 
 
 def _described() -> dict[str, str]:
@@ -75,8 +73,4 @@ def _plain(text: str) -> str:
 
 
 def _default_text(default: Any) -> str:
-    if default is None or default == ():
-        return ""
-    if isinstance(default, bool):
-        return f" (default: {'yes' if default else 'no'})"
-    return f" (default: {default})"
+    return "" if default is None or default == () else f" (default: {default})"

@@ -49,7 +49,8 @@ def divide(
         `dict[str, list[Row]]`: Rows of each split of `data.sources`, no two splits with a prompt or group in common.
 
     Raises:
-        ValueError: If a split would be empty, or too small for a standard error, or separate sources have prompts or groups in common.
+        ValueError: If a split would be empty, or too small for the standard error of its score, or separate sources
+            have prompts or groups in common.
     """
     identities: dict[str, Callable[[Row], Hashable]] = {"prompt": prompt}
     if group is not None:
@@ -66,6 +67,7 @@ def divide(
     }
     for what, identity in identities.items():
         _refuse_overlap(divided, identity, what)
+    _refuse_single_rows(divided, limit)
     return divided
 
 
@@ -127,6 +129,16 @@ def _refuse_overlap(divided: Mapping[str, list[Row]], identity: Callable[[Row], 
                 "source, which is then cut without overlap."
             )
         owners |= {identity(row): (split, row) for row in rows}
+
+
+def _refuse_single_rows(divided: Mapping[str, list[Row]], limit: Mapping[str, int]) -> None:
+    for split in ("selection", "test"):
+        if split in divided and len(divided[split]) < 2:
+            remedy = f"Add rows or raise `limit.{split}`." if limit.get(split) == 1 else "Add rows."
+            raise ValueError(
+                f"`data` must leave at least 2 rows for {split}, whose score is reported with a standard error, got "
+                f"{len(divided[split])}. {remedy}"
+            )
 
 
 def _group(row: Row, group: str) -> str:
