@@ -56,11 +56,16 @@ class WorkDir:
 
     Args:
         path (`str | Path`, *optional*): The directory; made if it does not exist.
+
+    Raises:
+        FileExistsError: If `path` is a file.
     """
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
         if self.path is not None:
+            if self.path.is_file():
+                raise FileExistsError(f"`work_dir` must be a directory, got the file {path}. Choose another name.")
             self.path.mkdir(parents=True, exist_ok=True)
 
     def load(self, stage: str, key: str) -> dict[str, torch.Tensor] | None:
@@ -81,12 +86,22 @@ class WorkDir:
         return tensors
 
     def save(self, stage: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep the tensors of a finished stage. Written to a temporary sibling first."""
+        """Keep the tensors of a finished stage. Written to a temporary sibling first.
+
+        Raises:
+            OSError: If the disk is full or the directory cannot be written.
+        """
         path = self._file(stage, key)
         if path is None:
             return
-        with replacing(path) as temporary:
-            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        try:
+            with replacing(path) as temporary:
+                save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"`work_dir` must be writable and have room for the {stage}, got {self.path}: {error}. Finished stages "
+                "are kept: make room and run again."
+            ) from error
 
     def _file(self, stage: str, key: str) -> Path | None:
         return None if self.path is None else self.path / f"{stage}-{key}.safetensors"

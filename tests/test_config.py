@@ -1,0 +1,96 @@
+"""Settings: defaults, rules, and the way through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from optimum_sieve.config import SieveConfig
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "Exactly one of `tolerance`"),
+        ({"tolerance": 0.02, "pruning_ratio": 0.5}, "Exactly one of `tolerance`"),
+        ({"tolerance": -0.01}, r"`tolerance` must be at least 0 and below 1, got -0\.01"),
+        ({"tolerance": 2.0}, r"`tolerance` must be at least 0 and below 1, got 2\.0.*two points are 0\.02"),
+        ({"tolerance": float("nan")}, "`tolerance` must be at least 0 and below 1, got nan"),
+        ({"pruning_ratio": 0.0}, r"`pruning_ratio` must be above 0 and below 1, got 0\.0"),
+        ({"pruning_ratio": 1.0}, r"`pruning_ratio` must be above 0 and below 1, got 1\.0"),
+        ({"damping": 1.0}, "`damping` must be at least 0 and below 1"),
+        ({"confidence": 0.4}, r"`confidence` must be at least 0\.5 and below 1, got 0\.4"),
+        ({"confidence": 1.0}, r"`confidence` must be at least 0\.5 and below 1, got 1\.0"),
+        ({"projection": "pca"}, "`projection` must be one of 'svd', 'activation', 'joint', 'learned', got 'pca'"),
+        ({"allocation": "genetic"}, "`allocation` must be one of 'uniform', 'energy', got 'genetic'"),
+        ({"storage": "dense"}, "`storage` must be one of 'factors', 'pivoted', got 'dense'"),
+        ({"loss": "mse"}, "`loss` must be one of 'fisher', 'labels', 'answer', got 'mse'"),
+        ({"rank_multiple": 0}, "`rank_multiple` must be at least 1, got 0"),
+        ({"rounds": 0}, "`rounds` must be at least 1, got 0"),
+        ({"search_steps": 0}, "`search_steps` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
+        ({"target_modules": ()}, "`target_modules` must name at least one pattern"),
+        ({"projection": "learned"}, "`projection='learned'` must go with allocation='uniform'"),
+    ],
+)
+def test_values_that_break_a_rule(settings: dict[str, Any], message: str) -> None:
+    stop = {} if {"tolerance", "pruning_ratio"} & settings.keys() or not settings else {"pruning_ratio": 0.5}
+    with pytest.raises(ValueError, match=message):
+        SieveConfig(**stop, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"damping": "1e-3"}, "`damping` must be a number, got '1e-3'"),
+        ({"damping": True}, "`damping` must be a number, got True"),
+        ({"rounds": 2.0}, r"`rounds` must be an integer, got 2\.0"),
+        ({"seed": True}, "`seed` must be an integer, got True"),
+        ({"target_modules": "q_proj"}, r"`target_modules` must be a sequence .*Write \('\*\.q_proj',\) for one"),
+        ({"exclude_modules": [""]}, "`exclude_modules` must be a sequence of name patterns"),
+    ],
+)
+def test_values_of_the_wrong_type(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SieveConfig(pruning_ratio=0.5, **settings)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SieveConfig(tolerance=0.02).tolerance = 0.5  # type: ignore[misc]
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    config = SieveConfig(tolerance=0.02, target_modules=["q_proj", "*.mlp.*"], exclude_modules=("layers.0.*",), seed=3)
+    assert config.target_modules == ("q_proj", "*.mlp.*")
+    assert SieveConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert list(config.to_dict()) == sorted(field.name for field in dataclasses.fields(SieveConfig))
+    config.to_json_file(tmp_path / "settings.json")
+    assert SieveConfig.from_json_file(tmp_path / "settings.json") == config
+    assert SieveConfig.from_json_file(tmp_path / "settings.json", seed=4) == dataclasses.replace(config, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"), [("tolerence", "Did you mean `tolerance`?"), ("xyz", "Known settings: tolerance")]
+)
+def test_an_unknown_setting(key: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"`{key}` is not a setting of SieveConfig. ") as raised:
+        SieveConfig.from_dict({key: 1})
+    assert hint in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"{", "must be a JSON file"), (b"\xff", "must be a JSON file"), (b"[]", "got list")]
+)
+def test_a_file_that_holds_no_settings(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "settings.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        SieveConfig.from_json_file(tmp_path / "settings.json")
