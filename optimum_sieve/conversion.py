@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers import PreTrainedModel
@@ -19,6 +19,10 @@ from .modeling_sieve import (
     model_class,
     read_rank_pattern,
 )
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def sieve_model(
@@ -67,6 +71,19 @@ def sieve_model(
     return model
 
 
+def check_convertible(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Refuse a dense model that [`sieve_model`] would refuse once the linears called `names` are factorized.
+
+    Raises:
+        ValueError: If the architecture is not transformers' own, or a name lies outside the base model.
+    """
+    _base_classes(model)
+    inside = set(map(id, model.base_model.modules()))
+    for name in names:
+        if id(model.get_submodule(name)) not in inside:
+            raise _outside_error(name)
+
+
 def _replace_configs(model: PreTrainedModel, base_config: Any, sieve_config: Any, block: dict[str, Any]) -> None:
     """Give the model, and every module that refers to its configuration, a configuration that holds `block`."""
     replaced: dict[int, Any] = {}
@@ -108,15 +125,19 @@ def _check_layers(model: PreTrainedModel) -> None:
         if not isinstance(layer, FactorizedLinear):
             continue
         if id(layer) not in inside:
-            raise ValueError(
-                f"`model` must be factorized inside its base model alone, got {name!r} outside it. Name it in "
-                "`exclude_modules`."
-            )
+            raise _outside_error(name)
         if any(isinstance(child, FactorizedLinear) for child in layer.children()):
             raise ValueError(
                 f"`model` must be factorized once, got {name!r} with a factor that is factorized again. Prune the "
                 "dense model instead."
             )
+
+
+def _outside_error(name: str) -> ValueError:
+    return ValueError(
+        f"`model` must be factorized inside its base model alone, got {name!r} outside it. Name it in "
+        "`exclude_modules`."
+    )
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .card import base_license, build_card
-from .conversion import sieve_model
+from .conversion import check_convertible, sieve_model
 from .evaluation import compare
 from .loading import load_model
 from .modeling_sieve import read_rank_pattern
+from .output import check_output, whole_directory
 from .plan import PrunePlan, make_plan, tensor_bytes
 from .report import REPORT_NAME, build_report, write_report
+from .scoring import check_examples, max_positions
 from .stages import Setting, calibrate, choose_ranks, score, timed
-from .surgery import apply_ranks, count_target_parameters
-from .targets import find_targets, linear_weight
+from .surgery import apply_ranks, count_target_parameters, restore
+from .targets import Target, find_targets, linear_weight
 from .tasks import Task
+from .tasks.data import SPLITS
 from .workdir import WorkDir, content_key, model_fingerprint
 
 
@@ -61,7 +62,7 @@ class SievePruner:
         base_model (`str`, *optional*): Name of the dense model, for the card and the configuration.
 
     Raises:
-        ValueError: If the model is pruned already, or its weights are quantized.
+        ValueError: If the model is pruned already or is no causal language model.
 
     Example:
 
@@ -75,6 +76,11 @@ class SievePruner:
     ) -> None:
         if getattr(model.config, "model_type", None) == "sieve":
             raise ValueError("`model` must be a dense model, got one that is pruned already. Prune its base model.")
+        if not model.can_generate() or model.config.is_encoder_decoder:
+            raise ValueError(
+                f"`model` must be a causal language model, got {type(model).__name__}. Load it with "
+                "`AutoModelForCausalLM`."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
@@ -171,34 +177,46 @@ class SievePruner:
         test = self.task.examples("test", self.tokenizer)
         with timed(seconds, "test"):
             dense = score(setting, test, "dense model on test")
-        sizes_before = self._sizes()
-        apply_ranks(self.model, bases, ranks, storage=config.storage)
+        before = self._sizes(targets)
+        replaced = apply_ranks(self.model, bases, ranks, storage=config.storage)
         del bases
-        with timed(seconds, "test"):
-            # Not from the work directory: what is scored here is what will be saved.
-            pruned = score(setting_without_work(setting), test, "pruned model on test")
-        sizes_after = self._sizes()
-        report = build_report(
-            self.task.name,
-            dense,
-            pruned,
-            compare(dense, pruned),
-            parameters={
-                "targets_before": sum(target.num_parameters for target in targets),
-                "targets_after": count_target_parameters(self.model, targets),
-                "model_before": sizes_before[0],
-                "model_after": sizes_after[0],
-            },
-            num_bytes={"before": sizes_before[1], "after": sizes_after[1]},
-            seconds={stage: round(value, 3) for stage, value in seconds.items()},
-            settings=config.to_dict(),
-        )
-        results = {key: report[key] for key in ("task", "split", "metric", "count", "dense", "pruned")}
-        self.model = sieve_model(self.model, base_model=self.base_model, settings=config.to_dict(), results=results)
-        self.result = SieveResult(
-            model=self.model, rank_pattern=read_rank_pattern(self.model), report=report, trials=trials
-        )
+        try:
+            with timed(seconds, "test"):
+                # Not from the work directory: what is scored here is what will be saved.
+                pruned = score(replace(setting, work=WorkDir(None)), test, "pruned model on test")
+            after = self._sizes(targets)
+            report = build_report(
+                self.task.name,
+                dense,
+                pruned,
+                compare(dense, pruned),
+                parameters={
+                    "targets_before": before["targets"],
+                    "targets_after": after["targets"],
+                    "model_before": before["model"],
+                    "model_after": after["model"],
+                },
+                num_bytes={"before": before["bytes"], "after": after["bytes"]},
+                seconds={stage: round(value, 3) for stage, value in seconds.items()},
+                settings=config.to_dict(),
+            )
+            self.result = self._finish(report, trials)
+        except BaseException:
+            restore(self.model, replaced)
+            raise
         return self.result
+
+    def _finish(self, report: dict[str, Any], trials: list[dict[str, float]]) -> SieveResult:
+        """Turn the factorized model into one of model type `sieve`."""
+        self.model = sieve_model(
+            self.model,
+            base_model=self.base_model,
+            base_revision=self._base_revision(),
+            settings=report["settings"],
+            results={key: report[key] for key in ("task", "split", "metric", "count", "dense", "pruned")},
+        )
+        pattern = read_rank_pattern(self.model)
+        return SieveResult(model=self.model, rank_pattern=pattern, report=report, trials=trials)
 
     def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False) -> Path:
         """Write model, tokenizer, model card and report; all of it or, if anything fails, nothing.
@@ -219,8 +237,7 @@ class SievePruner:
             raise RuntimeError("`save_pretrained` must follow `prune`, got a model that is not pruned. Call `prune`.")
         output = Path(output_dir)
         check_output(output, overwrite, needed_bytes=self.result.report["bytes"]["after"])
-        partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-        try:
+        with whole_directory(output) as partial:
             self.result.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
             report = self.result.report
@@ -230,29 +247,36 @@ class SievePruner:
                 report,
                 self.result.rank_pattern,
                 base_model=self.base_model,
+                base_revision=self._base_revision(),
                 task_spec=self.task.spec,
                 license_id=base_license(self.base_model),
             )
             card.save(partial / "README.md")
-            _replace_directory(partial, output)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-                raise OSError(
-                    f"`output_dir` must be writable and have room, got {output}: {error}. Nothing was written."
-                ) from error
-            raise
         return output
 
-    def _sizes(self) -> tuple[int, int]:
-        return sum(parameter.numel() for parameter in self.model.parameters()), tensor_bytes(self.model)
+    def _sizes(self, targets: list[Target]) -> dict[str, int]:
+        return {
+            "targets": count_target_parameters(self.model, targets),
+            "model": sum(parameter.numel() for parameter in self.model.parameters()),
+            "bytes": tensor_bytes(self.model),
+        }
+
+    def _base_revision(self) -> str | None:
+        """Commit of the dense model, where it came from the Hub."""
+        return getattr(self.model.config, "_commit_hash", None)
 
     def _check_inputs(self, config: SieveConfig) -> None:
-        """Refuse what would fail later: a second run, missing splits, weights that cannot be factorized."""
+        """Refuse what would fail later: a second run, examples or layers that do not fit, weights not finite."""
         if self.result is not None:
             raise RuntimeError("`prune` must be called once per pruner, got a second call. Load the dense model again.")
-        self.task.require_splits("calibration", "selection", "test")
-        for target in find_targets(self.model, config.target_modules, config.exclude_modules):
+        self.task.require_splits(*SPLITS)
+        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        check_convertible(self.model, [target.name for target in targets])
+        for split in SPLITS:
+            check_examples(
+                self.task.examples(split, self.tokenizer), self.tokenizer, max_length=max_positions(self.model)
+            )
+        for target in targets:
             weight = linear_weight(self.model.get_submodule(target.name))
             if not weight.is_floating_point() or weight.is_meta:
                 raise ValueError(
@@ -264,39 +288,3 @@ class SievePruner:
                     f"`model` must have finite weights, got NaN or infinity in `{target.name}`. "
                     "The checkpoint is damaged, or overflowed when it was cast to float16."
                 )
-
-
-def setting_without_work(setting: Setting) -> Setting:
-    """Return `setting` with a work directory that keeps nothing."""
-    return Setting(**{**vars(setting), "work": WorkDir(None)})
-
-
-def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
-    """Refuse an output directory that holds files, is a file, or lies on a disk without room, before any work."""
-    if output.is_file():
-        raise FileExistsError(f"`output_dir` must be a directory, got the file {output}. Choose another name.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"`output_dir` must be new or empty, got {output} which holds files. Choose another or pass --overwrite."
-        )
-    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes * 1.05:
-        raise OSError(
-            f"`output_dir` must have room for {needed_bytes / 1e9:.2f} GB, got {free / 1e9:.2f} GB free for {output}. "
-            "Free some space or choose another disk."
-        )
-
-
-def _replace_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; what was there goes away only after that succeeded."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(old)
-    try:
-        source.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

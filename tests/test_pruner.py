@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from tiny_models import make_pruned_model, make_tiny_model
+from toy import load_task, make_model, make_tokenizer, parity_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
@@ -175,12 +176,51 @@ def test_other_data_or_weights_are_not_taken_from_the_work_directory(learned, ta
     assert len(set(tmp_path.iterdir())) == 2 * len(files)
 
 
-def test_test_split_is_read_last(pruner, monkeypatch):
+def test_test_split_is_scored_last(pruner, monkeypatch):
     order = []
-    examples = type(pruner.task).examples
-    monkeypatch.setattr(type(pruner.task), "examples", lambda s, split, t: order.append(split) or examples(s, split, t))
+    monkeypatch.setattr(
+        "optimum_sieve.stages.evaluate",
+        lambda *args, description, **options: order.append(description) or evaluate(*args, **options),
+    )
     pruner.prune(SieveConfig(tolerance=0.1, rank_multiple=1, search_steps=2), **QUIET)
-    assert order == ["calibration", "selection", "test"]
+    assert [description.rpartition(" ")[2] for description in order] == [*["selection"] * 3, *["test"] * 2]
+
+
+@pytest.mark.parametrize("where", ["optimum_sieve.pruner.compare", "optimum_sieve.pruner.sieve_model"])
+def test_failure_after_pruning_restores_the_dense_model(pruner, learned, where, monkeypatch):
+    def fail(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, fail)
+        with pytest.raises(KeyboardInterrupt):
+            pruner.prune(HALF, **QUIET)
+    state = pruner.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in learned.state_dict().items())
+    assert pruner.prune(HALF, **QUIET).report["pruned"]["score"] > 0.5
+
+
+def test_other_models_are_refused_at_once(task):
+    for model in (make_tiny_model("bert"), make_pruned_model("llama")):
+        with pytest.raises(ValueError, match=r"`model` must be a (causal language|dense) model, got"):
+            SievePruner(model, make_tokenizer(), task)
+
+
+def test_what_could_not_be_saved_is_refused_before_any_work(pruner):
+    with pytest.raises(ValueError, match="inside its base model alone, got 'lm_head'"):
+        pruner.prune(SieveConfig(pruning_ratio=0.5, target_modules=("lm_head",)), **QUIET)
+
+
+@pytest.mark.parametrize("split", ["selection", "test"])
+def test_examples_too_long_are_refused_before_any_work(learned, tmp_path, split, monkeypatch):
+    rows = {name: parity_rows(10, seed) for seed, name in enumerate(("calibration", "selection", "test"))}
+    rows[split][3]["text"] = "1 " * 100
+    for name, some in rows.items():
+        write_rows(tmp_path / f"{name}.jsonl", some)
+    monkeypatch.setattr("optimum_sieve.stages.collect_moments", None)
+    task = load_task(tmp_path, data={"files": {name: f"{name}.jsonl" for name in rows}})
+    with pytest.raises(ValueError, match="must fit in the 64 tokens the model takes, got 1 longer"):
+        SievePruner(learned, make_tokenizer(), task).prune(HALF, **QUIET)
 
 
 def test_later_rounds_watch_the_pruned_model(learned, task, monkeypatch):

@@ -44,7 +44,8 @@ class PruneCommand(ModelCommand):
             self.parser.error("the following arguments are required: --output (or --dry-run)")
         config = settings_from(arguments)
 
-        from optimum_sieve.pruner import SievePruner, check_output
+        from optimum_sieve.output import check_output
+        from optimum_sieve.pruner import SievePruner
         from optimum_sieve.report import format_table
 
         if arguments.output is not None:

@@ -1,0 +1,64 @@
+"""Output directories: refused at once where they cannot take the result, written as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
+    """Refuse an output directory that holds files, is a file, or lies on a disk without room, before any work."""
+    if output.is_file():
+        raise FileExistsError(f"`output_dir` must be a directory, got the file {output}. Choose another name.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"`output_dir` must be new or empty, got {output} which holds files. Choose another or pass --overwrite."
+        )
+    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes * 1.05:
+        raise OSError(
+            f"`output_dir` must have room for {needed_bytes / 1e9:.2f} GB, got {free / 1e9:.2f} GB free for {output}. "
+            "Free some space or choose another disk."
+        )
+
+
+@contextmanager
+def whole_directory(output: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `output` to write to; it takes the place of `output` if nothing is raised.
+
+    Raises:
+        OSError: If the disk is full or the directory cannot be written.
+    """
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        _replace_directory(partial, output)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise OSError(
+                f"`output_dir` must be writable and have room, got {output}: {error}. Nothing was written."
+            ) from error
+        raise
+
+
+def _replace_directory(source: Path, target: Path) -> None:
+    """Rename `source` to `target`; what was there goes away only after that succeeded."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        target.rename(old)
+    try:
+        source.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
