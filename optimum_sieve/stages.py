@@ -251,7 +251,7 @@ def choose_ranks(
                 examples,
                 f"kept {kept:.1%} on selection",
                 ranks=ranks,
-                config={name: config.to_dict()[name] for name in (*_BASIS_SETTINGS, "rounds", "allocation", "storage")},
+                settings=setting.key(*_BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple"),
             )
         return compare(dense, pruned)
 
