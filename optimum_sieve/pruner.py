@@ -19,7 +19,7 @@ from .plan import PrunePlan, make_plan, tensor_bytes
 from .report import REPORT_NAME, build_report, write_report
 from .scoring import check_examples, max_positions
 from .stages import Setting, calibrate, choose_ranks, score, timed
-from .surgery import apply_ranks, count_target_parameters, restore
+from .surgery import apply_ranks, count_target_parameters, largest_coefficient, restore
 from .targets import Target, find_targets, linear_weight
 from .tasks import Task
 from .tasks.data import SPLITS
@@ -199,6 +199,7 @@ class SievePruner:
                 num_bytes={"before": before["bytes"], "after": after["bytes"]},
                 seconds={stage: round(value, 3) for stage, value in seconds.items()},
                 settings=config.to_dict(),
+                largest_coefficient=largest_coefficient(self.model),
             )
             self.result = self._finish(report, trials)
         except BaseException:

@@ -28,6 +28,7 @@ def build_report(
     settings: dict[str, Any] | None = None,
     *,
     split: str = "test",
+    largest_coefficient: float | None = None,
 ) -> dict[str, Any]:
     """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
 
@@ -42,6 +43,7 @@ def build_report(
         seconds (`dict[str, float]`, *optional*): Wall-clock time of each stage.
         settings (`dict[str, Any]`, *optional*): `SieveConfig.to_dict()` of the run.
         split (`str`): The split that was scored.
+        largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery`.
 
     Returns:
         `dict[str, Any]`: The report. Scores are on the task's metric, differences are pruned minus dense.
@@ -81,6 +83,7 @@ def build_report(
     for key, value in (
         ("parameters", parameters),
         ("bytes", num_bytes),
+        ("largest_coefficient", largest_coefficient),
         ("seconds", seconds),
         ("settings", settings),
     ):

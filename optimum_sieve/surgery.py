@@ -145,6 +145,16 @@ def truncated(
         restore(model, replaced)
 
 
+def largest_coefficient(model: nn.Module) -> float | None:
+    """Return the largest absolute coefficient of the pivoted layers in `model`; `None` if it has none.
+
+    The larger it is, the more the rounding of the kept rows shows in the others; see `MAX_COEFFICIENT`.
+    """
+    layers = (module for module in model.modules() if isinstance(module, FactorizedLinear))
+    found = [layer.rest.weight.detach() for layer in layers if layer.storage == "pivoted"]
+    return max((float(weight.abs().max()) for weight in found if weight.numel()), default=None)
+
+
 def count_target_parameters(model: nn.Module, targets: Sequence[Target]) -> int:
     """Count the weights or factors of the target layers as they are now; biases are not counted."""
     total = 0

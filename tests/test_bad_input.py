@@ -199,21 +199,36 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_full_disk_leaves_nothing(directory: Path) -> None:
+FULL_DISK = """
+import resource, signal
+from optimum_sieve import SieveConfig, SievePruner
+
+def fill_disk():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+pruner = SievePruner.from_pretrained("model", task="task.json", device="cpu")
+prune = lambda **options: pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=2), progress=False, **options)
+try:
+    {}
+except OSError as error:
+    print("message:", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        ("prune(); fill_disk(); pruner.save_pretrained('out')", "`output_dir` must be writable and have room"),
+        ("fill_disk(); prune(work_dir='.')", "`work_dir` must be writable and have room for the moments"),
+    ],
+)
+def test_full_disk_leaves_nothing(directory: Path, work: str, message: str) -> None:
     """A file size limit stands in for the full disk: the operating system refuses the write in the same way."""
-    code = (
-        "import resource, signal, sys\n"
-        "from optimum_sieve import SieveConfig, SievePruner\n"
-        "pruner = SievePruner.from_pretrained('model', task='task.json', device='cpu')\n"
-        "pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=2), progress=False)\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "try: pruner.save_pretrained('out')\n"
-        "except OSError as error: print('message:', error)\n"
-    )
     before = contents(directory)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "message: `output_dir` must be writable and have room" in done.stdout, done.stdout + done.stderr
+    command = [sys.executable, "-c", FULL_DISK.format(work)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"message: {message}" in done.stdout, done.stdout + done.stderr
     assert contents(directory) == before
     assert sorted(path.name for path in directory.iterdir()) == ["model", "rows.jsonl", "task.json"]
 

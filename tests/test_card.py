@@ -35,6 +35,7 @@ def report():
         "paired_difference": {"mean": -0.0079, "standard_error": 0.0052},
         "agreement": 0.9312,
         "kl": 0.0234,
+        "largest_coefficient": 5.25,
         "parameters": {"targets_before": 2000, "targets_after": 900, "model_before": 3000, "model_after": 1900},
         "bytes": {"before": 6000, "after": 3800},
         "seconds": {"moments": 3.5},
@@ -57,7 +58,16 @@ def test_metadata_survives_the_hub_library(report, tmp_path):
 
 def test_text_has_every_figure(report):
     text = build_card(report, PATTERN, base_model="org/base", base_revision="abc123").text
-    for figure in ("1,234", "0.7891 | 0.0116", "0.7812 | 0.0118", "-0.0079 | 0.0052", "0.5125", "93.1 %", "0.0234"):
+    for figure in (
+        "1,234",
+        "0.7891 | 0.0116",
+        "0.7812 | 0.0118",
+        "-0.0079 | 0.0052",
+        "0.5125",
+        "93.1 %",
+        "0.0234",
+        "pivoted matrix is 5.2",
+    ):
         assert figure in text
     for row in ("2,000 | 900 | -55.0%", "3,000 | 1,900 | -36.7%", "6,000 | 3,800 | -36.7%"):
         assert row in text

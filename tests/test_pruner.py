@@ -118,6 +118,7 @@ def test_report_and_card_lie_beside_the_model(pruner, tmp_path):
     expected = {"task", "split", "count", "dense", "pruned", "majority_score", "paired_difference", "agreement", "kl"}
     assert expected | {"parameters", "bytes", "seconds", "settings", "versions"} <= report.keys()
     assert report["split"] == "test"
+    assert 0 < report["largest_coefficient"] <= 32
     assert report["bytes"]["after"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert report["settings"] == result.report["settings"] == HALF.to_dict()
     assert "toy/base" in (tmp_path / "out" / "README.md").read_text()

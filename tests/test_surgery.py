@@ -17,6 +17,7 @@ from optimum_sieve.surgery import (
     choose_pivots,
     count_target_parameters,
     factorized_layer,
+    largest_coefficient,
     restore,
     truncated,
 )
@@ -140,6 +141,16 @@ def test_replacements_take_dtype_and_mode_of_the_dense_layer() -> None:
     assert model[0].training
     restore(model, replaced)
     assert type(model[0]) is nn.Linear
+
+
+def test_the_largest_coefficient_is_read_from_the_pivoted_layers() -> None:
+    model = nn.ModuleList([FactorizedLinear(8, 6, 2, storage="factors"), FactorizedLinear(8, 6, 6, storage="pivoted")])
+    assert largest_coefficient(model) is None
+    model.append(FactorizedLinear(8, 6, 2, storage="pivoted"))
+    with torch.no_grad():
+        model[2].rest.weight.zero_()
+        model[2].rest.weight[1, 0] = -7.0
+    assert largest_coefficient(model) == 7.0
 
 
 def test_bases_are_not_changed_by_use() -> None:
