@@ -63,7 +63,7 @@ def collect_moments(
             `None`: the one it has now.
 
     Raises:
-        ValueError: If a loss or a moment is not finite; the message names the layer.
+        ValueError: If a loss or a moment is not finite, or a target is never called; the message names the layer.
     """
     modules = {target.name: model.get_submodule(target.name) for target in targets}
     weights = weights or {name: linear_weight(module) for name, module in modules.items()}
@@ -84,10 +84,12 @@ def collect_moments(
             scaling=1 / num_examples,
         )
 
+    reached: set[str] = set()
     with _frozen(model), torch.set_grad_enabled(needs_gradient):
         for batch in batches:
-            with _watching(modules, partial(_dispatch, accumulate, batch.attention_mask, needs_gradient)):
+            with _watching(modules, partial(_dispatch, accumulate, batch.attention_mask, needs_gradient), reached):
                 value = loss(model, batch)
+                _check_reached(modules, reached)
                 if not torch.isfinite(value):
                     raise ValueError(
                         f"The calibration loss must be finite, got {value.item()}. "
@@ -103,7 +105,7 @@ def collect_moments(
 def _token_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Flatten `values` (..., features) to the rows of tokens; all rows where the shape does not follow the mask."""
     rows = values.detach().reshape(-1, values.shape[-1])
-    return rows[mask.reshape(-1).bool()] if rows.shape[0] == mask.numel() else rows
+    return rows[mask.reshape(-1).bool().to(rows.device)] if rows.shape[0] == mask.numel() else rows
 
 
 def _dispatch(
@@ -113,22 +115,42 @@ def _dispatch(
     name: str,
     x: torch.Tensor,
     y: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
+    """Watch one call of a layer; return what takes the place of its output."""
     if not needs_gradient:
         accumulate(name, mask, x, None)
-        return
-    if not y.requires_grad:
+        return y
+    starts = not y.requires_grad
+    if starts:
         # Parameters are frozen, so the first layers' outputs start the graph.
-        y.requires_grad_(True)
+        y = y.detach().requires_grad_(True)
     y.register_hook(lambda g: accumulate(name, mask, x, g))  # type: ignore[no-untyped-call]
+    # Some models change it in place, which autograd forbids for the start of a graph.
+    return y.clone() if starts else y
+
+
+def _check_reached(modules: Mapping[str, nn.Module], reached: set[str]) -> None:
+    """Refuse layers that the examples do not run through: they would look worthless and be removed."""
+    missing = [name for name in modules if name not in reached]
+    if missing:
+        raise ValueError(
+            f"`target_modules` must be layers that the examples run through, got {len(missing)} that were not called, "
+            f"such as {missing[0]!r}. Name them in `exclude_modules`."
+        )
 
 
 @contextmanager
-def _watching(modules: dict[str, nn.Module], callback: Callable[[str, Any, Any], None]) -> Iterator[None]:
-    """Call `callback(name, input, output)` after each module's forward."""
+def _watching(
+    modules: dict[str, nn.Module], callback: Callable[[str, Any, Any], torch.Tensor], reached: set[str]
+) -> Iterator[None]:
+    """Put `callback(name, input, output)` in place of each module's output, and note the names in `reached`."""
 
-    def make_hook(name: str) -> Callable[..., None]:
-        return lambda module, args, output: callback(name, args[0].detach(), output)
+    def make_hook(name: str) -> Callable[..., torch.Tensor]:
+        def hook(module: nn.Module, args: Any, output: Any) -> torch.Tensor:
+            reached.add(name)
+            return callback(name, args[0].detach(), output)
+
+        return hook
 
     handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
     try:

@@ -58,7 +58,7 @@ class SieveConfig:
         search_steps (`int`):
             Steps of the binary search on the kept fraction; each is one scored pass over the selection split.
         batch_size (`int`):
-            Examples per forward pass.
+            Rows per forward pass. An example takes one, or one for each label of several tokens; it is never divided.
         seed (`int`):
             Seed of everything random.
 

@@ -66,8 +66,9 @@ def sieve_model(
     if base_revision is not None:
         block["base_revision"] = base_revision
     sieve_config = config_class(base_config)
+    sieve_class = model_class(base_class, sieve_config)
     _replace_configs(model, base_config, sieve_config, block)
-    model.__class__ = model_class(base_class, sieve_config)
+    model.__class__ = sieve_class
     return model
 
 
@@ -75,13 +76,23 @@ def check_convertible(model: PreTrainedModel, names: Sequence[str]) -> None:
     """Refuse a dense model that [`sieve_model`] would refuse once the linears called `names` are factorized.
 
     Raises:
-        ValueError: If the architecture is not transformers' own, or a name lies outside the base model.
+        ValueError: If the architecture is not transformers' own, a name lies outside the base model, or two of the
+            linears share a weight.
     """
     _base_classes(model)
     inside = set(map(id, model.base_model.modules()))
     for name in names:
         if id(model.get_submodule(name)) not in inside:
             raise _outside_error(name)
+    owners: dict[int, str] = {}
+    for name in names:
+        weight = id(model.get_submodule(name).weight)
+        if weight in owners:
+            raise ValueError(
+                f"`model` must not share weights between the layers to prune, got {owners[weight]!r} and {name!r} with "
+                "the same one. Name both in `exclude_modules`."
+            )
+        owners[weight] = name
 
 
 def _replace_configs(model: PreTrainedModel, base_config: Any, sieve_config: Any, block: dict[str, Any]) -> None:
@@ -140,13 +151,18 @@ def _outside_error(name: str) -> ValueError:
     )
 
 
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """Forget that the weights came from a GGUF file; transformers saves no model that remembers it."""
+def is_gguf(model: PreTrainedModel) -> bool:
+    """Tell whether the weights came from a GGUF file."""
     quantizer = getattr(model, "hf_quantizer", None)
     settings = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
-    if getattr(settings, "quant_method", None) != "gguf":
+    return bool(getattr(settings, "quant_method", None) == "gguf")
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Forget that the weights came from a GGUF file; transformers saves no model that remembers it."""
+    if not is_gguf(model):
         return
-    if getattr(quantizer, "packed_modules", None):
+    if getattr(getattr(model, "hf_quantizer", None), "packed_modules", None):
         raise ValueError(
             "`model` must hold plain weights, got weights packed in GGUF blocks. Load it with "
             "`quantization_config=GgufConfig(dequantize=True)`."

@@ -53,10 +53,10 @@ def load_model(
 
 
 def default_device() -> torch.device:
-    """Return the current accelerator, or the CPU."""
+    """Return the current accelerator, or the CPU; never `mps`, which has no float64."""
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
+        if accelerator is not None and accelerator.type != "mps":
             return accelerator
     return torch.device("cpu")
 

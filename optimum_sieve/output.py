@@ -21,7 +21,15 @@ def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
         raise FileExistsError(
             f"`output_dir` must be new or empty, got {output} which holds files. Choose another or pass --overwrite."
         )
-    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    absolute = output.resolve()
+    existing = next(parent for parent in absolute.parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OSError(f"`output_dir` must lie in a directory that can be written, got {output}. Choose another place.")
+    if os.path.ismount(absolute):
+        raise OSError(
+            f"`output_dir` must not be a mount point, which cannot be replaced as a whole, got {output}. Name a "
+            "directory inside it."
+        )
     free = shutil.disk_usage(existing).free
     if free < needed_bytes * 1.05:
         raise OSError(
@@ -37,6 +45,7 @@ def whole_directory(output: Path) -> Iterator[Path]:
     Raises:
         OSError: If the disk is full or the directory cannot be written.
     """
+    output = output.resolve()
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         yield partial

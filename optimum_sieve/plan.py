@@ -28,6 +28,7 @@ class PrunePlan:
         expected_bytes (`int`, *optional*): Bytes of the pruned model.
         moments_bytes (`int`): Bytes of the moments, on the model's device.
         bases_bytes (`int`): Bytes of the factor bases.
+        bases_at_once (`int`): Sets of bases held at most: two where a later round makes new ones from the old.
         examples (`dict[str, int]`): Examples of each split.
     """
 
@@ -39,26 +40,29 @@ class PrunePlan:
     expected_bytes: int | None
     moments_bytes: int
     bases_bytes: int
+    bases_at_once: int
     examples: dict[str, int]
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes held at most beside the activations: model, and moments or bases while both are alive."""
-        return self.model_bytes + self.moments_bytes + self.bases_bytes
+        """Bytes held at most beside the activations: model, moments and bases while all are alive."""
+        return self.model_bytes + self.moments_bytes + self.bases_at_once * self.bases_bytes
 
     def format(self) -> str:
         """Return the plan as lines for a terminal."""
         after = self.expected_targets_parameters
         splits = ", ".join(f"{split} {count:,}" for split, count in self.examples.items())
         lines = [
-            f"matrices to prune      {self.num_targets:,} ({self.targets_parameters:,} parameters)",
+            f"matrices to prune      {self.num_targets:,} ({self.targets_parameters:,} parameters, "
+            f"{self.targets_parameters / self.model_parameters:.0%} of the model's)",
             f"parameters of the model {self.model_parameters:,}",
             "kept after pruning     "
             + (f"about {after:,} of the matrices' parameters" if after is not None else "decided by the search"),
             f"weights on disk        {_megabytes(self.model_bytes)} dense"
             + (f", about {_megabytes(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
             f"memory                 {_megabytes(self.peak_bytes)} at most: model {_megabytes(self.model_bytes)}, "
-            f"moments {_megabytes(self.moments_bytes)}, factor bases {_megabytes(self.bases_bytes)}; "
+            f"moments {_megabytes(self.moments_bytes)}, factor bases {self.bases_at_once} x "
+            f"{_megabytes(self.bases_bytes)}; "
             "activations come on top",
             f"examples               {splits}",
         ]
@@ -80,6 +84,7 @@ def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, task
         expected_bytes=None if after is None else model_bytes - (total - after) * element,
         moments_bytes=sum(_moment_elements(target, config.projection) * 4 for target in targets),
         bases_bytes=sum(target.max_rank * (target.out_features + target.in_features + 2) * 4 for target in targets),
+        bases_at_once=2 if config.rounds > 1 and config.projection in ("joint", "activation") else 1,
         examples=task.splits,
     )
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
+from . import __version__
 from .card import base_license, build_card
-from .conversion import check_convertible, sieve_model
+from .conversion import check_convertible, is_gguf, sieve_model
 from .evaluation import compare
 from .loading import load_model
 from .modeling_sieve import read_rank_pattern
 from .output import check_output, whole_directory
 from .plan import PrunePlan, make_plan, tensor_bytes
 from .report import REPORT_NAME, build_report, write_report
-from .scoring import check_examples, max_positions
+from .scoring import check_examples, max_positions, tokens_fingerprint
 from .stages import Setting, calibrate, choose_ranks, score, timed
 from .surgery import apply_ranks, count_target_parameters, largest_coefficient, restore
 from .targets import Target, find_targets, linear_weight
@@ -76,11 +79,17 @@ class SievePruner:
     ) -> None:
         if getattr(model.config, "model_type", None) == "sieve":
             raise ValueError("`model` must be a dense model, got one that is pruned already. Prune its base model.")
-        if not model.can_generate() or model.config.is_encoder_decoder:
+        if (
+            not model.can_generate()
+            or model.config.is_encoder_decoder
+            or (type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", False))
+        ):
             raise ValueError(
-                f"`model` must be a causal language model, got {type(model).__name__}. Load it with "
+                f"`model` must be a causal language model, got {type(model).__name__}. Load a decoder with "
                 "`AutoModelForCausalLM`."
             )
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError("`model` must be a plain model, got one with adapters. Merge them and save it first.")
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
@@ -168,7 +177,7 @@ class SievePruner:
             metric=self.task.metric,
             targets=targets,
             work=WorkDir(work_dir),
-            fingerprint=content_key(model=model_fingerprint(self.model), task=self.task.fingerprint()),
+            fingerprint=self._fingerprint(),
             progress=progress,
         )
         bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), seconds)
@@ -262,6 +271,21 @@ class SievePruner:
             "bytes": tensor_bytes(self.model),
         }
 
+    def _fingerprint(self) -> str:
+        """Hash everything but the settings that results depend on: weights, architecture, tokens, this package."""
+        architecture = {
+            name: value
+            for name, value in self.model.config.to_diff_dict().items()
+            if name not in ("_name_or_path", "transformers_version")
+        }
+        return content_key(
+            model=model_fingerprint(self.model),
+            architecture=json.loads(json.dumps(architecture, default=str)),
+            task=self.task.fingerprint(),
+            tokens=[tokens_fingerprint(self.task.examples(split, self.tokenizer), self.tokenizer) for split in SPLITS],
+            version=__version__,
+        )
+
     def _base_revision(self) -> str | None:
         """Commit of the dense model, where it came from the Hub."""
         return getattr(self.model.config, "_commit_hash", None)
@@ -277,6 +301,8 @@ class SievePruner:
             check_examples(
                 self.task.examples(split, self.tokenizer), self.tokenizer, max_length=max_positions(self.model)
             )
+        if getattr(self.model.config, "quantization_config", None) is not None and not is_gguf(self.model):
+            raise ValueError("`model` must not be quantized, got one that is. Load it without, prune, then quantize.")
         for target in targets:
             weight = linear_weight(self.model.get_submodule(target.name))
             if not weight.is_floating_point() or weight.is_meta:

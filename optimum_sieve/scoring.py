@@ -5,7 +5,9 @@ Used by evaluation (no gradient) and by calibration (with gradients), so that bo
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +132,12 @@ def check_examples(
     _encode(examples, tokenizer, candidates, max_length)
 
 
+def tokens_fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the token ids that stand for `examples`: it changes with the tokenizer and its chat template."""
+    rows = [[row.rows, row.reads] for row in _encode(examples, tokenizer, bool(examples[0].candidates), None)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 def log_likelihoods(model: nn.Module, batch: Batch) -> torch.Tensor:
     r"""Sum each candidate's token log-probabilities, \(\log p(\text{continuation} \mid \text{prompt})\).
 
@@ -150,7 +158,7 @@ def log_likelihoods(model: nn.Module, batch: Batch) -> torch.Tensor:
     arguments: dict[str, Any] = {"use_cache": False}
     columns = positions
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        arguments["logits_to_keep"], columns = torch.unique(positions, return_inverse=True)
+        arguments["logits_to_keep"], columns = torch.unique(positions.cpu(), return_inverse=True)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **arguments).logits
     if logits.shape[1] == batch.input_ids.shape[1]:
         columns = positions

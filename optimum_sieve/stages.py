@@ -22,7 +22,7 @@ from .scoring import input_device, make_batches, max_positions
 from .surgery import truncated
 from .targets import Target, linear_weight
 from .tolerance import search_kept_fraction
-from .workdir import WorkDir, content_key, flatten, unflatten
+from .workdir import WorkDir, content_key, flatten, on_device, unflatten
 
 
 if TYPE_CHECKING:
@@ -116,7 +116,10 @@ def calibrate(setting: Setting, examples: Sequence[Example], seconds: dict[str, 
         key = setting.key(*_BASIS_SETTINGS, names=list(weights), history=history, learned=_learned(setting.config))
         found = setting.work.load("bases", key)
         if found is not None:
-            bases = {name: FactorBasis(**tensors) for name, tensors in unflatten(found).items()}
+            bases = {
+                name: FactorBasis(**on_device(tensors, weights[name].device))
+                for name, tensors in unflatten(found).items()
+            }
             continue
         with (
             timed(seconds, "moments"),
@@ -125,6 +128,7 @@ def calibrate(setting: Setting, examples: Sequence[Example], seconds: dict[str, 
             moments = collect(setting, examples, weights, history, number)
         with timed(seconds, "factors"):
             bases = factor(setting, weights, moments)
+        del moments
         setting.work.save("bases", key, flatten(bases))
     return bases
 
@@ -162,7 +166,10 @@ def collect(
     )
     kept = setting.work.load("moments", key)
     if kept is not None:
-        return {name: Moments.from_tensors(tensors) for name, tensors in unflatten(kept).items()}
+        return {
+            name: Moments.from_tensors(on_device(tensors, weights[name].device))
+            for name, tensors in unflatten(kept).items()
+        }
     loss, by_candidate = calibration_loss(config.loss, examples, config.seed)
     device = input_device(setting.model)
     batches = make_batches(

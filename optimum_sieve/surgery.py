@@ -84,7 +84,7 @@ def factorized_layer(
     layer dense) where factors would not be smaller than the dense weight.
     """
     left, right = basis.truncate(rank)
-    bias = None if bias is None else bias.detach().float()
+    bias = None if bias is None else bias.detach().float().to(left.device)
     if storage == "pivoted" and rank:
         pivots = choose_pivots(left)
         if pivots.max_coefficient <= MAX_COEFFICIENT:

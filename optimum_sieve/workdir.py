@@ -59,6 +59,7 @@ class WorkDir:
 
     Raises:
         FileExistsError: If `path` is a file.
+        OSError: If it cannot be written.
     """
 
     def __init__(self, path: str | Path | None) -> None:
@@ -67,6 +68,8 @@ class WorkDir:
             if self.path.is_file():
                 raise FileExistsError(f"`work_dir` must be a directory, got the file {path}. Choose another name.")
             self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise OSError(f"`work_dir` must be a directory that can be written, got {path}. Choose another one.")
 
     def load(self, stage: str, key: str) -> dict[str, torch.Tensor] | None:
         """Return the tensors of a finished stage, or `None`.
@@ -110,6 +113,11 @@ class WorkDir:
 def flatten(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Turn objects with `tensors()` into one flat dictionary, `<name>|<field>`."""
     return {f"{name}|{field}": tensor for name, value in values.items() for field, tensor in value.tensors().items()}
+
+
+def on_device(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Move tensors, which files hold on the CPU, to `device`."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -176,6 +176,36 @@ def test_the_model_is_left_as_it_was(examples: list[Any], fails: bool) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_layers_the_examples_do_not_run_through_are_refused(examples: list[Any]) -> None:
+    model = make_model()
+    model.model.layers[0].vision = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"got 1 that were not called, such as 'model\.layers\.0\.vision'\. Name them"):
+        collect(model, examples)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_outputs_of_the_first_layers_may_be_changed_in_place(examples: list[Any]) -> None:
+    class Clipped(nn.Module):
+        """As OLMo does with its queries, keys and values."""
+
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.linear(x)
+            return output.clamp_(min=-1e6, max=1e6)
+
+    expected = collect(make_model(), examples)
+    model = make_model()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Clipped(attention.q_proj)
+    found = collect(model, examples)
+    name = "model.layers.0.self_attn.q_proj"
+    found[name] = found.pop(f"{name}.linear")
+    assert_same(expected, {key: found[key] for key in expected})
+
+
 def test_gradients_are_off_where_they_are_not_needed(examples: list[Any]) -> None:
     found = collect(make_model(), examples, projection="activation")
     assert all(moments.gradient is None for moments in found.values())

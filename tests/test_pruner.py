@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from tiny_models import make_pruned_model, make_tiny_model
 from toy import load_task, make_model, make_tokenizer, parity_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -205,6 +206,45 @@ def test_other_models_are_refused_at_once(task):
     for model in (make_tiny_model("bert"), make_pruned_model("llama")):
         with pytest.raises(ValueError, match=r"`model` must be a (causal language|dense) model, got"):
             SievePruner(model, make_tokenizer(), task)
+
+
+def test_an_encoder_with_a_language_model_head_is_refused(task):
+    config = make_tiny_model("bert").config
+    with pytest.raises(ValueError, match="must be a causal language model, got BertLMHeadModel"):
+        SievePruner(transformers.BertLMHeadModel(config), make_tokenizer(), task)
+
+
+def test_a_model_with_adapters_is_refused(task):
+    model = make_model()
+    model._hf_peft_config_loaded = True
+    with pytest.raises(ValueError, match="must be a plain model, got one with adapters"):
+        SievePruner(model, make_tokenizer(), task)
+
+
+def test_layers_that_share_a_weight_are_refused(pruner):
+    layers = pruner.model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    with pytest.raises(ValueError, match=r"must not share weights between the layers to prune, got 'model\.layers\.0"):
+        pruner.prune(HALF, **QUIET)
+
+
+def test_quantized_models_are_refused(pruner):
+    pruner.model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ValueError, match="must not be quantized"):
+        pruner.prune(HALF, **QUIET)
+
+
+def test_another_tokenizer_or_architecture_takes_nothing_from_the_work_directory(learned, task, tmp_path):
+    SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(HALF, work_dir=tmp_path, **QUIET)
+    count = len(list(tmp_path.iterdir()))
+    SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(HALF, work_dir=tmp_path, **QUIET)
+    assert len(list(tmp_path.iterdir())) == count
+    SievePruner(copy.deepcopy(learned), make_tokenizer(before="<s>"), task).prune(HALF, work_dir=tmp_path, **QUIET)
+    assert len(list(tmp_path.iterdir())) == 2 * count
+    changed = copy.deepcopy(learned)
+    changed.config.rms_norm_eps = 1e-5
+    SievePruner(changed, make_tokenizer(), task).prune(HALF, work_dir=tmp_path, **QUIET)
+    assert len(list(tmp_path.iterdir())) == 3 * count
 
 
 def test_what_could_not_be_saved_is_refused_before_any_work(pruner):

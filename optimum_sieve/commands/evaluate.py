@@ -44,7 +44,7 @@ class EvaluateCommand(ModelCommand):
             type=int,
             metavar="N",
             default=SieveConfig.batch_size,
-            help="Examples per forward pass (default: %(default)s).",
+            help="Rows per forward pass (default: %(default)s).",
         )
 
     def execute(self, arguments: Namespace) -> None:
@@ -64,7 +64,7 @@ class EvaluateCommand(ModelCommand):
             scored = {"pruned" if only.is_pruned else "dense": only}
         else:
             scored = {
-                "dense": _score(arguments.compare_to, task, arguments),
+                "dense": _score(arguments.compare_to, task, arguments, is_reference=True),
                 "pruned": _score(arguments.model, task, arguments),
             }
         evaluations = {side: one.evaluation for side, one in scored.items()}
@@ -94,12 +94,12 @@ class _Scored:
     seconds: float
 
 
-def _score(model_name: str, task: Task, arguments: Namespace) -> _Scored:
+def _score(model_name: str, task: Task, arguments: Namespace, *, is_reference: bool = False) -> _Scored:
     from optimum_sieve.evaluation import evaluate
     from optimum_sieve.loading import load_model
 
     source: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
-    if model_name == arguments.model:
+    if not is_reference:
         source |= {"gguf_file": arguments.gguf_file, "revision": arguments.revision}
     model, tokenizer, _ = load_model(model_name, dtype=arguments.dtype, device=arguments.device, **source)
     examples = task.examples(arguments.split, tokenizer)

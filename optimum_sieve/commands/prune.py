@@ -45,6 +45,7 @@ class PruneCommand(ModelCommand):
         config = settings_from(arguments)
 
         from optimum_sieve.output import check_output
+        from optimum_sieve.plan import tensor_bytes
         from optimum_sieve.pruner import SievePruner
         from optimum_sieve.report import format_table
 
@@ -59,6 +60,8 @@ class PruneCommand(ModelCommand):
             gguf_file=arguments.gguf_file,
             revision=arguments.revision,
         )
+        if arguments.output is not None:
+            check_output(Path(arguments.output), arguments.overwrite, needed_bytes=tensor_bytes(pruner.model))
         if arguments.dry_run:
             print(pruner.plan(config).format())
             return
