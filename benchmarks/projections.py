@@ -65,12 +65,12 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         gguf_file, model, task = None, arguments.model, arguments.task
         if model is None or task is None:
-            from prepare import CACHE, MODEL_FILE, prepare
+            from prepare import CACHE, MODEL_FILE, MODEL_NAME, prepare
 
             prepare()
             task = task or Path(__file__).resolve().parents[1] / "examples" / "demo" / "movie.yaml"
             if model is None:
-                model, gguf_file = CACHE / "model", MODEL_FILE
+                model, gguf_file = CACHE / MODEL_NAME, MODEL_FILE
         self.task = Task.from_file(task)
         self.model, self.tokenizer, _ = load_model(model, dtype=arguments.dtype, gguf_file=gguf_file)
         self.test = self.task.examples("test", self.tokenizer)[: arguments.limit]

@@ -87,7 +87,7 @@ def build_card(
         kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
         storage=storages[0][0] if storages else None,
         mixed_storage=len(storages) > 1,
-        command=reproduction_command(hub_id or name, settings) if settings else None,
+        command=reproduction_command(hub_id or name, settings, report.get("loading")) if settings else None,
         settings=_yaml(settings or {}),
         task_spec=_yaml(task_spec) if task_spec else None,
     )
@@ -118,12 +118,13 @@ def base_license(base_model: str | None) -> str | None:
     return declared if isinstance(declared, str) else None
 
 
-def reproduction_command(base_model: str, settings: dict[str, Any]) -> str:
+def reproduction_command(base_model: str, settings: dict[str, Any], loading: dict[str, str] | None = None) -> str:
     """Write the command line that prunes `base_model` with `settings`, naming only what differs from the defaults.
 
     Args:
         base_model (`str`): The value of `--model`.
         settings (`dict[str, Any]`): `SieveConfig.to_dict()` of the run; keys that are no setting are passed over.
+        loading (`dict[str, str]`, *optional*): Options with which the model was loaded, such as its dtype.
 
     Returns:
         `str`: A line for a POSIX shell.
@@ -137,6 +138,7 @@ def reproduction_command(base_model: str, settings: dict[str, Any]) -> str:
     ```
     """
     words = ["optimum-cli", "sieve", "prune", "--model", base_model, "--task", "task.yaml"]
+    words += [word for name, value in (loading or {}).items() for word in (f"--{name.replace('_', '-')}", value)]
     for field in dataclasses.fields(SieveConfig):
         value = settings.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
@@ -144,6 +146,11 @@ def reproduction_command(base_model: str, settings: dict[str, Any]) -> str:
             continue
         words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join([*words, "--output", "pruned"])
+
+
+def public_name(base_model: str | None) -> str | None:
+    """Return the Hub id, or the last part of a path: one of somebody's machine has no place in what is published."""
+    return _hub_id(base_model) or (Path(base_model).name if base_model else None)
 
 
 def _hub_id(base_model: str | None) -> str | None:

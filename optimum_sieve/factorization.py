@@ -50,7 +50,7 @@ def factorize(
     moments: Moments | None = None,
     *,
     projection: str = "joint",
-    damping: float = 1e-3,
+    damping: float = 1e-4,
 ) -> FactorBasis:
     r"""Factor `weight` so that every truncation is optimal in the projection's own metric.
 

@@ -12,7 +12,7 @@ import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from . import __version__
-from .card import base_license, build_card
+from .card import base_license, build_card, public_name
 from .conversion import check_convertible, is_gguf, sieve_model
 from .evaluation import compare
 from .loading import load_model
@@ -63,6 +63,7 @@ class SievePruner:
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         task (`Task`): The task.
         base_model (`str`, *optional*): Name of the dense model, for the card and the configuration.
+        loading (`dict[str, str]`, *optional*): Options with which it was loaded, for the card's command.
 
     Raises:
         ValueError: If the model is pruned already or is no causal language model.
@@ -75,7 +76,13 @@ class SievePruner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, base_model: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        *,
+        base_model: str | None = None,
+        loading: dict[str, str] | None = None,
     ) -> None:
         if getattr(model.config, "model_type", None) == "sieve":
             raise ValueError("`model` must be a dense model, got one that is pruned already. Prune its base model.")
@@ -94,6 +101,7 @@ class SievePruner:
         self.tokenizer = tokenizer
         self.task = task
         self.base_model = base_model
+        self.loading = loading
         self.result: SieveResult | None = None
 
     @classmethod
@@ -139,7 +147,9 @@ class SievePruner:
             gguf_file=gguf_file,
             revision=revision,
         )
-        return cls(loaded, found, task, base_model=name)
+        options = {"dtype": dtype and str(dtype).removeprefix("torch."), "gguf_file": gguf_file, "revision": revision}
+        loading = {key: value for key, value in options.items() if value}
+        return cls(loaded, found, task, base_model=name, loading=loading)
 
     def plan(self, config: SieveConfig) -> PrunePlan:
         """Return what `prune` would do, from the shapes alone: targets, sizes, memory. Runs nothing."""
@@ -209,6 +219,7 @@ class SievePruner:
                 seconds={stage: round(value, 3) for stage, value in seconds.items()},
                 settings=config.to_dict(),
                 largest_coefficient=largest_coefficient(self.model),
+                loading=self.loading,
             )
             self.result = self._finish(report, trials)
         except BaseException:
@@ -220,7 +231,7 @@ class SievePruner:
         """Turn the factorized model into one of model type `sieve`."""
         self.model = sieve_model(
             self.model,
-            base_model=self.base_model,
+            base_model=public_name(self.base_model),
             base_revision=self._base_revision(),
             settings=report["settings"],
             results={key: report[key] for key in ("task", "split", "metric", "count", "dense", "pruned")},

