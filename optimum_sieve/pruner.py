@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
 from . import __version__
 from .card import base_license, build_card, public_name
-from .conversion import check_convertible, is_gguf, sieve_model
+from .checks import check_model, check_task, check_weights
+from .conversion import sieve_model
 from .evaluation import compare
 from .loading import load_model
 from .modeling_sieve import read_rank_pattern
 from .output import check_output, whole_directory
 from .plan import PrunePlan, make_plan, tensor_bytes
 from .report import REPORT_NAME, build_report, write_report
-from .scoring import check_examples, max_positions, tokens_fingerprint
+from .scoring import tokens_fingerprint
 from .stages import Setting, calibrate, choose_ranks, score, timed
 from .surgery import apply_ranks, count_target_parameters, largest_coefficient, restore
-from .targets import Target, find_targets, linear_weight
+from .targets import Target, find_targets
 from .tasks import Task
 from .tasks.data import SPLITS
 from .workdir import WorkDir, content_key, model_fingerprint
 
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +79,7 @@ class SievePruner:
         base_model: str | None = None,
         loading: dict[str, str] | None = None,
     ) -> None:
-        if getattr(model.config, "model_type", None) == "sieve":
-            raise ValueError("`model` must be a dense model, got one that is pruned already. Prune its base model.")
-        if (
-            not model.can_generate()
-            or model.config.is_encoder_decoder
-            or (type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", False))
-        ):
-            raise ValueError(
-                f"`model` must be a causal language model, got {type(model).__name__}. Load a decoder with "
-                "`AutoModelForCausalLM`."
-            )
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise ValueError("`model` must be a plain model, got one with adapters. Merge them and save it first.")
+        check_model(model)
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
@@ -305,24 +288,5 @@ class SievePruner:
         """Refuse what would fail later: a second run, examples or layers that do not fit, weights not finite."""
         if self.result is not None:
             raise RuntimeError("`prune` must be called once per pruner, got a second call. Load the dense model again.")
-        self.task.require_splits(*SPLITS)
-        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
-        check_convertible(self.model, [target.name for target in targets])
-        for split in SPLITS:
-            check_examples(
-                self.task.examples(split, self.tokenizer), self.tokenizer, max_length=max_positions(self.model)
-            )
-        if getattr(self.model.config, "quantization_config", None) is not None and not is_gguf(self.model):
-            raise ValueError("`model` must not be quantized, got one that is. Load it without, prune, then quantize.")
-        for target in targets:
-            weight = linear_weight(self.model.get_submodule(target.name))
-            if not weight.is_floating_point() or weight.is_meta:
-                raise ValueError(
-                    f"`model` must have floating-point weights in memory, got {weight.dtype} on {weight.device} in "
-                    f"`{target.name}`. Load it without quantization or offloading, prune, then quantize."
-                )
-            if not torch.isfinite(weight).all():
-                raise ValueError(
-                    f"`model` must have finite weights, got NaN or infinity in `{target.name}`. "
-                    "The checkpoint is damaged, or overflowed when it was cast to float16."
-                )
+        check_weights(self.model, find_targets(self.model, config.target_modules, config.exclude_modules))
+        check_task(self.task, self.model, self.tokenizer)
