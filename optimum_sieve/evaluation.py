@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from optimum_sieve.comparison import Comparison, compare
+from optimum_sieve.output import replacing
 from optimum_sieve.scoring import input_device, log_likelihoods, make_batches, max_positions
 from optimum_sieve.tasks.metrics import majority_score, score_classes
 
@@ -94,12 +94,8 @@ class Evaluation:
         scalars = {name: getattr(self, name) for name in _SCALARS}
         metadata = {"format_version": str(FORMAT_VERSION), "evaluation": json.dumps(scalars, sort_keys=True)}
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(arrays, partial, metadata=metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            save_file(arrays, temporary, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:

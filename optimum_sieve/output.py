@@ -1,4 +1,4 @@
-"""Output directories: refused at once where they cannot take the result, written as a whole or not at all."""
+"""Output files and directories: refused at once where they cannot be written, and whole or not there at all."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
             f"`output_dir` must have room for {needed_bytes / 1e9:.2f} GB, got {free / 1e9:.2f} GB free for {output}. "
             "Free some space or choose another disk."
         )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `path` to write to; it takes the place of `path` if nothing is raised."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

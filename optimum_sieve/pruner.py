@@ -136,10 +136,7 @@ class SievePruner:
 
     def plan(self, config: SieveConfig) -> PrunePlan:
         """Return what `prune` would do, from the shapes alone: targets, sizes, memory. Runs nothing."""
-        self._check_inputs(config)
-        return make_plan(
-            self.model, find_targets(self.model, config.target_modules, config.exclude_modules), config, self.task
-        )
+        return make_plan(self.model, self._check_inputs(config), config, self.task)
 
     def prune(self, config: SieveConfig, *, work_dir: str | Path | None = None, progress: bool = True) -> SieveResult:
         """Prune the model in place and score it, beside the dense one, on the test split.
@@ -160,8 +157,7 @@ class SievePruner:
             ValueError: If the settings, the model or the data break a rule; before any long work where it can be seen.
             RuntimeError: If the model was pruned before, or nothing within the tolerance was found; it is dense then.
         """
-        self._check_inputs(config)
-        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        targets = self._check_inputs(config)
         seconds: dict[str, float] = {}
         setting = Setting(
             model=self.model,
@@ -284,9 +280,11 @@ class SievePruner:
         """Commit of the dense model, where it came from the Hub."""
         return getattr(self.model.config, "_commit_hash", None)
 
-    def _check_inputs(self, config: SieveConfig) -> None:
-        """Refuse what would fail later: a second run, examples or layers that do not fit, weights not finite."""
+    def _check_inputs(self, config: SieveConfig) -> list[Target]:
+        """Return the targets; refuse what would fail later: a second run, examples or layers that do not fit."""
         if self.result is not None:
             raise RuntimeError("`prune` must be called once per pruner, got a second call. Load the dense model again.")
-        check_weights(self.model, find_targets(self.model, config.target_modules, config.exclude_modules))
+        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        check_weights(self.model, targets)
         check_task(self.task, self.model, self.tokenizer)
+        return targets

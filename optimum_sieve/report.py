@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .output import replacing
 
 
 if TYPE_CHECKING:
@@ -110,13 +111,8 @@ def versions() -> dict[str, str]:
 
 def write_report(report: dict[str, Any], path: str | Path) -> None:
     """Write `report` to `path` as JSON with sorted keys, the form every run of the same settings can be compared in."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as temporary:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def format_table(report: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ import torch
 from toy import make_model
 
 from optimum_sieve.factorization import FactorBasis
-from optimum_sieve.workdir import WorkDir, content_key, flatten, model_fingerprint, replacing, unflatten
+from optimum_sieve.output import replacing
+from optimum_sieve.workdir import WorkDir, content_key, flatten, model_fingerprint, unflatten
 
 
 if TYPE_CHECKING:
