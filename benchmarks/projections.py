@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
 from optimum_sieve.loading import load_model
-from optimum_sieve.stages import Setting, allocate_ranks, calibrate
+from optimum_sieve.setting import Setting
+from optimum_sieve.stages import allocate_ranks, calibrate
 from optimum_sieve.surgery import truncated
 from optimum_sieve.targets import find_targets
 from optimum_sieve.workdir import WorkDir, content_key, model_fingerprint

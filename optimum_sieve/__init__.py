@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from optimum_sieve.config import SieveConfig
     from optimum_sieve.evaluation import Evaluation, evaluate
     from optimum_sieve.layers import FactorizedLinear
-    from optimum_sieve.pruner import SievePruner, SieveResult
+    from optimum_sieve.pruner import SievePruner
+    from optimum_sieve.result import SieveResult
     from optimum_sieve.tasks import Task
 
 
@@ -28,7 +29,7 @@ _MODULES = {
     "FactorizedLinear": "layers",
     "SieveConfig": "config",
     "SievePruner": "pruner",
-    "SieveResult": "pruner",
+    "SieveResult": "result",
     "Task": "tasks",
     "compare": "comparison",
     "evaluate": "evaluation",

@@ -12,6 +12,8 @@ from optimum_sieve.tasks.metrics import standard_error
 
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from optimum_sieve.evaluation import Evaluation
 
 
@@ -72,15 +74,21 @@ def compare(dense: Evaluation, pruned: Evaluation) -> Comparison:
             f"`pruned` must be scored on the same examples as `dense` ({dense.count} of them), got {pruned.count} that "
             "differ in prompts, candidates or order. Evaluate both on one list of examples."
         )
-    probabilities = np.exp(dense.log_probs)
-    # A missing candidate is -inf on both sides and adds nothing.
-    with np.errstate(invalid="ignore"):
-        terms = np.where(probabilities > 0, probabilities * (dense.log_probs - pruned.log_probs), 0.0)
     return Comparison(
         mean=pruned.score - dense.score,
         standard_error=standard_error(pruned.values - dense.values),
         agreement=float((dense.predictions == pruned.predictions).mean()),
         # Rounding alone can make the KL of two equal distributions negative.
-        kl=max(0.0, float(terms.sum(axis=1).mean())),
+        kl=max(0.0, float(divergences(dense, pruned).mean())),
         count=dense.count,
     )
+
+
+def divergences(dense: Evaluation, pruned: Evaluation) -> NDArray[np.float64]:
+    r"""Return \(\mathrm{KL}(\text{dense} \Vert \text{pruned})\) of every example (count,), in nats."""
+    probabilities = np.exp(dense.log_probs)
+    # A missing candidate is -inf on both sides and adds nothing.
+    with np.errstate(invalid="ignore"):
+        terms = np.where(probabilities > 0, probabilities * (dense.log_probs - pruned.log_probs), 0.0)
+    divergence: NDArray[np.float64] = terms.sum(axis=1)
+    return divergence

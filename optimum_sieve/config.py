@@ -12,8 +12,9 @@ from typing import Any
 
 
 PROJECTIONS = ("svd", "activation", "joint", "learned")
-ALLOCATIONS = ("uniform", "energy")
+ALLOCATIONS = ("uniform", "energy", "genetic")
 STORAGES = ("factors", "pivoted")
+SEARCH_PRESETS = ("fast", "paper")
 LOSSES = ("fisher", "labels", "answer")
 
 
@@ -33,7 +34,8 @@ class SieveConfig:
             `"joint"` (inputs and output gradients), `"activation"` (inputs alone, the optimum of
             \(\lVert WX - W'X \rVert\)), `"svd"` (the weight alone) or `"learned"` (adapters trained by Adam).
         allocation (`str`):
-            `"energy"` (least predicted loss under the budget) or `"uniform"` (same kept fraction everywhere).
+            `"energy"` (least predicted loss under the budget), `"uniform"` (same kept fraction everywhere) or
+            `"genetic"` (a level for every matrix, searched on the task itself).
         storage (`str`):
             `"pivoted"` (fewest parameters) or `"factors"`.
         loss (`str`):
@@ -56,7 +58,17 @@ class SieveConfig:
             One-sided confidence, from 0.5 up to below 1, with which the paired score difference must lie within
             `tolerance`. 0.5 compares the bare means.
         search_steps (`int`):
-            Steps of the binary search on the kept fraction; each is one scored pass over the selection split.
+            Steps of the binary search on the kept fraction, where the allocation is not `"genetic"`; each is one scored
+            pass over the selection split.
+        search_preset (`str`):
+            Settings of the genetic search: `"fast"` (seeded by the energy allocation, screened by predicted loss,
+            candidates dropped early) or `"paper"` (LLM-Sieve's plain algorithm, for comparison).
+        population_size (`int`, *optional*):
+            Candidates scored in each generation of the genetic search. `None`: the preset's.
+        generations (`int`, *optional*):
+            Generations of the genetic search at most. `None`: the preset's.
+        search_fraction (`float`):
+            Part of the selection split the genetic search scores candidates on; the rest confirms the result.
         batch_size (`int`):
             Rows per forward pass. An example takes one, or one for each label of several tokens; it is never divided.
         seed (`int`):
@@ -87,6 +99,10 @@ class SieveConfig:
     damping: float = 1e-4
     confidence: float = 0.9
     search_steps: int = 6
+    search_preset: str = "fast"
+    population_size: int | None = None
+    generations: int | None = None
+    search_fraction: float = 0.25
     batch_size: int = 16
     seed: int = 0
 
@@ -111,6 +127,20 @@ class SieveConfig:
                 f"allocation={self.allocation!r} and pruning_ratio={self.pruning_ratio}. An adapter is trained for one "
                 "rank, so there is no curve to allocate or search on."
             )
+
+    def search_count(self, num_examples: int) -> int:
+        """Return how many of the selection split's examples the genetic search scores candidates on.
+
+        Raises:
+            ValueError: If fewer than two would be left to the search or to the confirmation.
+        """
+        count = round(num_examples * self.search_fraction)
+        if not 2 <= count <= num_examples - 2:
+            raise ValueError(
+                "`search_fraction` must leave at least 2 selection examples to the search and 2 to the confirmation, "
+                f"got {self.search_fraction} of {num_examples}. Add rows to the selection split."
+            )
+        return count
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types, sorted by name."""
@@ -152,15 +182,31 @@ class SieveConfig:
         return cls.from_dict({**values, **overrides})
 
 
-_CHOICES = {"projection": PROJECTIONS, "allocation": ALLOCATIONS, "storage": STORAGES, "loss": LOSSES}
+_CHOICES = {
+    "projection": PROJECTIONS,
+    "allocation": ALLOCATIONS,
+    "storage": STORAGES,
+    "loss": LOSSES,
+    "search_preset": SEARCH_PRESETS,
+}
 # name: (low, high, whether low itself is allowed); high itself never is.
 _FLOAT_RANGES = {
     "tolerance": (0.0, 1.0, True),
     "pruning_ratio": (0.0, 1.0, False),
     "damping": (0.0, 1.0, True),
     "confidence": (0.5, 1.0, True),
+    "search_fraction": (0.0, 1.0, False),
 }
-_LEAST_INTEGERS = {"rank_multiple": 1, "rounds": 1, "search_steps": 1, "batch_size": 1, "seed": 0}
+_LEAST_INTEGERS = {
+    "rank_multiple": 1,
+    "rounds": 1,
+    "search_steps": 1,
+    "population_size": 2,
+    "generations": 1,
+    "batch_size": 1,
+    "seed": 0,
+}
+_OPTIONAL_INTEGERS = ("population_size", "generations")
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...] | None:
@@ -189,6 +235,8 @@ def _check_float(name: str, value: Any, low: float, high: float, includes_low: b
 
 
 def _check_integer(name: str, value: Any, low: int) -> None:
+    if value is None and name in _OPTIONAL_INTEGERS:
+        return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < low:

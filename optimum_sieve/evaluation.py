@@ -17,17 +17,19 @@ from tqdm.auto import tqdm
 
 from optimum_sieve.comparison import Comparison, compare
 from optimum_sieve.output import replacing
+from optimum_sieve.prefix import prefill, repeated, without_prefix
 from optimum_sieve.scoring import input_device, log_likelihoods, make_batches, max_positions
 from optimum_sieve.tasks.metrics import majority_score, score_classes
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from optimum_sieve.scoring import Batch
     from optimum_sieve.tasks import Example
 
 
@@ -156,30 +158,77 @@ def evaluate(
     Raises:
         ValueError: If an example cannot be scored, or the model returns values that are not finite.
     """
+    check_scorable(examples, metric)
+    batches = make_batches(examples, tokenizer, batch_size=batch_size, max_length=max_positions(model))
+    bar = tqdm(total=len(examples), desc=description or None, unit="example", disable=not progress)
+    with bar:
+        return evaluation_of(candidate_scores(model, batches, examples, bar.update), examples, metric)
+
+
+def check_scorable(examples: Sequence[Example], metric: str) -> None:
+    """Refuse what has no score with a standard error.
+
+    Raises:
+        ValueError: If there are fewer than two examples, one has no candidates or no gold one, or `metric` is unknown.
+    """
     if len(examples) < 2:
         raise ValueError(
             f"`examples` must hold at least 2 examples to have a standard error, got {len(examples)}. Add rows to the "
             "split."
         )
-    targets = np.array([_target(index, example) for index, example in enumerate(examples)], dtype=np.int64)
-    majority = majority_score(metric, targets)
-    batches = make_batches(examples, tokenizer, batch_size=batch_size, max_length=max_positions(model))
+    majority_score(metric, _targets(examples))
+
+
+def candidate_scores(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    examples: Sequence[Example],
+    on_batch: Callable[[int], object],
+    *,
+    prefix: int = 0,
+) -> NDArray[np.float64]:
+    """Compute the log-likelihood of every candidate.
+
+    Args:
+        model (`torch.nn.Module`): The model; in evaluation mode and without gradients meanwhile.
+        batches (`Sequence[Batch]`): Batches of `examples`, on any device.
+        examples (`Sequence[Example]`): The examples.
+        on_batch (`Callable`): Called after each batch with its number of examples.
+        prefix (`int`): Leading tokens that all rows of all batches share, computed once, where the model allows it.
+
+    Returns:
+        `numpy.ndarray` of shape `(count, candidates)`: `-inf` where an example has fewer candidates.
+
+    Raises:
+        ValueError: If the model returns values that are not finite.
+    """
     scores = np.full((len(examples), max(len(example.candidates) for example in examples)), -np.inf)
     device = input_device(model)
-    bar = tqdm(total=len(examples), desc=description or None, unit="example", disable=not progress)
-    with evaluating(model), bar:
-        for batch in batches:
-            found = log_likelihoods(model, batch.to(device)).double().cpu().numpy()
+    with evaluating(model):
+        cache = prefill(model, batches[0].to(device), prefix) if prefix else None
+        for batch in (batch.to(device) for batch in batches):
+            if cache is None:
+                sums = log_likelihoods(model, batch)
+            else:
+                past = repeated(cache, batch.input_ids.shape[0])
+                sums = log_likelihoods(model, without_prefix(batch, prefix), past)
+            found = sums.double().cpu().numpy()
             scores[list(batch.indices), : found.shape[1]] = found
-            bar.update(batch.num_examples)
+            on_batch(batch.num_examples)
     _check_finite(scores, examples)
+    return scores
+
+
+def evaluation_of(scores: NDArray[np.float64], examples: Sequence[Example], metric: str) -> Evaluation:
+    """Turn the log-likelihoods of every candidate (count, candidates) into an [`Evaluation`] of the same examples."""
+    targets = _targets(examples)
     predictions = scores.argmax(axis=1)
     scored = score_classes(metric, predictions, targets)
     return Evaluation(
         metric=metric,
         score=scored.score,
         standard_error=scored.standard_error,
-        majority_score=majority,
+        majority_score=majority_score(metric, targets),
         predictions=predictions,
         targets=targets,
         values=scored.values,
@@ -200,6 +249,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _targets(examples: Sequence[Example]) -> NDArray[np.int64]:
+    return np.array([_target(index, example) for index, example in enumerate(examples)], dtype=np.int64)
 
 
 def _target(index: int, example: Example) -> int:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .card import base_license, build_card, public_name
-from .checks import check_model, check_task, check_weights
+from .card import public_name
+from .checks import check_model
 from .conversion import sieve_model
 from .evaluation import compare
 from .loading import load_model
 from .modeling_sieve import read_rank_pattern
-from .output import check_output, whole_directory
 from .plan import PrunePlan, make_plan, tensor_bytes
-from .report import REPORT_NAME, build_report, write_report
-from .scoring import tokens_fingerprint
-from .stages import Setting, calibrate, choose_ranks, score, timed
+from .prepare import check_inputs, prepare
+from .report import build_report
+from .result import SieveResult, save_result
+from .search.stage import join_search, run_search
+from .setting import Setting, score, timed
+from .stages import calibrate, choose_ranks
 from .surgery import apply_ranks, count_target_parameters, largest_coefficient, restore
-from .targets import Target, find_targets
 from .tasks import Task
-from .tasks.data import SPLITS
-from .workdir import WorkDir, content_key, model_fingerprint
+from .workdir import WorkDir
 
 
 if TYPE_CHECKING:
@@ -31,23 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class SieveResult:
-    """What a pruning run returns.
-
-    Args:
-        model (`PreTrainedModel`): The pruned model, of model type `sieve`.
-        rank_pattern (`dict[str, dict]`): Module name, relative to the base model -> `rank`, `storage`, `bias`.
-        report (`dict[str, Any]`): The content of `sieve_report.json`.
-        trials (`list[dict]`): Kept fractions the search tried, with their figures on the selection split.
-    """
-
-    model: PreTrainedModel
-    rank_pattern: dict[str, dict[str, Any]]
-    report: dict[str, Any]
-    trials: list[dict[str, float]]
+    from .factorization import FactorBasis
+    from .targets import Target
+    from .tasks import Example
 
 
 class SievePruner:
@@ -136,9 +120,79 @@ class SievePruner:
 
     def plan(self, config: SieveConfig) -> PrunePlan:
         """Return what `prune` would do, from the shapes alone: targets, sizes, memory. Runs nothing."""
-        return make_plan(self.model, self._check_inputs(config), config, self.task)
+        self._check_is_dense()
+        targets = check_inputs(self.model, self.tokenizer, self.task, config)
+        return make_plan(self.model, targets, config, self.task)
 
-    def prune(self, config: SieveConfig, *, work_dir: str | Path | None = None, progress: bool = True) -> SieveResult:
+    def search(
+        self,
+        config: SieveConfig,
+        *,
+        work_dir: str | Path | None = None,
+        study_storage: str | None = None,
+        num_bottlenecks: int = 0,
+        progress: bool = True,
+    ) -> dict[str, Any]:
+        """Search ranks and leave the model dense; `prune` with the same settings and directory goes on from there.
+
+        Args:
+            config (`SieveConfig`): The settings, with `allocation="genetic"`.
+            work_dir (`str | Path`, *optional*): Keeps moments, bases, the study and what was found.
+            study_storage (`str`, *optional*): URL of an Optuna storage, where workers can help.
+            num_bottlenecks (`int`): Matrices of the result to lower one by one, to see which hold it back.
+            progress (`bool`): Whether progress bars are shown.
+
+        Returns:
+            `dict[str, Any]`: What was found, as in the file `search-<key>.json` of the work directory.
+
+        Raises:
+            ValueError: If the settings, the model or the data break a rule.
+            RuntimeError: If nothing within the tolerance was found.
+        """
+        setting, bases, selection = self._before_search(config, work_dir, study_storage, progress)
+        return run_search(setting, bases, selection, num_bottlenecks=num_bottlenecks)
+
+    def join_search(
+        self, config: SieveConfig, *, work_dir: str | Path, study_storage: str | None = None, progress: bool = True
+    ) -> int:
+        """Score candidates of a search that another process leads, until it ends; return how many.
+
+        Raises:
+            ValueError: If the bases in `work_dir` are not those of the study.
+        """
+        return join_search(*self._before_search(config, work_dir, study_storage, progress))
+
+    def _before_search(
+        self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
+    ) -> tuple[Setting, dict[str, FactorBasis], list[Example]]:
+        self._check_is_dense()
+        if config.allocation != "genetic":
+            raise ValueError(f"`allocation` must be 'genetic' for a search, got {config.allocation!r}.")
+        setting = self._prepare(config, work_dir, study_storage, progress)
+        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), {})
+        return setting, bases, self.task.examples("selection", self.tokenizer)
+
+    def _prepare(
+        self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
+    ) -> Setting:
+        return prepare(
+            self.model,
+            self.tokenizer,
+            self.task,
+            config,
+            work_dir=work_dir,
+            study_storage=study_storage,
+            progress=progress,
+        )
+
+    def prune(
+        self,
+        config: SieveConfig,
+        *,
+        work_dir: str | Path | None = None,
+        study_storage: str | None = None,
+        progress: bool = True,
+    ) -> SieveResult:
         """Prune the model in place and score it, beside the dense one, on the test split.
 
         The stages: moments on the calibration split, factor bases, ranks (searched on the selection split), pruned
@@ -148,6 +202,8 @@ class SievePruner:
             config (`SieveConfig`): The settings.
             work_dir (`str | Path`, *optional*): Keeps finished stages, so that a killed run, or one with other
                 settings, does not repeat them. `None`: nothing is kept.
+            study_storage (`str`, *optional*): URL of the Optuna storage of a genetic search, where other processes can
+                help. `None`: a file in the work directory.
             progress (`bool`): Whether progress bars are shown.
 
         Returns:
@@ -157,18 +213,10 @@ class SievePruner:
             ValueError: If the settings, the model or the data break a rule; before any long work where it can be seen.
             RuntimeError: If the model was pruned before, or nothing within the tolerance was found; it is dense then.
         """
-        targets = self._check_inputs(config)
+        self._check_is_dense()
         seconds: dict[str, float] = {}
-        setting = Setting(
-            model=self.model,
-            tokenizer=self.tokenizer,
-            config=config,
-            metric=self.task.metric,
-            targets=targets,
-            work=WorkDir(work_dir),
-            fingerprint=self._fingerprint(),
-            progress=progress,
-        )
+        setting = self._prepare(config, work_dir, study_storage, progress)
+        targets = setting.targets
         bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), seconds)
         with timed(seconds, "ranks"):
             ranks, trials = choose_ranks(setting, bases, self.task.examples("selection", self.tokenizer))
@@ -206,7 +254,7 @@ class SievePruner:
             raise
         return self.result
 
-    def _finish(self, report: dict[str, Any], trials: list[dict[str, float]]) -> SieveResult:
+    def _finish(self, report: dict[str, Any], trials: list[dict[str, Any]]) -> SieveResult:
         """Turn the factorized model into one of model type `sieve`."""
         self.model = sieve_model(
             self.model,
@@ -235,24 +283,15 @@ class SievePruner:
         """
         if self.result is None:
             raise RuntimeError("`save_pretrained` must follow `prune`, got a model that is not pruned. Call `prune`.")
-        output = Path(output_dir)
-        check_output(output, overwrite, needed_bytes=self.result.report["bytes"]["after"])
-        with whole_directory(output) as partial:
-            self.result.model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
-            report = self.result.report
-            report["bytes"]["after"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-            write_report(report, partial / REPORT_NAME)
-            card = build_card(
-                report,
-                self.result.rank_pattern,
-                base_model=self.base_model,
-                base_revision=self._base_revision(),
-                task_spec=self.task.spec,
-                license_id=base_license(self.base_model),
-            )
-            card.save(partial / "README.md")
-        return output
+        return save_result(
+            self.result,
+            self.tokenizer,
+            Path(output_dir),
+            overwrite=overwrite,
+            base_model=self.base_model,
+            base_revision=self._base_revision(),
+            task_spec=self.task.spec,
+        )
 
     def _sizes(self, targets: list[Target]) -> dict[str, int]:
         return {
@@ -261,30 +300,10 @@ class SievePruner:
             "bytes": tensor_bytes(self.model),
         }
 
-    def _fingerprint(self) -> str:
-        """Hash everything but the settings that results depend on: weights, architecture, tokens, this package."""
-        architecture = {
-            name: value
-            for name, value in self.model.config.to_diff_dict().items()
-            if name not in ("_name_or_path", "transformers_version")
-        }
-        return content_key(
-            model=model_fingerprint(self.model),
-            architecture=json.loads(json.dumps(architecture, default=str)),
-            task=self.task.fingerprint(),
-            tokens=[tokens_fingerprint(self.task.examples(split, self.tokenizer), self.tokenizer) for split in SPLITS],
-            version=__version__,
-        )
-
     def _base_revision(self) -> str | None:
         """Commit of the dense model, where it came from the Hub."""
         return getattr(self.model.config, "_commit_hash", None)
 
-    def _check_inputs(self, config: SieveConfig) -> list[Target]:
-        """Return the targets; refuse what would fail later: a second run, examples or layers that do not fit."""
+    def _check_is_dense(self) -> None:
         if self.result is not None:
             raise RuntimeError("`prune` must be called once per pruner, got a second call. Load the dense model again.")
-        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
-        check_weights(self.model, targets)
-        check_task(self.task, self.model, self.tokenizer)
-        return targets

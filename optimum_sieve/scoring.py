@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedTokenizerBase
 
     from optimum_sieve.tasks import Example
 
@@ -138,7 +138,7 @@ def tokens_fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokeniz
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def log_likelihoods(model: nn.Module, batch: Batch) -> torch.Tensor:
+def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -> torch.Tensor:
     r"""Sum each candidate's token log-probabilities, \(\log p(\text{continuation} \mid \text{prompt})\).
 
     Only the logits at the batch's sites are computed where the model can leave out the others. Differentiable; the
@@ -149,6 +149,8 @@ def log_likelihoods(model: nn.Module, batch: Batch) -> torch.Tensor:
             A causal language model of transformers.
         batch ([`Batch`]):
             From [`make_batches`], on the model's device.
+        past (`Cache`, *optional*):
+            Keys and values of the tokens before those of `batch`; written to.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, max_candidates)`: `float32`, `-inf` where an example has fewer
@@ -156,6 +158,8 @@ def log_likelihoods(model: nn.Module, batch: Batch) -> torch.Tensor:
     """
     rows, positions = batch.sites.unbind(dim=1)
     arguments: dict[str, Any] = {"use_cache": False}
+    if past is not None:
+        arguments = {"use_cache": True, "past_key_values": past}
     columns = positions
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"], columns = torch.unique(positions.cpu(), return_inverse=True)

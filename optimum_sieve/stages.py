@@ -2,97 +2,35 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from .adapters import learn_adapter
 from .allocation import LossCurve, allocate
 from .calibration import collect_moments
-from .evaluation import Comparison, Evaluation, compare, evaluate
+from .comparison import compare
 from .factorization import FactorBasis, factorize
 from .losses import calibration_loss
 from .moments import Moments
 from .scoring import input_device, make_batches, max_positions
+from .search.stage import run_search
+from .setting import Setting, score, timed
 from .surgery import truncated
-from .targets import Target, linear_weight
+from .targets import linear_weight
 from .tolerance import search_kept_fraction
-from .workdir import WorkDir, content_key, flatten, on_device, unflatten
+from .workdir import flatten, on_device, unflatten
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
-    from transformers import PreTrainedTokenizerBase
-
+    from .comparison import Comparison
     from .config import SieveConfig
+    from .search.genome import Ranks
     from .tasks import Example
-
-
-Ranks = dict[str, "int | None"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What every stage of one run reads.
-
-    Args:
-        model (`torch.nn.Module`): The dense model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        config (`SieveConfig`): The settings.
-        metric (`str`): The task's metric.
-        targets (`list[Target]`): The layers to prune.
-        work (`WorkDir`): Where finished stages are kept.
-        fingerprint (`str`): Hash of the model and the task.
-        progress (`bool`): Whether progress bars are shown.
-    """
-
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    config: SieveConfig
-    metric: str
-    targets: list[Target]
-    work: WorkDir
-    fingerprint: str
-    progress: bool
-
-    def key(self, *settings: str, **more: object) -> str:
-        """Hash the named settings together with the model, the task and `more`."""
-        values = self.config.to_dict()
-        return content_key(run=self.fingerprint, **{name: values[name] for name in settings}, **more)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the wall-clock time spent inside to `seconds[stage]`."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def score(setting: Setting, examples: Sequence[Example], description: str, **key: object) -> Evaluation:
-    """Score the model as it is now, or take the score from the work directory."""
-    name = setting.key(description=description, **key)
-    path = None if setting.work.path is None else setting.work.path / f"evaluation-{name}.safetensors"
-    if path is not None and path.exists():
-        return Evaluation.load(path)
-    evaluation = evaluate(
-        setting.model,
-        examples,
-        setting.tokenizer,
-        metric=setting.metric,
-        batch_size=setting.config.batch_size,
-        progress=setting.progress,
-        description=description,
-    )
-    if path is not None:
-        evaluation.save(path)
-    return evaluation
 
 
 def calibrate(setting: Setting, examples: Sequence[Example], seconds: dict[str, float]) -> dict[str, FactorBasis]:
@@ -228,7 +166,8 @@ def allocate_ranks(setting: Setting, bases: Mapping[str, FactorBasis], kept: flo
     return allocate(
         curves,
         int(kept * total),
-        allocation=config.allocation,
+        # A genetic search starts from the energy allocation.
+        allocation="uniform" if config.allocation == "uniform" else "energy",
         storage=config.storage,
         multiple=config.rank_multiple,
     )
@@ -236,7 +175,7 @@ def allocate_ranks(setting: Setting, bases: Mapping[str, FactorBasis], kept: flo
 
 def choose_ranks(
     setting: Setting, bases: Mapping[str, FactorBasis], examples: Sequence[Example]
-) -> tuple[Ranks, list[dict[str, float]]]:
+) -> tuple[Ranks, list[dict[str, Any]]]:
     """Choose every target's rank, by `pruning_ratio` or by search within `tolerance`.
 
     Returns:
@@ -246,6 +185,9 @@ def choose_ranks(
         RuntimeError: If the search found nothing within the tolerance.
     """
     config = setting.config
+    if config.allocation == "genetic":
+        found = run_search(setting, bases, examples)
+        return found["ranks"], found["candidates"]
     if config.pruning_ratio is not None:
         return allocate_ranks(setting, bases, 1 - config.pruning_ratio), []
     dense = score(setting, examples, "dense model on selection")

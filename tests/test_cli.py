@@ -20,7 +20,7 @@ from optimum_sieve.commands.prune import PruneCommand
 
 RUN_OPTIONS = {
     *("help", "model", "task", "dtype", "device", "revision", "gguf_file", "trust_remote_code", "debug"),
-    *("output", "overwrite", "work_dir", "dry_run", "config"),
+    *("output", "overwrite", "work_dir", "study_storage", "dry_run", "config"),
 }
 ROOT = Path(__file__).parent.parent
 
@@ -78,9 +78,12 @@ def fresh_process(*words: str) -> subprocess.CompletedProcess[str]:
     ("words", "status", "shown"),
     [
         (["--help"], 0, "Prune a language model for one task."),
-        (["sieve"], 0, "{prune,evaluate}"),
+        (["sieve"], 0, "{prune,evaluate,search,report}"),
         (["sieve", "prune", "--help"], 0, "--pruning-ratio"),
         (["sieve", "evaluate", "--help"], 0, "--compare-to"),
+        (["sieve", "search", "--help"], 0, "--worker"),
+        (["sieve", "search", "--work-dir", "w", "--task", "t"], 2, "required: --model (or --worker)"),
+        (["sieve", "report", "--help"], 0, "--work-dir"),
         (
             ["sieve", "prune", "--model", "m", "--task", "t", "--output", "o", "--seed", "x"],
             2,

@@ -136,7 +136,7 @@ def test_work_directory_resumes_every_stage(learned, task, tmp_path, monkeypatch
     monkeypatch.setattr("optimum_sieve.stages.factorize", forbidden)
     scored = []
     monkeypatch.setattr(
-        "optimum_sieve.stages.evaluate",
+        "optimum_sieve.setting.evaluate",
         lambda *args, description, **options: scored.append(description) or evaluate(*args, **options),
     )
     second = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, work_dir=tmp_path, **QUIET)
@@ -158,7 +158,7 @@ def test_killed_run_resumes_to_the_same_result(learned, task, tmp_path, monkeypa
 
     broken = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)
     with monkeypatch.context() as patched:
-        patched.setattr("optimum_sieve.stages.evaluate", interrupted)
+        patched.setattr("optimum_sieve.setting.evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             broken.prune(config, work_dir=tmp_path, **QUIET)
     assert all(type(module).__name__ != "FactorizedLinear" for module in broken.model.modules())
@@ -181,7 +181,7 @@ def test_other_data_or_weights_are_not_taken_from_the_work_directory(learned, ta
 def test_test_split_is_scored_last(pruner, monkeypatch):
     order = []
     monkeypatch.setattr(
-        "optimum_sieve.stages.evaluate",
+        "optimum_sieve.setting.evaluate",
         lambda *args, description, **options: order.append(description) or evaluate(*args, **options),
     )
     pruner.prune(SieveConfig(tolerance=0.1, rank_multiple=1, search_steps=2), **QUIET)

@@ -23,19 +23,7 @@ class ModelCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options that name the model, the task and how to load them."""
-        parser.add_argument("--model", required=True, metavar="MODEL", help="Hub id or directory of the model.")
-        parser.add_argument("--task", required=True, metavar="FILE", help="Task file, YAML or JSON.")
-        parser.add_argument("--dtype", help="Floating-point type to load in, such as bfloat16 (default: as saved).")
-        parser.add_argument(
-            "--device",
-            help="Where to compute, such as cpu, cuda or cuda:1 (default: the accelerator if there is one, else cpu).",
-        )
-        parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-        parser.add_argument("--gguf-file", metavar="FILE", help="File of a GGUF repository to read the model from.")
-        parser.add_argument(
-            "--trust-remote-code", action="store_true", help="Run modelling code that lies beside the weights."
-        )
-        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        add_source(parser)
 
     @abstractmethod
     def execute(self, arguments: Namespace) -> None:
@@ -43,12 +31,30 @@ class ModelCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Do the work; an error is printed as one line, with its traceback under `--debug`."""
-        with _one_line_errors(debug=self.args.debug):
+        with one_line_errors(debug=self.args.debug):
             self.execute(self.args)
 
 
+def add_source(parser: ArgumentParser, *, required: bool = True) -> None:
+    """Add the options that name the model, the task and how to load them."""
+    parser.add_argument("--model", required=required, metavar="MODEL", help="Hub id or directory of the model.")
+    parser.add_argument("--task", required=required, metavar="FILE", help="Task file, YAML or JSON.")
+    parser.add_argument("--dtype", help="Floating-point type to load in, such as bfloat16 (default: as saved).")
+    parser.add_argument(
+        "--device",
+        help="Where to compute, such as cpu, cuda or cuda:1 (default: the accelerator if there is one, else cpu).",
+    )
+    parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
+    parser.add_argument("--gguf-file", metavar="FILE", help="File of a GGUF repository to read the model from.")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="Run modelling code that lies beside the weights."
+    )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+
 @contextmanager
-def _one_line_errors(*, debug: bool) -> Iterator[None]:
+def one_line_errors(*, debug: bool) -> Iterator[None]:
+    """Print an error that tells the user something as one line, and end with status 1."""
     try:
         yield
     except KeyboardInterrupt:

@@ -31,6 +31,11 @@ class PruneCommand(ModelCommand):
             help="Directory for intermediate results: a run that was stopped resumes there.",
         )
         parser.add_argument(
+            "--study-storage",
+            metavar="URL",
+            help="Optuna storage of a genetic search, which workers can join (default: a file in --work-dir).",
+        )
+        parser.add_argument(
             "--dry-run", action="store_true", help="Show what would be pruned, with sizes and memory, and stop."
         )
         parser.add_argument(
@@ -65,7 +70,7 @@ class PruneCommand(ModelCommand):
         if arguments.dry_run:
             print(pruner.plan(config).format())
             return
-        result = pruner.prune(config, work_dir=arguments.work_dir)
+        result = pruner.prune(config, work_dir=arguments.work_dir, study_storage=arguments.study_storage)
         pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite)
         print(format_table(result.report))
         print(f"\nsaved in {arguments.output}")

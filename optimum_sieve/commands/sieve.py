@@ -6,6 +6,8 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_sieve.commands.evaluate import EvaluateCommand
 from optimum_sieve.commands.prune import PruneCommand
+from optimum_sieve.commands.report import ReportCommand
+from optimum_sieve.commands.search import SearchCommand
 
 
 class SieveCommand(BaseOptimumCLICommand):
@@ -22,5 +24,15 @@ class SieveCommand(BaseOptimumCLICommand):
             name="evaluate",
             help="Score a model on a task, alone or against another one.",
             subcommand_class=EvaluateCommand,
+        ),
+        CommandInfo(
+            name="search",
+            help="Search a rank for every matrix with a genetic algorithm, on one or many machines.",
+            subcommand_class=SearchCommand,
+        ),
+        CommandInfo(
+            name="report",
+            help="Show what a search found, as a page and as pictures.",
+            subcommand_class=ReportCommand,
         ),
     )

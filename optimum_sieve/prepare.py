@@ -1,0 +1,85 @@
+"""From what a user gives to the setting of a run: everything is checked before any long work."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from . import __version__
+from .checks import check_task, check_weights
+from .scoring import tokens_fingerprint
+from .setting import Setting
+from .targets import find_targets
+from .tasks.data import SPLITS
+from .workdir import WorkDir, content_key, model_fingerprint
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .config import SieveConfig
+    from .targets import Target
+    from .tasks import Task
+
+
+def check_inputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig
+) -> list[Target]:
+    """Return the targets; refuse examples or layers that do not fit.
+
+    Raises:
+        ValueError: The message names what does not fit.
+    """
+    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    check_weights(model, targets)
+    check_task(task, model, tokenizer)
+    if config.allocation == "genetic":
+        config.search_count(task.splits["selection"])
+    return targets
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: SieveConfig,
+    *,
+    work_dir: str | Path | None,
+    study_storage: str | None,
+    progress: bool,
+) -> Setting:
+    """Check everything and return the setting of a run.
+
+    Raises:
+        ValueError: If the settings, the model or the data break a rule.
+        OSError: If the work directory cannot be used.
+    """
+    return Setting(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        metric=task.metric,
+        targets=check_inputs(model, tokenizer, task, config),
+        work=WorkDir(work_dir),
+        fingerprint=_fingerprint(model, tokenizer, task),
+        progress=progress,
+        study_storage=study_storage,
+    )
+
+
+def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
+    """Hash everything but the settings that results depend on: weights, architecture, tokens, this package."""
+    architecture = {
+        name: value
+        for name, value in model.config.to_diff_dict().items()
+        if name not in ("_name_or_path", "transformers_version")
+    }
+    return content_key(
+        model=model_fingerprint(model),
+        architecture=json.loads(json.dumps(architecture, default=str)),
+        task=task.fingerprint(),
+        tokens=[tokens_fingerprint(task.examples(split, tokenizer), tokenizer) for split in SPLITS],
+        version=__version__,
+    )

@@ -1,0 +1,246 @@
+r"""What the search varies: one level for every matrix, and what a pattern of levels costs. Does not import torch.
+
+A *level* is one of a matrix's ranks, in ascending order of parameters; the last one is dense. A *genome* is a level for
+every matrix, in the model's own order.
+
+Beside levels there is a second coordinate. Along the lower convex hull of a matrix's loss curve each level is the best
+one for a range of *prices* (loss paid per parameter saved). Where all matrices share one price, the genome is the
+energy allocation; a genome's logarithmic prices say how it departs from that, on one scale for all matrices.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimum_sieve.budget import largest_rank
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from optimum_sieve.allocation import LossCurve
+
+
+Genome = tuple[int, ...]
+Ranks = dict[str, "int | None"]
+
+# How far inside its range of prices a departing matrix is put, so that rounding does not move it out again.
+_INSET = 0.05
+
+_LAYER_NAME = re.compile(r"(.*?\b\d+)\.(.+)")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a module name into its layer and the kind of matrix; a name's first number ends the layer's name.
+
+    Example:
+
+    ```python
+    >>> split_name("model.layers.3.mlp.up_proj")
+    ('model.layers.3', 'mlp.up_proj')
+
+    ```
+    """
+    numbered = _LAYER_NAME.fullmatch(name)
+    return (numbered[1], numbered[2]) if numbered else ("", name)
+
+
+@dataclass(frozen=True, eq=False)
+class Gene:
+    """One matrix and what it can be.
+
+    Args:
+        name (`str`): Module name.
+        ranks (`tuple[int | None, ...]`): Its ranks, ascending; the last is `None`, dense.
+        parameters (`numpy.ndarray` of shape `(levels,)`): Parameters at each level, ascending.
+        losses (`numpy.ndarray` of shape `(levels,)`): Predicted loss at each level.
+    """
+
+    name: str
+    ranks: tuple[int | None, ...]
+    parameters: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels."""
+        return len(self.ranks)
+
+    @cached_property
+    def hull(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Levels on the lower convex hull, ascending, and the logarithmic price at which each gives way to the next."""
+        levels = [0]
+        while levels[-1] < self.num_levels - 1:
+            rest = np.arange(levels[-1] + 1, self.num_levels)
+            saved = self.losses[levels[-1]] - self.losses[rest]
+            prices = saved / (self.parameters[rest] - self.parameters[levels[-1]])
+            levels.append(int(rest[len(rest) - 1 - np.argmax(prices[::-1])]))
+        corners = np.array(levels)
+        saved = -np.diff(self.losses[corners]) / np.diff(self.parameters[corners])
+        # A curve that does not fall any more has price 0: bought only when nothing costs anything.
+        return corners, np.log(np.maximum(saved, 1e-300))
+
+    def price_range(self, level: int) -> tuple[float, float]:
+        """Return the logarithmic prices, above the first and up to the second, at which a hull level is the best one.
+
+        For a level off the hull: those of the next one above.
+        """
+        levels, prices = self.hull
+        place = int(np.searchsorted(levels, level))
+        low = float(prices[place]) if place < len(prices) else -np.inf
+        return low, float(prices[place - 1]) if place else np.inf
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSpace:
+    """All genomes.
+
+    Args:
+        genes (`tuple[Gene, ...]`): The matrices, in the model's order.
+    """
+
+    genes: tuple[Gene, ...]
+
+    @classmethod
+    def from_curves(
+        cls,
+        curves: Sequence[LossCurve],
+        *,
+        storage: str,
+        multiple: int,
+        levels: Sequence[float] | None = None,
+    ) -> SearchSpace:
+        """Make the space of all allowed ranks, or of those next below some kept fractions.
+
+        Args:
+            curves (`Sequence[LossCurve]`): One per matrix.
+            storage (`str`): `"pivoted"` or `"factors"`.
+            multiple (`int`): Ranks are multiples of this number.
+            levels (`Sequence[float]`, *optional*): Fractions of a matrix's parameters to keep, 1 = dense. `None`: every
+                allowed rank.
+        """
+        genes = []
+        for curve in curves:
+            ranks, parameters, losses = curve.choices(storage, multiple)
+            if levels is not None:
+                shape = (curve.out_features, curve.in_features)
+                budgets = [int(level * curve.dense_parameters) for level in levels if level < 1]
+                chosen = {largest_rank(budget, *shape, storage, multiple) for budget in budgets}
+                places = [place for place, rank in enumerate(ranks) if rank is None or rank in chosen]
+            else:
+                places = list(range(len(ranks)))
+            genes.append(Gene(curve.name, tuple(ranks[i] for i in places), parameters[places], losses[places]))
+        return cls(tuple(genes))
+
+    @cached_property
+    def num_parameters(self) -> float:
+        """Parameters of all matrices when dense."""
+        return float(sum(gene.parameters[-1] for gene in self.genes))
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each matrix."""
+        return tuple(split_name(gene.name)[1] for gene in self.genes)
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Layer of each matrix."""
+        return tuple(split_name(gene.name)[0] for gene in self.genes)
+
+    @cached_property
+    def depths(self) -> NDArray[np.float64]:
+        """Place of each matrix's layer from 0 (first) to 1 (last)."""
+        order = {layer: place for place, layer in enumerate(dict.fromkeys(self.layers))}
+        return np.array([order[layer] for layer in self.layers]) / max(1, len(order) - 1)
+
+    @property
+    def dense(self) -> Genome:
+        """The genome that prunes nothing."""
+        return tuple(gene.num_levels - 1 for gene in self.genes)
+
+    def check(self, genome: Genome) -> None:
+        """Refuse what is no genome of this space.
+
+        Raises:
+            ValueError: If it has another length or a level that does not exist.
+        """
+        if len(genome) != len(self.genes):
+            raise ValueError(f"`genome` must have {len(self.genes)} levels, got {len(genome)}.")
+        for gene, level in zip(self.genes, genome, strict=True):
+            if not 0 <= level < gene.num_levels:
+                raise ValueError(f"`genome` must have levels from 0 to {gene.num_levels - 1}, got {level}: {gene.name}")
+
+    def ranks(self, genome: Genome) -> Ranks:
+        """Return the rank of every matrix, `None` where it is dense."""
+        return {gene.name: gene.ranks[level] for gene, level in zip(self.genes, genome, strict=True)}
+
+    def repair(self, ranks: Mapping[str, int | None]) -> Genome:
+        """Return the genome of `ranks`; a rank that is no level becomes the next one below."""
+        genome = []
+        for gene in self.genes:
+            rank = ranks[gene.name]
+            below = [place for place, own in enumerate(gene.ranks[:-1]) if rank is not None and (own or 0) <= rank]
+            genome.append(gene.num_levels - 1 if rank is None else max(below, default=0))
+        return tuple(genome)
+
+    def parameters(self, genome: Genome) -> int:
+        """Return the parameters kept."""
+        return int(sum(gene.parameters[level] for gene, level in zip(self.genes, genome, strict=True)))
+
+    def kept(self, genome: Genome) -> float:
+        """Return the fraction of the parameters kept."""
+        return self.parameters(genome) / self.num_parameters
+
+    def losses(self, genome: Genome) -> NDArray[np.float64]:
+        """Return the predicted loss of every matrix."""
+        return np.array([gene.losses[level] for gene, level in zip(self.genes, genome, strict=True)])
+
+    def log_prices(self, genome: Genome) -> NDArray[np.float64]:
+        """Return the logarithmic price of every matrix, less the genome's common one: 0 all over for an energy allocation.
+
+        A level is best for a range of prices, wide for 0 and dense; where the common price lies in it, nothing departs.
+        """
+        low, high = np.array([gene.price_range(level) for gene, level in zip(self.genes, genome, strict=True)]).T
+        inner = np.isfinite(low) & np.isfinite(high)
+        common = float(np.median((low[inner] + high[inner]) / 2)) if inner.any() else 0.0
+        inset = np.where(inner, np.minimum((high - low) / 2, _INSET), _INSET)
+        return np.clip(common, low + inset, high - inset) - common
+
+    def at_prices(self, log_prices: NDArray[np.float64], kept: float) -> Genome:
+        """Return the genome with these relative prices whose common price is the lowest that keeps `kept` at most."""
+        levels, prices, parameters = self._hulls
+        budget = kept * self.num_parameters
+        rows = np.arange(len(self.genes))
+
+        def places_at(shift: float) -> NDArray[np.int64]:
+            return np.asarray((prices >= (log_prices + shift)[:, None]).sum(axis=1), dtype=np.int64)
+
+        finite = prices[np.isfinite(prices)]
+        low = float(finite.min() - log_prices.max()) - 1.0
+        high = float(finite.max() - log_prices.min()) + 1.0
+        if parameters[rows, places_at(low)].sum() <= budget:
+            high = low
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            fits = parameters[rows, places_at(middle)].sum() <= budget
+            low, high = (low, middle) if fits else (middle, high)
+        return tuple(int(level) for level in levels[rows, places_at(high)])
+
+    @cached_property
+    def _hulls(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """Hull levels, prices and parameters of all matrices, as rows of one length."""
+        width = max(len(gene.hull[0]) for gene in self.genes)
+        levels = np.zeros((len(self.genes), width), dtype=np.int64)
+        prices = np.full((len(self.genes), width - 1), -np.inf)
+        for row, gene in enumerate(self.genes):
+            corners, own = gene.hull
+            levels[row, : len(corners)], prices[row, : len(own)] = corners, own
+        parameters = np.array([gene.parameters[places] for gene, places in zip(self.genes, levels, strict=True)])
+        return levels, prices, parameters

@@ -1,0 +1,230 @@
+"""Run a search: one leader breeds and enqueues candidates, it and any number of workers score them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+from . import guided, plain
+from .bottlenecks import bottleneck_candidates
+from .candidate import CONFIRM, SEARCH, Candidate, Rival
+from .confirm import confirmed, ladder, next_step
+from .standing import Standing
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .genome import Genome, SearchSpace
+    from .presets import SearchPreset
+    from .scorer import Scorer
+    from .standing import Goal
+    from .study import SearchStudy
+
+
+logger = logging.getLogger(__name__)
+
+# How often a process looks again where all candidates are taken (seconds).
+_POLL_SECONDS = 0.2
+
+
+@dataclass(eq=False, kw_only=True)
+class Search:
+    """What a search is made of; what comes next is a pure function of this and of the scored candidates.
+
+    Args:
+        space (`SearchSpace`): The space.
+        preset (`SearchPreset`): Settings of the genetic algorithm.
+        goal (`Goal`): What is searched.
+        allocate (`Callable`): Maps an allocation's name and a kept fraction to a genome.
+        seed (`int`): Seed of everything random.
+        num_bottlenecks (`int`): Matrices of the result to lower one by one, at the end.
+    """
+
+    space: SearchSpace
+    preset: SearchPreset
+    goal: Goal
+    allocate: Callable[[str, float], Genome]
+    seed: int
+    num_bottlenecks: int = 0
+    _generations: list[list[Candidate]] = field(default_factory=list)
+
+    def open_candidates(self, scored: Sequence[Candidate], *, enough: bool = False) -> list[Candidate]:
+        """Return the candidates to score now, those of the generation or step in progress; none at the end.
+
+        Args:
+            scored (`Sequence[Candidate]`): All candidates with outcomes.
+            enough (`bool`): Breed no more generations; confirm the best so far.
+        """
+        searched = [candidate for candidate in scored if candidate.part == SEARCH]
+        if not enough:
+            found = self._open_generation(searched)
+            if found:
+                return found
+        if self.goal.kept is None:
+            tried = [candidate for candidate in scored if candidate.part == CONFIRM]
+            step = next_step(self._ladder(searched), tried, self.goal)
+            if step or confirmed(tried, self.goal) is None:
+                return step
+        places = {candidate.place for candidate in scored}
+        wanted = bottleneck_candidates(self.space, self.result(scored).genome, self.num_bottlenecks)
+        return [candidate for candidate in wanted if candidate.place not in places]
+
+    def _open_generation(self, searched: Sequence[Candidate]) -> list[Candidate]:
+        places = {candidate.place for candidate in searched}
+        for number in range(len(self._generations) + 1):
+            if number == len(self._generations):
+                history = [candidate for candidate in searched if candidate.generation < number]
+                self._generations.append(self._breed(history))
+            missing = [c for c in self._generations[number] if c.place not in places]
+            if missing or not self._generations[number]:
+                return missing
+        return self._open_generation(searched)
+
+    def _breed(self, history: Sequence[Candidate]) -> list[Candidate]:
+        if self.preset.guided:
+            return guided.next_generation(self.space, self.preset, self.goal, history, self.allocate, self.seed)
+        return plain.next_generation(self.space, self.preset, self.goal, history, self.seed)
+
+    def best(self, scored: Sequence[Candidate]) -> Candidate:
+        """Return the best candidate of the search part.
+
+        Raises:
+            RuntimeError: If none was scored to the end.
+        """
+        searched = [candidate for candidate in scored if candidate.part == SEARCH]
+        if self.preset.guided:
+            ranking = Standing(self.space, tuple(searched), self.goal).ranking if searched else []
+        else:
+            ranking = plain.rank(self.space, self.goal, [c for c in searched if c.outcome and c.outcome.complete])
+        if not ranking:
+            raise RuntimeError("The search must have scored at least one candidate to the end, got none. Run it again.")
+        return ranking[0]
+
+    def _ladder(self, searched: Sequence[Candidate]) -> list[Genome]:
+        best = self.best(searched)
+        size = self.space.kept(best.genome)
+        if self.preset.guided:
+            size = Standing(self.space, tuple(searched), self.goal).size(best)
+        return ladder(self.space, best.genome, size)
+
+    def result(self, scored: Sequence[Candidate]) -> Candidate:
+        """Return the candidate to use: the confirmed one or, where a size was given, the best.
+
+        Raises:
+            RuntimeError: If no size was confirmed, or none was as small as asked.
+        """
+        if self.goal.kept is not None:
+            best = self.best(scored)
+            if self.space.kept(best.genome) > self.goal.kept:
+                raise RuntimeError(
+                    f"`pruning_ratio` must be within reach of the search, got {1 - self.goal.kept:.3f}: the smallest "
+                    f"candidate keeps {self.space.kept(best.genome):.1%}. Use search_preset='fast' or more generations."
+                )
+            return best
+        tried = [candidate for candidate in scored if candidate.part == CONFIRM]
+        found = confirmed(tried, self.goal)
+        if found is None:
+            outcome = tried[0].outcome if tried else None
+            tested = (
+                f"keeping {self.space.kept(tried[0].genome):.1%} of the parameters costs {-outcome.mean:.4f} +- "
+                f"{outcome.standard_error:.4f} on {outcome.count} fresh examples"
+                if outcome
+                else "nothing was tested"
+            )
+            raise RuntimeError(
+                f"`tolerance` must leave room for pruning, got {self.goal.tolerance}: {tested}. Accept a larger "
+                "tolerance, use more selection examples (a smaller standard error), or set `pruning_ratio`."
+            )
+        return found
+
+
+def lead(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, progress: bool) -> list[Candidate]:
+    """Run the search to its end, scoring along; `Ctrl-C` ends the breeding, and the best so far is confirmed.
+
+    Returns:
+        `list[Candidate]`: All candidates with outcomes.
+    """
+    study.reopen()
+    enough = False
+    with tqdm(desc="search", unit="candidate", disable=not progress) as bar:
+        while True:
+            scored = study.finished()
+            _show(bar, search, scored)
+            wanted = search.open_candidates(scored, enough=enough)
+            if not wanted:
+                study.end()
+                return scored
+            try:
+                study.release_dead()
+                study.enqueue(wanted)
+                if not score_one(search, study, scorers, only=wanted):
+                    time.sleep(_POLL_SECONDS)
+            except KeyboardInterrupt:
+                if enough or not any(c.outcome and c.outcome.complete for c in scored):
+                    raise
+                enough = True
+                logger.warning("Interrupted: the best candidate so far is confirmed. Interrupt again to stop.")
+
+
+def work(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, progress: bool) -> int:
+    """Score candidates of a study that another process leads, until that ends it; return how many."""
+    count = 0
+    with tqdm(desc="worker", unit="candidate", disable=not progress) as bar:
+        while not study.is_over:
+            if score_one(search, study, scorers):
+                count += 1
+                bar.update()
+            else:
+                time.sleep(_POLL_SECONDS)
+    return count
+
+
+def score_one(
+    search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], only: Sequence[Candidate] = ()
+) -> bool:
+    """Score one waiting candidate, if there is any; one that fails or is interrupted goes back to the queue."""
+    claimed = study.claim({candidate.place for candidate in only})
+    if claimed is None:
+        return False
+    number, candidate = claimed
+    is_search = candidate.part == SEARCH
+    try:
+        outcome = scorers[candidate.part].score(
+            search.space.ranks(candidate.genome),
+            tolerance=search.goal.tolerance if is_search and search.goal.kept is None else None,
+            rival=_rival(study, candidate),
+            on_batch=lambda count: study.show_life(number),
+        )
+    except BaseException:
+        study.release(number)
+        raise
+    study.record(number, candidate, outcome)
+    return True
+
+
+def _rival(study: SearchStudy, candidate: Candidate) -> Rival | None:
+    if candidate.rival is None:
+        return None
+    place = (candidate.part, *candidate.rival)
+    outcome = next(other.outcome for other in study.finished() if other.place == place)
+    assert outcome is not None
+    return Rival(rises=outcome.rises, allowance=candidate.allowance)
+
+
+def _show(bar: tqdm, search: Search, scored: Sequence[Candidate]) -> None:
+    bar.n = len(scored)
+    searched = [candidate for candidate in scored if candidate.part == SEARCH]
+    dropped = sum(1 for candidate in searched if candidate.outcome and not candidate.outcome.complete)
+    parts = Counter(candidate.part for candidate in scored)
+    texts: dict[str, object] = {"generation": max((c.generation for c in searched), default=0), "dropped": dropped}
+    if len(searched) > dropped:
+        texts["best kept"] = f"{search.space.kept(search.best(scored).genome):.1%}"
+    if parts[CONFIRM]:
+        texts["confirmation"] = f"step {parts[CONFIRM]}"
+    bar.set_postfix(texts, refresh=True)

@@ -1,0 +1,144 @@
+"""The search as a stage of a run: made of the run's setting and bases, kept in its work directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve.allocation import LossCurve, allocate
+from optimum_sieve.output import replacing
+
+from .candidate import BOTTLENECK, CONFIRM, SEARCH
+from .genome import SearchSpace
+from .live import LiveRanks
+from .presets import PRESETS
+from .scorer import Scorer
+from .search import Search, lead, work
+from .standing import Goal
+from .study import SearchStudy
+from .summary import SUMMARY, summarize
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from optimum_sieve.factorization import FactorBasis
+    from optimum_sieve.setting import Setting
+    from optimum_sieve.tasks import Example
+
+    from .genome import Genome
+    from .presets import SearchPreset
+
+
+# What candidates' scores depend on, beside the model and the task.
+_SETTINGS = (
+    *("projection", "loss", "seed", "damping", "rounds", "storage", "rank_multiple", "tolerance", "pruning_ratio"),
+    *("confidence", "search_preset", "population_size", "generations", "search_fraction", "batch_size"),
+)
+# Scores on fewer examples than this drop no candidate.
+_LEAST_SLICE = 16
+
+
+def run_search(
+    setting: Setting, bases: Mapping[str, FactorBasis], examples: Sequence[Example], *, num_bottlenecks: int = 0
+) -> dict[str, Any]:
+    """Search a rank for every target; go on where an earlier run with the same settings stopped.
+
+    Returns:
+        `dict[str, Any]`: `ranks` by name (`None` = dense), `candidates` and what else the report shows; also kept in
+        the work directory, as `search-<key>.json`.
+
+    Raises:
+        RuntimeError: If nothing within the tolerance was confirmed.
+    """
+    search = make_search(setting, bases, len(examples))
+    search.num_bottlenecks = num_bottlenecks
+    with open_study(setting, search, bases) as study, LiveRanks(setting.model, bases) as live:
+        scored = lead(search, study, make_scorers(setting, search, live, examples), progress=setting.progress)
+    found = summarize(search, scored, setting.metric)
+    if setting.work.path is not None:
+        path = setting.work.path / f"{SUMMARY}-{study.name.removeprefix('sieve-')}.json"
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def join_search(setting: Setting, bases: Mapping[str, FactorBasis], examples: Sequence[Example]) -> int:
+    """Score candidates of a search that another process leads; return how many."""
+    search = make_search(setting, bases, len(examples))
+    with open_study(setting, search, bases) as study, LiveRanks(setting.model, bases) as live:
+        return work(search, study, make_scorers(setting, search, live, examples), progress=setting.progress)
+
+
+def preset_of(setting: Setting) -> SearchPreset:
+    """Return the preset's settings with those the configuration sets."""
+    config, preset = setting.config, PRESETS[setting.config.search_preset]
+    return dataclasses.replace(
+        preset,
+        population_size=config.population_size or preset.population_size,
+        generations=config.generations or preset.generations,
+    )
+
+
+def make_search(setting: Setting, bases: Mapping[str, FactorBasis], num_examples: int) -> Search:
+    """Make the search of a run; `num_examples` is the size of the selection split."""
+    config, preset = setting.config, preset_of(setting)
+    curves = [
+        LossCurve(target.name, target.out_features, target.in_features, bases[target.name].energy.cpu().numpy())
+        for target in setting.targets
+    ]
+    space = SearchSpace.from_curves(curves, storage=config.storage, multiple=config.rank_multiple, levels=preset.levels)
+
+    def allocated(allocation: str, kept: float) -> Genome:
+        budget = int(kept * space.num_parameters)
+        ranks = allocate(curves, budget, allocation=allocation, storage=config.storage, multiple=config.rank_multiple)
+        return space.repair(ranks)
+
+    goal = Goal(
+        tolerance=config.tolerance or 0.0,
+        confidence=config.confidence,
+        confirm_count=num_examples - config.search_count(num_examples),
+        kept=None if config.pruning_ratio is None else 1 - config.pruning_ratio,
+    )
+    return Search(space=space, preset=preset, goal=goal, allocate=allocated, seed=config.seed)
+
+
+def make_scorers(setting: Setting, search: Search, live: LiveRanks, examples: Sequence[Example]) -> dict[str, Scorer]:
+    """Make the scorers of the search part and of the confirmation part of the selection split."""
+    count = setting.config.search_count(len(examples))
+    ends = sorted({max(min(_LEAST_SLICE, count), math.ceil(part * count)) for part in search.preset.slices})
+    rest = len(examples) - count
+
+    def scorer(part: Sequence[Example], ends: Sequence[int]) -> Scorer:
+        return Scorer(live, part, ends, setting.tokenizer, metric=setting.metric, batch_size=setting.config.batch_size)
+
+    searching = scorer(examples[:count], ends)
+    return {SEARCH: searching, BOTTLENECK: searching, CONFIRM: scorer(examples[count:], [rest])}
+
+
+def open_study(setting: Setting, search: Search, bases: Mapping[str, FactorBasis]) -> SearchStudy:
+    """Open the study of a run: in the storage asked for, else in the work directory, else in memory.
+
+    Raises:
+        ValueError: If other bases were used for the study before.
+    """
+    storage, path = setting.study_storage, setting.work.path
+    if storage is None and path is not None:
+        storage = f"sqlite:///{(path / 'search.db').resolve()}"
+    name = f"sieve-{setting.key(*_SETTINGS, names=[gene.name for gene in search.space.genes])}"
+    study = SearchStudy(storage, name, search.space)
+    study.claim_digest("bases", bases_digest(bases))
+    return study
+
+
+def bases_digest(bases: Mapping[str, FactorBasis]) -> str:
+    """Return the SHA-256 of all factors."""
+    digest = hashlib.sha256()
+    for name in sorted(bases):
+        for field, tensor in sorted(bases[name].tensors().items()):
+            digest.update(f"{name} {field} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().cpu().numpy().data)
+    return digest.hexdigest()

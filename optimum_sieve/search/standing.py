@@ -1,0 +1,206 @@
+r"""How scored candidates compare: what counts as within the tolerance, and how good a candidate of any size is.
+
+The metric on some hundred examples is coarse: its noise is worth several points of size, and picking the best of many
+candidates by it picks luck. The negative log-likelihood of the gold answer, on the same examples, says more about the
+metric on *other* examples than the metric itself does (docs/search.md has the measurement; KL to the dense model, which
+knows no gold answers, says next to nothing about it). So the metric decides how much that loss may rise, over all
+candidates at once (the *limit*), and a candidate is judged by the size at which it would reach the limit. Does not
+import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimum_sieve.tasks.metrics import standard_error
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from .candidate import Candidate, Outcome
+    from .genome import SearchSpace
+
+
+# Kept fractions about a size between which the energy allocation's loss is taken as a line.
+_WINDOW = 0.08
+# Energy seeds, nearest to the limit, that the line from predicted to measured loss is fitted to.
+_SEEDS_FITTED = 5
+# Candidates farther from the limit than this kept fraction say little about it.
+_NEAR = 0.15
+# Kept fraction that a nat is worth at most: where the loss hardly rises, its noise must not be taken for size.
+_LARGEST_EXCHANGE = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is searched.
+
+    Args:
+        tolerance (`float`): Loss accepted, in points of the metric.
+        confidence (`float`): One-sided confidence of the confirmation.
+        confirm_count (`int`): Examples on which the result will be confirmed.
+        kept (`float`, *optional*): Kept fraction asked for; `None`: the least within the tolerance.
+    """
+
+    tolerance: float
+    confidence: float
+    confirm_count: int
+    kept: float | None = None
+
+
+def is_within(outcome: Outcome, goal: Goal) -> bool:
+    """Whether the confirmation would succeed if its mean and scatter were those of `outcome`."""
+    return outcome.bound(goal.confidence, goal.confirm_count) >= -goal.tolerance
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """All scored candidates of some generations, compared.
+
+    Args:
+        space (`SearchSpace`): The space.
+        scored (`tuple[Candidate, ...]`): Candidates with outcomes, the energy seeds among them.
+        goal (`Goal`): What is searched.
+    """
+
+    space: SearchSpace
+    scored: tuple[Candidate, ...]
+    goal: Goal
+
+    @cached_property
+    def complete(self) -> list[Candidate]:
+        """Candidates that were not dropped."""
+        return [candidate for candidate in self.scored if candidate.outcome and candidate.outcome.complete]
+
+    def rise(self, candidate: Candidate) -> float:
+        """Rise of the loss on all examples; of a dropped candidate as estimated from those it was scored on.
+
+        How much harder those are than all is known from the complete candidates.
+        """
+        assert candidate.outcome is not None
+        if candidate.outcome.complete or self._reference is None:
+            return candidate.outcome.rise
+        first = float(self._reference[: candidate.outcome.count].mean())
+        return candidate.outcome.rise - first + float(self._reference.mean())
+
+    def noise(self, candidate: Candidate) -> float:
+        """Standard error of a candidate's rise beside what all candidates share, as they see the same examples."""
+        assert candidate.outcome is not None
+        rises = candidate.outcome.rises
+        return standard_error(rises if self._reference is None else rises - self._reference[: len(rises)])
+
+    @cached_property
+    def _reference(self) -> NDArray[np.float64] | None:
+        complete = [candidate.outcome.rises for candidate in self.complete if candidate.outcome]
+        return np.mean(complete, axis=0) if complete else None
+
+    @cached_property
+    def limit(self) -> float:
+        """Rise that separates candidates within the tolerance from those below it with the fewest exceptions."""
+        pairs = sorted((self.rise(c), bool(c.outcome and is_within(c.outcome, self.goal))) for c in self.complete)
+        rises, within = [rise for rise, _ in pairs], [holds for _, holds in pairs]
+        # errors[i]: candidates on the wrong side when the first i are taken to be within.
+        errors = [within[i:].count(True) + within[:i].count(False) for i in range(len(within) + 1)]
+        best = [place for place, count in enumerate(errors) if count == min(errors)]
+        place = best[len(best) // 2]
+        return float((rises[max(place - 1, 0)] + rises[min(place, len(rises) - 1)]) / 2)
+
+    @cached_property
+    def _energy(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Kept fraction, predicted loss and measured rise of the energy seeds that were not dropped, by size."""
+        seeds = sorted(
+            (self.space.kept(c.genome), float(self.space.losses(c.genome).sum()), self.rise(c))
+            for c in self.complete
+            if c.origin == "energy"
+        )
+        kept, predicted, rises = np.array(seeds).reshape(-1, 3).T
+        return kept, predicted, rises
+
+    @cached_property
+    def _line(self) -> tuple[float, float]:
+        """Offset and factor of the line from predicted loss to measured rise along the energy allocation."""
+        _, predicted, rises = self._energy
+        if len(rises) < 2:
+            return 0.0, 1.0
+        # Far from the limit the relation is no line.
+        nearest = np.argsort(np.abs(rises - self.limit), kind="stable")[:_SEEDS_FITTED]
+        predicted, rises = predicted[nearest], rises[nearest]
+        design = np.stack([np.ones_like(predicted), predicted], axis=1)
+        offset, factor = np.linalg.lstsq(design, rises, rcond=None)[0]
+        return (float(offset), float(factor)) if factor > 0 else (float(rises.mean()), 1e-6)
+
+    def predicted_rise(self, predicted: float) -> float:
+        """Rise that goes with a predicted loss along the energy allocation."""
+        offset, factor = self._line
+        return offset + factor * predicted
+
+    def energy_rise(self, size: float) -> float:
+        """Rise of the energy allocation at a kept fraction, smoothed over its seeds."""
+        kept, predicted, _ = self._energy
+        if not len(kept):
+            return 0.0
+        logs = np.log(np.maximum(predicted, 1e-300))
+        return self.predicted_rise(float(np.exp(np.interp(size, kept, logs))))
+
+    @cached_property
+    def energy_size(self) -> float:
+        """Kept fraction at which the energy allocation reaches the limit; the size asked for, where one is."""
+        if self.goal.kept is not None:
+            return self.goal.kept
+        sizes = np.linspace(0.0, 1.0, 1001)
+        reached = [float(size) for size in sizes if self.energy_rise(float(size)) <= self.limit]
+        return min(reached, default=1.0)
+
+    @cached_property
+    def exchange(self) -> float:
+        """Kept fraction that a nat is worth, around the limit."""
+        low, high = self.energy_size - _WINDOW, self.energy_size + _WINDOW
+        slope = (self.energy_rise(low) - self.energy_rise(high)) / (high - low)
+        return float(min(1 / slope, _LARGEST_EXCHANGE)) if slope > 0 else _LARGEST_EXCHANGE
+
+    def size(self, candidate: Candidate) -> float:
+        """Kept fraction at which the candidate's allocation would reach the limit."""
+        limit = self.limit if self.goal.kept is None else self.energy_rise(self.goal.kept)
+        return self.space.kept(candidate.genome) + self.exchange * (self.rise(candidate) - limit)
+
+    @cached_property
+    def near(self) -> list[Candidate]:
+        """Candidates whose size is near that of the energy allocation at the limit."""
+        return [c for c in self.scored if abs(self.space.kept(c.genome) - self.energy_size) < _NEAR]
+
+    @cached_property
+    def ranking(self) -> list[Candidate]:
+        """Complete candidates, best first: those near the limit, and within the size asked for, where there are any."""
+        most = 1.0 if self.goal.kept is None else self.goal.kept
+        within = [c for c in self.near if c.outcome and self.space.kept(c.genome) <= most]
+        near = [candidate for candidate in within if candidate.outcome and candidate.outcome.complete]
+        return sorted(near or self.complete, key=lambda candidate: (self.size(candidate), candidate.place))
+
+    def best_size_by_generation(self) -> list[float]:
+        """Best size reached up to each generation."""
+        last = max((candidate.generation for candidate in self.scored), default=-1)
+        return [
+            min((self.size(c) for c in self.ranking if c.generation <= generation), default=float("inf"))
+            for generation in range(last + 1)
+        ]
+
+
+def is_stagnant(bests: Sequence[float], patience: int, least_gain: float) -> bool:
+    """Whether the last `patience` entries of a falling sequence brought less than `least_gain`.
+
+    Example:
+
+    ```python
+    >>> is_stagnant([0.5, 0.4, 0.4, 0.4], patience=2, least_gain=0.002)
+    True
+
+    ```
+    """
+    return len(bests) > patience and bests[-1 - patience] - bests[-1] < least_gain

@@ -1,0 +1,88 @@
+"""What a search found, as JSON types: what a report is made of. Does not import torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .bottlenecks import SHARE, bottleneck_table
+from .candidate import BOTTLENECK, SEARCH
+from .standing import Standing
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .candidate import Candidate
+    from .search import Search
+
+
+FORMAT_VERSION = 1
+# First part of the summary's file name in a work directory.
+SUMMARY = "search"
+
+
+def summarize(search: Search, scored: Sequence[Candidate], metric: str) -> dict[str, Any]:
+    """Return everything a report shows.
+
+    Args:
+        search (`Search`): The search.
+        scored (`Sequence[Candidate]`): All candidates with outcomes.
+        metric (`str`): The task's metric.
+
+    Raises:
+        RuntimeError: If the search has no result.
+    """
+    space, goal = search.space, search.goal
+    result = search.result(scored)
+    searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
+    standing = Standing(space, searched, goal) if search.preset.guided and goal.kept is None else None
+
+    def described(candidate: Candidate) -> dict[str, Any]:
+        rated = standing is not None and candidate.part == SEARCH and candidate in standing.ranking
+        return {**describe(search, candidate), "size": standing.size(candidate) if standing and rated else None}
+
+    return {
+        "format_version": FORMAT_VERSION,
+        "metric": metric,
+        "preset": search.preset.name,
+        "tolerance": goal.tolerance if goal.kept is None else None,
+        "confidence": goal.confidence,
+        "ranks": space.ranks(result.genome),
+        "result": describe(search, result),
+        "candidates": [described(candidate) for candidate in scored if candidate.part != BOTTLENECK],
+        "matrices": [
+            {
+                "name": gene.name,
+                "layer": layer,
+                "kind": kind,
+                "kept": float(gene.parameters[level] / gene.parameters[-1]),
+                "rank": gene.ranks[level],
+                "parameters": int(gene.parameters[-1]),
+            }
+            for gene, layer, kind, level in zip(space.genes, space.layers, space.kinds, result.genome, strict=True)
+        ],
+        "bottlenecks": bottleneck_table(space, result.genome, scored, goal.tolerance),
+        "bottleneck_share": SHARE,
+    }
+
+
+def describe(search: Search, candidate: Candidate) -> dict[str, Any]:
+    """Return a candidate's figures as JSON types."""
+    outcome = candidate.outcome
+    assert outcome is not None
+    return {
+        "kept": search.space.kept(candidate.genome),
+        "predicted_loss": float(search.space.losses(candidate.genome).sum()),
+        "part": candidate.part,
+        "generation": candidate.generation,
+        "slot": candidate.slot,
+        "origin": candidate.origin,
+        "complete": outcome.complete,
+        "lower_bound": outcome.bound(search.goal.confidence),
+        "mean": outcome.mean,
+        "standard_error": outcome.standard_error,
+        "agreement": outcome.agreement,
+        "loss_rise": outcome.rise,
+        "kl": outcome.kl,
+        "count": outcome.count,
+    }

@@ -1,0 +1,236 @@
+"""What a search breeds, what it ends with, and the confirmation of it, on losses that are known exactly."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from search_world import COUNT, make_world, play, score, true_loss
+
+from optimum_sieve.search.candidate import CONFIRM, SEARCH, Candidate, Outcome
+from optimum_sieve.search.confirm import confirmed, ladder, next_step
+from optimum_sieve.search.predictor import Predictor
+from optimum_sieve.search.standing import Goal, Standing
+
+
+SMALL = {"levels": (1.0, 0.5, 0.1), "population_size": 12, "generations": 12}
+
+
+def small_world(**options):
+    """Make a search over six matrices of three levels each, with LLM-Sieve's algorithm."""
+    return make_world(2, preset="paper", **{**SMALL, **options})
+
+
+def brute_force(search) -> int:
+    """Return the fewest parameters within the tolerance, of all genomes."""
+    genomes = itertools.product(*(range(gene.num_levels) for gene in search.space.genes))
+    return min(
+        search.space.parameters(genome) for genome in genomes if true_loss(search, genome) <= search.goal.tolerance
+    )
+
+
+@pytest.mark.parametrize("tolerance", [0.005, 0.02])
+def test_plain_search_finds_the_brute_force_optimum(tolerance):
+    search = small_world(tolerance=tolerance)
+    best = search.best(play(search))
+    assert best.outcome.mean >= -tolerance
+    assert search.space.parameters(best.genome) == brute_force(search)
+
+
+def test_plain_search_with_a_size_finds_the_least_loss():
+    search = small_world(kept=0.5)
+    best = search.best(play(search))
+    genomes = itertools.product(*(range(gene.num_levels) for gene in search.space.genes))
+    least = min(true_loss(search, genome) for genome in genomes if search.space.kept(genome) <= 0.5)
+    assert search.space.kept(best.genome) <= 0.5
+    assert true_loss(search, best.genome) == pytest.approx(least)
+
+
+def test_paper_preset_scores_every_candidate_of_every_generation():
+    search = small_world(generations=3, population_size=10)
+    searched = [candidate for candidate in play(search) if candidate.part == SEARCH]
+    assert [sum(c.generation == number for c in searched) for number in range(3)] == [10, 10, 10]
+    assert len({candidate.genome for candidate in searched if candidate.generation}) == 20
+
+
+def test_guided_search_beats_the_energy_allocation():
+    search = make_world()
+    result = search.result(play(search))
+    energy = min(
+        kept
+        for kept in np.arange(0.05, 1, 0.005)
+        if true_loss(search, search.allocate("energy", kept)) <= search.goal.tolerance
+    )
+    assert true_loss(search, result.genome) <= search.goal.tolerance
+    assert search.space.kept(result.genome) < energy - 0.01
+
+
+def test_guided_search_with_a_size_beats_the_energy_allocation_of_that_size():
+    search = make_world(kept=0.4)
+    scored = play(search)
+    result = search.result(scored)
+    assert {candidate.part for candidate in scored} == {SEARCH}
+    assert search.space.kept(result.genome) <= 0.4
+    assert true_loss(search, result.genome) < 0.9 * true_loss(search, search.allocate("energy", 0.4))
+
+
+def test_generations_depend_on_what_was_scored_alone():
+    first, second, other = make_world(), make_world(), make_world(seed=1)
+    scored = play(first)
+    half = [candidate for candidate in scored if candidate.part == SEARCH and candidate.generation < 2]
+    wanted = second.open_candidates(half)
+    expected = [candidate for candidate in scored if (candidate.part, candidate.generation) == (SEARCH, 2)]
+    assert [candidate.genome for candidate in wanted] == [candidate.genome for candidate in expected]
+    assert [c.genome for c in other.open_candidates(half)] != [c.genome for c in expected]
+
+
+def test_a_generation_in_progress_is_completed_first():
+    search = make_world()
+    wanted = search.open_candidates([])
+    scored = [replace(candidate, outcome=score(search, candidate)) for candidate in wanted[:5]]
+    assert [candidate.place for candidate in search.open_candidates(scored)] == [c.place for c in wanted[5:]]
+
+
+def test_no_genome_is_scored_twice():
+    genomes = [candidate.genome for candidate in play(make_world()) if candidate.part == SEARCH]
+    assert len(genomes) == len(set(genomes))
+
+
+def test_search_stops_when_nothing_improves():
+    search = make_world(patience=2, generations=30)
+    flat = play(search, lambda search, candidate: score(search, replace(candidate, genome=search.space.dense)))
+    assert max(candidate.generation for candidate in flat if candidate.part == SEARCH) < 5
+
+
+def test_enough_confirms_the_best_so_far():
+    search = make_world()
+    scored = [replace(candidate, outcome=score(search, candidate)) for candidate in search.open_candidates([])]
+    assert {candidate.part for candidate in search.open_candidates(scored)} == {SEARCH}
+    assert {candidate.part for candidate in search.open_candidates(scored, enough=True)} == {CONFIRM}
+
+
+def test_bottlenecks_follow_the_confirmation():
+    search = make_world()
+    search.num_bottlenecks = 4
+    scored = play(search)
+    assert sum(candidate.part == "bottleneck" for candidate in scored) == 5
+    assert search.result(scored).part == CONFIRM
+
+
+def make_outcome(mean: float, spread: float = 0.0, count: int = COUNT, rise: float = 0.01) -> Outcome:
+    """Make an outcome of a given mean difference, whose examples differ from it by `spread`."""
+    differences = mean + spread * np.resize([1.0, -1.0], count)
+    rises = np.full(count, rise)
+    return Outcome(mean=mean, differences=differences, agreement=1.0, rises=rises, kl=rise, complete=True)
+
+
+def step(genome: tuple[int, ...], place: int, mean: float) -> Candidate:
+    """Make a scored step of the confirmation."""
+    return Candidate(
+        genome=genome, part=CONFIRM, generation=place, slot=0, origin="confirmation", outcome=make_outcome(mean)
+    )  # fmt: skip
+
+
+def test_confirmation_stops_at_the_first_failure():
+    search = make_world()
+    steps = ladder(search.space, search.allocate("energy", 0.5), 0.5)
+    sizes = [search.space.kept(genome) for genome in steps]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 0.6
+    assert sizes[-1] < 0.4
+    held = [step(steps[place], place, -0.01) for place in range(3)]
+    failed = [*held, step(steps[3], 3, -0.03)]
+    assert next_step(steps, held, search.goal)[0].genome == steps[3]
+    assert next_step(steps, failed, search.goal) == []
+    # What might hold below a failure is not looked at.
+    later = [*failed, step(steps[4], 4, 0.0)]
+    assert confirmed(later, search.goal).genome == steps[2]
+    assert confirmed([step(steps[0], 0, -0.05)], search.goal) is None
+
+
+def test_nothing_confirmed_is_an_error_with_a_remedy():
+    search = make_world()
+    hopeless = play(
+        search, lambda search, candidate: make_outcome(-0.3, rise=0.1 + true_loss(search, candidate.genome))
+    )
+    with pytest.raises(RuntimeError, match=r"`tolerance` must leave room for pruning, got 0.02: keeping .* fresh ex"):
+        search.result(hopeless)
+    with pytest.raises(RuntimeError, match="at least one candidate"):
+        search.best([])
+
+
+def test_bounds_widen_with_confidence_and_narrow_with_count():
+    outcome = make_outcome(-0.01, spread=0.1)
+    assert outcome.bound(0.5) == pytest.approx(-0.01)
+    assert outcome.bound(0.95) < outcome.bound(0.9) < -0.01
+    assert outcome.bound(0.9) < outcome.bound(0.9, 4 * COUNT) < -0.01
+
+
+def seeds_of(search) -> list[Candidate]:
+    """Return the scored seeds."""
+    return [replace(candidate, outcome=score(search, candidate)) for candidate in search.open_candidates([])]
+
+
+def test_the_line_through_the_energy_seeds_is_found():
+    search = make_world()
+    space = search.space
+    scored = tuple(
+        replace(candidate, outcome=make_outcome(-0.01, rise=0.003 + 1.5 * float(space.losses(candidate.genome).sum())))
+        for candidate in search.open_candidates([])
+    )
+    standing = Standing(space, scored, search.goal)
+    for candidate in standing.complete:
+        if candidate.origin == "energy":
+            assert standing.energy_rise(space.kept(candidate.genome)) == pytest.approx(candidate.outcome.rise)
+
+
+def test_size_trades_loss_for_parameters():
+    search = make_world()
+    seeds = seeds_of(search)
+    standing = Standing(search.space, tuple(seeds), search.goal)
+    near = [c for c in seeds if c.origin == "energy" and abs(search.space.kept(c.genome) - standing.energy_size) < 0.1]
+    for candidate in near:
+        assert standing.size(candidate) == pytest.approx(standing.energy_size, abs=0.04)
+        better = replace(candidate.outcome, rises=candidate.outcome.rises - 0.01)
+        assert standing.size(replace(candidate, outcome=better)) == pytest.approx(
+            standing.size(candidate) - 0.01 * standing.exchange
+        )
+
+
+def test_limit_parts_what_holds_from_what_does_not():
+    search = make_world()
+    seeds = seeds_of(search)
+    limit = Standing(search.space, tuple(seeds), search.goal).limit
+    for candidate in seeds:
+        holds = candidate.outcome.bound(0.9, search.goal.confirm_count) >= -search.goal.tolerance
+        assert (candidate.outcome.rise < limit) == holds
+
+
+def test_a_dropped_candidate_is_judged_by_how_hard_its_examples_were():
+    search = make_world()
+    seeds = seeds_of(search)
+    whole = seeds[3]
+    part = replace(whole.outcome, rises=whole.outcome.rises[:8], complete=False)
+    standing = Standing(search.space, (*seeds[:3], replace(whole, outcome=part), *seeds[4:]), search.goal)
+    estimate = standing.rise(standing.scored[3])
+    assert abs(estimate - whole.outcome.rise) < 0.9 * abs(part.rise - whole.outcome.rise)
+
+
+def test_predictor_recovers_slopes_and_knows_what_it_does_not_know(rng):
+    true = np.array([0.02, -0.01, 0.0, 0.7])
+    features = rng.normal(size=(200, 4))
+    fitted = Predictor.fit(features, features @ true, np.full(200, 0.01))
+    assert fitted.mean == pytest.approx(true, abs=0.01)
+    draws = np.array([fitted.sample(rng) for _ in range(500)])
+    unknown = Predictor.fit(np.empty((0, 4)), np.empty(0), np.empty(0))
+    prior = np.array([unknown.sample(rng) for _ in range(500)])
+    assert (draws.std(axis=0) < prior.std(axis=0) / 5).all()
+    assert prior.mean(axis=0) == pytest.approx([0, 0, 0, 1], abs=0.06)
+
+
+def test_goal_is_a_value():
+    assert Goal(tolerance=0.02, confidence=0.9, confirm_count=10) == Goal(
+        tolerance=0.02, confidence=0.9, confirm_count=10
+    )

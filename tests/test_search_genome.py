@@ -1,0 +1,218 @@
+"""Genomes: levels, prices, repair; and the genetic operators."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from optimum_sieve.allocation import LossCurve, allocate
+from optimum_sieve.search.bottlenecks import bottleneck_candidates, lowered
+from optimum_sieve.search.genetic import (
+    constrained_order,
+    group_mutation,
+    mutation_rates,
+    one_point_crossover,
+    step_mutation,
+    tournament,
+    uniform_crossover,
+)
+from optimum_sieve.search.genome import SearchSpace, split_name
+from optimum_sieve.search.presets import PRESETS
+
+
+KINDS = {"self_attn.q_proj": (24, 24), "mlp.up_proj": (48, 24), "mlp.down_proj": (24, 48)}
+
+
+def make_curves(layers: int = 3, seed: int = 0) -> list[LossCurve]:
+    """Make curves of falling random energies, some matrices far costlier than others."""
+    rng = np.random.default_rng(seed)
+    return [
+        LossCurve(f"layers.{layer}.{kind}", *shape, np.sort(rng.exponential(rng.uniform(0.1, 3), min(shape)))[::-1])
+        for layer in range(layers)
+        for kind, shape in KINDS.items()
+    ]
+
+
+def make_space(layers: int = 3, multiple: int = 4, **options) -> SearchSpace:
+    return SearchSpace.from_curves(make_curves(layers), storage="pivoted", multiple=multiple, **options)
+
+
+def test_names_are_split_at_the_first_number():
+    assert split_name("model.layers.10.self_attn.q_proj") == ("model.layers.10", "self_attn.q_proj")
+    assert split_name("score") == ("", "score")
+
+
+def test_levels_are_all_allowed_ranks_from_nothing_to_dense():
+    for gene in make_space().genes:
+        assert gene.ranks[0] == 0
+        assert gene.ranks[-1] is None
+        assert all(rank % 4 == 0 for rank in gene.ranks[:-1])
+        assert (np.diff(gene.parameters) > 0).all()
+        assert (np.diff(gene.losses) <= 0).all()
+
+
+def test_levels_of_the_paper_keep_at_most_their_fraction():
+    levels = PRESETS["paper"].levels
+    for gene in make_space(multiple=1, levels=levels).genes:
+        kept = gene.parameters / gene.parameters[-1]
+        assert gene.ranks[-1] is None
+        for fraction in levels:
+            assert any(fraction - 0.12 < own <= fraction + 1e-9 for own in kept)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hull_holds_what_is_best_at_each_price(seed):
+    rng = np.random.default_rng(seed)
+    for gene in make_space().genes:
+        levels, prices = gene.hull
+        assert (np.diff(prices) <= 1e-9).all()
+        for log_price in rng.uniform(prices.min() - 1, prices.max() + 1, size=20):
+            best = np.argmin(gene.losses + np.exp(log_price) * gene.parameters)
+            assert levels[(prices >= log_price).sum()] == best
+
+
+def test_a_hull_level_is_best_within_its_prices():
+    for gene in make_space().genes:
+        for level in gene.hull[0]:
+            low, high = np.clip(gene.price_range(int(level)), -50, 50)
+            price = np.exp((low + high) / 2)
+            assert np.argmin(gene.losses + price * gene.parameters) == level
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.3, 0.7, 0.95])
+def test_energy_allocations_depart_nowhere_so_they_slide_into_each_other(kept):
+    space = make_space()
+    zero = np.zeros(len(space.genes))
+    prices = space.log_prices(space.at_prices(zero, kept))
+    assert np.abs(prices).max() < 0.3
+    for other in (0.2, 0.5, 0.8):
+        slid, energy = space.at_prices(prices, other), space.at_prices(zero, other)
+        assert space.losses(slid).sum() == pytest.approx(space.losses(energy).sum(), rel=0.1)
+
+
+def test_equal_prices_are_the_energy_allocation():
+    curves, space = make_curves(), make_space()
+    for kept in (0.2, 0.5, 0.8):
+        genome = space.at_prices(np.zeros(len(space.genes)), kept)
+        assert kept - 0.1 < space.kept(genome) <= kept
+        budget = space.parameters(genome)
+        energy = space.repair(allocate(curves, budget, storage="pivoted", multiple=4))
+        assert space.losses(genome).sum() == pytest.approx(space.losses(energy).sum())
+
+
+def test_prices_bring_a_hull_genome_back():
+    space = make_space()
+    genome = space.at_prices(np.random.default_rng(0).normal(size=len(space.genes)), 0.5)
+    assert space.at_prices(space.log_prices(genome), space.kept(genome)) == genome
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_prices_reach_both_ends(kept):
+    space = make_space()
+    assert space.kept(space.at_prices(np.zeros(len(space.genes)), kept)) == kept
+
+
+def test_ranks_off_the_grid_become_the_level_below():
+    space = make_space()
+    ranks = dict.fromkeys((gene.name for gene in space.genes), 7) | {space.genes[0].name: None, space.genes[1].name: 0}
+    repaired = space.ranks(space.repair(ranks))
+    assert list(repaired.values())[:2] == [None, 0]
+    assert set(list(repaired.values())[2:]) == {4}
+
+
+def test_wrong_genomes_are_refused():
+    space = make_space()
+    with pytest.raises(ValueError, match="`genome` must have 9 levels, got 1"):
+        space.check((0,))
+    with pytest.raises(ValueError, match=r"`genome` must have levels from 0 to \d+, got 99"):
+        space.check((99,) * 9)
+
+
+def test_feasible_candidates_come_first_then_by_size_then_violation():
+    order = constrained_order([9, 3, 3, 1, 1], [0, -1, 0, 0.5, 0.1], [0, 0.2, 0.1, 0, 0])
+    assert order == [2, 1, 0, 4, 3]
+
+
+def test_larger_tournaments_press_harder(rng):
+    mean = {size: np.mean([tournament(range(50), size, rng) for _ in range(2000)]) for size in (1, 5)}
+    assert mean[1] == pytest.approx(24.5, abs=2)
+    assert mean[5] == pytest.approx(50 / 6, abs=1.5)
+
+
+def test_crossovers_take_every_level_from_a_parent(rng):
+    first, second = np.zeros(12, dtype=int), np.ones(12, dtype=int)
+    for _ in range(20):
+        child = one_point_crossover(first, second, rng)
+        assert list(child) == sorted(child)
+        assert set(child) == {0, 1}
+        assert set(uniform_crossover(first, second, rng)) <= {0, 1}
+    mixed = np.mean([uniform_crossover(first, second, rng) for _ in range(200)])
+    assert mixed == pytest.approx(0.5, abs=0.05)
+
+
+def test_mutation_moves_one_level_at_most_and_stays_inside(rng):
+    genome, counts = (0, 1, 2) * 100, (3, 3, 3) * 100
+    child = step_mutation(genome, counts, np.full(300, 0.5), rng)
+    moves = np.array(child) - np.array(genome)
+    assert set(moves) == {-1, 0, 1}
+    assert min(child) == 0
+    assert max(child) == 2
+    # Of three levels, the outer two stay where they are half of the time.
+    assert 0.25 < (moves != 0).mean() < 0.42
+    assert step_mutation(genome, counts, np.zeros(300), rng) == genome
+
+
+def test_mutation_rates_follow_kind_and_slope():
+    space = make_space()
+    rates = mutation_rates(space, 0.1)
+    assert rates.mean() == pytest.approx(0.1)
+    by_kind = dict(zip(space.kinds, rates, strict=True))
+    assert by_kind["mlp.up_proj"] > by_kind["self_attn.q_proj"]
+    slopes = np.array([1.0 if layer.endswith("2") else 0.0 for layer in space.layers])
+    sloped = mutation_rates(space, 0.1, slopes)
+    assert sloped[-1] / rates[-1] > sloped[0] / rates[0]
+
+
+def test_group_mutation_moves_a_kind_or_neighbouring_layers(rng):
+    space = make_space(layers=8)
+    seen = set()
+    for _ in range(60):
+        moved = group_mutation(np.zeros(len(space.genes)), space, 1.0, rng) != 0
+        kinds = {kind for kind, own in zip(space.kinds, moved, strict=True) if own}
+        depths = sorted({depth for depth, own in zip(space.depths, moved, strict=True) if own})
+        if len(kinds) == 1:
+            assert moved.sum() == 8
+        else:
+            assert np.allclose(np.diff(depths), 1 / 7)
+        seen.add(len(kinds) == 1)
+    assert seen == {True, False}
+
+
+def test_lowering_goes_to_the_next_level_of_the_paper():
+    space = make_space()
+    genome = space.dense
+    place = 1
+    kept = [space.genes[place].parameters[genome[place]] / space.genes[place].parameters[-1]]
+    while genome[place]:
+        genome = lowered(space, genome, place)
+        kept.append(space.genes[place].parameters[genome[place]] / space.genes[place].parameters[-1])
+    assert kept[0] == 1
+    assert all(high - low >= 0.05 or low == 0 for high, low in itertools.pairwise(kept))
+    assert kept[1] <= 0.9
+    assert lowered(space, genome, place) == genome
+    assert genome[:1] + genome[2:] == space.dense[:1] + space.dense[2:]
+
+
+def test_bottlenecks_are_sought_where_the_prediction_is_worst():
+    space = make_space()
+    genome = space.at_prices(np.zeros(len(space.genes)), 0.6)
+    candidates = bottleneck_candidates(space, genome, 3)
+    assert candidates[0].slot == -1
+    rises = {
+        place: space.losses(lowered(space, genome, place)).sum() - space.losses(genome).sum()
+        for place in range(len(genome))
+    }
+    assert [c.slot for c in candidates[1:]] == sorted(rises, key=lambda place: -rises[place])[:3]
+    assert bottleneck_candidates(space, genome, 0) == []

@@ -1,0 +1,228 @@
+"""Several processes on one search: on SQLite, on a journal file, on PostgreSQL; one of them killed in mid-trial."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from toy import make_model, make_tokenizer, parity_rows, write_task
+
+from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve.search.study import close_storage, open_storage
+
+
+SETTINGS = [
+    *("--allocation", "genetic", "--pruning-ratio", "0.5", "--rank-multiple", "2", "--rounds", "1"),
+    *("--population-size", "6", "--generations", "4", "--device", "cpu", "--dtype", "float32"),
+]
+# A candidate takes this long (seconds), so that a process can be killed while it scores one.
+SLOWED = """
+import sys, time
+from optimum_sieve.search import scorer
+plain = scorer.Scorer.score
+def slow(self, ranks, *, on_batch=lambda count: None, **options):
+    for _ in range(5):
+        time.sleep({pause})
+        on_batch(0)
+    return plain(self, ranks, on_batch=on_batch, **options)
+scorer.Scorer.score = slow
+from optimum.commands.optimum_cli import main
+sys.argv[0] = "optimum-cli"
+main()
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Save the toy model and task; return the command that leads a search and the one that helps."""
+    model = tmp_path / "model"
+    make_model().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    task = write_task(tmp_path, parity_rows(160))
+    work = tmp_path / "work"
+    lead = ["sieve", "search", "--model", model, "--task", task, "--work-dir", work, *SETTINGS]
+    return {"lead": lead, "work": ["sieve", "search", "--worker", "--work-dir", work, "--device", "cpu"], "dir": work}
+
+
+def start(words, log, pause=0.02, url=None):
+    """Start `optimum-cli` with slowed scoring."""
+    extra = ["--study-storage", url] if url else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with Path(log).open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", SLOWED.format(pause=pause), *map(str, [*words, *extra])],
+            stdout=file, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_study(url):
+    """Wait for the study, then open it."""
+    for _ in range(600):
+        opened = try_storage(url)
+        names = optuna.get_all_study_names(opened) if opened else []
+        if names:
+            break
+        time.sleep(0.1)
+    assert names, "no study"
+    try:
+        yield optuna.load_study(storage=opened, study_name=names[0])
+    finally:
+        close_storage(opened)
+
+
+def try_storage(url):
+    if url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).exists():
+        return None
+    try:
+        return open_storage(url)
+    except ValueError:
+        # The leader is making its tables.
+        return None
+
+
+def processes(study, state):
+    """Return the process numbers of the trials in a state."""
+    trials = study.get_trials(states=(state,))
+    return [trial.user_attrs["process"][1] for trial in trials if "process" in trial.user_attrs]
+
+
+def wait(leader, log):
+    assert leader.wait(timeout=240) == 0, Path(log).read_text()
+
+
+def by_place(study):
+    """Return the genome of every finished candidate."""
+    trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    places = [tuple(trial.user_attrs[name] for name in ("part", "generation", "slot")) for trial in trials]
+    assert len(set(places)) == len(places), "a candidate was scored twice"
+    return dict(zip(places, (tuple(trial.params.values()) for trial in trials), strict=True))
+
+
+def run_two_workers(job, tmp_path, url):
+    """Lead a search with two helpers, one of which is killed while it scores."""
+    leader = start(job["lead"], tmp_path / "lead.log", pause=0.15, url=url)
+    with open_study(url) as study:
+        helpers = [start(job["work"], tmp_path / f"work{i}.log", pause=0.15, url=url) for i in range(2)]
+        try:
+            kill_while_scoring(helpers[0], study, leader, tmp_path / "lead.log")
+            wait(leader, tmp_path / "lead.log")
+            wait(helpers[1], tmp_path / "work1.log")
+        finally:
+            for process in (leader, *helpers):
+                process.kill()
+                process.wait()
+        assert helpers[0].pid in processes(study, TrialState.FAIL)
+        assert helpers[1].pid in processes(study, TrialState.COMPLETE) + processes(study, TrialState.PRUNED)
+        assert "scored again" in (tmp_path / "lead.log").read_text()
+        assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+        by_place(study)
+
+
+def kill_while_scoring(victim, study, leader, log):
+    deadline = time.monotonic() + 120
+    while victim.pid not in processes(study, TrialState.RUNNING):
+        assert time.monotonic() < deadline, "the helper never claimed a candidate"
+        assert leader.poll() is None, f"the search ended too early: {log.read_text()}"
+        time.sleep(0.02)
+    victim.kill()
+
+
+def alone(tmp_path):
+    """Return the genomes of the same search by one process without a study file."""
+    pruner = SievePruner.from_pretrained(tmp_path / "model", task=tmp_path / "task.json", dtype="float32", device="cpu")
+    options = {"rank_multiple": 2, "rounds": 1, "population_size": 6, "generations": 4}
+    config = SieveConfig(allocation="genetic", pruning_ratio=0.5, **options)
+    return pruner.search(config, progress=False)["ranks"]
+
+
+def found_ranks(job):
+    return json.loads(next(job["dir"].glob("search-????????????????.json")).read_text())["ranks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_workers_share_a_search_and_one_may_die(job, tmp_path, kind):
+    job["dir"].mkdir()
+    url = {"sqlite": f"sqlite:///{job['dir'] / 'study.db'}", "journal": f"journal:///{job['dir'] / 'study.log'}"}[kind]
+    run_two_workers(job, tmp_path, url)
+    # Three processes and a death later: the very result of one process alone.
+    assert found_ranks(job) == alone(tmp_path)
+
+
+@pytest.fixture
+def postgresql(tmp_path):
+    """Start a PostgreSQL server of our own; yield its URL."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    initdb = str(binaries[-1]) if binaries else shutil.which("initdb")
+    if initdb is None:
+        pytest.skip("PostgreSQL's server programs are not installed (Debian: apt-get install postgresql)")
+    pytest.importorskip("psycopg", reason="PostgreSQL's driver is not installed (pip install psycopg[binary])")
+    directory = tmp_path / "server"
+    directory.mkdir()
+    # The server refuses to run as root.
+    prefix = []
+    if os.geteuid() == 0:
+        if shutil.which("runuser") is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no runuser to become another user with")
+        prefix = ["runuser", "-u", "postgres", "--"]
+        for parent in [directory, *list(directory.parents)[:3]]:
+            parent.chmod(0o755)
+        shutil.chown(directory, "postgres")
+    control = str(Path(initdb).with_name("pg_ctl"))
+    data, port = directory / "data", 40000 + os.getpid() % 20000
+    options = f"-p {port} -k {directory} -c listen_addresses=127.0.0.1 -c fsync=off"
+    run([*prefix, initdb, "-D", data, "-A", "trust", "-U", "sieve"])
+    run([*prefix, control, "-D", data, "-o", options, "-l", directory / "log", "-w", "start"])
+    try:
+        yield f"postgresql+psycopg://sieve@127.0.0.1:{port}/postgres"
+    finally:
+        run([*prefix, control, "-D", data, "-m", "immediate", "stop"])
+
+
+def run(words):
+    subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, cwd="/")
+
+
+@pytest.mark.slow
+@pytest.mark.postgresql
+def test_workers_share_a_search_on_postgresql(job, tmp_path, postgresql):
+    run_two_workers(job, tmp_path, postgresql)
+    assert found_ranks(job) == alone(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_search_killed_again_and_again_ends_as_if_it_had_not_been(job, tmp_path):
+    url = f"sqlite:///{job['dir'] / 'search.db'}"
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    for number in range(3):
+        leader = start(job["lead"], tmp_path / "lead.log", pause=0.05)
+        with open_study(url) as study:
+            done = len(study.get_trials(states=ended))
+            while leader.poll() is None and len(study.get_trials(states=ended)) < done + 3:
+                time.sleep(0.01)
+        assert leader.poll() is None, f"kill {number} came too late"
+        leader.kill()
+        leader.wait()
+    wait(start(job["lead"], tmp_path / "lead.log"), tmp_path / "lead.log")
+    with open_study(url) as study:
+        by_place(study)
+    assert found_ranks(job) == alone(tmp_path)
+
+
+def test_a_worker_needs_a_search_that_was_started(tmp_path, capsys, monkeypatch):
+    from optimum.commands.optimum_cli import main
+
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", "search", "--worker", "--work-dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "`--work-dir` must be that of a search that was started" in capsys.readouterr().err
