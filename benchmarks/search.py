@@ -28,7 +28,7 @@ from optimum_sieve.search.candidate import CONFIRM, SEARCH
 from optimum_sieve.search.confirm import ladder
 from optimum_sieve.search.live import LiveRanks
 from optimum_sieve.search.search import lead
-from optimum_sieve.search.stage import make_scorers, make_search, open_study
+from optimum_sieve.search.stage import make_scorers, make_search, open_study, run_search
 from optimum_sieve.search.standing import Standing
 from optimum_sieve.setting import Setting
 from optimum_sieve.stages import calibrate
@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=1000, help="test examples")
     parser.add_argument("--population-size", type=int)
     parser.add_argument("--generations", type=int)
+    parser.add_argument("--bottlenecks", type=int, default=0, help="matrices of the first seed's result to lower alone")
     parser.add_argument("--paper", action="store_true", help="run the `paper` preset instead, and count examples")
     parser.add_argument("--work-dir", type=Path, help="keeps moments, bases and studies")
     parser.add_argument("--json", type=Path, help="where the rows go as JSON lines")
@@ -124,8 +125,7 @@ class Bench:
         sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
         setting = self.prepare(seed, **sizes)
         search = make_search(setting, self.bases, len(selection))
-        study = open_study(setting, search, self.bases)
-        with LiveRanks(self.model, self.bases) as live:
+        with open_study(setting, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
             scorers = make_scorers(setting, search, live, selection)
             scored = lead(search, study, scorers, progress=False)
             searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
@@ -146,6 +146,19 @@ class Bench:
                              **compare(dense, self.score(test)).to_dict(), "dense": dense.score,
                              "examples": sum(c.outcome.count for c in scored if c.outcome)})  # fmt: skip
         return rows
+
+    def measure_bottlenecks(self, seed: int) -> None:
+        """Lower matrices of a result one by one; `optimum-cli sieve report --work-dir` then shows the search."""
+        selection, _ = self.draw(seed)
+        sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
+        found = run_search(
+            self.prepare(seed, **sizes), self.bases, selection, num_bottlenecks=self.arguments.bottlenecks
+        )
+        print(f"\nlowered alone by one level, {found['bottlenecks'][0]['count']} search examples; cost in points")
+        for row in found["bottlenecks"]:
+            print(f"{row['name']:38} rank {row['rank']} -> {row['lowered_rank']}: {100 * row['cost']:+.2f} ± "
+                  f"{100 * row['cost_standard_error']:.2f}, loss {row['loss_rise']:+.4f} ± "
+                  f"{row['loss_rise_standard_error']:.4f}{', bottleneck' if row['is_bottleneck'] else ''}")  # fmt: skip
 
     def confirm(self, search, scorer, line: list) -> tuple[int, ...]:
         """Go down a line of sizes to the last before the first that fails; the dense model if none holds."""
@@ -169,8 +182,7 @@ class Bench:
         for preset, changes in (("paper", sizes), ("fast", {})):
             setting = self.prepare(seed, preset, **changes)
             search = make_search(setting, self.bases, len(selection))
-            study = open_study(setting, search, self.bases)
-            with LiveRanks(self.model, self.bases) as live:
+            with open_study(setting, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
                 scored = lead(search, study, make_scorers(setting, search, live, selection), progress=False)
             reached[preset] = smallest_by_examples(search, [c for c in scored if c.part == SEARCH])
         examples, kept = reached["paper"][-1]
@@ -232,6 +244,8 @@ def main() -> None:
                 with arguments.json.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     summarize(rows)
+    if arguments.bottlenecks:
+        bench.measure_bottlenecks(arguments.seeds[0])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from .plan import PrunePlan, make_plan, tensor_bytes
 from .prepare import check_inputs, prepare
 from .report import build_report
 from .result import SieveResult, save_result
-from .search.stage import join_search, run_search
+from .search.stage import join_search, run_search, wait_for_search
 from .setting import Setting, score, timed
 from .stages import calibrate, choose_ranks
 from .surgery import apply_ranks, count_target_parameters, largest_coefficient, restore
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
-    from .factorization import FactorBasis
     from .targets import Target
-    from .tasks import Example
 
 
 class SievePruner:
@@ -119,7 +117,7 @@ class SievePruner:
         return cls(loaded, found, task, base_model=name, loading=loading)
 
     def plan(self, config: SieveConfig) -> PrunePlan:
-        """Return what `prune` would do, from the shapes alone: targets, sizes, memory. Runs nothing."""
+        """Return what `prune` would do, from the shapes alone. Runs nothing."""
         self._check_is_dense()
         targets = check_inputs(self.model, self.tokenizer, self.task, config)
         return make_plan(self.model, targets, config, self.task)
@@ -143,13 +141,15 @@ class SievePruner:
             progress (`bool`): Whether progress bars are shown.
 
         Returns:
-            `dict[str, Any]`: What was found, as in the file `search-<key>.json` of the work directory.
+            `dict[str, Any]`: What was found, as in the work directory's `search-<key>.json`.
 
         Raises:
             ValueError: If the settings, the model or the data break a rule.
             RuntimeError: If nothing within the tolerance was found.
         """
-        setting, bases, selection = self._before_search(config, work_dir, study_storage, progress)
+        setting = self._prepare_search(config, work_dir, study_storage, progress)
+        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), {})
+        selection = self.task.examples("selection", self.tokenizer)
         return run_search(setting, bases, selection, num_bottlenecks=num_bottlenecks)
 
     def join_search(
@@ -160,30 +160,24 @@ class SievePruner:
         Raises:
             ValueError: If the bases in `work_dir` are not those of the study.
         """
-        return join_search(*self._before_search(config, work_dir, study_storage, progress))
+        setting = self._prepare_search(config, work_dir, study_storage, progress)
+        wait_for_search(setting)
+        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), {}, must_exist=True)
+        return join_search(setting, bases, self.task.examples("selection", self.tokenizer))
 
-    def _before_search(
+    def _prepare_search(
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
-    ) -> tuple[Setting, dict[str, FactorBasis], list[Example]]:
-        self._check_is_dense()
+    ) -> Setting:
         if config.allocation != "genetic":
             raise ValueError(f"`allocation` must be 'genetic' for a search, got {config.allocation!r}.")
-        setting = self._prepare(config, work_dir, study_storage, progress)
-        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), {})
-        return setting, bases, self.task.examples("selection", self.tokenizer)
+        return self._prepare(config, work_dir, study_storage, progress)
 
     def _prepare(
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
     ) -> Setting:
-        return prepare(
-            self.model,
-            self.tokenizer,
-            self.task,
-            config,
-            work_dir=work_dir,
-            study_storage=study_storage,
-            progress=progress,
-        )
+        self._check_is_dense()
+        given = (self.model, self.tokenizer, self.task, config)
+        return prepare(*given, work_dir=work_dir, study_storage=study_storage, progress=progress)
 
     def prune(
         self,
@@ -202,8 +196,7 @@ class SievePruner:
             config (`SieveConfig`): The settings.
             work_dir (`str | Path`, *optional*): Keeps finished stages, so that a killed run, or one with other
                 settings, does not repeat them. `None`: nothing is kept.
-            study_storage (`str`, *optional*): URL of the Optuna storage of a genetic search, where other processes can
-                help. `None`: a file in the work directory.
+            study_storage (`str`, *optional*): URL of the Optuna storage of a genetic search, where workers can help.
             progress (`bool`): Whether progress bars are shown.
 
         Returns:
@@ -213,7 +206,6 @@ class SievePruner:
             ValueError: If the settings, the model or the data break a rule; before any long work where it can be seen.
             RuntimeError: If the model was pruned before, or nothing within the tolerance was found; it is dense then.
         """
-        self._check_is_dense()
         seconds: dict[str, float] = {}
         setting = self._prepare(config, work_dir, study_storage, progress)
         targets = setting.targets
@@ -237,10 +229,9 @@ class SievePruner:
                 pruned,
                 compare(dense, pruned),
                 parameters={
-                    "targets_before": before["targets"],
-                    "targets_after": after["targets"],
-                    "model_before": before["model"],
-                    "model_after": after["model"],
+                    f"{part}_{when}": sizes[part]
+                    for part in ("targets", "model")
+                    for when, sizes in (("before", before), ("after", after))
                 },
                 num_bytes={"before": before["bytes"], "after": after["bytes"]},
                 seconds={stage: round(value, 3) for stage, value in seconds.items()},

@@ -15,6 +15,7 @@ from .factorization import FactorBasis, factorize
 from .losses import calibration_loss
 from .moments import Moments
 from .scoring import input_device, make_batches, max_positions
+from .search.live import LiveRanks
 from .search.stage import run_search
 from .setting import Setting, score, timed
 from .surgery import truncated
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from .tasks import Example
 
 
-def calibrate(setting: Setting, examples: Sequence[Example], seconds: dict[str, float]) -> dict[str, FactorBasis]:
+def calibrate(
+    setting: Setting, examples: Sequence[Example], seconds: dict[str, float], *, must_exist: bool = False
+) -> dict[str, FactorBasis]:
     """Return a factor basis of every target's dense weight, from moments taken in one or more rounds.
 
     The first round's moments are the dense model's. Each later round takes them on the model pruned part of the way
@@ -43,6 +46,10 @@ def calibrate(setting: Setting, examples: Sequence[Example], seconds: dict[str, 
         setting (`Setting`): The run.
         examples (`Sequence[Example]`): The calibration examples.
         seconds (`dict[str, float]`): Wall-clock time is added under `"moments"` and `"factors"`.
+        must_exist (`bool`): Only read what lies in the work directory.
+
+    Raises:
+        ValueError: If it must exist and does not.
     """
     weights = {target.name: linear_weight(setting.model.get_submodule(target.name)) for target in setting.targets}
     rounds = setting.config.rounds if setting.config.projection in ("joint", "activation") else 1
@@ -59,6 +66,11 @@ def calibrate(setting: Setting, examples: Sequence[Example], seconds: dict[str, 
                 for name, tensors in unflatten(found).items()
             }
             continue
+        if must_exist:
+            raise ValueError(
+                f"`work_dir` must hold the bases of the search, got {setting.work.path} without bases-{key}. Give the "
+                "worker the leader's work directory, or a copy of it."
+            )
         with (
             timed(seconds, "moments"),
             truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
@@ -192,9 +204,11 @@ def choose_ranks(
         return allocate_ranks(setting, bases, 1 - config.pruning_ratio), []
     dense = score(setting, examples, "dense model on selection")
 
-    def compare_at(kept: float) -> Comparison:
-        ranks = allocate_ranks(setting, bases, kept)
-        with truncated(setting.model, bases, ranks, storage=config.storage):
+    with LiveRanks(setting.model, bases) as live:
+
+        def compare_at(kept: float) -> Comparison:
+            ranks = allocate_ranks(setting, bases, kept)
+            live.hold(ranks)
             pruned = score(
                 setting,
                 examples,
@@ -202,9 +216,9 @@ def choose_ranks(
                 ranks=ranks,
                 settings=setting.key(*_BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple"),
             )
-        return compare(dense, pruned)
+            return compare(dense, pruned)
 
-    kept, trials = search_kept_fraction(
-        compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
-    )
+        kept, trials = search_kept_fraction(
+            compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
+        )
     return allocate_ranks(setting, bases, kept), trials

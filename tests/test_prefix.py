@@ -37,7 +37,7 @@ def make_rows(seed: int, rows: int, length: int, shared: int) -> Batch:
 def test_scores_are_those_of_whole_rows(architecture):
     model = make_tiny_model(architecture)
     batch = make_rows(seed=0, rows=4, length=26, shared=18)
-    examples = [Example(prompt="", candidates=("a", "b"), target=0)] * 4
+    examples = [Example(prompt="", answer="a", candidates=("a", "b"), target=0)] * 4
     assert shared_prefix([batch]) == 18
     plain = candidate_scores(model, [batch], examples, lambda count: None)
     once = candidate_scores(model, [batch], examples, lambda count: None, prefix=18)

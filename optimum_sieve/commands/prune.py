@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_sieve.commands.base import ModelCommand
+from optimum_sieve.commands.job import write_job
 from optimum_sieve.commands.options import add_settings, settings_from
 
 
@@ -70,6 +71,8 @@ class PruneCommand(ModelCommand):
         if arguments.dry_run:
             print(pruner.plan(config).format())
             return
+        if config.allocation == "genetic" and arguments.work_dir is not None:
+            write_job(arguments, config)
         result = pruner.prune(config, work_dir=arguments.work_dir, study_storage=arguments.study_storage)
         pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite)
         print(format_table(result.report))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_sieve.commands.base import ModelCommand, add_source
+from optimum_sieve.commands.job import read_job, write_job
 from optimum_sieve.commands.options import add_settings, settings_from
 
 
@@ -15,10 +14,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from optimum_sieve.config import SieveConfig
-
-# Lies in the work directory, so that a worker needs to be told nothing else.
-_JOB = "search-job.json"
-_SOURCE = ("model", "task", "dtype", "gguf_file", "revision")
 
 
 class SearchCommand(ModelCommand):
@@ -62,7 +57,7 @@ class SearchCommand(ModelCommand):
 
     def execute(self, arguments: Namespace) -> None:
         """Lead a search, or help with one."""
-        config = _read_job(arguments) if arguments.worker else self._genetic(arguments)
+        config = read_job(arguments) if arguments.worker else self._genetic(arguments)
 
         from optimum_sieve.pruner import SievePruner
 
@@ -80,7 +75,7 @@ class SearchCommand(ModelCommand):
             count = pruner.join_search(config, **places)
             print(f"scored {count} candidates")
             return
-        _write_job(arguments, config)
+        write_job(arguments, config)
         print(format_result(pruner.search(config, **places, num_bottlenecks=arguments.bottlenecks)))
 
     def _genetic(self, arguments: Namespace) -> SieveConfig:
@@ -89,48 +84,10 @@ class SearchCommand(ModelCommand):
                 self.parser.error(f"the following arguments are required: --{name} (or --worker)")
         if not hasattr(arguments, "allocation"):
             arguments.allocation = "genetic"
-        return settings_from(arguments)
-
-
-def _write_job(arguments: Namespace, config: SieveConfig) -> None:
-    from optimum_sieve.output import replacing
-    from optimum_sieve.search.study import public_url
-    from optimum_sieve.workdir import WorkDir
-
-    path = WorkDir(arguments.work_dir).path
-    assert path is not None
-    source = {name: getattr(arguments, name) for name in _SOURCE}
-    for name in ("model", "task"):
-        # A worker may be started elsewhere; a Hub id stays one.
-        if Path(source[name]).exists():
-            source[name] = str(Path(source[name]).resolve())
-    # A password is not written down: workers are given such a URL again.
-    url = arguments.study_storage
-    url = url if url is None or public_url(url) == url else None
-    job = {**source, "study_storage": url, "settings": config.to_dict()}
-    with replacing(path / _JOB) as temporary:
-        temporary.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_job(arguments: Namespace) -> SieveConfig:
-    """Fill in what the leading process was given, where it is not given again.
-
-    Raises:
-        FileNotFoundError: If no search was started with this work directory.
-    """
-    from optimum_sieve.config import SieveConfig
-
-    path = Path(arguments.work_dir) / _JOB
-    if not path.exists():
-        raise FileNotFoundError(
-            f"`--work-dir` must be that of a search that was started, got {arguments.work_dir} without {_JOB}. Start "
-            "`optimum-cli sieve search` without --worker first."
-        )
-    job = json.loads(path.read_text(encoding="utf-8"))
-    for name in (*_SOURCE, "study_storage"):
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, job[name])
-    return SieveConfig.from_dict(job["settings"])
+        config = settings_from(arguments)
+        if config.allocation != "genetic":
+            raise ValueError(f"`--allocation` must be genetic for a search, got {config.allocation}. Leave it out.")
+        return config
 
 
 def format_result(found: dict[str, Any]) -> str:
@@ -151,6 +108,7 @@ def format_result(found: dict[str, Any]) -> str:
     if found["bottlenecks"]:
         lines.append(f"{len(costly)} of {len(found['bottlenecks'])} matrices measured are bottlenecks:")
         lines += [
-            f"  {row['name']}  rank {row['rank']} -> {row['lowered_rank']}  {-row['cost']:+.3f}" for row in costly
+            f"  {row['name']}  rank {row['rank'] or 'dense'} -> {row['lowered_rank']}  {-row['cost']:+.3f}"
+            for row in costly
         ]
     return "\n".join(lines)

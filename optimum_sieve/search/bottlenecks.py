@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 LEVELS = (*(PRESETS["paper"].levels or ()), 0.0)
-# A matrix is a bottleneck where lowering it costs more than this share of the tolerance.
-SHARE = 0.25
+# A matrix is a bottleneck where lowering it costs more than this share of the tolerance, and surely something: more
+# than this many standard errors.
+SHARE, ERRORS = 0.25, 1.64
 
 
 def lowered(space: SearchSpace, genome: Genome, place: int) -> Genome:
@@ -52,13 +53,13 @@ def bottleneck_candidates(space: SearchSpace, genome: Genome, count: int) -> lis
 
 
 def bottleneck_table(
-    space: SearchSpace, genome: Genome, scored: Sequence[Candidate], tolerance: float
+    space: SearchSpace, genome: Genome, scored: Sequence[Candidate], tolerance: float | None
 ) -> list[dict[str, Any]]:
     """List what lowering each measured matrix cost, the dearest first.
 
     Returns:
         `list[dict]`: `name`, `rank` and `lowered_rank`; `cost`, the points of the metric lost against the pruned model
-        itself; `loss_rise`; `is_bottleneck`, whether the cost exceeds a quarter of the tolerance.
+        itself; `loss_rise`; `is_bottleneck`, whether the cost exceeds a quarter of the tolerance and 1.64 errors.
     """
     found = {c.slot: c for c in scored if c.part == BOTTLENECK and c.outcome}
     base = found.pop(-1, None)
@@ -69,6 +70,7 @@ def bottleneck_table(
         assert candidate.outcome is not None
         gene = space.genes[place]
         rise = candidate.outcome.rises - base.outcome.rises
+        error = standard_error(base.outcome.differences - candidate.outcome.differences)
         cost = base.outcome.mean - candidate.outcome.mean
         rows.append(
             {
@@ -77,11 +79,11 @@ def bottleneck_table(
                 "lowered_rank": gene.ranks[candidate.genome[place]],
                 "saved_parameters": int(space.parameters(genome) - space.parameters(candidate.genome)),
                 "cost": cost,
-                "cost_standard_error": standard_error(base.outcome.differences - candidate.outcome.differences),
+                "cost_standard_error": error,
                 "loss_rise": float(rise.mean()),
                 "loss_rise_standard_error": standard_error(rise),
                 "count": candidate.outcome.count,
-                "is_bottleneck": cost > SHARE * tolerance,
+                "is_bottleneck": tolerance is not None and cost > max(SHARE * tolerance, ERRORS * error),
             }
         )
     return sorted(rows, key=lambda row: (-row["cost"], -row["loss_rise"], row["name"]))

@@ -59,9 +59,14 @@ class Outcome:
         return float(self.rises.mean())
 
     def bound(self, confidence: float, count: int | None = None) -> float:
-        """Return the one-sided lower bound of the score difference; as it would be on `count` examples, if given."""
+        """Return the one-sided lower bound of the score difference; as it would be on `count` examples, if given.
+
+        By the normal approximation, with a standard error of one changed example at least: where no example differs,
+        few examples still say little.
+        """
         scale = (self.count / count) ** 0.5 if count else 1.0
-        return self.mean - NormalDist().inv_cdf(confidence) * self.standard_error * scale
+        error = max(self.standard_error, 1 / self.count)
+        return self.mean - NormalDist().inv_cdf(confidence) * error * scale
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""

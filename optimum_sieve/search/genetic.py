@@ -61,7 +61,9 @@ def uniform_crossover(first: NDArray[Any], second: NDArray[Any], rng: Rng) -> ND
     return np.where(rng.random(len(first)) < 0.5, first, second)
 
 
-def step_mutation(genome: Sequence[int], num_levels: Sequence[int], rates: NDArray[np.float64], rng: Rng) -> Genome:
+def step_mutation(
+    genome: Sequence[int] | NDArray[Any], num_levels: Sequence[int], rates: NDArray[np.float64], rng: Rng
+) -> Genome:
     """Move each matrix one level up or down with its own probability; a level past an end stays where it is."""
     moves = np.where(rng.random(len(genome)) < rates, rng.choice((-1, 1), size=len(genome)), 0)
     return tuple(

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Genome = tuple[int, ...]
 Ranks = dict[str, "int | None"]
 
+# Logarithm of a price that stands for 0.
+_NO_PRICE = -690.0
 # How far inside its range of prices a departing matrix is put, so that rounding does not move it out again.
 _INSET = 0.05
 
@@ -85,7 +87,7 @@ class Gene:
         corners = np.array(levels)
         saved = -np.diff(self.losses[corners]) / np.diff(self.parameters[corners])
         # A curve that does not fall any more has price 0: bought only when nothing costs anything.
-        return corners, np.log(np.maximum(saved, 1e-300))
+        return corners, np.maximum(np.log(np.maximum(saved, 1e-300)), _NO_PRICE)
 
     def price_range(self, level: int) -> tuple[float, float]:
         """Return the logarithmic prices, above the first and up to the second, at which a hull level is the best one.
@@ -94,7 +96,7 @@ class Gene:
         """
         levels, prices = self.hull
         place = int(np.searchsorted(levels, level))
-        low = float(prices[place]) if place < len(prices) else -np.inf
+        low = float(prices[place]) if place < len(prices) and prices[place] > _NO_PRICE else -np.inf
         return low, float(prices[place - 1]) if place else np.inf
 
 
@@ -203,15 +205,22 @@ class SearchSpace:
         return np.array([gene.losses[level] for gene, level in zip(self.genes, genome, strict=True)])
 
     def log_prices(self, genome: Genome) -> NDArray[np.float64]:
-        """Return the logarithmic price of every matrix, less the genome's common one: 0 all over for an energy allocation.
+        """Return every matrix's logarithmic price less the genome's common one: 0 all over for an energy allocation.
 
         A level is best for a range of prices, wide for 0 and dense; where the common price lies in it, nothing departs.
         """
         low, high = np.array([gene.price_range(level) for gene, level in zip(self.genes, genome, strict=True)]).T
         inner = np.isfinite(low) & np.isfinite(high)
-        common = float(np.median((low[inner] + high[inner]) / 2)) if inner.any() else 0.0
+        if low.max() < high.min() and np.isfinite([low.max(), high.min()]).any():
+            ends = [end for end in (low.max(), high.min()) if np.isfinite(end)]
+            common = (
+                float(np.mean(ends)) if len(ends) == 2 else float(ends[0]) + (_INSET if low.max() in ends else -_INSET)
+            )
+        else:
+            common = float(np.median((low[inner] + high[inner]) / 2)) if inner.any() else 0.0
         inset = np.where(inner, np.minimum((high - low) / 2, _INSET), _INSET)
-        return np.clip(common, low + inset, high - inset) - common
+        prices: NDArray[np.float64] = np.clip(common, low + inset, high - inset) - common
+        return prices
 
     def at_prices(self, log_prices: NDArray[np.float64], kept: float) -> Genome:
         """Return the genome with these relative prices whose common price is the lowest that keeps `kept` at most."""
@@ -223,6 +232,8 @@ class SearchSpace:
             return np.asarray((prices >= (log_prices + shift)[:, None]).sum(axis=1), dtype=np.int64)
 
         finite = prices[np.isfinite(prices)]
+        if not finite.size:
+            return tuple(int(level) for level in levels[:, 0])
         low = float(finite.min() - log_prices.max()) - 1.0
         high = float(finite.max() - log_prices.min()) + 1.0
         if parameters[rows, places_at(low)].sum() <= budget:

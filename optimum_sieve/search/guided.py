@@ -107,12 +107,11 @@ def _children(standing: Standing, preset: SearchPreset, generation: int, rng: np
     pool = _fitted(standing, slopes, rng)
     pool += [_child(standing, preset, rates, rng) for _ in range(preset.screening * preset.population_size)]
     features = np.array([_features(standing, genome, members) for genome, _ in pool])
-    sizes = [_line_size(standing, genome) for genome, _ in pool]
     known = {candidate.genome for candidate in standing.scored}
     chosen: list[tuple[Genome, str]] = []
     for place in range(preset.population_size):
         sampled = place < preset.population_size - _BY_MEAN
-        promised = sizes + features @ (predictor.sample(rng) if sampled else predictor.mean)
+        promised = features @ (predictor.sample(rng) if sampled else predictor.mean)
         best = next((int(i) for i in np.argsort(promised, kind="stable") if pool[i][0] not in known), None)
         if best is not None:
             known.add(pool[best][0])
@@ -126,16 +125,10 @@ def _children(standing: Standing, preset: SearchPreset, generation: int, rng: np
             slot=slot,
             origin=origin,
             rival=(rival.generation, rival.slot),
-            allowance=(space.kept(rival.genome) - space.kept(genome)) / standing.exchange,
+            allowance=standing.energy_rise(space.kept(genome)) - standing.energy_rise(space.kept(rival.genome)),
         )
         for slot, (genome, origin) in enumerate(chosen)
     ]
-
-
-def _line_size(standing: Standing, genome: Genome) -> float:
-    """Size at the limit that the energy allocation of a genome's own size has."""
-    kept = standing.space.kept(genome)
-    return kept + standing.exchange * (standing.energy_rise(kept) - standing.energy_rise(standing.energy_size))
 
 
 def _features(standing: Standing, genome: Genome, members: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -148,10 +141,10 @@ def _features(standing: Standing, genome: Genome, members: NDArray[np.float64]) 
 
 def fit_predictor(standing: Standing) -> Predictor:
     """Fit the predictor to the candidates near the limit, but for the uniform ones, which lie far off."""
-    space, members = standing.space, group_members(standing.space)
+    members = group_members(standing.space)
     near = [candidate for candidate in standing.near if candidate.origin != "uniform"]
     features = np.array([_features(standing, candidate.genome, members) for candidate in near])
-    departures = [standing.rise(c) - standing.energy_rise(space.kept(c.genome)) for c in near]
+    departures = [standing.departure(candidate) for candidate in near]
     errors = [standing.noise(candidate) * standing.exchange for candidate in near]
     return Predictor.fit(
         features.reshape(len(near), members.shape[1] + 1),
@@ -179,7 +172,7 @@ def _size(standing: Standing, rng: np.random.Generator) -> float:
 
 
 def mutation_strength(standing: Standing) -> float:
-    """Return the standard deviation of the next mutations: less where children were mostly dropped, more where few were.
+    """Return the standard deviation of the next mutations: less where most children were dropped, more where few.
 
     Reference: Rechenberg (1973), *Evolutionsstrategie*, whose rule adapts the step to the share of successes.
     """

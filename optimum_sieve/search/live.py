@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from optimum_sieve.factorization import FactorBasis
 
 
+# No rank: the layer is put in anew, whatever is asked for.
+_UNKNOWN = -1
+
+
 class LiveRanks:
     """Hold one rank pattern after another in a model; as a context manager, its dense layers are back afterwards.
 
@@ -64,6 +68,8 @@ class LiveRanks:
             raise KeyError(f"`ranks` must name layers that have a basis, got {sorted(unknown)[0]!r}.")
         changed = {name: ranks.get(name) for name, held in self._ranks.items() if ranks.get(name) != held}
         for name, rank in changed.items():
+            # An interrupt between the two lines below must not leave a wrong entry.
+            self._ranks[name] = _UNKNOWN
             self.model.set_submodule(name, self._layer(name, rank))
             self._ranks[name] = rank
         return len(changed)

@@ -44,6 +44,7 @@ class Search:
         allocate (`Callable`): Maps an allocation's name and a kept fraction to a genome.
         seed (`int`): Seed of everything random.
         num_bottlenecks (`int`): Matrices of the result to lower one by one, at the end.
+        ending (`list[Genome]`, *optional*): What `choose_ending` returned, once breeding has ended for good.
     """
 
     space: SearchSpace
@@ -52,28 +53,42 @@ class Search:
     allocate: Callable[[str, float], Genome]
     seed: int
     num_bottlenecks: int = 0
+    ending: list[Genome] | None = None
     _generations: list[list[Candidate]] = field(default_factory=list)
 
-    def open_candidates(self, scored: Sequence[Candidate], *, enough: bool = False) -> list[Candidate]:
+    def open_candidates(self, scored: Sequence[Candidate]) -> list[Candidate]:
         """Return the candidates to score now, those of the generation or step in progress; none at the end.
 
         Args:
             scored (`Sequence[Candidate]`): All candidates with outcomes.
-            enough (`bool`): Breed no more generations; confirm the best so far.
         """
-        searched = [candidate for candidate in scored if candidate.part == SEARCH]
-        if not enough:
-            found = self._open_generation(searched)
+        if self.ending is None:
+            found = self._open_generation([candidate for candidate in scored if candidate.part == SEARCH])
             if found:
                 return found
         if self.goal.kept is None:
-            tried = [candidate for candidate in scored if candidate.part == CONFIRM]
-            step = next_step(self._ladder(searched), tried, self.goal)
-            if step or confirmed(tried, self.goal) is None:
+            step = next_step(self._ending(scored), _tried(scored), self.goal)
+            if step or confirmed(_tried(scored), self.goal) is None:
                 return step
+        if not self.num_bottlenecks:
+            return []
         places = {candidate.place for candidate in scored}
         wanted = bottleneck_candidates(self.space, self.result(scored).genome, self.num_bottlenecks)
         return [candidate for candidate in wanted if candidate.place not in places]
+
+    def choose_ending(self, scored: Sequence[Candidate]) -> list[Genome]:
+        """Return what to confirm: the best candidate at falling sizes or, where a size is given, the best itself."""
+        best = self.best(scored)
+        if self.goal.kept is not None:
+            return [best.genome]
+        size = self.space.kept(best.genome)
+        if self.preset.guided:
+            searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
+            size = Standing(self.space, searched, self.goal).size(best)
+        return ladder(self.space, best.genome, size)
+
+    def _ending(self, scored: Sequence[Candidate]) -> list[Genome]:
+        return self.choose_ending(scored) if self.ending is None else self.ending
 
     def _open_generation(self, searched: Sequence[Candidate]) -> list[Candidate]:
         places = {candidate.place for candidate in searched}
@@ -106,13 +121,6 @@ class Search:
             raise RuntimeError("The search must have scored at least one candidate to the end, got none. Run it again.")
         return ranking[0]
 
-    def _ladder(self, searched: Sequence[Candidate]) -> list[Genome]:
-        best = self.best(searched)
-        size = self.space.kept(best.genome)
-        if self.preset.guided:
-            size = Standing(self.space, tuple(searched), self.goal).size(best)
-        return ladder(self.space, best.genome, size)
-
     def result(self, scored: Sequence[Candidate]) -> Candidate:
         """Return the candidate to use: the confirmed one or, where a size was given, the best.
 
@@ -120,14 +128,15 @@ class Search:
             RuntimeError: If no size was confirmed, or none was as small as asked.
         """
         if self.goal.kept is not None:
-            best = self.best(scored)
+            wanted = self._ending(scored)[0]
+            best = next(c for c in scored if c.part == SEARCH and c.genome == wanted)
             if self.space.kept(best.genome) > self.goal.kept:
                 raise RuntimeError(
                     f"`pruning_ratio` must be within reach of the search, got {1 - self.goal.kept:.3f}: the smallest "
                     f"candidate keeps {self.space.kept(best.genome):.1%}. Use search_preset='fast' or more generations."
                 )
             return best
-        tried = [candidate for candidate in scored if candidate.part == CONFIRM]
+        tried = _tried(scored)
         found = confirmed(tried, self.goal)
         if found is None:
             outcome = tried[0].outcome if tried else None
@@ -144,32 +153,53 @@ class Search:
         return found
 
 
+def _tried(scored: Sequence[Candidate]) -> list[Candidate]:
+    return [candidate for candidate in scored if candidate.part == CONFIRM]
+
+
 def lead(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, progress: bool) -> list[Candidate]:
     """Run the search to its end, scoring along; `Ctrl-C` ends the breeding, and the best so far is confirmed.
+
+    What is confirmed is written to the study before the first step, and never chosen again: neither a late score of a
+    worker nor a restart changes it.
 
     Returns:
         `list[Candidate]`: All candidates with outcomes.
     """
     study.reopen()
-    enough = False
+    search.ending = study.ending
     with tqdm(desc="search", unit="candidate", disable=not progress) as bar:
         while True:
-            scored = study.finished()
-            _show(bar, search, scored)
-            wanted = search.open_candidates(scored, enough=enough)
-            if not wanted:
-                study.end()
-                return scored
             try:
+                scored = study.finished()
+                wanted = search.open_candidates(scored)
+                if search.ending is None and not any(candidate.part == SEARCH for candidate in wanted):
+                    _end_breeding(search, study, scored)
+                    continue
+                _show(bar, search, scored)
+                if not wanted:
+                    study.end()
+                    return scored
                 study.release_dead()
                 study.enqueue(wanted)
                 if not score_one(search, study, scorers, only=wanted):
                     time.sleep(_POLL_SECONDS)
             except KeyboardInterrupt:
-                if enough or not any(c.outcome and c.outcome.complete for c in scored):
+                scored = study.finished()
+                if search.ending is not None or not any(c.outcome and c.outcome.complete for c in scored):
                     raise
-                enough = True
                 logger.warning("Interrupted: the best candidate so far is confirmed. Interrupt again to stop.")
+                _end_breeding(search, study, scored)
+            except Exception:
+                # Workers must not wait for what will not come.
+                study.end()
+                raise
+
+
+def _end_breeding(search: Search, study: SearchStudy, scored: Sequence[Candidate]) -> None:
+    search.ending = search.choose_ending(scored)
+    study.ending = search.ending
+    study.release_waiting()
 
 
 def work(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, progress: bool) -> int:
@@ -195,12 +225,12 @@ def score_one(
     number, candidate = claimed
     is_search = candidate.part == SEARCH
     try:
-        outcome = scorers[candidate.part].score(
-            search.space.ranks(candidate.genome),
-            tolerance=search.goal.tolerance if is_search and search.goal.kept is None else None,
-            rival=_rival(study, candidate),
-            on_batch=lambda count: study.show_life(number),
-        )
+        with study.alive(number):
+            outcome = scorers[candidate.part].score(
+                search.space.ranks(candidate.genome),
+                tolerance=search.goal.tolerance if is_search and search.goal.kept is None else None,
+                rival=_rival(study, candidate),
+            )
     except BaseException:
         study.release(number)
         raise

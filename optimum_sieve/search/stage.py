@@ -18,6 +18,7 @@ from .presets import PRESETS
 from .scorer import Scorer
 from .search import Search, lead, work
 from .standing import Goal
+from .storage import wait_for_study
 from .study import SearchStudy
 from .summary import SUMMARY, summarize
 
@@ -52,8 +53,11 @@ def run_search(
         the work directory, as `search-<key>.json`.
 
     Raises:
+        ValueError: If `num_bottlenecks` is negative.
         RuntimeError: If nothing within the tolerance was confirmed.
     """
+    if num_bottlenecks < 0:
+        raise ValueError(f"`num_bottlenecks` must be at least 0, got {num_bottlenecks}.")
     search = make_search(setting, bases, len(examples))
     search.num_bottlenecks = num_bottlenecks
     with open_study(setting, search, bases) as study, LiveRanks(setting.model, bases) as live:
@@ -66,10 +70,23 @@ def run_search(
     return found
 
 
+def wait_for_search(setting: Setting) -> None:
+    """Return when the search of a run has begun, so that its bases lie in the work directory."""
+    wait_for_study(_storage_url(setting) or "", _study_name(setting))
+
+
 def join_search(setting: Setting, bases: Mapping[str, FactorBasis], examples: Sequence[Example]) -> int:
-    """Score candidates of a search that another process leads; return how many."""
+    """Score candidates of a search that another process leads; return how many.
+
+    Raises:
+        ValueError: If `bases` are not those the search was made with.
+    """
     search = make_search(setting, bases, len(examples))
-    with open_study(setting, search, bases) as study, LiveRanks(setting.model, bases) as live:
+    with (
+        SearchStudy(_storage_url(setting), _study_name(setting), search.space) as study,
+        LiveRanks(setting.model, bases) as live,
+    ):
+        study.check_digest("bases", bases_digest(bases))
         return work(search, study, make_scorers(setting, search, live, examples), progress=setting.progress)
 
 
@@ -125,13 +142,21 @@ def open_study(setting: Setting, search: Search, bases: Mapping[str, FactorBasis
     Raises:
         ValueError: If other bases were used for the study before.
     """
-    storage, path = setting.study_storage, setting.work.path
-    if storage is None and path is not None:
-        storage = f"sqlite:///{(path / 'search.db').resolve()}"
-    name = f"sieve-{setting.key(*_SETTINGS, names=[gene.name for gene in search.space.genes])}"
-    study = SearchStudy(storage, name, search.space)
-    study.claim_digest("bases", bases_digest(bases))
+    study = SearchStudy(_storage_url(setting), _study_name(setting), search.space)
+    study.record_digest("bases", bases_digest(bases))
     return study
+
+
+def _storage_url(setting: Setting) -> str | None:
+    if setting.study_storage is not None:
+        return setting.study_storage
+    path = setting.work.path
+    return None if path is None else f"sqlite:///{(path / 'search.db').resolve()}"
+
+
+def _study_name(setting: Setting) -> str:
+    """Name a study by all that its candidates' scores depend on."""
+    return f"sieve-{setting.key(*_SETTINGS, names=[target.name for target in setting.targets])}"
 
 
 def bases_digest(bases: Mapping[str, FactorBasis]) -> str:

@@ -4,8 +4,8 @@ The metric on some hundred examples is coarse: its noise is worth several points
 candidates by it picks luck. The negative log-likelihood of the gold answer, on the same examples, says more about the
 metric on *other* examples than the metric itself does (docs/search.md has the measurement; KL to the dense model, which
 knows no gold answers, says next to nothing about it). So the metric decides how much that loss may rise, over all
-candidates at once (the *limit*), and a candidate is judged by the size at which it would reach the limit. Does not
-import torch.
+candidates at once (the *limit*), and a candidate is judged by its *departure*: how far its loss lies below that of the
+energy allocation of its own size. Does not import torch.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Standing:
     @cached_property
     def limit(self) -> float:
         """Rise that separates candidates within the tolerance from those below it with the fewest exceptions."""
-        pairs = sorted((self.rise(c), bool(c.outcome and is_within(c.outcome, self.goal))) for c in self.complete)
+        judged = [c for c in self.scored if c.outcome and (c.outcome.complete or c.rival is None)]
+        pairs = sorted((self.rise(c), self._is_within(c)) for c in judged)
         rises, within = [rise for rise, _ in pairs], [holds for _, holds in pairs]
         # errors[i]: candidates on the wrong side when the first i are taken to be within.
         errors = [within[i:].count(True) + within[:i].count(False) for i in range(len(within) + 1)]
@@ -112,15 +113,20 @@ class Standing:
         place = best[len(best) // 2]
         return float((rises[max(place - 1, 0)] + rises[min(place, len(rises) - 1)]) / 2)
 
+    def _is_within(self, candidate: Candidate) -> bool:
+        # What was dropped without a rival was dropped for its score.
+        outcome = candidate.outcome
+        return outcome is not None and outcome.complete and is_within(outcome, self.goal)
+
     @cached_property
     def _energy(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Kept fraction, predicted loss and measured rise of the energy seeds that were not dropped, by size."""
-        seeds = sorted(
-            (self.space.kept(c.genome), float(self.space.losses(c.genome).sum()), self.rise(c))
-            for c in self.complete
-            if c.origin == "energy"
-        )
-        kept, predicted, rises = np.array(seeds).reshape(-1, 3).T
+        """Kept fraction, predicted loss and measured rise of the energy seeds and of the dense model, by size."""
+        seeds = [
+            (self.space.kept(candidate.genome), float(self.space.losses(candidate.genome).sum()), self.rise(candidate))
+            for candidate in self.scored
+            if candidate.origin == "energy" and candidate.outcome
+        ]
+        kept, predicted, rises = np.array(sorted([*seeds, (1.0, 0.0, 0.0)])).T
         return kept, predicted, rises
 
     @cached_property
@@ -144,8 +150,6 @@ class Standing:
     def energy_rise(self, size: float) -> float:
         """Rise of the energy allocation at a kept fraction, smoothed over its seeds."""
         kept, predicted, _ = self._energy
-        if not len(kept):
-            return 0.0
         logs = np.log(np.maximum(predicted, 1e-300))
         return self.predicted_rise(float(np.exp(np.interp(size, kept, logs))))
 
@@ -154,21 +158,25 @@ class Standing:
         """Kept fraction at which the energy allocation reaches the limit; the size asked for, where one is."""
         if self.goal.kept is not None:
             return self.goal.kept
-        sizes = np.linspace(0.0, 1.0, 1001)
+        sizes = np.linspace(float(self._energy[0].min()), 1.0, 1001)
         reached = [float(size) for size in sizes if self.energy_rise(float(size)) <= self.limit]
         return min(reached, default=1.0)
 
     @cached_property
     def exchange(self) -> float:
         """Kept fraction that a nat is worth, around the limit."""
-        low, high = self.energy_size - _WINDOW, self.energy_size + _WINDOW
-        slope = (self.energy_rise(low) - self.energy_rise(high)) / (high - low)
-        return float(min(1 / slope, _LARGEST_EXCHANGE)) if slope > 0 else _LARGEST_EXCHANGE
+        low = max(self.energy_size - _WINDOW, float(self._energy[0].min()))
+        high = min(self.energy_size + _WINDOW, 1.0)
+        fall = self.energy_rise(low) - self.energy_rise(high)
+        return float(min((high - low) / fall, _LARGEST_EXCHANGE)) if fall > 0 else _LARGEST_EXCHANGE
+
+    def departure(self, candidate: Candidate) -> float:
+        """Rise of the loss beyond that of the energy allocation of the same size, in nats; below 0 is better."""
+        return self.rise(candidate) - self.energy_rise(self.space.kept(candidate.genome))
 
     def size(self, candidate: Candidate) -> float:
-        """Kept fraction at which the candidate's allocation would reach the limit."""
-        limit = self.limit if self.goal.kept is None else self.energy_rise(self.goal.kept)
-        return self.space.kept(candidate.genome) + self.exchange * (self.rise(candidate) - limit)
+        """Kept fraction at which the candidate's allocation would reach the limit, from its departure."""
+        return self.energy_size + self.exchange * self.departure(candidate)
 
     @cached_property
     def near(self) -> list[Candidate]:
@@ -181,7 +189,7 @@ class Standing:
         most = 1.0 if self.goal.kept is None else self.goal.kept
         within = [c for c in self.near if c.outcome and self.space.kept(c.genome) <= most]
         near = [candidate for candidate in within if candidate.outcome and candidate.outcome.complete]
-        return sorted(near or self.complete, key=lambda candidate: (self.size(candidate), candidate.place))
+        return sorted(near or self.complete, key=lambda candidate: (self.departure(candidate), candidate.place))
 
     def best_size_by_generation(self) -> list[float]:
         """Best size reached up to each generation."""

@@ -1,8 +1,8 @@
 r"""Candidates, scores and state of a search in an Optuna study, which any number of processes can share.
 
 A candidate is a trial: its parameters are the levels, by module name; its values are the kept fraction and the score
-difference; the rest of what is known of it lies in its user attributes. A candidate waits, is claimed by one process
-(the storage sees to it that only one succeeds), and ends complete, dropped (`PRUNED`) or, where its process died,
+difference; the rest of what is known of it lies in its user attributes. A candidate waits, is claimed by one process,
+and ends complete, dropped (`PRUNED`) or, where its process died,
 failed: then it is enqueued once more. `optuna-dashboard` shows all of it.
 """
 
@@ -11,17 +11,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import os
-import platform
-import warnings
+import threading
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from .candidate import Candidate, Outcome
+from .processes import is_dead, this_process
+from .storage import GRACE_SECONDS, HEARTBEAT_SECONDS, close_storage, open_storage, quiet
 
 
 if TYPE_CHECKING:
@@ -29,14 +28,12 @@ if TYPE_CHECKING:
 
     from optuna.trial import FrozenTrial
 
-    from .genome import SearchSpace
+    from .genome import Genome, SearchSpace
 
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-# A process shows that it lives once in the first time, and is given up after the second (seconds).
-HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 _OPEN = (TrialState.WAITING, TrialState.RUNNING)
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -65,9 +62,9 @@ class SearchStudy:
         }
         self._names = [gene.name for gene in space.genes]
         self._grace_seconds = grace_seconds
-        self._finished: dict[int, Candidate] = {}
+        self._finished: dict[int, tuple[Any, Candidate]] = {}
         self._storage = open_storage(storage, grace_seconds)
-        with _quiet():
+        with quiet():
             self._study = optuna.create_study(
                 storage=self._storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
             )
@@ -101,16 +98,30 @@ class SearchStudy:
         if self.is_over:
             self._study.set_user_attr("over", False)
 
-    def claim_digest(self, name: str, digest: str) -> None:
-        """Record the hash of what the candidates are made of; refuse another one than was recorded before.
+    @property
+    def ending(self) -> list[Genome] | None:
+        """What is confirmed, once breeding has ended."""
+        found = self._study.user_attrs.get("ending")
+        return None if found is None else [tuple(genome) for genome in found]
+
+    @ending.setter
+    def ending(self, genomes: list[Genome]) -> None:
+        self._study.set_user_attr("ending", [list(genome) for genome in genomes])
+
+    def record_digest(self, name: str, digest: str) -> None:
+        """Record the hash of what the candidates are made of, unless one is recorded; then check it."""
+        if f"{name}_sha256" not in self._study.user_attrs:
+            self._study.set_user_attr(f"{name}_sha256", digest)
+        self.check_digest(name, digest)
+
+    def check_digest(self, name: str, digest: str) -> None:
+        """Refuse another hash than the recorded one.
 
         Raises:
             ValueError: If another hash was recorded.
         """
-        known = self._study.user_attrs.get(f"{name}_sha256")
-        if known is None:
-            self._study.set_user_attr(f"{name}_sha256", digest)
-        elif known != digest:
+        known = self._study.user_attrs[f"{name}_sha256"]
+        if known != digest:
             raise ValueError(
                 f"`{name}` must be those the study was made with (SHA-256 {known[:12]}...), got {digest[:12]}.... Give "
                 "every process the same work directory, or a copy of it."
@@ -120,8 +131,10 @@ class SearchStudy:
         """Return the scored candidates, by part, generation and slot."""
         for trial in self._study.get_trials(deepcopy=False, states=_FINISHED):
             if trial.number not in self._finished:
-                self._finished[trial.number] = self._candidate(trial)
-        distinct = {self._finished[number].place: self._finished[number] for number in sorted(self._finished)}
+                self._finished[trial.number] = (trial.datetime_complete, self._candidate(trial))
+        # Where two processes scored the same candidate, the first score counts for good.
+        ordered = sorted(self._finished.items(), key=lambda item: (item[1][0], item[0]), reverse=True)
+        distinct = {candidate.place: candidate for _, (_, candidate) in ordered}
         return [distinct[place] for place in sorted(distinct)]
 
     def enqueue(self, candidates: Iterable[Candidate]) -> None:
@@ -146,42 +159,69 @@ class SearchStudy:
                 claimed = self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             except (optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
                 continue
+            own = this_process()
             if claimed:
-                self._storage.set_trial_user_attr(trial._trial_id, "process", _process())
-                self.show_life(trial.number)
-                return trial.number, self._candidate(trial)
+                if isinstance(self._storage, optuna.storages.RDBStorage):
+                    self._storage.record_heartbeat(trial._trial_id)
+                self._storage.set_trial_user_attr(trial._trial_id, "process", own)
+                # SQLite lets two processes claim at once; the last to leave its name keeps the candidate.
+                if self._storage.get_trial(trial._trial_id).user_attrs.get("process") == own:
+                    return trial.number, self._candidate(trial)
         return None
 
-    def show_life(self, number: int) -> None:
-        """Note that the process scoring a trial lives."""
-        if isinstance(self._storage, optuna.storages.RDBStorage):
-            self._storage.record_heartbeat(self._trial_id(number))
+    @contextlib.contextmanager
+    def alive(self, number: int) -> Iterator[None]:
+        """Show, from a thread, that the process scoring a trial lives; however long a batch takes."""
+        if not isinstance(self._storage, optuna.storages.RDBStorage):
+            yield
+            return
+        identifier, storage, over = self._trial_id(number), self._storage, threading.Event()
+
+        def beat() -> None:
+            while True:
+                storage.record_heartbeat(identifier)
+                if over.wait(HEARTBEAT_SECONDS):
+                    storage.remove_session()
+                    return
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def record(self, number: int, candidate: Candidate, outcome: Outcome) -> None:
-        """End a trial with its scores; a trial that was given up meanwhile stays so, its twin counts."""
+        """End a trial with its scores; where another process ended it meanwhile, that counts."""
         identifier = self._trial_id(number)
         try:
             self._storage.set_trial_user_attr(identifier, "outcome", outcome.to_dict())
             values = [self._space.kept(candidate.genome), outcome.mean] if outcome.complete else None
             state = TrialState.COMPLETE if outcome.complete else TrialState.PRUNED
             self._storage.set_trial_state_values(identifier, state, values)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            logger.warning("Trial %d was given up before its score came; it is scored again.", number)
+        except (optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
+            logger.warning("Trial %d was ended by another process before its score came.", number)
 
     def release(self, number: int) -> None:
         """Give a claimed trial back, to be enqueued again."""
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._storage.set_trial_state_values(self._trial_id(number), TrialState.FAIL)
 
+    def release_waiting(self) -> None:
+        """Take back what nobody has claimed."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self.release(trial.number)
+
     def release_dead(self) -> int:
         """Give back what dead processes had claimed: at once on this machine, elsewhere after the grace period."""
         released = 0
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             process = trial.user_attrs.get("process")
-            if self._was_never_begun(trial) if process is None else _is_dead(process):
+            if self._was_never_begun(trial) if process is None else is_dead(process):
                 self.release(trial.number)
                 released += 1
-        with _quiet():
+        with quiet():
             before = len(self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
             optuna.storages.fail_stale_trials(self._study)
             released += len(self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))) - before
@@ -229,82 +269,6 @@ class SearchStudy:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
 
 
-def open_storage(url: str | None, grace_seconds: int = GRACE_SECONDS) -> optuna.storages.BaseStorage:
-    """Open an Optuna storage by its URL; `journal:///path` is a journal file, `None` is memory.
-
-    Raises:
-        ValueError: If it cannot be opened; the message names the URL without its password.
-    """
-    if url is None:
-        return optuna.storages.InMemoryStorage()
-    try:
-        with _quiet():
-            if url.startswith("journal:///"):
-                backend = JournalFileBackend(url.removeprefix("journal://"))
-                return optuna.storages.JournalStorage(backend)
-            return optuna.storages.RDBStorage(
-                url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=grace_seconds, engine_kwargs=_engine(url)
-            )
-    except Exception as error:
-        raise ValueError(
-            f"`storage` must be the URL of an Optuna storage, such as sqlite:///search.db, got {public_url(url)}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}. Check that the server runs and its driver is "
-            "installed."
-        ) from error
-
-
-def close_storage(storage: optuna.storages.BaseStorage) -> None:
-    """Close the connections of a storage."""
-    if isinstance(storage, optuna.storages.RDBStorage):
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def _engine(url: str) -> dict[str, Any]:
-    # Several processes write to one SQLite file: wait for the lock rather than fail.
-    return {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-
-
-def public_url(url: str) -> str:
-    """Return `url` without a password, for messages and logs."""
-    scheme, separator, rest = url.partition("://")
-    credentials, at, host = rest.rpartition("@")
-    return f"{scheme}{separator}{credentials.partition(':')[0]}{at}{host}"
-
-
 def _place(trial: FrozenTrial) -> tuple[str, int, int]:
     attributes = trial.user_attrs
     return attributes["part"], attributes["generation"], attributes["slot"]
-
-
-def _process() -> list[Any]:
-    return [platform.node(), os.getpid(), _start_time(os.getpid())]
-
-
-def _start_time(pid: int) -> float | None:
-    """When a process of this machine started; `None` if there is none. Tells a new process of an old number apart."""
-    import psutil
-
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
-
-
-def _is_dead(process: list[Any]) -> bool:
-    if process[0] != platform.node():
-        return False
-    return bool(_start_time(process[1]) != process[2])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Optuna's notes on experimental features, and its lines about the studies it makes, from the user."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)

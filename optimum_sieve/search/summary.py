@@ -61,7 +61,7 @@ def summarize(search: Search, scored: Sequence[Candidate], metric: str) -> dict[
             }
             for gene, layer, kind, level in zip(space.genes, space.layers, space.kinds, result.genome, strict=True)
         ],
-        "bottlenecks": bottleneck_table(space, result.genome, scored, goal.tolerance),
+        "bottlenecks": bottleneck_table(space, result.genome, scored, goal.tolerance if goal.kept is None else None),
         "bottleneck_share": SHARE,
     }
 

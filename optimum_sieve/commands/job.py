@@ -1,0 +1,64 @@
+"""What a search was started with, kept in its work directory, so that a worker needs to be told nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimum_sieve.config import SieveConfig
+
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+_NAME = "search-job.json"
+_SOURCE = ("model", "task", "dtype", "gguf_file", "revision")
+
+
+def write_job(arguments: Namespace, config: SieveConfig) -> None:
+    """Write down the model, the task, the settings and, unless there is a secret in it, the study's storage."""
+    from optimum_sieve.output import replacing
+    from optimum_sieve.search.storage import absolute_url, holds_secret
+    from optimum_sieve.workdir import WorkDir
+
+    path = WorkDir(arguments.work_dir).path
+    assert path is not None
+    source = {name: getattr(arguments, name) for name in _SOURCE}
+    for name in ("model", "task"):
+        # A worker may be started elsewhere; a Hub id stays one.
+        if Path(source[name]).exists():
+            source[name] = str(Path(source[name]).resolve())
+    url = arguments.study_storage and absolute_url(arguments.study_storage)
+    is_secret = bool(url and holds_secret(url))
+    storage = {"study_storage": None if is_secret else url, "study_storage_is_secret": is_secret}
+    with replacing(path / _NAME) as temporary:
+        content = {**source, **storage, "settings": config.to_dict()}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_job(arguments: Namespace) -> SieveConfig:
+    """Fill in what the leading process was given, where it is not given again; return its settings.
+
+    Raises:
+        FileNotFoundError: If no search was started with this work directory.
+        ValueError: If the file is damaged, or the storage's URL has to be given.
+    """
+    path = Path(arguments.work_dir) / _NAME
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`--work-dir` must be that of a search that was started, got {arguments.work_dir} without {_NAME}. Start "
+            "`optimum-cli sieve search` without --worker first."
+        )
+    try:
+        job = json.loads(path.read_text(encoding="utf-8"))
+        values = {name: job[name] for name in (*_SOURCE, "study_storage", "study_storage_is_secret")}
+        config = SieveConfig.from_dict(job["settings"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"`{path}` must be written by a search, got {error!r}. Start the search again.") from error
+    if values.pop("study_storage_is_secret") and arguments.study_storage is None:
+        raise ValueError("`--study-storage` must be given to each worker where its URL holds a password, got none.")
+    for name, value in values.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return config
