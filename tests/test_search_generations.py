@@ -244,3 +244,26 @@ def test_goal_is_a_value():
     assert Goal(tolerance=0.02, confidence=0.9, confirm_count=10) == Goal(
         tolerance=0.02, confidence=0.9, confirm_count=10
     )
+
+
+def test_seeds_that_are_dropped_still_say_where_the_limit_lies():
+    search = make_world(layers=12, tolerance=0.005)
+    space = search.space
+    scored = []
+    for candidate in search.open_candidates([]):
+        outcome = score(search, candidate)
+        if outcome.mean < -0.02:
+            outcome = replace(outcome, rises=outcome.rises[:16], differences=outcome.differences[:16], complete=False)
+        scored.append(replace(candidate, outcome=outcome))
+    assert any(not candidate.outcome.complete for candidate in scored)
+    standing = Standing(space, tuple(scored), search.goal)
+    holds = [space.kept(c.genome) for c in scored if c.origin == "energy" and c.outcome.mean > -0.02]
+    assert min(holds) - 0.2 < standing.energy_size < 1
+    children = search.open_candidates(scored)
+    assert all(standing.energy_size - 0.3 < space.kept(child.genome) < 1 for child in children)
+
+
+def test_few_examples_confirm_little():
+    unchanged = make_outcome(0.0, count=20)
+    assert unchanged.bound(0.9) < -0.05
+    assert make_outcome(0.0, count=1000).bound(0.9) > -0.002

@@ -104,7 +104,14 @@ class Standing:
     @cached_property
     def limit(self) -> float:
         """Rise that separates candidates within the tolerance from those below it with the fewest exceptions."""
-        judged = [c for c in self.scored if c.outcome and (c.outcome.complete or c.rival is None)]
+        # Uniform seeds lie far from all others: what they can afford says nothing about those.
+        judged = [
+            candidate
+            for candidate in self.scored
+            if candidate.outcome
+            and candidate.origin != "uniform"
+            and (candidate.outcome.complete or candidate.rival is None)
+        ]
         pairs = sorted((self.rise(c), self._is_within(c)) for c in judged)
         rises, within = [rise for rise, _ in pairs], [holds for _, holds in pairs]
         # errors[i]: candidates on the wrong side when the first i are taken to be within.
@@ -133,8 +140,9 @@ class Standing:
     def _line(self) -> tuple[float, float]:
         """Offset and factor of the line from predicted loss to measured rise along the energy allocation."""
         _, predicted, rises = self._energy
-        if len(rises) < 2:
-            return 0.0, 1.0
+        # A little pruning can lower the loss; what counts is how it rises from there on, to smaller models.
+        branch = slice(0, max(2, int(np.argmin(rises)) + 1))
+        predicted, rises = predicted[branch], rises[branch]
         # Far from the limit the relation is no line.
         nearest = np.argsort(np.abs(rises - self.limit), kind="stable")[:_SEEDS_FITTED]
         predicted, rises = predicted[nearest], rises[nearest]
