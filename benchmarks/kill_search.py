@@ -77,7 +77,8 @@ def main() -> None:
             process = search(folder, work)
             while process.poll() is None and not (work / "search.db").exists():
                 time.sleep(0.01)
-            moment = rng.uniform(0, 0.6 * seconds)
+            # Some of the time went into starting the process.
+            moment = rng.uniform(0, 0.4 * seconds)
             try:
                 process.wait(timeout=moment)
             except subprocess.TimeoutExpired:

@@ -13,6 +13,7 @@ import yaml
 
 from optimum_sieve.config import SieveConfig
 from optimum_sieve.report import size_changes
+from optimum_sieve.search.genome import split_name
 
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ _AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
     "text-classification": "AutoModelForSequenceClassification",
 }
-_LAYER_NAME = re.compile(r"(.*?\b\d+)\.(.+)")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -195,8 +195,7 @@ def _rank_grid(rank_pattern: dict[str, dict[str, Any]]) -> dict[str, dict[str, d
     """Sort the pattern into layer -> matrix kind -> entry; a name's first number ends the layer's name."""
     grid: dict[str, dict[str, dict[str, Any]]] = {}
     for name, entry in rank_pattern.items():
-        numbered = _LAYER_NAME.fullmatch(name)
-        layer, kind = numbered.groups() if numbered else ("", name)
+        layer, kind = split_name(name)
         grid.setdefault(layer, {})[kind] = entry
     return grid
 
