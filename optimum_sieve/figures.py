@@ -104,7 +104,7 @@ def draw_levels(found: dict[str, Any]) -> Figure:
     axes = _axes("layer", "")
     image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     axes.set_yticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds])
-    step = max(1, len(layers) // 16)
+    step = -(-len(layers) // 15)
     axes.set_xticks(range(0, len(layers), step), [str(place) for place in range(0, len(layers), step)])
     axes.grid(visible=False)
     axes.figure.colorbar(image, ax=axes, label="kept (%)")
