@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"))
+from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
 from optimum_sieve.loading import load_model
@@ -64,14 +61,7 @@ class Bench:
     """One model and task; scores every method on the test split."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        gguf_file, model, task = None, arguments.model, arguments.task
-        if model is None or task is None:
-            from prepare import CACHE, MODEL_FILE, MODEL_NAME, prepare
-
-            prepare()
-            task = task or Path(__file__).resolve().parents[1] / "examples" / "demo" / "movie.yaml"
-            if model is None:
-                model, gguf_file = CACHE / MODEL_NAME, MODEL_FILE
+        model, task, gguf_file = choose_source(arguments.model, arguments.task)
         self.task = Task.from_file(task)
         self.model, self.tokenizer, _ = load_model(model, dtype=arguments.dtype, gguf_file=gguf_file)
         self.test = self.task.examples("test", self.tokenizer)[: arguments.limit]

@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"))
+from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
 from optimum_sieve.loading import load_model
@@ -63,14 +60,7 @@ class Bench:
     """One model and task."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        gguf_file, model, task = None, arguments.model, arguments.task
-        if model is None or task is None:
-            from prepare import CACHE, MODEL_FILE, MODEL_NAME, prepare
-
-            prepare()
-            task = task or Path(__file__).resolve().parents[1] / "examples" / "demo" / "movie.yaml"
-            if model is None:
-                model, gguf_file = CACHE / MODEL_NAME, MODEL_FILE
+        model, task, gguf_file = choose_source(arguments.model, arguments.task)
         spec = Task.from_file(task)
         # All rows that calibration does not take; the seeds draw from them.
         self.task = Task.from_dict(

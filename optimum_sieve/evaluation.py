@@ -183,7 +183,7 @@ def candidate_scores(
     model: nn.Module,
     batches: Sequence[Batch],
     examples: Sequence[Example],
-    on_batch: Callable[[int], object],
+    on_batch: Callable[[int], object] = lambda count: None,
     *,
     prefix: int = 0,
 ) -> NDArray[np.float64]:

@@ -7,17 +7,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .allocation import LossCurve
 from .evaluation import Evaluation, evaluate
 from .workdir import WorkDir, content_key
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from .config import SieveConfig
+    from .factorization import FactorBasis
     from .targets import Target
     from .tasks import Example
 
@@ -48,6 +50,13 @@ class Setting:
     fingerprint: str
     progress: bool
     study_storage: str | None = None
+
+    def loss_curves(self, bases: Mapping[str, FactorBasis]) -> list[LossCurve]:
+        """Return the predicted loss of every target against its rank."""
+        return [
+            LossCurve(target.name, target.out_features, target.in_features, bases[target.name].energy.cpu().numpy())
+            for target in self.targets
+        ]
 
     def key(self, *settings: str, **more: object) -> str:
         """Hash the named settings together with the model, the task and `more`."""

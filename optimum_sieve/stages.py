@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .adapters import learn_adapter
-from .allocation import LossCurve, allocate
+from .allocation import allocate
 from .calibration import collect_moments
 from .comparison import compare
 from .factorization import FactorBasis, factorize
@@ -170,13 +170,9 @@ def _ranks_to_learn(setting: Setting) -> Ranks:
 def allocate_ranks(setting: Setting, bases: Mapping[str, FactorBasis], kept: float) -> Ranks:
     """Choose every target's rank (`None` = dense) so that the fraction `kept` of their parameters is left."""
     config = setting.config
-    curves = [
-        LossCurve(target.name, target.out_features, target.in_features, bases[target.name].energy.cpu().numpy())
-        for target in setting.targets
-    ]
     total = sum(target.num_parameters for target in setting.targets)
     return allocate(
-        curves,
+        setting.loss_curves(bases),
         int(kept * total),
         # A genetic search starts from the energy allocation.
         allocation="uniform" if config.allocation == "uniform" else "energy",

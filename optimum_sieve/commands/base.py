@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from collections.abc import Iterator
 
+    from optimum_sieve.pruner import SievePruner
+
 _REPORTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
@@ -50,6 +52,21 @@ def add_source(parser: ArgumentParser, *, required: bool = True) -> None:
         "--trust-remote-code", action="store_true", help="Run modelling code that lies beside the weights."
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+
+def load_pruner(arguments: Namespace) -> SievePruner:
+    """Load the model and the task that the options of `add_source` name."""
+    from optimum_sieve.pruner import SievePruner
+
+    return SievePruner.from_pretrained(
+        arguments.model,
+        task=arguments.task,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+        gguf_file=arguments.gguf_file,
+        revision=arguments.revision,
+    )
 
 
 @contextmanager

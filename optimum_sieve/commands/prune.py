@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import ModelCommand
+from optimum_sieve.commands.base import ModelCommand, load_pruner
 from optimum_sieve.commands.job import write_job
 from optimum_sieve.commands.options import add_settings, settings_from
 
@@ -52,20 +52,11 @@ class PruneCommand(ModelCommand):
 
         from optimum_sieve.output import check_output
         from optimum_sieve.plan import tensor_bytes
-        from optimum_sieve.pruner import SievePruner
         from optimum_sieve.report import format_table
 
         if arguments.output is not None:
             check_output(Path(arguments.output), arguments.overwrite)
-        pruner = SievePruner.from_pretrained(
-            arguments.model,
-            task=arguments.task,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            trust_remote_code=arguments.trust_remote_code,
-            gguf_file=arguments.gguf_file,
-            revision=arguments.revision,
-        )
+        pruner = load_pruner(arguments)
         if arguments.output is not None:
             check_output(Path(arguments.output), arguments.overwrite, needed_bytes=tensor_bytes(pruner.model))
         if arguments.dry_run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import ModelCommand, add_source
+from optimum_sieve.commands.base import ModelCommand, add_source, load_pruner
 from optimum_sieve.commands.job import read_job, write_job
 from optimum_sieve.commands.options import add_settings, settings_from
 
@@ -59,17 +59,7 @@ class SearchCommand(ModelCommand):
         """Lead a search, or help with one."""
         config = read_job(arguments) if arguments.worker else self._genetic(arguments)
 
-        from optimum_sieve.pruner import SievePruner
-
-        pruner = SievePruner.from_pretrained(
-            arguments.model,
-            task=arguments.task,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            trust_remote_code=arguments.trust_remote_code,
-            gguf_file=arguments.gguf_file,
-            revision=arguments.revision,
-        )
+        pruner = load_pruner(arguments)
         places = {"work_dir": arguments.work_dir, "study_storage": arguments.study_storage}
         if arguments.worker:
             count = pruner.join_search(config, **places)
@@ -107,8 +97,7 @@ def format_result(found: dict[str, Any]) -> str:
     costly = [row for row in found["bottlenecks"] if row["is_bottleneck"]]
     if found["bottlenecks"]:
         lines.append(f"{len(costly)} of {len(found['bottlenecks'])} matrices measured are bottlenecks:")
-        lines += [
-            f"  {row['name']}  rank {row['rank'] or 'dense'} -> {row['lowered_rank']}  {-row['cost']:+.3f}"
-            for row in costly
-        ]
+        for row in costly:
+            rank = "dense" if row["rank"] is None else row["rank"]
+            lines.append(f"  {row['name']}  rank {rank} -> {row['lowered_rank']}  {-row['cost']:+.3f}")
     return "\n".join(lines)

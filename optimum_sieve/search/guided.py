@@ -104,8 +104,12 @@ def _children(standing: Standing, preset: SearchPreset, generation: int, rng: np
     predictor = fit_predictor(standing)
     slopes = members @ predictor.mean[:-1]
     rates = mutation_rates(space, preset.mutation_prob, slopes)
-    pool = _fitted(standing, slopes, rng)
-    pool += [_child(standing, preset, rates, rng) for _ in range(preset.screening * preset.population_size)]
+    strength = mutation_strength(standing)
+    prices = [space.log_prices(candidate.genome) for candidate in standing.ranking[: preset.population_size]]
+    pool = _fitted(standing, prices[:4], slopes, rng)
+    pool += [
+        _child(standing, preset, prices, rates, strength, rng) for _ in range(preset.screening * preset.population_size)
+    ]
     features = np.array([_features(standing, genome, members) for genome, _ in pool])
     known = {candidate.genome for candidate in standing.scored}
     chosen: list[tuple[Genome, str]] = []
@@ -153,9 +157,10 @@ def fit_predictor(standing: Standing) -> Predictor:
     )
 
 
-def _fitted(standing: Standing, slopes: NDArray[np.float64], rng: np.random.Generator) -> list[tuple[Genome, str]]:
-    """Move the energy allocation and the best candidates against the fitted slopes, by several lengths."""
-    prices = [standing.space.log_prices(candidate.genome) for candidate in standing.ranking[:4]]
+def _fitted(
+    standing: Standing, prices: list[NDArray[np.float64]], slopes: NDArray[np.float64], rng: np.random.Generator
+) -> list[tuple[Genome, str]]:
+    """Move the energy allocation and the best candidates' prices against the fitted slopes, by several lengths."""
     starts = [np.zeros_like(slopes), np.mean(prices, axis=0), *prices]
     moved = [(start - length * slopes, length) for start in starts for length in _LENGTHS]
     return [
@@ -185,19 +190,20 @@ def mutation_strength(standing: Standing) -> float:
 
 
 def _child(
-    standing: Standing, preset: SearchPreset, rates: NDArray[np.float64], rng: np.random.Generator
+    standing: Standing,
+    preset: SearchPreset,
+    population: list[NDArray[np.float64]],
+    rates: NDArray[np.float64],
+    strength: float,
+    rng: np.random.Generator,
 ) -> tuple[Genome, str]:
-    """Breed one child: selection, crossover, mutation of groups and of single matrices, and a common price."""
-    space = standing.space
-    ranking = range(min(len(standing.ranking), preset.population_size))
-    parents = [
-        space.log_prices(standing.ranking[tournament(ranking, preset.tournament_size, rng)].genome) for _ in range(2)
-    ]
+    """Breed one child of a population's prices: selection, crossover, mutation of groups and of single matrices."""
+    space, places = standing.space, range(len(population))
+    parents = [population[tournament(places, preset.tournament_size, rng)] for _ in range(2)]
     prices, origin = parents[0], "mutation"
     if rng.random() < preset.crossover_prob:
         crossover = one_point_crossover if rng.random() < 0.5 else uniform_crossover
         prices, origin = crossover(parents[0], parents[1], rng), "crossover"
-    strength = mutation_strength(standing)
     for _ in range(_GROUPS_MUTATED):
         prices = group_mutation(prices, space, strength, rng)
     single = rng.random(len(prices)) < rates

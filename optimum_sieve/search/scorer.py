@@ -17,7 +17,7 @@ from .candidate import Outcome
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +82,6 @@ class Scorer:
         *,
         tolerance: float | None = None,
         rival: Rival | None = None,
-        on_batch: Callable[[int], object] = lambda count: None,
     ) -> Outcome:
         """Score `ranks` slice by slice.
 
@@ -90,23 +89,22 @@ class Scorer:
             ranks (`dict[str, int | None]`): A rank for every layer.
             tolerance (`float`, *optional*): Loss accepted; a candidate surely below it is dropped.
             rival (`Rival`, *optional*): A candidate surely worse than this one is dropped.
-            on_batch (`Callable`): Called after each batch with its number of examples.
         """
         if self._dense is None:
             self._live.hold({})
-            self._dense = np.concatenate([self._slice(number, on_batch) for number in range(len(self._slices))])
+            self._dense = np.concatenate([self._slice(number) for number in range(len(self._slices))])
         self._live.hold(ranks)
         scores: list[NDArray[np.float64]] = []
         for number, end in enumerate(self._ends):
-            scores.append(self._slice(number, on_batch))
+            scores.append(self._slice(number))
             outcome = self._outcome(np.concatenate(scores), complete=end == self.count)
             if not outcome.complete and _is_lost(outcome, tolerance, rival):
                 break
         return outcome
 
-    def _slice(self, number: int, on_batch: Callable[[int], object]) -> NDArray[np.float64]:
+    def _slice(self, number: int) -> NDArray[np.float64]:
         part = self._slices[number]
-        scores = candidate_scores(self._live.model, self._batches[number], part, on_batch, prefix=self._prefix)
+        scores = candidate_scores(self._live.model, self._batches[number], part, prefix=self._prefix)
         self.examples_scored += len(part)
         return np.pad(scores, ((0, 0), (0, self._width - scores.shape[1])), constant_values=-np.inf)
 

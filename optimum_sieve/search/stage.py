@@ -8,7 +8,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation import LossCurve, allocate
+from optimum_sieve.allocation import allocate
 from optimum_sieve.output import replacing
 
 from .candidate import BOTTLENECK, CONFIRM, SEARCH
@@ -103,10 +103,7 @@ def preset_of(setting: Setting) -> SearchPreset:
 def make_search(setting: Setting, bases: Mapping[str, FactorBasis], num_examples: int) -> Search:
     """Make the search of a run; `num_examples` is the size of the selection split."""
     config, preset = setting.config, preset_of(setting)
-    curves = [
-        LossCurve(target.name, target.out_features, target.in_features, bases[target.name].energy.cpu().numpy())
-        for target in setting.targets
-    ]
+    curves = setting.loss_curves(bases)
     space = SearchSpace.from_curves(curves, storage=config.storage, multiple=config.rank_multiple, levels=preset.levels)
 
     def allocated(allocation: str, kept: float) -> Genome:
