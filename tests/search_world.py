@@ -69,6 +69,7 @@ def score(search: Search, candidate: Candidate) -> Outcome:
     differences = -loss + scatter
     return Outcome(
         mean=float(differences.mean()),
+        expected=float(differences.mean()),
         differences=differences,
         agreement=1.0,
         rises=loss * spread / spread.mean(),

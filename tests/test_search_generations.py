@@ -133,7 +133,8 @@ def make_outcome(mean: float, spread: float = 0.0, count: int = COUNT, rise: flo
     """Make an outcome of a given mean difference, whose examples differ from it by `spread`."""
     differences = mean + spread * np.resize([1.0, -1.0], count)
     rises = np.full(count, rise)
-    return Outcome(mean=mean, differences=differences, agreement=1.0, rises=rises, kl=rise, complete=True)
+    values = {"mean": mean, "expected": mean, "agreement": 1.0, "kl": rise, "complete": True}
+    return Outcome(differences=differences, rises=rises, **values)
 
 
 def step(genome: tuple[int, ...], place: int, mean: float) -> Candidate:

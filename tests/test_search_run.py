@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from toy import load_task, make_model, make_tokenizer, parity_rows
@@ -13,6 +12,7 @@ from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.comparison import compare
 from optimum_sieve.evaluation import evaluate
 from optimum_sieve.factorization import factorize
+from optimum_sieve.search.calibrated import calibrated_labels, expected_difference, expected_rises
 from optimum_sieve.search.candidate import Rival
 from optimum_sieve.search.live import LiveRanks
 from optimum_sieve.search.scorer import Scorer
@@ -115,9 +115,9 @@ def test_scores_are_those_of_an_evaluation(model, tmp_path):
     assert outcome.count == 30
     for field in ("mean", "standard_error", "agreement", "kl"):
         assert getattr(outcome, field) == pytest.approx(getattr(expected, field), abs=1e-5)
-    rows = np.arange(30)
-    rises = dense.log_probs[rows, dense.targets] - pruned.log_probs[rows, pruned.targets]
-    assert outcome.rises == pytest.approx(rises, abs=1e-4)
+    labels = calibrated_labels(dense)
+    assert outcome.rises == pytest.approx(expected_rises(labels, dense, pruned), abs=1e-4)
+    assert outcome.expected == pytest.approx(expected_difference(labels, dense, pruned), abs=1e-4)
     # The dense model once, then the candidate.
     assert scorer.examples_scored == 60
 

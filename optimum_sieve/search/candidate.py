@@ -28,15 +28,18 @@ class Outcome:
 
     Args:
         mean (`float`): Score minus the dense model's, in points of the metric.
+        expected (`float`): `mean` without the chance of the gold labels (see `expected_difference`).
         differences (`numpy.ndarray` of shape `(count,)`): What each example adds to `mean`.
         agreement (`float`): Fraction of examples with the dense model's prediction.
         rises (`numpy.ndarray` of shape `(count,)`):
-            Negative log-likelihood of each example's gold candidate, among its candidates, minus the dense model's.
+            Negative log-likelihood of each example's label, among its candidates, minus the dense model's; expected
+            under the calibrated labels (see `expected_rises`).
         kl (`float`): Mean KL to the dense model, in nats.
         complete (`bool`): Whether all examples of the part were scored; `False` where the candidate was dropped.
     """
 
     mean: float
+    expected: float
     differences: NDArray[np.float64]
     agreement: float
     rises: NDArray[np.float64]

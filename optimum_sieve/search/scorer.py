@@ -13,6 +13,7 @@ from optimum_sieve.prefix import shared_prefix
 from optimum_sieve.scoring import make_batches, max_positions
 from optimum_sieve.tasks.metrics import standard_error
 
+from .calibrated import calibrated_labels, expected_difference, expected_rises
 from .candidate import Outcome
 
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from optimum_sieve.evaluation import Evaluation
     from optimum_sieve.tasks import Example
 
     from .candidate import Rival
@@ -69,6 +69,7 @@ class Scorer:
         self._prefix = shared_prefix([batch for batches in self._batches for batch in batches])
         self._width = max(len(example.candidates) for example in examples)
         self._dense: NDArray[np.float64] | None = None
+        self._labels: NDArray[np.float64] | None = None
         self.examples_scored = 0
 
     @property
@@ -93,6 +94,7 @@ class Scorer:
         if self._dense is None:
             self._live.hold({})
             self._dense = np.concatenate([self._slice(number) for number in range(len(self._slices))])
+            self._labels = calibrated_labels(evaluation_of(self._dense, self._examples, self._metric))
         self._live.hold(ranks)
         scores: list[NDArray[np.float64]] = []
         for number, end in enumerate(self._ends):
@@ -110,24 +112,21 @@ class Scorer:
 
     def _outcome(self, scores: NDArray[np.float64], *, complete: bool) -> Outcome:
         assert self._dense is not None
+        assert self._labels is not None
         examples = self._examples[: len(scores)]
         dense = evaluation_of(self._dense[: len(scores)], examples, self._metric)
         pruned = evaluation_of(scores, examples, self._metric)
+        labels = self._labels[: len(scores)]
         comparison = compare(dense, pruned)
         return Outcome(
             mean=comparison.mean,
+            expected=expected_difference(labels, dense, pruned),
             differences=pruned.values - dense.values,
             agreement=comparison.agreement,
-            rises=_gold(dense) - _gold(pruned),
+            rises=expected_rises(labels, dense, pruned),
             kl=comparison.kl,
             complete=complete,
         )
-
-
-def _gold(evaluation: Evaluation) -> NDArray[np.float64]:
-    """Return the log-probability of every example's gold candidate."""
-    gold: NDArray[np.float64] = evaluation.log_probs[np.arange(evaluation.count), evaluation.targets]
-    return gold
 
 
 def _is_lost(outcome: Outcome, tolerance: float | None, rival: Rival | None) -> bool:

@@ -39,6 +39,8 @@ _SETTINGS = (
     *("projection", "loss", "seed", "damping", "rounds", "storage", "rank_multiple", "tolerance", "pruning_ratio"),
     *("confidence", "search_preset", "population_size", "generations", "search_fraction", "batch_size"),
 )
+# Raised when candidates are judged in another way, so that studies made before are left alone.
+_STUDY_FORMAT = 2
 # Scores on fewer examples than this drop no candidate.
 _LEAST_SLICE = 16
 
@@ -153,7 +155,8 @@ def _storage_url(setting: Setting) -> str | None:
 
 def _study_name(setting: Setting) -> str:
     """Name a study by all that its candidates' scores depend on."""
-    return f"sieve-{setting.key(*_SETTINGS, names=[target.name for target in setting.targets])}"
+    names = [target.name for target in setting.targets]
+    return f"sieve-{setting.key(*_SETTINGS, names=names, format=_STUDY_FORMAT)}"
 
 
 def bases_digest(bases: Mapping[str, FactorBasis]) -> str:

@@ -1,9 +1,8 @@
 r"""How scored candidates compare: what counts as within the tolerance, and how good a candidate of any size is.
 
 The metric on some hundred examples is coarse: its noise is worth several points of size, and picking the best of many
-candidates by it picks luck. The negative log-likelihood of the gold answer, on the same examples, says more about the
-metric on *other* examples than the metric itself does (docs/search.md has the measurement; KL to the dense model, which
-knows no gold answers, says next to nothing about it). So the metric decides how much that loss may rise, over all
+candidates by it picks luck. The expected loss of the label says far more about the metric on *other* examples than the
+metric itself does (docs/search.md has the measurement). So the metric decides how much that loss may rise, over all
 candidates at once (the *limit*), and a candidate is judged by its *departure*: how far its loss lies below that of the
 energy allocation of its own size. Does not import torch.
 """
@@ -56,8 +55,9 @@ class Goal:
 
 
 def is_within(outcome: Outcome, goal: Goal) -> bool:
-    """Whether the confirmation would succeed if its mean and scatter were those of `outcome`."""
-    return outcome.bound(goal.confidence, goal.confirm_count) >= -goal.tolerance
+    """Whether the confirmation would succeed if its mean were the expected one, and its scatter that of `outcome`."""
+    margin = outcome.mean - outcome.bound(goal.confidence, goal.confirm_count)
+    return outcome.expected - margin >= -goal.tolerance
 
 
 @dataclass(frozen=True, eq=False)
