@@ -25,7 +25,7 @@ def find_summary(work_dir: str | Path) -> dict[str, Any]:
         FileNotFoundError: If no search has ended there.
         ValueError: If the file is damaged or was written by a newer version.
     """
-    paths = [path for path in Path(work_dir).glob(f"{SUMMARY}-*.json") if path.name != "search-job.json"]
+    paths = list(Path(work_dir).glob(f"{SUMMARY}-*.json"))
     if not paths:
         raise FileNotFoundError(
             f"`work_dir` must be that of a search that has ended, got {work_dir} without {SUMMARY}-*.json. Run "

@@ -106,7 +106,7 @@ def test_a_worker_takes_what_the_leader_was_given(tmp_path, monkeypatch):
 def test_a_password_is_not_written_down(tmp_path):
     url = "postgresql+psycopg://user:secret@host/studies"
     write_job(arguments(tmp_path, study_storage=url), SieveConfig(tolerance=0.03, allocation="genetic"))
-    assert "user:secret" not in (tmp_path / "search-job.json").read_text()
+    assert "user:secret" not in (tmp_path / "job.json").read_text()
     with pytest.raises(ValueError, match="`--study-storage` must be given to each worker"):
         read_job(arguments(tmp_path))
     worker = arguments(tmp_path, study_storage=url)
@@ -115,7 +115,7 @@ def test_a_password_is_not_written_down(tmp_path):
 
 
 def test_a_damaged_job_is_named(tmp_path):
-    (tmp_path / "search-job.json").write_text("{}")
+    (tmp_path / "job.json").write_text("{}")
     with pytest.raises(ValueError, match="must be written by a search"):
         read_job(arguments(tmp_path))
 

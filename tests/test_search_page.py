@@ -107,7 +107,7 @@ def test_output_is_refused_where_it_holds_files(found, tmp_path):
 def test_latest_summary_is_read(found, tmp_path):
     with pytest.raises(FileNotFoundError, match="`work_dir` must be that of a search that has ended"):
         find_summary(tmp_path)
-    (tmp_path / "search-job.json").write_text("{}")
+    (tmp_path / "job.json").write_text("{}")
     (tmp_path / "search-0123456789abcdef.json").write_text(json.dumps(found))
     assert find_summary(tmp_path) == found
 

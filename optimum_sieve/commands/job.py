@@ -12,7 +12,7 @@ from optimum_sieve.config import SieveConfig
 if TYPE_CHECKING:
     from argparse import Namespace
 
-_NAME = "search-job.json"
+_NAME = "job.json"
 _SOURCE = ("model", "task", "dtype", "gguf_file", "revision")
 
 

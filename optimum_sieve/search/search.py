@@ -176,7 +176,9 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, p
                 if search.ending is None and not any(candidate.part == SEARCH for candidate in wanted):
                     _end_breeding(search, study, scored)
                     continue
-                _show(bar, search, scored)
+                # Nothing new while it waits for workers.
+                if len(scored) != bar.n:
+                    _show(bar, search, scored)
                 if not wanted:
                     study.end()
                     return scored

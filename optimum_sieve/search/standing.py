@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 # Kept fractions about a size between which the energy allocation's loss is taken as a line.
 _WINDOW = 0.08
-# Energy seeds, nearest to the limit, that the line from predicted to measured loss is fitted to.
-_SEEDS_FITTED = 5
 # Candidates farther from the limit than this kept fraction say little about it.
 _NEAR = 0.15
 # Kept fraction that a nat is worth at most: where the loss hardly rises, its noise must not be taken for size.
@@ -127,39 +125,32 @@ class Standing:
 
     @cached_property
     def _energy(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Kept fraction, predicted loss and measured rise of the energy seeds and of the dense model, by size."""
+        """Kept fraction, predicted loss and rise of the energy seeds and of the dense model, by falling size.
+
+        A little pruning can lower the loss. What counts is how it rises from its lowest on, to smaller models; sizes
+        above count as that lowest.
+        """
         seeds = [
             (self.space.kept(candidate.genome), float(self.space.losses(candidate.genome).sum()), self.rise(candidate))
             for candidate in self.scored
             if candidate.origin == "energy" and candidate.outcome
         ]
-        kept, predicted, rises = np.array(sorted([*seeds, (1.0, 0.0, 0.0)])).T
-        return kept, predicted, rises
-
-    @cached_property
-    def _line(self) -> tuple[float, float]:
-        """Offset and factor of the line from predicted loss to measured rise along the energy allocation."""
-        _, predicted, rises = self._energy
-        # A little pruning can lower the loss; what counts is how it rises from there on, to smaller models.
-        branch = slice(0, max(2, int(np.argmin(rises)) + 1))
-        predicted, rises = predicted[branch], rises[branch]
-        # Far from the limit the relation is no line.
-        nearest = np.argsort(np.abs(rises - self.limit), kind="stable")[:_SEEDS_FITTED]
-        predicted, rises = predicted[nearest], rises[nearest]
-        design = np.stack([np.ones_like(predicted), predicted], axis=1)
-        offset, factor = np.linalg.lstsq(design, rises, rcond=None)[0]
-        return (float(offset), float(factor)) if factor > 0 else (float(rises.mean()), 1e-6)
+        kept, predicted, rises = np.array(sorted([*seeds, (1.0, 0.0, 0.0)], reverse=True)).T
+        return kept, predicted, np.minimum.accumulate(rises[::-1])[::-1]
 
     def predicted_rise(self, predicted: float) -> float:
-        """Rise that goes with a predicted loss along the energy allocation."""
-        offset, factor = self._line
-        return offset + factor * predicted
+        """Rise that goes with a predicted loss along the energy allocation; beyond its smallest seed as before that."""
+        _, known, rises = self._energy
+        if predicted > known[-1] > known[-2]:
+            slope = (rises[-1] - rises[-2]) / (known[-1] - known[-2])
+            return float(rises[-1] + slope * (predicted - known[-1]))
+        return float(np.interp(predicted, known, rises))
 
     def energy_rise(self, size: float) -> float:
-        """Rise of the energy allocation at a kept fraction, smoothed over its seeds."""
+        """Rise of the energy allocation at a kept fraction, between its seeds by the predicted loss."""
         kept, predicted, _ = self._energy
         logs = np.log(np.maximum(predicted, 1e-300))
-        return self.predicted_rise(float(np.exp(np.interp(size, kept, logs))))
+        return self.predicted_rise(float(np.exp(np.interp(size, kept[::-1], logs[::-1]))))
 
     @cached_property
     def energy_size(self) -> float:

@@ -80,6 +80,7 @@ def describe(search: Search, candidate: Candidate) -> dict[str, Any]:
         "complete": outcome.complete,
         "lower_bound": outcome.bound(search.goal.confidence),
         "mean": outcome.mean,
+        "expected": outcome.expected,
         "standard_error": outcome.standard_error,
         "agreement": outcome.agreement,
         "loss_rise": outcome.rise,
