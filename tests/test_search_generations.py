@@ -210,13 +210,19 @@ def test_size_trades_loss_for_parameters():
         )
 
 
-def test_limit_parts_what_holds_from_what_does_not():
+def test_limit_lies_between_the_last_energy_seed_that_holds_and_the_next():
     search = make_world()
     seeds = seeds_of(search)
-    limit = Standing(search.space, tuple(seeds), search.goal).limit
-    for candidate in seeds:
+    energy = [candidate for candidate in seeds if candidate.origin == "energy"]
+    limit = Standing(search.space, tuple(seeds), search.goal).energy_size
+    for candidate in energy:
         holds = candidate.outcome.bound(0.9, search.goal.confirm_count) >= -search.goal.tolerance
-        assert (candidate.outcome.rise < limit) == holds
+        assert (search.space.kept(candidate.genome) > limit) == holds
+    # One seed out of line does not move the limit past those that hold.
+    unlucky = replace(energy[0].outcome, expected=energy[0].outcome.expected - 0.021)
+    rest = [replace(candidate, outcome=make_outcome(0.005)) for candidate in energy[1:-1]]
+    mixed = (replace(energy[0], outcome=unlucky), *rest, energy[-1])
+    assert Standing(search.space, mixed, search.goal).energy_size < search.space.kept(energy[-2].genome) + 0.01
 
 
 def test_a_dropped_candidate_is_judged_by_how_hard_its_examples_were():

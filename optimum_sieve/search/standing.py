@@ -2,9 +2,9 @@ r"""How scored candidates compare: what counts as within the tolerance, and how 
 
 The metric on some hundred examples is coarse: its noise is worth several points of size, and picking the best of many
 candidates by it picks luck. The expected loss of the label says far more about the metric on *other* examples than the
-metric itself does (docs/search.md has the measurement). So the metric decides how much that loss may rise, over all
-candidates at once (the *limit*), and a candidate is judged by its *departure*: how far its loss lies below that of the
-energy allocation of its own size. Does not import torch.
+metric itself does (docs/search.md has the measurement). So the metric decides only at which size the energy allocation
+leaves the tolerance (the *limit*), and a candidate is judged by its *departure*: how far its loss lies below that of
+the energy allocation of its own size. Does not import torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from optimum_sieve.tasks.metrics import standard_error
 
@@ -52,10 +53,13 @@ class Goal:
     kept: float | None = None
 
 
-def is_within(outcome: Outcome, goal: Goal) -> bool:
-    """Whether the confirmation would succeed if its mean were the expected one, and its scatter that of `outcome`."""
+def room(outcome: Outcome, goal: Goal) -> float:
+    """Return how far a confirmation would lie within the tolerance, in points of the metric; below 0: it would fail.
+
+    That is if its mean were the expected one, and its scatter that of `outcome`.
+    """
     margin = outcome.mean - outcome.bound(goal.confidence, goal.confirm_count)
-    return outcome.expected - margin >= -goal.tolerance
+    return outcome.expected - margin + goal.tolerance
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,42 +104,28 @@ class Standing:
         return np.mean(complete, axis=0) if complete else None
 
     @cached_property
-    def limit(self) -> float:
-        """Rise that separates candidates within the tolerance from those below it with the fewest exceptions."""
-        # Uniform seeds lie far from all others: what they can afford says nothing about those.
-        judged = [
-            candidate
+    def _seeds(self) -> list[tuple[float, float, float, float]]:
+        """Kept fraction, predicted loss, rise and room of the dense model and the energy seeds, by falling size."""
+        seeds = [
+            (
+                self.space.kept(candidate.genome),
+                float(self.space.losses(candidate.genome).sum()),
+                self.rise(candidate),
+                room(candidate.outcome, self.goal),
+            )
             for candidate in self.scored
-            if candidate.outcome
-            and candidate.origin != "uniform"
-            and (candidate.outcome.complete or candidate.rival is None)
+            if candidate.origin == "energy" and candidate.outcome
         ]
-        pairs = sorted((self.rise(c), self._is_within(c)) for c in judged)
-        rises, within = [rise for rise, _ in pairs], [holds for _, holds in pairs]
-        # errors[i]: candidates on the wrong side when the first i are taken to be within.
-        errors = [within[i:].count(True) + within[:i].count(False) for i in range(len(within) + 1)]
-        best = [place for place, count in enumerate(errors) if count == min(errors)]
-        place = best[len(best) // 2]
-        return float((rises[max(place - 1, 0)] + rises[min(place, len(rises) - 1)]) / 2)
-
-    def _is_within(self, candidate: Candidate) -> bool:
-        # What was dropped without a rival was dropped for its score.
-        outcome = candidate.outcome
-        return outcome is not None and outcome.complete and is_within(outcome, self.goal)
+        return sorted([*seeds, (1.0, 0.0, 0.0, self.goal.tolerance)], reverse=True)
 
     @cached_property
     def _energy(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Kept fraction, predicted loss and rise of the energy seeds and of the dense model, by falling size.
+        """Kept fraction, predicted loss and rise along the energy allocation, by falling size.
 
         A little pruning can lower the loss. What counts is how it rises from its lowest on, to smaller models; sizes
         above count as that lowest.
         """
-        seeds = [
-            (self.space.kept(candidate.genome), float(self.space.losses(candidate.genome).sum()), self.rise(candidate))
-            for candidate in self.scored
-            if candidate.origin == "energy" and candidate.outcome
-        ]
-        kept, predicted, rises = np.array(sorted([*seeds, (1.0, 0.0, 0.0)], reverse=True)).T
+        kept, predicted, rises, _ = np.array(self._seeds).T
         return kept, predicted, np.minimum.accumulate(rises[::-1])[::-1]
 
     def predicted_rise(self, predicted: float) -> float:
@@ -154,12 +144,19 @@ class Standing:
 
     @cached_property
     def energy_size(self) -> float:
-        """Kept fraction at which the energy allocation reaches the limit; the size asked for, where one is."""
+        """Kept fraction at which the energy allocation leaves the tolerance; the size asked for, where one is.
+
+        Interpolated where the room, made to fall with size, crosses 0.
+        """
         if self.goal.kept is not None:
             return self.goal.kept
-        sizes = np.linspace(float(self._energy[0].min()), 1.0, 1001)
-        reached = [float(size) for size in sizes if self.energy_rise(float(size)) <= self.limit]
-        return min(reached, default=1.0)
+        kept, _, _, rooms = np.array(self._seeds).T
+        falling = isotonic_regression(rooms, increasing=False).x
+        below = int((falling >= 0).sum())
+        if below in (0, len(kept)):
+            return float(kept[max(below - 1, 0)])
+        share = falling[below - 1] / (falling[below - 1] - falling[below])
+        return float(kept[below - 1] + share * (kept[below] - kept[below - 1]))
 
     @cached_property
     def exchange(self) -> float:
