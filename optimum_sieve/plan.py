@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .surgery import count_target_parameters
 from .targets import Target, linear_weight
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from .config import SieveConfig
@@ -106,3 +109,12 @@ def _moment_elements(target: Target, projection: str) -> int:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+def measure_sizes(model: nn.Module, targets: Sequence[Target]) -> dict[str, int]:
+    """Return the parameters of the targets and of the model, and the model's bytes."""
+    return {
+        "targets": count_target_parameters(model, targets),
+        "model": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": tensor_bytes(model),
+    }

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .card import public_name
 from .checks import check_model
-from .conversion import sieve_model
-from .evaluation import compare
+from .hub import push_folder
 from .loading import load_model
-from .modeling_sieve import read_rank_pattern
-from .plan import PrunePlan, make_plan, tensor_bytes
+from .plan import PrunePlan, make_plan, measure_sizes
 from .prepare import check_inputs, prepare
-from .report import build_report
-from .result import SieveResult, save_result
+from .result import SieveResult, make_result, save_result
 from .search.stage import join_search, run_search, wait_for_search
 from .setting import Setting, score, timed
 from .stages import calibrate, choose_ranks
-from .surgery import apply_ranks, count_target_parameters, largest_coefficient, restore
+from .surgery import apply_ranks, restore
 from .tasks import Task
 from .workdir import WorkDir
 
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
-    from .targets import Target
 
 
 class SievePruner:
@@ -215,47 +213,31 @@ class SievePruner:
         test = self.task.examples("test", self.tokenizer)
         with timed(seconds, "test"):
             dense = score(setting, test, "dense model on test")
-        before = self._sizes(targets)
+        before = measure_sizes(self.model, targets)
         replaced = apply_ranks(self.model, bases, ranks, storage=config.storage)
         del bases
         try:
             with timed(seconds, "test"):
                 # Not from the work directory: what is scored here is what will be saved.
                 pruned = score(replace(setting, work=WorkDir(None)), test, "pruned model on test")
-            after = self._sizes(targets)
-            report = build_report(
-                self.task.name,
-                dense,
-                pruned,
-                compare(dense, pruned),
-                parameters={
-                    f"{part}_{when}": sizes[part]
-                    for part in ("targets", "model")
-                    for when, sizes in (("before", before), ("after", after))
-                },
-                num_bytes={"before": before["bytes"], "after": after["bytes"]},
-                seconds={stage: round(value, 3) for stage, value in seconds.items()},
+            after = measure_sizes(self.model, targets)
+            self.result = make_result(
+                self.model,
+                scores=(dense, pruned),
+                sizes=(before, after),
+                trials=trials,
+                task=self.task.name,
                 settings=config.to_dict(),
-                largest_coefficient=largest_coefficient(self.model),
+                seconds={stage: round(value, 3) for stage, value in seconds.items()},
                 loading=self.loading,
+                base_model=public_name(self.base_model),
+                base_revision=self._base_revision(),
             )
-            self.result = self._finish(report, trials)
+            self.model = self.result.model
         except BaseException:
             restore(self.model, replaced)
             raise
         return self.result
-
-    def _finish(self, report: dict[str, Any], trials: list[dict[str, Any]]) -> SieveResult:
-        """Turn the factorized model into one of model type `sieve`."""
-        self.model = sieve_model(
-            self.model,
-            base_model=public_name(self.base_model),
-            base_revision=self._base_revision(),
-            settings=report["settings"],
-            results={key: report[key] for key in ("task", "split", "metric", "count", "dense", "pruned")},
-        )
-        pattern = read_rank_pattern(self.model)
-        return SieveResult(model=self.model, rank_pattern=pattern, report=report, trials=trials)
 
     def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False) -> Path:
         """Write model, tokenizer, model card and report; all of it or, if anything fails, nothing.
@@ -284,12 +266,22 @@ class SievePruner:
             task_spec=self.task.spec,
         )
 
-    def _sizes(self, targets: list[Target]) -> dict[str, int]:
-        return {
-            "targets": count_target_parameters(self.model, targets),
-            "model": sum(parameter.numel() for parameter in self.model.parameters()),
-            "bytes": tensor_bytes(self.model),
-        }
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Push what `save_pretrained` writes to the Hub, in one commit.
+
+        Args:
+            repo_id (`str`): Such as `"user/name"`.
+            options: `private`, `revision`, `commit_message`, `create_pr` and `token`, as of
+                [`push_folder`][optimum_sieve.hub.push_folder].
+
+        Raises:
+            RuntimeError: If nothing was pruned yet.
+            HfHubHTTPError: If the Hub refuses; an `OSError`.
+        """
+        if self.result is None:
+            raise RuntimeError("`push_to_hub` must follow `prune`, got a model that is not pruned. Call `prune`.")
+        with TemporaryDirectory(prefix="optimum-sieve-") as directory:
+            return push_folder(self.save_pretrained(Path(directory) / "model"), repo_id, **options)
 
     def _base_revision(self) -> str | None:
         """Commit of the dense model, where it came from the Hub."""

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .card import base_license, build_card
+from .comparison import compare
+from .conversion import sieve_model
+from .modeling_sieve import read_rank_pattern
 from .output import check_output, whole_directory
-from .report import REPORT_NAME, write_report
+from .report import REPORT_NAME, build_report, write_report
+from .surgery import largest_coefficient
 
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .evaluation import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,57 @@ class SieveResult:
     rank_pattern: dict[str, dict[str, Any]]
     report: dict[str, Any]
     trials: list[dict[str, Any]]
+
+
+def make_result(
+    model: PreTrainedModel,
+    *,
+    scores: tuple[Evaluation, Evaluation],
+    sizes: tuple[dict[str, int], dict[str, int]],
+    trials: list[dict[str, Any]],
+    task: str,
+    settings: dict[str, Any],
+    seconds: dict[str, float],
+    loading: dict[str, str] | None,
+    base_model: str | None,
+    base_revision: str | None,
+) -> SieveResult:
+    """Turn a factorized model, in place, into one of model type `sieve`, and report on it.
+
+    Args:
+        model (`PreTrainedModel`): The factorized model.
+        scores (`tuple[Evaluation, Evaluation]`): The dense and the pruned model's, on the test split.
+        sizes (`tuple[dict, dict]`): Before and after, see [`measure_sizes`][optimum_sieve.plan.measure_sizes].
+        trials (`list[dict]`): What the search tried.
+        task (`str`): Name of the task.
+        settings (`dict[str, Any]`): `SieveConfig.to_dict()` of the run.
+        seconds (`dict[str, float]`): Wall-clock time of each stage.
+        loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded.
+        base_model (`str`, *optional*): Public name of the dense model.
+        base_revision (`str`, *optional*): Its commit on the Hub.
+    """
+    dense, pruned = scores
+    named = dict(zip(("before", "after"), sizes, strict=True))
+    report = build_report(
+        task,
+        dense,
+        pruned,
+        compare(dense, pruned),
+        parameters={f"{part}_{when}": own[part] for part in ("targets", "model") for when, own in named.items()},
+        num_bytes={when: own["bytes"] for when, own in named.items()},
+        seconds=seconds,
+        settings=settings,
+        largest_coefficient=largest_coefficient(model),
+        loading=loading,
+    )
+    model = sieve_model(
+        model,
+        base_model=base_model,
+        base_revision=base_revision,
+        settings=settings,
+        results={key: report[key] for key in ("task", "split", "metric", "count", "dense", "pruned")},
+    )
+    return SieveResult(model=model, rank_pattern=read_rank_pattern(model), report=report, trials=trials)
 
 
 def save_result(

@@ -188,7 +188,7 @@ def test_test_split_is_scored_last(pruner, monkeypatch):
     assert [description.rpartition(" ")[2] for description in order] == [*["selection"] * 3, *["test"] * 2]
 
 
-@pytest.mark.parametrize("where", ["optimum_sieve.pruner.compare", "optimum_sieve.pruner.sieve_model"])
+@pytest.mark.parametrize("where", ["optimum_sieve.result.compare", "optimum_sieve.result.sieve_model"])
 def test_failure_after_pruning_restores_the_dense_model(pruner, learned, where, monkeypatch):
     def fail(*args, **options):
         raise KeyboardInterrupt

@@ -6,6 +6,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_sieve.commands.evaluate import EvaluateCommand
 from optimum_sieve.commands.prune import PruneCommand
+from optimum_sieve.commands.push import PushCommand
 from optimum_sieve.commands.report import ReportCommand
 from optimum_sieve.commands.search import SearchCommand
 
@@ -34,5 +35,10 @@ class SieveCommand(BaseOptimumCLICommand):
             name="report",
             help="Show what a search found, as a page and as pictures.",
             subcommand_class=ReportCommand,
+        ),
+        CommandInfo(
+            name="push",
+            help="Push a pruned model to the Hugging Face Hub.",
+            subcommand_class=PushCommand,
         ),
     )

@@ -1,0 +1,52 @@
+"""`optimum-cli sieve push`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+from optimum_sieve.commands.base import one_line_errors
+
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+
+class PushCommand(BaseOptimumCLICommand):
+    """Push a pruned model to the Hugging Face Hub."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Add the options of `optimum-cli sieve push`."""
+        parser.description = "Push a directory that `sieve prune` wrote to the Hub, in one commit."
+        parser.add_argument("--model", metavar="DIR", required=True, help="Directory of the pruned model.")
+        parser.add_argument("--repo-id", metavar="NAME", required=True, help="Repository, such as user/name.")
+        parser.add_argument(
+            "--private",
+            action="store_true",
+            default=None,
+            help="Make a new repository private (default: as the account's settings say).",
+        )
+        parser.add_argument("--revision", metavar="BRANCH", help="Branch to push to; made if it is not there.")
+        parser.add_argument("--commit-message", metavar="TEXT", help="Message of the commit.")
+        parser.add_argument("--create-pr", action="store_true", help="Open a pull request in place of a commit.")
+        parser.add_argument("--token", help="Token of the Hub (default: HF_TOKEN, or what `hf auth login` stored).")
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+    def run(self) -> None:
+        """Push; an error is printed as one line."""
+        from optimum_sieve.hub import push_folder
+
+        arguments = self.args
+        with one_line_errors(debug=arguments.debug):
+            pushed = push_folder(
+                arguments.model,
+                arguments.repo_id,
+                private=arguments.private,
+                revision=arguments.revision,
+                commit_message=arguments.commit_message,
+                create_pr=arguments.create_pr,
+                token=arguments.token,
+            )
+            print(f"pushed to {pushed.pr_url or pushed.commit_url}")
