@@ -80,7 +80,8 @@ class Bench:
             fingerprint=fingerprint,
             progress=False,
         )
-        self.bases = calibrate(self.setting, self.task.examples("calibration", self.tokenizer), {})
+        self.calibration = self.task.examples("calibration", self.tokenizer)
+        self.bases = calibrate(self.setting, self.calibration, {})
 
     def config(self, seed: int, preset: str = "fast", **changes: int | None) -> SieveConfig:
         """Make the configuration of one seed."""
@@ -116,7 +117,7 @@ class Bench:
         setting = self.prepare(seed, **sizes)
         search = make_search(setting, self.bases, len(selection))
         with open_study(setting, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
-            scorers = make_scorers(setting, search, live, selection)
+            scorers = make_scorers(setting, search, live, selection, self.calibration)
             scored = lead(search, study, scorers, progress=False)
             searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
             standing = Standing(search.space, searched, search.goal)
@@ -141,9 +142,8 @@ class Bench:
         """Lower matrices of a result one by one; `optimum-cli sieve report --work-dir` then shows the search."""
         selection, _ = self.draw(seed)
         sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
-        found = run_search(
-            self.prepare(seed, **sizes), self.bases, selection, num_bottlenecks=self.arguments.bottlenecks
-        )
+        setting, count = self.prepare(seed, **sizes), self.arguments.bottlenecks
+        found = run_search(setting, self.bases, selection, self.calibration, num_bottlenecks=count)
         print(f"\nlowered alone by one level, {found['bottlenecks'][0]['count']} search examples; cost in points")
         for row in found["bottlenecks"]:
             print(f"{row['name']:38} rank {row['rank']} -> {row['lowered_rank']}: {100 * row['cost']:+.2f} ± "
@@ -173,7 +173,9 @@ class Bench:
             setting = self.prepare(seed, preset, **changes)
             search = make_search(setting, self.bases, len(selection))
             with open_study(setting, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
-                scored = lead(search, study, make_scorers(setting, search, live, selection), progress=False)
+                scored = lead(
+                    search, study, make_scorers(setting, search, live, selection, self.calibration), progress=False
+                )
             reached[preset] = smallest_by_examples(search, [c for c in scored if c.part == SEARCH])
         examples, kept = reached["paper"][-1]
         needed = next((count for count, size in reached["fast"] if size <= kept), None)

@@ -102,6 +102,47 @@ def collect_moments(
     return moments
 
 
+def direction_gradients(
+    model: nn.Module,
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[BatchT],
+    loss: Callable[[nn.Module, BatchT], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    r"""Return the derivative of the loss by a gate on each direction of some layers, \(l_j^\top (\sum g x^\top) r_j\).
+
+    Args:
+        model (`torch.nn.Module`): The model, on its device; the layers may be pruned.
+        factors (`Mapping[str, tuple]`): Left (out, directions) and right (directions, in) factors by layer name,
+            whether the layer holds those directions or not.
+        batches (`Iterable`): Batches, already on the model's device.
+        loss (`Callable`): Maps `(model, batch)` to the *sum* of the examples' losses.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Summed over all examples, float64 (directions,), on the CPU.
+
+    Raises:
+        ValueError: If a loss is not finite, or a layer is never called.
+    """
+    modules = {name: model.get_submodule(name) for name in factors}
+    sums = {name: torch.zeros(right.shape[0], dtype=torch.float64) for name, (_, right) in factors.items()}
+
+    def accumulate(name: str, mask: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
+        left, right = factors[name]
+        inner = (_token_rows(x, mask).float() @ right.T.float()) * (_token_rows(g, mask).float() @ left.float())
+        sums[name] += inner.sum(dim=0).double().cpu()
+
+    reached: set[str] = set()
+    with _frozen(model), torch.set_grad_enabled(True):
+        for batch in batches:
+            with _watching(modules, partial(_dispatch, accumulate, batch.attention_mask, True), reached):
+                value = loss(model, batch)
+                _check_reached(modules, reached)
+                if not torch.isfinite(value):
+                    raise ValueError(f"The loss of the search must be finite, got {value.item()}. Search in float32.")
+                value.backward()  # type: ignore[no-untyped-call]
+    return sums
+
+
 def _token_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Flatten `values` (..., features) to the rows of tokens; all rows where the shape does not follow the mask."""
     rows = values.detach().reshape(-1, values.shape[-1])

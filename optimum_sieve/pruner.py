@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
+    from .tasks import Example
 
 
 class SievePruner:
@@ -146,9 +147,9 @@ class SievePruner:
             RuntimeError: If nothing within the tolerance was found.
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
-        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), {})
-        selection = self.task.examples("selection", self.tokenizer)
-        return run_search(setting, bases, selection, num_bottlenecks=num_bottlenecks)
+        calibration, selection = self._examples("calibration", "selection")
+        bases = calibrate(setting, calibration, {})
+        return run_search(setting, bases, selection, calibration, num_bottlenecks=num_bottlenecks)
 
     def join_search(
         self, config: SieveConfig, *, work_dir: str | Path, study_storage: str | None = None, progress: bool = True
@@ -160,8 +161,9 @@ class SievePruner:
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
         wait_for_search(setting)
-        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), {}, must_exist=True)
-        return join_search(setting, bases, self.task.examples("selection", self.tokenizer))
+        calibration, selection = self._examples("calibration", "selection")
+        bases = calibrate(setting, calibration, {}, must_exist=True)
+        return join_search(setting, bases, selection, calibration)
 
     def _prepare_search(
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
@@ -207,10 +209,10 @@ class SievePruner:
         seconds: dict[str, float] = {}
         setting = self._prepare(config, work_dir, study_storage, progress)
         targets = setting.targets
-        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), seconds)
+        calibration, selection, test = self._examples("calibration", "selection", "test")
+        bases = calibrate(setting, calibration, seconds)
         with timed(seconds, "ranks"):
-            ranks, trials = choose_ranks(setting, bases, self.task.examples("selection", self.tokenizer))
-        test = self.task.examples("test", self.tokenizer)
+            ranks, trials = choose_ranks(setting, bases, selection, calibration)
         with timed(seconds, "test"):
             dense = score(setting, test, "dense model on test")
         before = measure_sizes(self.model, targets)
@@ -282,6 +284,9 @@ class SievePruner:
             raise RuntimeError("`push_to_hub` must follow `prune`, got a model that is not pruned. Call `prune`.")
         with TemporaryDirectory(prefix="optimum-sieve-") as directory:
             return push_folder(self.save_pretrained(Path(directory) / "model"), repo_id, **options)
+
+    def _examples(self, *splits: str) -> list[list[Example]]:
+        return [self.task.examples(split, self.tokenizer) for split in splits]
 
     def _base_revision(self) -> str | None:
         """Commit of the dense model, where it came from the Hub."""

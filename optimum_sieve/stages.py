@@ -182,9 +182,18 @@ def allocate_ranks(setting: Setting, bases: Mapping[str, FactorBasis], kept: flo
 
 
 def choose_ranks(
-    setting: Setting, bases: Mapping[str, FactorBasis], examples: Sequence[Example]
+    setting: Setting,
+    bases: Mapping[str, FactorBasis],
+    examples: Sequence[Example],
+    calibration: Sequence[Example] = (),
 ) -> tuple[Ranks, list[dict[str, Any]]]:
     """Choose every target's rank, by `pruning_ratio` or by search within `tolerance`.
+
+    Args:
+        setting (`Setting`): The run.
+        bases (`Mapping[str, FactorBasis]`): A basis of every target.
+        examples (`Sequence[Example]`): The selection examples.
+        calibration (`Sequence[Example]`): The calibration examples, which a genetic search uses too.
 
     Returns:
         `tuple[dict, list[dict]]`: Ranks by name (`None` = dense), and what the search tried.
@@ -194,7 +203,7 @@ def choose_ranks(
     """
     config = setting.config
     if config.allocation == "genetic":
-        found = run_search(setting, bases, examples)
+        found = run_search(setting, bases, examples, calibration)
         return found["ranks"], found["candidates"]
     if config.pruning_ratio is not None:
         return allocate_ranks(setting, bases, 1 - config.pruning_ratio), []

@@ -9,9 +9,9 @@ import numpy as np
 
 from optimum_sieve.allocation import LossCurve, allocate
 from optimum_sieve.search.candidate import SEARCH, Candidate, Outcome
-from optimum_sieve.search.genome import SearchSpace
+from optimum_sieve.search.genome import Ranks, SearchSpace
 from optimum_sieve.search.presets import PRESETS
-from optimum_sieve.search.search import Search
+from optimum_sieve.search.search import Search, measure_shares
 from optimum_sieve.search.standing import Goal
 
 
@@ -51,12 +51,16 @@ def make_world(
     return Search(space=space, preset=settings, goal=goal, allocate=allocated, seed=seed)
 
 
-def true_loss(search: Search, genome: tuple[int, ...]) -> float:
-    """Predicted losses, times four for one kind of matrix and a quarter for the last layers."""
+def true_factors(search: Search) -> np.ndarray:
+    """True loss over the predicted: four for one kind of matrix, and a quarter of that in the last layers."""
     space = search.space
     factors = np.where([kind == "self_attn.q_proj" for kind in space.kinds], 4.0, 1.0)
-    factors = factors * np.where(space.depths > 0.6, 0.25, 1.0)
-    return float(factors @ space.losses(genome))
+    return factors * np.where(space.depths > 0.6, 0.25, 1.0)
+
+
+def true_loss(search: Search, genome: tuple[int, ...]) -> float:
+    """Predicted losses times their true factors."""
+    return float(true_factors(search) @ search.space.losses(genome))
 
 
 def score(search: Search, candidate: Candidate) -> Outcome:
@@ -78,9 +82,33 @@ def score(search: Search, candidate: Candidate) -> Outcome:
     )
 
 
+class ShareScorer:
+    """Measure by arithmetic the shares that a `Scorer` measures with a model."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+
+    def shares(self, ranks: Ranks, windows: dict[str, tuple[int, int | None]]) -> dict[str, float]:
+        """Return the true loss of each window."""
+        space = self.search.space
+        found = {}
+        for place, gene in enumerate(space.genes):
+            if gene.name in windows:
+                start, stop = (gene.ranks.index(end) for end in windows[gene.name])
+                found[gene.name] = float(true_factors(self.search)[place] * (gene.losses[start] - gene.losses[stop]))
+        return found
+
+
 def play(search: Search, scoring: Callable[[Search, Candidate], Outcome] = score) -> list[Candidate]:
     """Run a search to its end without a study."""
     scored: list[Candidate] = []
-    while wanted := search.open_candidates(scored):
+    while True:
+        point = search.next_point(scored)
+        if point is not None:
+            search.shares = [*search.shares, measure_shares(search, ShareScorer(search), point)]
+            continue
+        wanted = search.open_candidates(scored)
+        if not wanted:
+            break
         scored += [replace(candidate, outcome=scoring(search, candidate)) for candidate in wanted]
     return scored

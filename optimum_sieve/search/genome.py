@@ -11,7 +11,7 @@ energy allocation; a genome's logarithmic prices say how it departs from that, o
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -140,6 +140,11 @@ class SearchSpace:
                 places = list(range(len(ranks)))
             genes.append(Gene(curve.name, tuple(ranks[i] for i in places), parameters[places], losses[places]))
         return cls(tuple(genes))
+
+    def rescaled(self, factors: NDArray[np.float64]) -> SearchSpace:
+        """Return the space with the predicted losses of each matrix multiplied by a factor (matrices,)."""
+        pairs = zip(self.genes, factors, strict=True)
+        return SearchSpace(tuple(replace(gene, losses=gene.losses * float(factor)) for gene, factor in pairs))
 
     @cached_property
     def num_parameters(self) -> float:

@@ -74,6 +74,11 @@ class LiveRanks:
             self._ranks[name] = rank
         return len(changed)
 
+    def factors(self, windows: Mapping[str, tuple[int, int | None]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return the left and right factors of some directions: the first and the one after the last, by layer."""
+        parts = {name: slice(*window) for name, window in windows.items()}
+        return {name: (self._bases[name].left[:, own], self._bases[name].right[own]) for name, own in parts.items()}
+
     def _layer(self, name: str, rank: int | None) -> nn.Module:
         dense = self._dense[name]
         if rank is None:

@@ -21,6 +21,7 @@ class SearchPreset:
         guided (`bool`): Seeds from the energy allocation, offspring moved along predicted prices and screened by
             predicted loss. `False`: random and uniform seeds, every child is scored.
         screening (`int`): Children bred for each one that is scored.
+        corrections (`int`): Backward passes that correct the predicted losses, one after each of the first generations.
         slices (`tuple[float, ...]`): Fractions of the search examples after which a candidate may be dropped, ascending
             to 1.
     """
@@ -35,6 +36,7 @@ class SearchPreset:
     levels: tuple[float, ...] | None
     guided: bool
     screening: int
+    corrections: int
     slices: tuple[float, ...]
 
 
@@ -50,6 +52,7 @@ PRESETS = {
         levels=None,
         guided=True,
         screening=16,
+        corrections=2,
         slices=(0.25, 0.5, 1.0),
     ),
     # LLM-Sieve, arXiv 2505.18350. No early stop, no screening, no dropping of candidates.
@@ -64,6 +67,7 @@ PRESETS = {
         levels=(1.0, 0.9, 0.75, 0.6, 0.5, 0.35, 0.25, 0.2, 0.1, 0.05),
         guided=False,
         screening=1,
+        corrections=0,
         slices=(1.0,),
     ),
 }

@@ -6,11 +6,13 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from optimum_sieve.calibration import direction_gradients
 from optimum_sieve.comparison import compare
 from optimum_sieve.evaluation import candidate_scores, check_scorable, evaluation_of
 from optimum_sieve.prefix import shared_prefix
-from optimum_sieve.scoring import make_batches, max_positions
+from optimum_sieve.scoring import input_device, log_likelihoods, make_batches, max_positions
 from optimum_sieve.tasks.metrics import standard_error
 
 from .calibrated import calibrated_labels, expected_difference, expected_rises
@@ -18,11 +20,13 @@ from .candidate import Outcome
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from optimum_sieve.scoring import Batch
     from optimum_sieve.tasks import Example
 
     from .candidate import Rival
@@ -44,6 +48,8 @@ class Scorer:
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
         metric (`str`): The task's metric.
         batch_size (`int`): Rows per forward pass.
+        calibration (`Sequence[Example]`): More labelled examples: the labels are calibrated, and the shares measured,
+            on them too, but no candidate is scored on them.
     """
 
     def __init__(
@@ -55,19 +61,23 @@ class Scorer:
         *,
         metric: str,
         batch_size: int,
+        calibration: Sequence[Example] = (),
     ) -> None:
-        check_scorable(examples, metric)
+        self._known = [*examples, *calibration]
+        check_scorable(self._known, metric)
         self._live = live
         self._examples = examples
         self._metric = metric
         self._ends = list(ends)
-        self._slices = [examples[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        starts = [0, *ends]
+        # The last part is that of the calibration examples, which may be empty.
+        self._parts = [self._known[start:end] for start, end in zip(starts, [*ends, None], strict=True)]
         limit = max_positions(live.model)
         self._batches = [
-            make_batches(part, tokenizer, batch_size=batch_size, max_length=limit) for part in self._slices
+            make_batches(part, tokenizer, batch_size=batch_size, max_length=limit) for part in self._parts if part
         ]
         self._prefix = shared_prefix([batch for batches in self._batches for batch in batches])
-        self._width = max(len(example.candidates) for example in examples)
+        self._width = max(len(example.candidates) for example in self._known)
         self._dense: NDArray[np.float64] | None = None
         self._labels: NDArray[np.float64] | None = None
         self.examples_scored = 0
@@ -91,10 +101,7 @@ class Scorer:
             tolerance (`float`, *optional*): Loss accepted; a candidate surely below it is dropped.
             rival (`Rival`, *optional*): A candidate surely worse than this one is dropped.
         """
-        if self._dense is None:
-            self._live.hold({})
-            self._dense = np.concatenate([self._slice(number) for number in range(len(self._slices))])
-            self._labels = calibrated_labels(evaluation_of(self._dense, self._examples, self._metric))
+        self._calibrated()
         self._live.hold(ranks)
         scores: list[NDArray[np.float64]] = []
         for number, end in enumerate(self._ends):
@@ -104,8 +111,42 @@ class Scorer:
                 break
         return outcome
 
+    def shares(self, ranks: Ranks, windows: Mapping[str, tuple[int, int | None]]) -> dict[str, float]:
+        """Return the share of the loss of some dropped directions of each layer, by one backward pass.
+
+        Args:
+            ranks (`dict[str, int | None]`): A rank for every layer.
+            windows (`Mapping[str, tuple[int, int | None]]`): First direction and the one after the last, by layer.
+        """
+        labels = torch.from_numpy(self._calibrated()).float()
+        starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        self._live.hold(ranks)
+        total: dict[str, float] = dict.fromkeys(windows, 0.0)
+        factors = self._live.factors(windows)
+        device = input_device(self._live.model)
+        for start, batches in zip(starts, self._batches, strict=False):
+
+            def loss(model: nn.Module, batch: Batch, start: int = int(start)) -> torch.Tensor:
+                scores = log_likelihoods(model, batch)
+                expected = labels[[start + index for index in batch.indices], : scores.shape[1]].to(scores.device)
+                log_probs = scores.log_softmax(dim=-1).masked_fill(~batch.present.to(scores.device), 0.0)
+                return -(expected * log_probs).sum()
+
+            moved = (batch.to(device) for batch in batches)
+            for name, gradients in direction_gradients(self._live.model, factors, moved, loss).items():
+                total[name] -= 0.5 * float(gradients.sum()) / len(self._known)
+        return total
+
+    def _calibrated(self) -> NDArray[np.float64]:
+        """Score the dense model, once; return the calibrated labels."""
+        if self._dense is None or self._labels is None:
+            self._live.hold({})
+            self._dense = np.concatenate([self._slice(number) for number in range(len(self._batches))])
+            self._labels = calibrated_labels(evaluation_of(self._dense, self._known, self._metric))
+        return self._labels
+
     def _slice(self, number: int) -> NDArray[np.float64]:
-        part = self._slices[number]
+        part = self._parts[number]
         scores = candidate_scores(self._live.model, self._batches[number], part, prefix=self._prefix)
         self.examples_scored += len(part)
         return np.pad(scores, ((0, 0), (0, self._width - scores.shape[1])), constant_values=-np.inf)

@@ -14,6 +14,7 @@ from . import guided, plain
 from .bottlenecks import bottleneck_candidates
 from .candidate import CONFIRM, SEARCH, Candidate, Rival
 from .confirm import confirmed, ladder, next_step
+from .correction import Shares, corrected, windows
 from .standing import Standing
 
 
@@ -45,6 +46,7 @@ class Search:
         seed (`int`): Seed of everything random.
         num_bottlenecks (`int`): Matrices of the result to lower one by one, at the end.
         ending (`list[Genome]`, *optional*): What `choose_ending` returned, once breeding has ended for good.
+        shares (`list[Shares]`): What was measured at the points of `next_point`, in order.
     """
 
     space: SearchSpace
@@ -54,6 +56,7 @@ class Search:
     seed: int
     num_bottlenecks: int = 0
     ending: list[Genome] | None = None
+    shares: list[Shares] = field(default_factory=list)
     _generations: list[list[Candidate]] = field(default_factory=list)
 
     def open_candidates(self, scored: Sequence[Candidate]) -> list[Candidate]:
@@ -76,6 +79,26 @@ class Search:
         wanted = bottleneck_candidates(self.space, self.result(scored).genome, self.num_bottlenecks)
         return [candidate for candidate in wanted if candidate.place not in places]
 
+    @property
+    def corrected(self) -> SearchSpace:
+        """The space with the predicted losses corrected by the shares measured so far."""
+        return corrected(self.space, self.shares)
+
+    def next_point(self, scored: Sequence[Candidate]) -> Genome | None:
+        """Return where shares are to be measured before breeding goes on, if anywhere.
+
+        First at the energy allocation that the seeds show to be at the limit, then at the best of a generation.
+        """
+        number = len(self.shares)
+        if self.ending is not None or number >= min(self.preset.corrections, self.preset.generations - 1):
+            return None
+        searched = [candidate for candidate in scored if candidate.part == SEARCH]
+        if self._open_generation(searched, last=number) or not self._generations[number]:
+            return None
+        if number:
+            return self.best(searched).genome
+        return self.allocate("energy", Standing(self.space, tuple(searched), self.goal).energy_size)
+
     def choose_ending(self, scored: Sequence[Candidate]) -> list[Genome]:
         """Return what to confirm: the best candidate at falling sizes or, where a size is given, the best itself."""
         best = self.best(scored)
@@ -84,26 +107,29 @@ class Search:
         size = self.space.kept(best.genome)
         if self.preset.guided:
             searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
-            size = Standing(self.space, searched, self.goal).size(best)
-        return ladder(self.space, best.genome, size)
+            size = Standing(self.corrected, searched, self.goal).size(best)
+        return ladder(self.corrected, best.genome, size)
 
     def _ending(self, scored: Sequence[Candidate]) -> list[Genome]:
         return self.choose_ending(scored) if self.ending is None else self.ending
 
-    def _open_generation(self, searched: Sequence[Candidate]) -> list[Candidate]:
-        places = {candidate.place for candidate in searched}
-        for number in range(len(self._generations) + 1):
+    def _open_generation(self, searched: Sequence[Candidate], last: int | None = None) -> list[Candidate]:
+        places, number = {candidate.place for candidate in searched}, 0
+        while last is None or number <= last:
             if number == len(self._generations):
                 history = [candidate for candidate in searched if candidate.generation < number]
-                self._generations.append(self._breed(history))
+                self._generations.append(self._breed(history, number))
             missing = [c for c in self._generations[number] if c.place not in places]
             if missing or not self._generations[number]:
                 return missing
-        return self._open_generation(searched)
+            number += 1
+        return []
 
-    def _breed(self, history: Sequence[Candidate]) -> list[Candidate]:
+    def _breed(self, history: Sequence[Candidate], number: int) -> list[Candidate]:
         if self.preset.guided:
-            return guided.next_generation(self.space, self.preset, self.goal, history, self.allocate, self.seed)
+            # As many shares as were measured before this generation: a search that goes on breeds the same one.
+            space = corrected(self.space, self.shares[:number])
+            return guided.next_generation(space, self.preset, self.goal, history, self.allocate, self.seed)
         return plain.next_generation(self.space, self.preset, self.goal, history, self.seed)
 
     def best(self, scored: Sequence[Candidate]) -> Candidate:
@@ -114,7 +140,7 @@ class Search:
         """
         searched = [candidate for candidate in scored if candidate.part == SEARCH]
         if self.preset.guided:
-            ranking = Standing(self.space, tuple(searched), self.goal).ranking if searched else []
+            ranking = Standing(self.corrected, tuple(searched), self.goal).ranking if searched else []
         else:
             ranking = plain.rank(self.space, self.goal, [c for c in searched if c.outcome and c.outcome.complete])
         if not ranking:
@@ -167,11 +193,16 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, p
         `list[Candidate]`: All candidates with outcomes.
     """
     study.reopen()
-    search.ending = study.ending
+    search.ending, search.shares = study.ending, study.shares
     with tqdm(desc="search", unit="candidate", disable=not progress) as bar:
         while True:
             try:
                 scored = study.finished()
+                point = search.next_point(scored)
+                if point is not None:
+                    search.shares = [*search.shares, measure_shares(search, scorers[SEARCH], point)]
+                    study.shares = search.shares
+                    continue
                 wanted = search.open_candidates(scored)
                 if search.ending is None and not any(candidate.part == SEARCH for candidate in wanted):
                     _end_breeding(search, study, scored)
@@ -196,6 +227,12 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, p
                 # Workers must not wait for what will not come.
                 study.end()
                 raise
+
+
+def measure_shares(search: Search, scorer: Scorer, genome: Genome) -> Shares:
+    """Measure the loss's shares at a genome."""
+    found = scorer.shares(search.space.ranks(genome), windows(search.space, genome))
+    return Shares(genome, tuple(found.get(gene.name, 0.0) for gene in search.space.genes))
 
 
 def _end_breeding(search: Search, study: SearchStudy, scored: Sequence[Candidate]) -> None:

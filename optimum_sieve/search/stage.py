@@ -46,9 +46,21 @@ _LEAST_SLICE = 16
 
 
 def run_search(
-    setting: Setting, bases: Mapping[str, FactorBasis], examples: Sequence[Example], *, num_bottlenecks: int = 0
+    setting: Setting,
+    bases: Mapping[str, FactorBasis],
+    examples: Sequence[Example],
+    calibration: Sequence[Example],
+    *,
+    num_bottlenecks: int = 0,
 ) -> dict[str, Any]:
     """Search a rank for every target; go on where an earlier run with the same settings stopped.
+
+    Args:
+        setting (`Setting`): The run.
+        bases (`Mapping[str, FactorBasis]`): A basis of every target.
+        examples (`Sequence[Example]`): The selection examples.
+        calibration (`Sequence[Example]`): The calibration examples, on which no candidate is scored.
+        num_bottlenecks (`int`): Matrices of the result to lower one by one.
 
     Returns:
         `dict[str, Any]`: `ranks` by name (`None` = dense), `candidates` and what else the report shows; also kept in
@@ -63,7 +75,8 @@ def run_search(
     search = make_search(setting, bases, len(examples))
     search.num_bottlenecks = num_bottlenecks
     with open_study(setting, search, bases) as study, LiveRanks(setting.model, bases) as live:
-        scored = lead(search, study, make_scorers(setting, search, live, examples), progress=setting.progress)
+        scorers = make_scorers(setting, search, live, examples, calibration)
+        scored = lead(search, study, scorers, progress=setting.progress)
     found = summarize(search, scored, setting.metric)
     if setting.work.path is not None:
         path = setting.work.path / f"{SUMMARY}-{study.name.removeprefix('sieve-')}.json"
@@ -77,7 +90,12 @@ def wait_for_search(setting: Setting) -> None:
     wait_for_study(_storage_url(setting) or "", _study_name(setting))
 
 
-def join_search(setting: Setting, bases: Mapping[str, FactorBasis], examples: Sequence[Example]) -> int:
+def join_search(
+    setting: Setting,
+    bases: Mapping[str, FactorBasis],
+    examples: Sequence[Example],
+    calibration: Sequence[Example],
+) -> int:
     """Score candidates of a search that another process leads; return how many.
 
     Raises:
@@ -89,7 +107,8 @@ def join_search(setting: Setting, bases: Mapping[str, FactorBasis], examples: Se
         LiveRanks(setting.model, bases) as live,
     ):
         study.check_digest("bases", bases_digest(bases))
-        return work(search, study, make_scorers(setting, search, live, examples), progress=setting.progress)
+        scorers = make_scorers(setting, search, live, examples, calibration)
+        return work(search, study, scorers, progress=setting.progress)
 
 
 def preset_of(setting: Setting) -> SearchPreset:
@@ -122,16 +141,23 @@ def make_search(setting: Setting, bases: Mapping[str, FactorBasis], num_examples
     return Search(space=space, preset=preset, goal=goal, allocate=allocated, seed=config.seed)
 
 
-def make_scorers(setting: Setting, search: Search, live: LiveRanks, examples: Sequence[Example]) -> dict[str, Scorer]:
+def make_scorers(
+    setting: Setting,
+    search: Search,
+    live: LiveRanks,
+    examples: Sequence[Example],
+    calibration: Sequence[Example] = (),
+) -> dict[str, Scorer]:
     """Make the scorers of the search part and of the confirmation part of the selection split."""
     count = setting.config.search_count(len(examples))
     ends = sorted({max(min(_LEAST_SLICE, count), math.ceil(part * count)) for part in search.preset.slices})
     rest = len(examples) - count
 
-    def scorer(part: Sequence[Example], ends: Sequence[int]) -> Scorer:
-        return Scorer(live, part, ends, setting.tokenizer, metric=setting.metric, batch_size=setting.config.batch_size)
+    def scorer(part: Sequence[Example], ends: Sequence[int], more: Sequence[Example] = ()) -> Scorer:
+        size = setting.config.batch_size
+        return Scorer(live, part, ends, setting.tokenizer, metric=setting.metric, batch_size=size, calibration=more)
 
-    searching = scorer(examples[:count], ends)
+    searching = scorer(examples[:count], ends, calibration)
     return {SEARCH: searching, BOTTLENECK: searching, CONFIRM: scorer(examples[count:], [rest])}
 
 

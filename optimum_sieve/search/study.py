@@ -19,6 +19,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from .candidate import Candidate, Outcome
+from .correction import Shares
 from .processes import is_dead, this_process
 from .storage import GRACE_SECONDS, HEARTBEAT_SECONDS, close_storage, open_storage, quiet
 
@@ -107,6 +108,17 @@ class SearchStudy:
     @ending.setter
     def ending(self, genomes: list[Genome]) -> None:
         self._study.set_user_attr("ending", [list(genome) for genome in genomes])
+
+    @property
+    def shares(self) -> list[Shares]:
+        """Shares of the loss that were measured, in order."""
+        return [
+            Shares(tuple(found["genome"]), tuple(found["values"])) for found in self._study.user_attrs.get("shares", [])
+        ]
+
+    @shares.setter
+    def shares(self, measured: list[Shares]) -> None:
+        self._study.set_user_attr("shares", [{"genome": m.genome, "values": m.values} for m in measured])
 
     def record_digest(self, name: str, digest: str) -> None:
         """Record the hash of what the candidates are made of, unless one is recorded; then check it."""

@@ -72,7 +72,7 @@ def describe(search: Search, candidate: Candidate) -> dict[str, Any]:
     assert outcome is not None
     return {
         "kept": search.space.kept(candidate.genome),
-        "predicted_loss": float(search.space.losses(candidate.genome).sum()),
+        "predicted_loss": float(search.corrected.losses(candidate.genome).sum()),
         "part": candidate.part,
         "generation": candidate.generation,
         "slot": candidate.slot,
