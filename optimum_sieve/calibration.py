@@ -124,12 +124,14 @@ def direction_gradients(
         ValueError: If a loss is not finite, or a layer is never called.
     """
     modules = {name: model.get_submodule(name) for name in factors}
+    # As in `collect_moments`: float16 gradients underflow.
+    scale = 1024.0 if any(parameter.dtype == torch.float16 for parameter in model.parameters()) else 1.0
     sums = {name: torch.zeros(right.shape[0], dtype=torch.float64) for name, (_, right) in factors.items()}
 
     def accumulate(name: str, mask: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
         left, right = factors[name]
-        inner = (_token_rows(x, mask).float() @ right.T.float()) * (_token_rows(g, mask).float() @ left.float())
-        sums[name] += inner.sum(dim=0).double().cpu()
+        inputs, gradients = _token_rows(x, mask).float(), _token_rows(g, mask).float() / scale
+        sums[name] += ((inputs @ right.T.float()) * (gradients @ left.float())).sum(dim=0).double().cpu()
 
     reached: set[str] = set()
     with _frozen(model), torch.set_grad_enabled(True):
@@ -139,7 +141,9 @@ def direction_gradients(
                 _check_reached(modules, reached)
                 if not torch.isfinite(value):
                     raise ValueError(f"The loss of the search must be finite, got {value.item()}. Search in float32.")
-                value.backward()  # type: ignore[no-untyped-call]
+                (value * scale).backward()  # type: ignore[no-untyped-call]
+    if not all(torch.isfinite(values).all() for values in sums.values()):
+        raise ValueError("The gradients of the search must be finite, got infinity or NaN. Search in float32.")
     return sums
 
 

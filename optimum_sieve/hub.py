@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 
 
-_WEIGHTS = "*.safetensors*"
+_WEIGHTS = "model*.safetensors*"
 _REMEDIES = {
     401: "Log in with `hf auth login`, set HF_TOKEN or pass a token.",
     403: "Use a token with write access to it.",
@@ -35,14 +35,15 @@ def push_folder(
 ) -> CommitInfo:
     """Upload a directory written by `save_pretrained` as one commit; the repository is made if it is not there.
 
-    Large files go first, the commit last: a push that fails leaves the repository as it was, and the next one sends
-    only the files that had not arrived.
+    Large files go first, the commit last: a push that fails leaves the repository's files as they were, and the next
+    one sends only the files that had not arrived.
 
     Args:
         folder (`str | Path`): The directory.
         repo_id (`str`): Such as `"user/name"`; without a user, the token's own.
         private (`bool`, *optional*): Whether a new repository is private; `None`: as the account's settings say.
-        revision (`str`, *optional*): Branch to push to, made from the main one if it is not there.
+        revision (`str`, *optional*): Branch to push to, made from the main one if it is not there; with `create_pr`,
+            the branch to open the pull request against.
         commit_message (`str`, *optional*): `None`: one that names the task and the size.
         create_pr (`bool`): Whether the commit becomes a pull request in place of a change of the branch.
         token (`str`, *optional*): `None`: `HF_TOKEN`, or what `hf auth login` stored.
@@ -66,7 +67,7 @@ def push_folder(
     try:
         # A pull request needs no right to write: the repository must be there then.
         name = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(name, branch=revision, exist_ok=True)
         there = api.model_info(name, revision=revision)
         # Not `upload_folder`, which makes several commits of what takes long: readers would meet half a model.
@@ -95,7 +96,7 @@ def _operations(folder: Path, there: list[str]) -> list[CommitOperationAdd | Com
 
     files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
     added = {path.relative_to(folder).as_posix(): path for path in files}
-    stale = [name for name in there if fnmatch(name, _WEIGHTS) and name not in added]
+    stale = [name for name in there if "/" not in name and fnmatch(name, _WEIGHTS) and name not in added]
     return [
         *(CommitOperationDelete(path_in_repo=name) for name in stale),
         *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in added.items()),
@@ -127,16 +128,19 @@ def _needed(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     weights = ["model.safetensors"]
     if index.is_file():
-        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"`model` must be complete, got a damaged {str(index)!r}. Save it again.") from error
     return ["modeling_sieve.py", "README.md", *weights]
 
 
 def default_message(folder: Path) -> str:
     """Say in one line what is pushed, from the report where there is one."""
-    path = folder / REPORT_NAME
-    if not path.is_file():
+    try:
+        report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        removed = 1 - report["parameters"]["targets_after"] / report["parameters"]["targets_before"]
+        return f"Push a model pruned for {report['task']}: {removed:.0%} of its linear parameters removed"
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        # A message is no reason to refuse a complete model.
         return "Push a pruned model with optimum-sieve"
-    report = json.loads(path.read_text(encoding="utf-8"))
-    parameters = report["parameters"]
-    removed = 1 - parameters["targets_after"] / parameters["targets_before"]
-    return f"Push a model pruned for {report['task']}: {removed:.0%} of its linear parameters removed"

@@ -2,7 +2,7 @@ r"""The predicted losses, corrected where the search is by one backward pass. Do
 
 The moments predict each matrix's loss on its own, from the dense model or one pruned half way. At the size where a
 search ends, the other matrices are pruned too, and what a direction of one matrix is worth has changed: more for some
-matrices, less for others (docs/search.md has figures).
+matrices, less for others.
 
 Let gates \(g_j\) multiply the directions of all matrices, 1 where kept and 0 where dropped. If the loss is quadratic
 with its minimum at the dense model, \(L(g) = L(1) + \tfrac12 (1 - g)^\top H (1 - g)\), its gradient is

@@ -76,7 +76,7 @@ class Search:
         if not self.num_bottlenecks:
             return []
         places = {candidate.place for candidate in scored}
-        wanted = bottleneck_candidates(self.space, self.result(scored).genome, self.num_bottlenecks)
+        wanted = bottleneck_candidates(self.corrected, self.result(scored).genome, self.num_bottlenecks)
         return [candidate for candidate in wanted if candidate.place not in places]
 
     @property
@@ -231,7 +231,9 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, p
 
 def measure_shares(search: Search, scorer: Scorer, genome: Genome) -> Shares:
     """Measure the loss's shares at a genome."""
-    found = scorer.shares(search.space.ranks(genome), windows(search.space, genome))
+    wanted = windows(search.space, genome)
+    # A dense model has no dropped directions.
+    found = scorer.shares(search.space.ranks(genome), wanted) if wanted else {}
     return Shares(genome, tuple(found.get(gene.name, 0.0) for gene in search.space.genes))
 
 

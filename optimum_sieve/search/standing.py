@@ -139,8 +139,10 @@ class Standing:
     def energy_rise(self, size: float) -> float:
         """Rise of the energy allocation at a kept fraction, between its seeds by the predicted loss."""
         kept, predicted, _ = self._energy
-        logs = np.log(np.maximum(predicted, 1e-300))
-        return self.predicted_rise(float(np.exp(np.interp(size, kept[::-1], logs[::-1]))))
+        if size > kept[1]:
+            return self.predicted_rise(float(np.interp(size, kept[1::-1], predicted[1::-1])))
+        logs = np.log(np.maximum(predicted[1:], 1e-300))
+        return self.predicted_rise(float(np.exp(np.interp(size, kept[:0:-1], logs[::-1]))))
 
     @cached_property
     def energy_size(self) -> float:

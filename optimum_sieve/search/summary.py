@@ -32,7 +32,8 @@ def summarize(search: Search, scored: Sequence[Candidate], metric: str) -> dict[
     Raises:
         RuntimeError: If the search has no result.
     """
-    space, goal = search.space, search.goal
+    # Corrected, as the search itself ranked and chose.
+    space, goal = search.corrected, search.goal
     result = search.result(scored)
     searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
     standing = Standing(space, searched, goal) if search.preset.guided and goal.kept is None else None
