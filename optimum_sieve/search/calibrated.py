@@ -1,9 +1,9 @@
 r"""What an example's label is expected to be: the dense model's distribution, calibrated on the labels.
 
 Two models compared on the gold labels of some hundred examples differ mostly by chance: where they disagree, one label
-decides. The distribution over labels that the dense model gives, once calibrated, takes this chance out: figures scatter
-less (docs/search.md has a measurement). The dense model as it is would not do: it may be too unsure, or lean to one
-label, and pruning may well mend that. Does not import torch.
+decides. The distribution over labels that the dense model gives, once calibrated, takes this chance out, and figures
+scatter less (docs/search.md has a measurement). The dense model as it is would not do: it may be too unsure, or lean to
+one label, and pruning may well mend that. Does not import torch.
 """
 
 from __future__ import annotations
