@@ -15,8 +15,8 @@ import numpy as np
 from search import Bench
 
 from optimum_sieve import Evaluation
-from optimum_sieve.comparison import divergences
-from optimum_sieve.search.calibrated import calibrated_labels, expected_difference, expected_rises
+from optimum_sieve.comparison import divergences, expected_rises
+from optimum_sieve.search.calibrated import calibrated_labels, expected_difference
 from optimum_sieve.search.genetic import group_mutation
 from optimum_sieve.search.live import LiveRanks
 from optimum_sieve.search.stage import make_search

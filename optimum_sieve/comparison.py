@@ -86,9 +86,19 @@ def compare(dense: Evaluation, pruned: Evaluation) -> Comparison:
 
 def divergences(dense: Evaluation, pruned: Evaluation) -> NDArray[np.float64]:
     r"""Return \(\mathrm{KL}(\text{dense} \Vert \text{pruned})\) of every example (count,), in nats."""
-    probabilities = np.exp(dense.log_probs)
+    return expected_rises(np.exp(dense.log_probs), dense, pruned)
+
+
+def expected_rises(labels: NDArray[np.float64], dense: Evaluation, pruned: Evaluation) -> NDArray[np.float64]:
+    """Return each example's expected rise of its label's negative log-likelihood (count,), in nats.
+
+    Args:
+        labels (`numpy.ndarray` of shape `(count, candidates)`): How likely each label is.
+        dense (`Evaluation`): The dense model's scores.
+        pruned (`Evaluation`): The pruned model's scores of the same examples.
+    """
     # A missing candidate is -inf on both sides and adds nothing.
     with np.errstate(invalid="ignore"):
-        terms = np.where(probabilities > 0, probabilities * (dense.log_probs - pruned.log_probs), 0.0)
-    divergence: NDArray[np.float64] = terms.sum(axis=1)
-    return divergence
+        terms = np.where(labels > 0, labels * (dense.log_probs - pruned.log_probs), 0.0)
+    rises: NDArray[np.float64] = terms.sum(axis=1)
+    return rises

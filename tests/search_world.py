@@ -9,9 +9,10 @@ import numpy as np
 
 from optimum_sieve.allocation import LossCurve, allocate
 from optimum_sieve.search.candidate import SEARCH, Candidate, Outcome
+from optimum_sieve.search.correction import measure_shares
 from optimum_sieve.search.genome import Ranks, SearchSpace
 from optimum_sieve.search.presets import PRESETS
-from optimum_sieve.search.search import Search, measure_shares
+from optimum_sieve.search.search import Search
 from optimum_sieve.search.standing import Goal
 
 
@@ -105,7 +106,7 @@ def play(search: Search, scoring: Callable[[Search, Candidate], Outcome] = score
     while True:
         point = search.next_point(scored)
         if point is not None:
-            search.shares = [*search.shares, measure_shares(search, ShareScorer(search), point)]
+            search.shares = [*search.shares, measure_shares(search.space, ShareScorer(search), point)]
             continue
         wanted = search.open_candidates(scored)
         if not wanted:

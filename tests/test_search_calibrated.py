@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from optimum_sieve.comparison import expected_rises
 from optimum_sieve.evaluation import Evaluation
-from optimum_sieve.search.calibrated import calibrated_labels, expected_difference, expected_rises
+from optimum_sieve.search.calibrated import calibrated_labels, expected_difference
 
 
 TEMPERATURE, BIAS = 2.0, np.array([0.8, 0.0, -0.8])

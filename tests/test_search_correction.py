@@ -15,16 +15,16 @@ from optimum_sieve.factorization import factorize
 from optimum_sieve.scoring import log_likelihoods, make_batches
 from optimum_sieve.search import scorer as scorer_module
 from optimum_sieve.search.candidate import SEARCH
-from optimum_sieve.search.correction import Shares, corrected, windows
+from optimum_sieve.search.correction import Shares, corrected, measure_shares, windows
 from optimum_sieve.search.live import LiveRanks
 from optimum_sieve.search.scorer import Scorer
-from optimum_sieve.search.search import lead, measure_shares
+from optimum_sieve.search.search import lead
 from optimum_sieve.search.study import SearchStudy
 from optimum_sieve.targets import find_targets, linear_weight
 
 
 def measure(search, kept=0.5) -> Shares:
-    return measure_shares(search, ShareScorer(search), search.allocate("energy", kept))
+    return measure_shares(search.space, ShareScorer(search), search.allocate("energy", kept))
 
 
 def test_windows_reach_from_a_rank_to_a_higher_one():
@@ -78,7 +78,7 @@ def test_points_follow_the_generations():
     assert search.next_point(scored[:-1]) is None
     first = search.next_point(scored)
     assert first is not None
-    search.shares = [measure_shares(search, ShareScorer(search), first)]
+    search.shares = [measure_shares(search.space, ShareScorer(search), first)]
     assert search.next_point(scored) is None
     scored += [replace(c, outcome=score(search, c)) for c in search.open_candidates(scored)]
     assert search.next_point(scored) == search.best(scored).genome

@@ -9,10 +9,10 @@ import torch
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.comparison import compare
+from optimum_sieve.comparison import compare, expected_rises
 from optimum_sieve.evaluation import evaluate
 from optimum_sieve.factorization import factorize
-from optimum_sieve.search.calibrated import calibrated_labels, expected_difference, expected_rises
+from optimum_sieve.search.calibrated import calibrated_labels, expected_difference
 from optimum_sieve.search.candidate import Rival
 from optimum_sieve.search.live import LiveRanks
 from optimum_sieve.search.scorer import Scorer

@@ -51,15 +51,6 @@ def calibrated_labels(dense: Evaluation) -> NDArray[np.float64]:
     return labels
 
 
-def expected_rises(labels: NDArray[np.float64], dense: Evaluation, pruned: Evaluation) -> NDArray[np.float64]:
-    """Return each example's expected rise of the negative log-likelihood of its label (count,), in nats."""
-    # A missing candidate is -inf on both sides and adds nothing.
-    with np.errstate(invalid="ignore"):
-        terms = np.where(labels > 0, labels * (dense.log_probs - pruned.log_probs), 0.0)
-    rises: NDArray[np.float64] = terms.sum(axis=1)
-    return rises
-
-
 def expected_difference(labels: NDArray[np.float64], dense: Evaluation, pruned: Evaluation) -> float:
     r"""Return the score difference without the chance of the gold labels.
 

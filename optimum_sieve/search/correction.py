@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .genome import Gene, Genome, SearchSpace
+    from .scorer import Scorer
 
 
 # Directions whose share is taken: this part of a matrix's largest rank, and at least so many, against their noise.
@@ -54,6 +55,14 @@ def windows(space: SearchSpace, genome: Genome) -> dict[str, tuple[int, int | No
         for gene, level in levels
         if (rank := gene.ranks[level]) is not None
     }
+
+
+def measure_shares(space: SearchSpace, scorer: Scorer, genome: Genome) -> Shares:
+    """Measure the loss's shares at a genome."""
+    wanted = windows(space, genome)
+    # A dense model has no dropped directions.
+    found = scorer.shares(space.ranks(genome), wanted) if wanted else {}
+    return Shares(genome, tuple(found.get(gene.name, 0.0) for gene in space.genes))
 
 
 def corrected(space: SearchSpace, measured: Sequence[Shares]) -> SearchSpace:

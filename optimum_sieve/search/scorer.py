@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from optimum_sieve.calibration import direction_gradients
-from optimum_sieve.comparison import compare
+from optimum_sieve.comparison import compare, expected_rises
 from optimum_sieve.evaluation import candidate_scores, check_scorable, evaluation_of
 from optimum_sieve.prefix import shared_prefix
 from optimum_sieve.scoring import input_device, log_likelihoods, make_batches, max_positions
 from optimum_sieve.tasks.metrics import standard_error
 
-from .calibrated import calibrated_labels, expected_difference, expected_rises
+from .calibrated import calibrated_labels, expected_difference
 from .candidate import Outcome
 
 

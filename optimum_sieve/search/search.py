@@ -14,7 +14,7 @@ from . import guided, plain
 from .bottlenecks import bottleneck_candidates
 from .candidate import CONFIRM, SEARCH, Candidate, Rival
 from .confirm import confirmed, ladder, next_step
-from .correction import Shares, corrected, windows
+from .correction import Shares, corrected, measure_shares
 from .standing import Standing
 
 
@@ -58,6 +58,7 @@ class Search:
     ending: list[Genome] | None = None
     shares: list[Shares] = field(default_factory=list)
     _generations: list[list[Candidate]] = field(default_factory=list)
+    _spaces: dict[int, SearchSpace] = field(default_factory=dict)
 
     def open_candidates(self, scored: Sequence[Candidate]) -> list[Candidate]:
         """Return the candidates to score now, those of the generation or step in progress; none at the end.
@@ -82,7 +83,13 @@ class Search:
     @property
     def corrected(self) -> SearchSpace:
         """The space with the predicted losses corrected by the shares measured so far."""
-        return corrected(self.space, self.shares)
+        return self._corrected(len(self.shares))
+
+    def _corrected(self, number: int) -> SearchSpace:
+        # Shares are only ever added, so a space stands for good, with the hulls it has worked out.
+        if number not in self._spaces:
+            self._spaces[number] = corrected(self.space, self.shares[:number])
+        return self._spaces[number]
 
     def next_point(self, scored: Sequence[Candidate]) -> Genome | None:
         """Return where shares are to be measured before breeding goes on, if anywhere.
@@ -128,7 +135,7 @@ class Search:
     def _breed(self, history: Sequence[Candidate], number: int) -> list[Candidate]:
         if self.preset.guided:
             # As many shares as were measured before this generation: a search that goes on breeds the same one.
-            space = corrected(self.space, self.shares[:number])
+            space = self._corrected(min(number, len(self.shares)))
             return guided.next_generation(space, self.preset, self.goal, history, self.allocate, self.seed)
         return plain.next_generation(self.space, self.preset, self.goal, history, self.seed)
 
@@ -200,7 +207,7 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, p
                 scored = study.finished()
                 point = search.next_point(scored)
                 if point is not None:
-                    search.shares = [*search.shares, measure_shares(search, scorers[SEARCH], point)]
+                    search.shares = [*search.shares, measure_shares(search.space, scorers[SEARCH], point)]
                     study.shares = search.shares
                     continue
                 wanted = search.open_candidates(scored)
@@ -227,14 +234,6 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, p
                 # Workers must not wait for what will not come.
                 study.end()
                 raise
-
-
-def measure_shares(search: Search, scorer: Scorer, genome: Genome) -> Shares:
-    """Measure the loss's shares at a genome."""
-    wanted = windows(search.space, genome)
-    # A dense model has no dropped directions.
-    found = scorer.shares(search.space.ranks(genome), wanted) if wanted else {}
-    return Shares(genome, tuple(found.get(gene.name, 0.0) for gene in search.space.genes))
 
 
 def _end_breeding(search: Search, study: SearchStudy, scored: Sequence[Candidate]) -> None:
