@@ -34,7 +34,7 @@ from optimum_sieve.workdir import WorkDir, content_key, model_fingerprint
 
 
 # Kept fractions at which the uniform allocation is tried, from above.
-UNIFORM_SIZES = (0.98, 0.95, 0.92, 0.89, 0.86, 0.83, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
+UNIFORM_SIZES = (0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78, 0.74, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -167,19 +167,25 @@ class Bench:
     def examples_needed(self, seed: int) -> None:
         """Print how many examples each preset scores until it reaches the size that `paper` ends with."""
         selection, _ = self.draw(seed)
+        search_count, reached = self.arguments.search, {}
         sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
-        reached = {}
-        for preset, changes in (("paper", sizes), ("fast", {})):
+        for preset, changes in (("paper", sizes), ("fast", {"generations": 3})):
             setting = self.prepare(seed, preset, **changes)
             search = make_search(setting, self.bases, len(selection))
             with open_study(setting, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
                 scored = lead(
                     search, study, make_scorers(setting, search, live, selection, self.calibration), progress=False
                 )
-            reached[preset] = smallest_by_examples(search, [c for c in scored if c.part == SEARCH])
+            searched = [candidate for candidate in scored if candidate.part == SEARCH]
+            known = search_count + len(self.calibration)
+            # Only `fast` uses calibration examples: labels and shares are measured on them too.
+            overhead = {"paper": search_count, "fast": known}[preset]
+            reached[preset] = smallest_by_examples(search, searched, overhead, known)
+            print(f"{preset}: {len(searched)} candidates of {search_count} examples, kept {reached[preset][-1][1]:.4f}")
         examples, kept = reached["paper"][-1]
+        tokens = np.mean([len(self.tokenizer(example.prompt)["input_ids"]) for example in selection])
         needed = next((count for count, size in reached["fast"] if size <= kept), None)
-        print(f"paper: kept {kept:.4f} after {examples:,} examples")
+        print(f"paper: kept {kept:.4f} after {examples:,} examples (of {tokens:.0f} tokens on average)")
         if needed is None:
             print("fast: not reached")
         else:
@@ -187,14 +193,19 @@ class Bench:
                   f"ends at {reached['fast'][-1][1]:.4f} after {reached['fast'][-1][0]:,}")  # fmt: skip
 
 
-def smallest_by_examples(search, scored: list) -> list[tuple[int, float]]:
-    """List examples scored so far and the smallest size within the tolerance on them, after each candidate."""
-    spent, best, points = 0, 1.0, []
+def smallest_by_examples(search, scored: list, overhead: int, known: int) -> list[tuple[int, float]]:
+    """List examples scored so far and the smallest size within the tolerance on them, after each candidate.
+
+    `overhead` examples are scored first, by the dense model. A correction is counted as three passes over the `known`
+    examples: one forward, one backward that costs two.
+    """
+    spent, best, points = overhead, 1.0, []
     for candidate in scored:
         spent += candidate.outcome.count
         if candidate.outcome.complete and candidate.outcome.mean >= -search.goal.tolerance:
             best = min(best, search.space.kept(candidate.genome))
-        points.append((spent, best))
+        passes = min(candidate.generation, len(search.shares))
+        points.append((spent + 3 * known * passes, best))
     return points
 
 

@@ -69,34 +69,20 @@ def collect_moments(
     weights = weights or {name: linear_weight(module) for name, module in modules.items()}
     moments = {name: empty_moments(weight, projection=projection) for name, weight in weights.items()}
     needs_gradient = projection == "joint"
-    # float16 gradients underflow below 6e-8: scale the loss up and the gradients down again in float32.
-    loss_scale = 1024.0 if needs_gradient and any(w.dtype == torch.float16 for w in weights.values()) else 1.0
+    scale = _loss_scale(weights.values()) if needs_gradient else 1.0
 
     def accumulate(name: str, mask: torch.Tensor, x: torch.Tensor, g: torch.Tensor | None) -> None:
-        gradient = None if g is None else _token_rows(g, mask).float() / loss_scale
         weight = weights[name]
         accumulate_moments(
             moments[name],
             weight,
             _token_rows(x, mask),
-            gradient,
+            None if g is None else _token_rows(g, mask).float() / scale,
             on_outputs=watches_outputs(weight, projection),
             scaling=1 / num_examples,
         )
 
-    reached: set[str] = set()
-    with _frozen(model), torch.set_grad_enabled(needs_gradient):
-        for batch in batches:
-            with _watching(modules, partial(_dispatch, accumulate, batch.attention_mask, needs_gradient), reached):
-                value = loss(model, batch)
-                _check_reached(modules, reached)
-                if not torch.isfinite(value):
-                    raise ValueError(
-                        f"The calibration loss must be finite, got {value.item()}. "
-                        "Check the model's weights for NaN, or load it in bfloat16 or float32 instead of float16."
-                    )
-                if needs_gradient:
-                    (value * loss_scale).backward()  # type: ignore[no-untyped-call]
+    _run(model, modules, batches, loss, accumulate, scale=scale, needs_gradient=needs_gradient)
     for name, collected in moments.items():
         check_finite(name, collected)
     return moments
@@ -124,8 +110,7 @@ def direction_gradients(
         ValueError: If a loss is not finite, or a layer is never called.
     """
     modules = {name: model.get_submodule(name) for name in factors}
-    # As in `collect_moments`: float16 gradients underflow.
-    scale = 1024.0 if any(parameter.dtype == torch.float16 for parameter in model.parameters()) else 1.0
+    scale = _loss_scale(model.parameters())
     sums = {name: torch.zeros(right.shape[0], dtype=torch.float64) for name, (_, right) in factors.items()}
 
     def accumulate(name: str, mask: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
@@ -133,18 +118,42 @@ def direction_gradients(
         inputs, gradients = _token_rows(x, mask).float(), _token_rows(g, mask).float() / scale
         sums[name] += ((inputs @ right.T.float()) * (gradients @ left.float())).sum(dim=0).double().cpu()
 
+    _run(model, modules, batches, loss, accumulate, scale=scale, needs_gradient=True)
+    for name, values in sums.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"The gradients of {name!r} must be finite, got infinity or NaN. Load in float32.")
+    return sums
+
+
+def _loss_scale(tensors: Iterable[torch.Tensor]) -> float:
+    """Factor of the loss, by which gradients are divided again in float32: below 6e-8, float16 ones underflow."""
+    return 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0
+
+
+def _run(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    batches: Iterable[BatchT],
+    loss: Callable[[nn.Module, BatchT], torch.Tensor],
+    accumulate: Callable[..., None],
+    *,
+    scale: float,
+    needs_gradient: bool,
+) -> None:
+    """Run the model over the batches; `accumulate(name, mask, input, gradient)` sees every call of the modules."""
     reached: set[str] = set()
-    with _frozen(model), torch.set_grad_enabled(True):
+    with _frozen(model), torch.set_grad_enabled(needs_gradient):
         for batch in batches:
-            with _watching(modules, partial(_dispatch, accumulate, batch.attention_mask, True), reached):
+            with _watching(modules, partial(_dispatch, accumulate, batch.attention_mask, needs_gradient), reached):
                 value = loss(model, batch)
                 _check_reached(modules, reached)
                 if not torch.isfinite(value):
-                    raise ValueError(f"The loss of the search must be finite, got {value.item()}. Search in float32.")
-                (value * scale).backward()  # type: ignore[no-untyped-call]
-    if not all(torch.isfinite(values).all() for values in sums.values()):
-        raise ValueError("The gradients of the search must be finite, got infinity or NaN. Search in float32.")
-    return sums
+                    raise ValueError(
+                        f"The calibration loss must be finite, got {value.item()}. "
+                        "Check the model's weights for NaN, or load it in bfloat16 or float32 instead of float16."
+                    )
+                if needs_gradient:
+                    (value * scale).backward()  # type: ignore[no-untyped-call]
 
 
 def _token_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

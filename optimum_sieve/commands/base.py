@@ -19,13 +19,8 @@ if TYPE_CHECKING:
 _REPORTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
-class ModelCommand(BaseOptimumCLICommand):
-    """A subcommand that loads a model and works on a task. Errors end it with one line and exit status 1."""
-
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        """Add the options that name the model, the task and how to load them."""
-        add_source(parser)
+class SieveSubcommand(BaseOptimumCLICommand):
+    """A subcommand of `sieve`. Errors end it with one line and exit status 1."""
 
     @abstractmethod
     def execute(self, arguments: Namespace) -> None:
@@ -35,6 +30,20 @@ class ModelCommand(BaseOptimumCLICommand):
         """Do the work; an error is printed as one line, with its traceback under `--debug`."""
         with one_line_errors(debug=self.args.debug):
             self.execute(self.args)
+
+
+class ModelCommand(SieveSubcommand):
+    """A subcommand that loads a model and works on a task."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Add the options that name the model, the task and how to load them."""
+        add_source(parser)
+
+
+def add_debug(parser: ArgumentParser) -> None:
+    """Add the option that `SieveSubcommand.run` reads."""
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
 
 def add_source(parser: ArgumentParser, *, required: bool = True) -> None:
@@ -51,7 +60,7 @@ def add_source(parser: ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Run modelling code that lies beside the weights."
     )
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    add_debug(parser)
 
 
 def load_pruner(arguments: Namespace) -> SievePruner:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimum.commands.base import BaseOptimumCLICommand
-
-from optimum_sieve.commands.base import one_line_errors
+from optimum_sieve.commands.base import SieveSubcommand, add_debug
 
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser
+    from argparse import ArgumentParser, Namespace
 
 
-class PushCommand(BaseOptimumCLICommand):
+class PushCommand(SieveSubcommand):
     """Push a pruned model to the Hugging Face Hub."""
 
     @staticmethod
@@ -32,21 +30,19 @@ class PushCommand(BaseOptimumCLICommand):
         parser.add_argument("--commit-message", metavar="TEXT", help="Message of the commit.")
         parser.add_argument("--create-pr", action="store_true", help="Open a pull request in place of a commit.")
         parser.add_argument("--token", help="Token of the Hub (default: HF_TOKEN, or what `hf auth login` stored).")
-        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        add_debug(parser)
 
-    def run(self) -> None:
-        """Push; an error is printed as one line."""
+    def execute(self, arguments: Namespace) -> None:
+        """Push."""
         from optimum_sieve.hub import push_folder
 
-        arguments = self.args
-        with one_line_errors(debug=arguments.debug):
-            pushed = push_folder(
-                arguments.model,
-                arguments.repo_id,
-                private=arguments.private,
-                revision=arguments.revision,
-                commit_message=arguments.commit_message,
-                create_pr=arguments.create_pr,
-                token=arguments.token,
-            )
-            print(f"pushed to {pushed.pr_url or pushed.commit_url}")
+        pushed = push_folder(
+            arguments.model,
+            arguments.repo_id,
+            private=arguments.private,
+            revision=arguments.revision,
+            commit_message=arguments.commit_message,
+            create_pr=arguments.create_pr,
+            token=arguments.token,
+        )
+        print(f"pushed to {pushed.pr_url or pushed.commit_url}")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimum.commands.base import BaseOptimumCLICommand
-
-from optimum_sieve.commands.base import one_line_errors
+from optimum_sieve.commands.base import SieveSubcommand, add_debug
 
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser
+    from argparse import ArgumentParser, Namespace
 
 
-class ReportCommand(BaseOptimumCLICommand):
+class ReportCommand(SieveSubcommand):
     """Show what a search found, as a page that fetches nothing and as pictures."""
 
     @staticmethod
@@ -23,12 +21,11 @@ class ReportCommand(BaseOptimumCLICommand):
         parser.add_argument("--work-dir", metavar="DIR", required=True, help="Work directory of the search.")
         parser.add_argument("--output", metavar="DIR", required=True, help="Directory of the page and the pictures.")
         parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
-        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        add_debug(parser)
 
-    def run(self) -> None:
-        """Write the page; an error is printed as one line."""
+    def execute(self, arguments: Namespace) -> None:
+        """Write the page."""
         from optimum_sieve.search_page import find_summary, write_page
 
-        with one_line_errors(debug=self.args.debug):
-            path = write_page(find_summary(self.args.work_dir), self.args.output, overwrite=self.args.overwrite)
-            print(f"written to {path}")
+        path = write_page(find_summary(arguments.work_dir), arguments.output, overwrite=arguments.overwrite)
+        print(f"written to {path}")

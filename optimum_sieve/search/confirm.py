@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Kept fractions above the size where the search put the limit, then the steps below it. A few hundred examples say
 # where the limit lies to some .06, so most results are found among the steps of .02.
-_ABOVE = (0.24, 0.18, 0.14, 0.11, 0.09, 0.07, 0.05, 0.035, 0.02)
+_ABOVE = (0.24, 0.14, 0.1, 0.07, 0.045, 0.02)
 _STEP, _STEPS_BELOW = 0.02, 12
 
 
