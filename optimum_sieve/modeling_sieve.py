@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from .fusion import keep_apart
 from .layers import FactorizedLinear
 from .tensor_parallel import factor_plan
 
@@ -94,6 +95,8 @@ class SievePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         super().__init__(config, *args, **kwargs)
         _replace_linears(self)
         self._tp_plan = factor_plan(self, self._tp_plan or {})
+        if config.get_text_config()._attn_implementation == "vllm":
+            keep_apart(self)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -257,7 +260,8 @@ def _empty_layer(name: str, linear: nn.Module, entry: dict[str, Any]) -> Factori
             entry["rank"],
             storage=entry["storage"],
             bias=entry["bias"],
-            device=linear.weight.device,
+            # vLLM moves parameters to meta and buffers nowhere; one made there would never be filled.
+            device=None if linear.weight.is_meta else linear.weight.device,
             dtype=linear.weight.dtype,
         )
     except (KeyError, TypeError, ValueError) as error:

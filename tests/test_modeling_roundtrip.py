@@ -278,7 +278,8 @@ def test_configurations_with_other_ranks_are_not_equal(llama_directory: Path) ->
 def test_replaced_layers_keep_device_and_dtype() -> None:
     linear = torch.nn.Linear(8, 6, device="meta", dtype=torch.float16)
     entry = {"rank": 2, "storage": "pivoted", "bias": True}
-    tensors = modeling_sieve._empty_layer("proj", linear, entry).state_dict()
+    with torch.device("meta"):
+        tensors = modeling_sieve._empty_layer("proj", linear, entry).state_dict()
     assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
     assert {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != torch.float16} == {
         "row_order": torch.int32

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import optimum_sieve
 
 
-CODE = ("layers.py", "modeling_sieve.py", "tensor_parallel.py")
+CODE = ("fusion.py", "layers.py", "modeling_sieve.py", "tensor_parallel.py")
 PACKAGE = Path(optimum_sieve.__file__).parent
 
 SCRIPT = '''

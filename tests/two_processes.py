@@ -1,0 +1,34 @@
+"""Run a script in two processes that talk over gloo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+# Left to the end of the interpreter, gloo's threads now and then abort the process.
+_LAST_LINES = """
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def run_in_two_processes(script: str, directory: Path, *arguments: Path | str) -> None:
+    """Run `script` in `directory`, twice at once; it must import torch and set up the process group."""
+    path = directory / "script.py"
+    path.write_text(script + _LAST_LINES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    result = subprocess.run(
+        [*launcher, "--nproc-per-node=2", path.name, *map(str, arguments)],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
