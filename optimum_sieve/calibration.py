@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class CalibrationBatch(Protocol):
-    """What calibration reads of a batch: the mask that tells tokens from padding, and the number of examples."""
+    """What calibration reads of a batch: the masks that tell tokens from padding, and the number of examples."""
 
     @property
-    def attention_mask(self) -> torch.Tensor:
-        """Mask (rows, length), nonzero at tokens."""
+    def masks(self) -> tuple[torch.Tensor, ...]:
+        """Masks (rows, length), nonzero at tokens: one, or those of encoder and decoder, of different lengths."""
 
     @property
     def num_examples(self) -> int:
@@ -34,6 +34,7 @@ class CalibrationBatch(Protocol):
 
 
 BatchT = TypeVar("BatchT", bound=CalibrationBatch)
+_Masks = tuple[torch.Tensor, ...]
 
 
 def collect_moments(
@@ -71,13 +72,13 @@ def collect_moments(
     needs_gradient = projection == "joint"
     scale = _loss_scale(weights.values()) if needs_gradient else 1.0
 
-    def accumulate(name: str, mask: torch.Tensor, x: torch.Tensor, g: torch.Tensor | None) -> None:
+    def accumulate(name: str, masks: _Masks, x: torch.Tensor, g: torch.Tensor | None) -> None:
         weight = weights[name]
         accumulate_moments(
             moments[name],
             weight,
-            _token_rows(x, mask),
-            None if g is None else _token_rows(g, mask).float() / scale,
+            _token_rows(x, masks),
+            None if g is None else _token_rows(g, masks).float() / scale,
             on_outputs=watches_outputs(weight, projection),
             scaling=1 / num_examples,
         )
@@ -113,9 +114,9 @@ def direction_gradients(
     scale = _loss_scale(model.parameters())
     sums = {name: torch.zeros(right.shape[0], dtype=torch.float64) for name, (_, right) in factors.items()}
 
-    def accumulate(name: str, mask: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
+    def accumulate(name: str, masks: _Masks, x: torch.Tensor, g: torch.Tensor) -> None:
         left, right = factors[name]
-        inputs, gradients = _token_rows(x, mask).float(), _token_rows(g, mask).float() / scale
+        inputs, gradients = _token_rows(x, masks).float(), _token_rows(g, masks).float() / scale
         sums[name] += ((inputs @ right.T.float()) * (gradients @ left.float())).sum(dim=0).double().cpu()
 
     _run(model, modules, batches, loss, accumulate, scale=scale, needs_gradient=True)
@@ -140,11 +141,11 @@ def _run(
     scale: float,
     needs_gradient: bool,
 ) -> None:
-    """Run the model over the batches; `accumulate(name, mask, input, gradient)` sees every call of the modules."""
+    """Run the model over the batches; `accumulate(name, masks, input, gradient)` sees every call of the modules."""
     reached: set[str] = set()
     with _frozen(model), torch.set_grad_enabled(needs_gradient):
         for batch in batches:
-            with _watching(modules, partial(_dispatch, accumulate, batch.attention_mask, needs_gradient), reached):
+            with _watching(modules, partial(_dispatch, accumulate, batch.masks, needs_gradient), reached):
                 value = loss(model, batch)
                 _check_reached(modules, reached)
                 if not torch.isfinite(value):
@@ -156,15 +157,16 @@ def _run(
                     (value * scale).backward()  # type: ignore[no-untyped-call]
 
 
-def _token_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Flatten `values` (..., features) to the rows of tokens; all rows where the shape does not follow the mask."""
+def _token_rows(values: torch.Tensor, masks: _Masks) -> torch.Tensor:
+    """Flatten `values` (..., features) to the rows of tokens; all rows where the shape follows no mask."""
     rows = values.detach().reshape(-1, values.shape[-1])
-    return rows[mask.reshape(-1).bool().to(rows.device)] if rows.shape[0] == mask.numel() else rows
+    mask = next((mask for mask in masks if mask.numel() == rows.shape[0]), None)
+    return rows if mask is None else rows[mask.reshape(-1).bool().to(rows.device)]
 
 
 def _dispatch(
     accumulate: Callable[..., None],
-    mask: torch.Tensor,
+    masks: _Masks,
     needs_gradient: bool,
     name: str,
     x: torch.Tensor,
@@ -172,13 +174,13 @@ def _dispatch(
 ) -> torch.Tensor:
     """Watch one call of a layer; return what takes the place of its output."""
     if not needs_gradient:
-        accumulate(name, mask, x, None)
+        accumulate(name, masks, x, None)
         return y
     starts = not y.requires_grad
     if starts:
         # Parameters are frozen, so the first layers' outputs start the graph.
         y = y.detach().requires_grad_(True)
-    y.register_hook(lambda g: accumulate(name, mask, x, g))  # type: ignore[no-untyped-call]
+    y.register_hook(lambda g: accumulate(name, masks, x, g))  # type: ignore[no-untyped-call]
     # Some models change it in place, which autograd forbids for the start of a graph.
     return y.clone() if starts else y
 

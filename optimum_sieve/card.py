@@ -24,6 +24,7 @@ _TAGS = ["sieve", "optimum-sieve", "low-rank", "pruned"]
 _AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
     "text-classification": "AutoModelForSequenceClassification",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
 }
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

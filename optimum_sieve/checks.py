@@ -8,7 +8,8 @@ import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from .conversion import check_convertible, is_gguf
-from .scoring import check_examples, max_positions
+from .inputs import input_format, model_kind
+from .scoring import check_examples
 from .targets import linear_weight
 from .tasks.data import SPLITS
 
@@ -23,19 +24,22 @@ if TYPE_CHECKING:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse what is no dense causal language model.
+    """Refuse what is no dense language model or sequence classifier.
 
     Raises:
-        ValueError: If the model is pruned already, reads both directions, or carries adapters.
+        ValueError: If the model is pruned already, neither writes nor classifies, or carries adapters.
     """
     if getattr(model.config, "model_type", None) == "sieve":
         raise ValueError("`model` must be a dense model, got one that is pruned already. Prune its base model.")
-    is_encoder = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", False)
-    if not model.can_generate() or model.config.is_encoder_decoder or is_encoder:
+    config = model.config
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    writes = model.can_generate() and (not is_encoder or config.is_encoder_decoder)
+    if not writes and model_kind(model) != "classification":
         raise ValueError(
-            f"`model` must be a causal language model, got {type(model).__name__}. Load a decoder with "
-            "`AutoModelForCausalLM`."
+            f"`model` must be a language model that writes, or a sequence classifier, got {type(model).__name__}. Load "
+            "it with `AutoModelForCausalLM`, `AutoModelForSeq2SeqLM` or `AutoModelForSequenceClassification`."
         )
+    input_format(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("`model` must be a plain model, got one with adapters. Merge them and save it first.")
 
@@ -47,8 +51,9 @@ def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         ValueError: The message names the split or the example.
     """
     task.require_splits(*SPLITS)
+    inputs = input_format(model)
     for split in SPLITS:
-        check_examples(task.examples(split, tokenizer), tokenizer, max_length=max_positions(model))
+        check_examples(task.examples(split, tokenizer), tokenizer, inputs=inputs)
 
 
 def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from optimum_sieve.inputs import InputFormat
     from optimum_sieve.tasks import Example
 
 
@@ -37,6 +38,8 @@ class EncodedExample:
             Number of candidates.
         shadowed (`bool`):
             Whether one candidate's tokens are the beginning of another's.
+        source (`list[int]`, *optional*):
+            Input of the encoder, where the rows are those of a decoder.
     """
 
     index: int
@@ -44,39 +47,36 @@ class EncodedExample:
     reads: list[tuple[int, int, int, int]]
     num_candidates: int
     shadowed: bool
+    source: list[int] | None = None
 
     @property
     def length(self) -> int:
-        """Number of tokens of the longest row."""
-        return max(len(row) for row in self.rows)
+        """Number of tokens of the longest input."""
+        return max(len(row) for row in [*self.rows, self.source or []])
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
 ) -> list[EncodedExample]:
     """Tokenize every candidate (or the gold answer alone) of `examples`; see [`~optimum_sieve.scoring.make_batches`].
 
     Raises:
-        ValueError: If an example has nothing to score, no token comes before its continuation, or two candidates are
-            the same tokens.
+        ValueError: If an example has nothing to score, no token comes before its continuation, two candidates are the
+            same tokens, or they are no labels of a classifier.
     """
-    continuations = [example.candidates if candidates else (example.answer,) for example in examples]
-    texts: list[str] = []
-    for index, (example, texts_after) in enumerate(zip(examples, continuations, strict=True)):
-        if not texts_after:
+    for index, example in enumerate(examples):
+        if not (example.candidates or (not candidates and inputs.kind != "classification")):
             raise ValueError(
                 f"`examples[{index}]` must have candidates to score, got none. Pass `candidates=False` to score its "
                 "answer."
             )
-        texts += [example.prompt, *(example.prompt + text for text in texts_after)]
     with _restored(tokenizer):
-        tokens = iter(_token_ids(tokenizer, texts))
-        prefix = _special_prefix(tokenizer, examples)
-    rows = []
-    for index, (example, texts_after) in enumerate(zip(examples, continuations, strict=True)):
-        before = prefix if example.add_special_tokens else []
-        prompt = before + next(tokens)
-        rows.append(_encode_row(index, example, prompt, [before + next(tokens) for _ in texts_after]))
+        if inputs.kind == "classification":
+            return _encode_for_classifier(examples, tokenizer, candidates, inputs)
+        if inputs.kind == "seq2seq":
+            rows = _encode_for_decoder(examples, tokenizer, candidates, inputs)
+        else:
+            rows = _encode_as_one_text(examples, tokenizer, candidates)
     shadowed = sum(row.shadowed for row in rows)
     if shadowed:
         logger.warning(
@@ -85,6 +85,71 @@ def encode_examples(
             shadowed,
             len(examples),
         )
+    return rows
+
+
+def _encode_as_one_text(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool
+) -> list[EncodedExample]:
+    """Lay out prompt and continuation as one text, for causal language models."""
+    continuations = [_continuations(example, candidates) for example in examples]
+    texts: list[str] = []
+    for example, texts_after in zip(examples, continuations, strict=True):
+        texts += [example.prompt, *(example.prompt + text for text in texts_after)]
+    tokens = iter(_token_ids(tokenizer, texts))
+    prefix = _special_prefix(tokenizer, examples)
+    rows = []
+    for index, (example, texts_after) in enumerate(zip(examples, continuations, strict=True)):
+        before = prefix if example.add_special_tokens else []
+        prompt = before + next(tokens)
+        rows.append(_encode_row(index, example, prompt, [before + next(tokens) for _ in texts_after]))
+    return rows
+
+
+def _encode_for_decoder(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
+) -> list[EncodedExample]:
+    """Give the prompt to the encoder and each continuation, after the start token, to the decoder."""
+    assert inputs.start_token_id is not None
+    sources = _whole_texts(examples, tokenizer)
+    continuations = [_continuations(example, candidates) for example in examples]
+    tokens = iter(_token_ids(tokenizer, [text for texts in continuations for text in texts]))
+    rows = []
+    for index, (example, source, texts) in enumerate(zip(examples, sources, continuations, strict=True)):
+        start = [inputs.start_token_id]
+        row = _encode_row(index, example, start, [start + next(tokens) for _ in texts])
+        rows.append(replace(row, source=source))
+    return rows
+
+
+def _encode_for_classifier(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
+) -> list[EncodedExample]:
+    """Give the prompt alone; what is read is a label in place of a token."""
+    rows = []
+    for index, (example, row) in enumerate(zip(examples, _whole_texts(examples, tokenizer), strict=True)):
+        classes = inputs.classes(example.candidates)
+        if not candidates:
+            classes = [classes[example.candidates.index(example.answer)]]
+        reads = [(0, 0, label, candidate) for candidate, label in enumerate(classes)]
+        rows.append(EncodedExample(index, [row], reads, len(classes), shadowed=False))
+    return rows
+
+
+def _continuations(example: Example, candidates: bool) -> tuple[str, ...]:
+    return example.candidates if candidates else (example.answer,)
+
+
+def _whole_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenize the prompts with all special tokens, but where a chat template wrote them."""
+    prompts = [example.prompt for example in examples]
+    special, plain = (_token_ids(tokenizer, prompts, special) for special in (True, False))
+    rows = [
+        own if example.add_special_tokens else bare for example, own, bare in zip(examples, special, plain, strict=True)
+    ]
+    empty = next((index for index, row in enumerate(rows) if not row), None)
+    if empty is not None:
+        raise ValueError(f"`examples[{empty}]` must have a prompt of at least one token, got {prompts[empty]!r}.")
     return rows
 
 

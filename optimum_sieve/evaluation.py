@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from optimum_sieve.comparison import Comparison, compare
+from optimum_sieve.inputs import input_format
 from optimum_sieve.output import replacing
 from optimum_sieve.prefix import prefill, repeated, without_prefix
-from optimum_sieve.scoring import input_device, log_likelihoods, make_batches, max_positions
+from optimum_sieve.scoring import input_device, log_likelihoods, make_batches
 from optimum_sieve.tasks.metrics import majority_score, score_classes
 
 
@@ -138,7 +139,7 @@ def evaluate(
 
     Args:
         model (`torch.nn.Module`):
-            A causal language model of transformers.
+            A model of transformers: a language model or a sequence classifier.
         examples (`Sequence[Example]`):
             At least two, each with candidates and the index of the gold one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -159,7 +160,7 @@ def evaluate(
         ValueError: If an example cannot be scored, or the model returns values that are not finite.
     """
     check_scorable(examples, metric)
-    batches = make_batches(examples, tokenizer, batch_size=batch_size, max_length=max_positions(model))
+    batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
     bar = tqdm(total=len(examples), desc=description or None, unit="example", disable=not progress)
     with bar:
         return evaluation_of(candidate_scores(model, batches, examples, bar.update), examples, metric)

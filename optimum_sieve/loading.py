@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .inputs import auto_class_name
 
 
 if TYPE_CHECKING:
@@ -46,7 +49,10 @@ def load_model(
     options |= {key: value for key, value in (("gguf_file", gguf_file), ("revision", revision)) if value is not None}
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    loaded = AutoModelForCausalLM.from_pretrained(name, dtype=_dtype(dtype), **options)
+    # GGUF files hold causal language models.
+    config = None if gguf_file else AutoConfig.from_pretrained(name, **options)
+    auto_class = getattr(transformers, auto_class_name(config))
+    loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=_dtype(dtype), **options)
     copy_parameters(loaded)
     loaded.to(torch.device(device) if device is not None else default_device())  # type: ignore[arg-type]
     return loaded, tokenizer, name

@@ -25,8 +25,11 @@ LEAST_TOKENS = 16
 def shared_prefix(batches: Sequence[Batch]) -> int:
     """Return how many tokens all rows begin with, at most so many that every needed position comes after them.
 
-    Example: with few-shot prompts, everything up to the text in question. 0 where it is too short to pay.
+    Example: with few-shot prompts, everything up to the text in question. 0 where it is too short to pay, and for
+    models that are not causal.
     """
+    if batches[0].kind != "causal":
+        return 0
     first = batches[0].input_ids[0]
     length = min(int(batch.sites[:, 1].min()) for batch in batches)
     for batch in batches:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .checks import check_task, check_weights
+from .inputs import input_format
 from .scoring import tokens_fingerprint
 from .setting import Setting
 from .targets import find_targets
@@ -76,10 +77,11 @@ def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tas
         for name, value in model.config.to_diff_dict().items()
         if name not in ("_name_or_path", "transformers_version")
     }
+    inputs = input_format(model)
     return content_key(
         model=model_fingerprint(model),
         architecture=json.loads(json.dumps(architecture, default=str)),
         task=task.fingerprint(),
-        tokens=[tokens_fingerprint(task.examples(split, tokenizer), tokenizer) for split in SPLITS],
+        tokens=[tokens_fingerprint(task.examples(split, tokenizer), tokenizer, inputs) for split in SPLITS],
         version=__version__,
     )

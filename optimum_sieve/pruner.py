@@ -42,7 +42,7 @@ class SievePruner:
         loading (`dict[str, str]`, *optional*): Options with which it was loaded, for the card's command.
 
     Raises:
-        ValueError: If the model is pruned already or is no causal language model.
+        ValueError: If the model is pruned already, or neither writes nor classifies.
 
     Example:
 

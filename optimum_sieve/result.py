@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .card import base_license, build_card
 from .comparison import compare
 from .conversion import sieve_model
+from .inputs import model_kind
 from .modeling_sieve import read_rank_pattern
 from .output import check_output, whole_directory
 from .report import REPORT_NAME, build_report, write_report
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .evaluation import Evaluation
+
+# The Hub's names for what each kind of model does.
+_PIPELINE_TAGS = {
+    "causal": "text-generation",
+    "seq2seq": "text2text-generation",
+    "classification": "text-classification",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +127,7 @@ def save_result(
             base_model=base_model,
             base_revision=base_revision,
             task_spec=task_spec,
+            pipeline_tag=_PIPELINE_TAGS[model_kind(result.model)],
             license_id=base_license(base_model),
         )
         card.save(partial / "README.md")

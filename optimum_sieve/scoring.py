@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from optimum_sieve.encoding import EncodedExample, encode_examples
+from optimum_sieve.inputs import InputFormat, Kind
 
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Batch:
     """Rows of token ids for one forward pass, and where the log-likelihoods are read from the logits.
 
     A *site* is a (row, position) whose logits are needed; a *read* takes the log-probability of one token at one site
-    and adds it to one candidate of one example. Candidates of one token share their example's row and site.
+    and adds it to one candidate of one example. Candidates of one token share their example's row and site. Of a
+    classifier, rows have logits, and labels stand for tokens.
 
     Args:
         input_ids (`torch.Tensor` of shape `(rows, length)`):
@@ -45,6 +47,12 @@ class Batch:
             Which candidates exist.
         indices (`tuple[int, ...]`):
             Positions of the batch's examples in the list they came from.
+        kind (`str`):
+            Kind of model the rows are for, see [`InputFormat`][optimum_sieve.inputs.InputFormat].
+        decoder_input_ids (`torch.Tensor` of shape `(rows, decoder_length)`, *optional*):
+            Token ids of the decoder, whose positions the sites name; never of the same length as `input_ids`.
+        decoder_attention_mask (`torch.Tensor` of shape `(rows, decoder_length)`, *optional*):
+            1 on tokens, 0 on padding.
     """
 
     input_ids: torch.Tensor
@@ -53,6 +61,15 @@ class Batch:
     reads: torch.Tensor
     present: torch.Tensor
     indices: tuple[int, ...]
+    kind: Kind = "causal"
+    decoder_input_ids: torch.Tensor | None = None
+    decoder_attention_mask: torch.Tensor | None = None
+
+    @property
+    def masks(self) -> tuple[torch.Tensor, ...]:
+        """The attention masks; which one a layer's tokens follow is told by their number."""
+        masks = (self.attention_mask, self.decoder_attention_mask)
+        return tuple(mask for mask in masks if mask is not None)
 
     @property
     def num_examples(self) -> int:
@@ -61,14 +78,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            sites=self.sites.to(device),
-            reads=self.reads.to(device),
-            present=self.present.to(device),
-            indices=self.indices,
-        )
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def make_batches(
@@ -77,7 +89,7 @@ def make_batches(
     *,
     batch_size: int,
     candidates: bool = True,
-    max_length: int | None = None,
+    inputs: InputFormat = InputFormat(),  # noqa: B008 - it cannot be changed
 ) -> list[Batch]:
     """Tokenize `examples` into batches of similar length, longest first.
 
@@ -96,20 +108,21 @@ def make_batches(
             that is a batch of its own.
         candidates (`bool`):
             Score every candidate of each example; `False`: the gold answer alone.
-        max_length (`int`, *optional*):
-            Most tokens the model takes. `None`: not checked.
+        inputs ([`InputFormat`][optimum_sieve.inputs.InputFormat]):
+            Kind of the model, and most tokens it takes.
 
     Returns:
         `list[Batch]`: Batches on the CPU; each example is in exactly one.
 
     Raises:
         ValueError: If `batch_size` is not positive, an example has nothing to score, no token comes before its
-            continuation, two candidates are the same tokens, or an example is longer than `max_length`.
+            continuation, two candidates are the same tokens, or an example is longer than the model takes.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    rows = _encode(examples, tokenizer, candidates, max_length)
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    rows = _encode(examples, tokenizer, candidates, inputs)
+    pads = (inputs.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad_id = next((i for i in pads if isinstance(i, int)), 0)
     batches: list[list[EncodedExample]] = []
     filled = batch_size
     for row in sorted(rows, key=lambda row: -row.length):
@@ -118,7 +131,7 @@ def make_batches(
             filled = 0
         batches[-1].append(row)
         filled += len(row.rows)
-    return [_collate(batch, pad_id) for batch in batches]
+    return [_collate(batch, pad_id, inputs.kind) for batch in batches]
 
 
 def check_examples(
@@ -126,15 +139,16 @@ def check_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     candidates: bool = True,
-    max_length: int | None = None,
+    inputs: InputFormat = InputFormat(),  # noqa: B008 - it cannot be changed
 ) -> None:
     """Raise what [`make_batches`] would raise, so that nothing about a split goes wrong after hours of work."""
-    _encode(examples, tokenizer, candidates, max_length)
+    _encode(examples, tokenizer, candidates, inputs)
 
 
-def tokens_fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> str:
+def tokens_fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat) -> str:
     """SHA-256 of the token ids that stand for `examples`: it changes with the tokenizer and its chat template."""
-    rows = [[row.rows, row.reads] for row in _encode(examples, tokenizer, bool(examples[0].candidates), None)]
+    encoded = _encode(examples, tokenizer, bool(examples[0].candidates), inputs)
+    rows = [[row.rows, row.reads, *([row.source] if row.source else [])] for row in encoded]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -146,7 +160,7 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
 
     Args:
         model (`torch.nn.Module`):
-            A causal language model of transformers.
+            A model of transformers, of the kind the batch is for.
         batch ([`Batch`]):
             From [`make_batches`], on the model's device.
         past (`Cache`, *optional*):
@@ -157,14 +171,23 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
         candidates.
     """
     rows, positions = batch.sites.unbind(dim=1)
-    arguments: dict[str, Any] = {"use_cache": False}
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.kind != "classification":
+        arguments |= {"use_cache": past is not None}
     if past is not None:
-        arguments = {"use_cache": True, "past_key_values": past}
+        arguments["past_key_values"] = past
+    scored = batch.input_ids
+    if batch.decoder_input_ids is not None:
+        scored = batch.decoder_input_ids
+        arguments |= {"decoder_input_ids": scored, "decoder_attention_mask": batch.decoder_attention_mask}
     columns = positions
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"], columns = torch.unique(positions.cpu(), return_inverse=True)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **arguments).logits
-    if logits.shape[1] == batch.input_ids.shape[1]:
+    logits = model(**arguments).logits
+    if logits.dim() == 2:
+        # A classifier's: one row of labels for each text.
+        logits, columns = logits[:, None], torch.zeros_like(rows)
+    elif logits.shape[1] == scored.shape[1]:
         columns = positions
     device = logits.device
     at_sites: torch.Tensor = logits[rows.to(device), columns.to(device)].float()
@@ -175,21 +198,13 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
     return sums.view(present.shape).masked_fill(~present, float("-inf"))
 
 
-def max_positions(model: nn.Module) -> int | None:
-    """Return how many tokens `model` takes by its configuration, or `None` where that names no limit."""
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text_config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def input_device(model: nn.Module) -> torch.device:
     """Return the device of `model`'s first parameter that has one (offloaded parameters have none)."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
-def _collate(batch: list[EncodedExample], pad_id: int) -> Batch:
+def _collate(batch: list[EncodedExample], pad_id: int, kind: Kind) -> Batch:
     rows: list[list[int]] = []
     sites: dict[tuple[int, int], int] = {}
     reads: list[tuple[int, int, int]] = []
@@ -199,23 +214,38 @@ def _collate(batch: list[EncodedExample], pad_id: int) -> Batch:
             site = sites.setdefault((len(rows) + row, position), len(sites))
             reads.append((site, token, number * width + candidate))
         rows += example.rows
-    length = max(len(row) for row in rows)
+    sources = [example.source for example in batch for _ in example.rows if example.source is not None]
+    inputs = _padded(sources or rows, pad_id)
+    # A layer's tokens are told to be the encoder's or the decoder's by their number, so the lengths must differ.
+    decoder = _padded(rows, pad_id, other_than=inputs[0].shape[1]) if sources else (None, None)
     return Batch(
-        input_ids=torch.tensor([row + [pad_id] * (length - len(row)) for row in rows]),
-        attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+        input_ids=inputs[0],
+        attention_mask=inputs[1],
         sites=torch.tensor(list(sites)),
         reads=torch.tensor(reads),
         present=torch.tensor([[c < example.num_candidates for c in range(width)] for example in batch]),
         indices=tuple(example.index for example in batch),
+        kind=kind,
+        decoder_input_ids=decoder[0],
+        decoder_attention_mask=decoder[1],
     )
 
 
+def _padded(rows: list[list[int]], pad_id: int, other_than: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and mask, both (rows, length), of another length than `other_than`."""
+    length = max(len(row) for row in rows)
+    length += length == other_than
+    ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+
+
 def _encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, max_length: int | None
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
 ) -> list[EncodedExample]:
     if not examples:
         raise ValueError("`examples` must hold at least one example, got none.")
-    rows = encode_examples(examples, tokenizer, candidates)
+    rows = encode_examples(examples, tokenizer, candidates, inputs)
+    max_length = inputs.max_length
     too_long = [row for row in rows if max_length is not None and row.length > max_length]
     if too_long:
         worst = max(too_long, key=lambda row: row.length)

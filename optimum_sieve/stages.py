@@ -12,9 +12,10 @@ from .allocation import allocate
 from .calibration import collect_moments
 from .comparison import compare
 from .factorization import FactorBasis, factorize
+from .inputs import input_format
 from .losses import calibration_loss
 from .moments import Moments
-from .scoring import input_device, make_batches, max_positions
+from .scoring import input_device, make_batches
 from .search.live import LiveRanks
 from .search.stage import run_search
 from .setting import Setting, score, timed
@@ -127,7 +128,7 @@ def collect(
         setting.tokenizer,
         batch_size=config.batch_size,
         candidates=by_candidate,
-        max_length=max_positions(setting.model),
+        inputs=input_format(setting.model),
     )
     description = f"moments, round {number + 1}"
     with tqdm(batches, desc=description, unit="batch", disable=not setting.progress) as bar:

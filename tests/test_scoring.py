@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models
 from toy import SPECIAL, VOCABULARY, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from optimum_sieve.scoring import check_examples, input_device, log_likelihoods, make_batches, max_positions
+from optimum_sieve.inputs import InputFormat, max_positions
+from optimum_sieve.scoring import check_examples, input_device, log_likelihoods, make_batches
 from optimum_sieve.tasks import Example
 
 
@@ -300,7 +301,7 @@ def test_a_shadowed_candidate_is_logged(caplog: pytest.LogCaptureFixture) -> Non
         ),
         (
             make_examples(),
-            {"max_length": 6},
+            {"inputs": InputFormat(max_length=6)},
             r"must fit in the 6 tokens the model takes, got 1 longer ones.*`examples\[1\]` with 8 tokens",
         ),
     ],
@@ -315,7 +316,7 @@ def test_bad_input(examples: list[Example], options: dict[str, int], message: st
 
 
 def test_good_examples_pass_the_check() -> None:
-    check_examples(make_examples(), make_tokenizer(), max_length=8)
+    check_examples(make_examples(), make_tokenizer(), inputs=InputFormat(max_length=8))
     check_examples([Example(prompt="Number: 7", answer=" odd")], make_tokenizer(), candidates=False)
 
 

@@ -136,7 +136,7 @@ def world(tmp_path):
 
 def test_gradients_of_gates_are_those_of_the_weight_between_the_factors(world):
     model, bases, examples = world
-    batches = make_batches(examples, make_tokenizer(), batch_size=8, max_length=64)
+    batches = make_batches(examples, make_tokenizer(), batch_size=8)
 
     def loss(model, batch):
         return -log_likelihoods(model, batch).sum()

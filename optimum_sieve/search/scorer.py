@@ -11,8 +11,9 @@ import torch
 from optimum_sieve.calibration import direction_gradients
 from optimum_sieve.comparison import compare, expected_rises
 from optimum_sieve.evaluation import candidate_scores, check_scorable, evaluation_of
+from optimum_sieve.inputs import input_format
 from optimum_sieve.prefix import shared_prefix
-from optimum_sieve.scoring import input_device, log_likelihoods, make_batches, max_positions
+from optimum_sieve.scoring import input_device, log_likelihoods, make_batches
 from optimum_sieve.tasks.metrics import standard_error
 
 from .calibrated import calibrated_labels, expected_difference
@@ -72,9 +73,9 @@ class Scorer:
         starts = [0, *ends]
         # The last part is that of the calibration examples, which may be empty.
         self._parts = [self._known[start:end] for start, end in zip(starts, [*ends, None], strict=True)]
-        limit = max_positions(live.model)
+        inputs = input_format(live.model)
         self._batches = [
-            make_batches(part, tokenizer, batch_size=batch_size, max_length=limit) for part in self._parts if part
+            make_batches(part, tokenizer, batch_size=batch_size, inputs=inputs) for part in self._parts if part
         ]
         self._prefix = shared_prefix([batch for batches in self._batches for batch in batches])
         self._width = max(len(example.candidates) for example in self._known)
