@@ -177,7 +177,8 @@ class FactorizedLinear(nn.Module):
             return self.left.bias
         if self.pivot.bias is None:
             return None  # type: ignore[unreachable]  # torch types the bias as always there
-        rest = nn.functional.linear(self.pivot.bias, self.rest.weight, self.rest.bias)
+        # By the module: its weight may be quantized.
+        rest: torch.Tensor = self.rest(self.pivot.bias[None])[0]
         return torch.cat([self.pivot.bias, rest]).index_select(0, self.row_order)
 
     @staticmethod
@@ -197,7 +198,8 @@ class FactorizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the shape, rank and storage when the model is printed."""
+        biased = self.left if self.storage == "factors" else self.pivot
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"storage={self.storage!r}, bias={self.bias is not None}"
+            f"storage={self.storage!r}, bias={biased.bias is not None}"
         )

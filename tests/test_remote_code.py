@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sysconfig
-import venv
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clean_environment import make_clean_environment
 from safetensors.torch import save_file
 from tiny_models import auto_class, logits, make_input_ids, make_pruned_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -73,17 +72,6 @@ AutoModelForSequenceClassification.from_pretrained(llama, trust_remote_code=True
 '''
 
 
-def link_site_packages(target: Path) -> None:
-    """Fill `target` with links to everything installed but optimum-sieve.
-
-    Without `.pth` files, which is how editable installations are found, it is an environment that never had it.
-    """
-    for source in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(source).iterdir():
-            if entry.suffix != ".pth" and "optimum_sieve" not in entry.name and not (target / entry.name).exists():
-                (target / entry.name).symlink_to(entry)
-
-
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("remote")
@@ -99,9 +87,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def found(directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script found in a virtual environment without optimum-sieve."""
     root = tmp_path_factory.mktemp("environment")
-    venv.create(root / "venv", with_pip=False, symlinks=True)
-    link_site_packages(Path(sysconfig.get_path("purelib", vars={"base": str(root / "venv")})))
-    python = Path(sysconfig.get_path("scripts", vars={"base": str(root / "venv")})) / "python"
+    python = make_clean_environment(root)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         [python, "-c", SCRIPT, *map(str, directories.values())],
