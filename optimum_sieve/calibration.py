@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from .experts import SeparateExperts, separate_names
 from .moments import Moments, accumulate_moments, check_finite, empty_moments, watches_outputs
 from .targets import Target, linear_weight
 
@@ -142,10 +143,12 @@ def _run(
     needs_gradient: bool,
 ) -> None:
     """Run the model over the batches; `accumulate(name, masks, input, gradient)` sees every call of the modules."""
-    reached: set[str] = set()
+    # No token may be routed to an expert: it is worthless to the task then.
+    reached = {name for name in modules if name.startswith(tuple(f"{experts}." for experts in separate_names(model)))}
     with _frozen(model), torch.set_grad_enabled(needs_gradient):
         for batch in batches:
-            with _watching(modules, partial(_dispatch, accumulate, batch.masks, needs_gradient), reached):
+            watch = partial(_dispatch, accumulate, batch.masks, needs_gradient)
+            with _watching(modules, watch, reached), _padding_unrouted(model, batch.masks):
                 value = loss(model, batch)
                 _check_reached(modules, reached)
                 if not torch.isfinite(value):
@@ -209,6 +212,26 @@ def _watching(
         return hook
 
     handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _padding_unrouted(model: nn.Module, masks: _Masks) -> Iterator[None]:
+    """Route padding to no expert: which rows of an expert's input were tokens cannot be told afterwards."""
+
+    def hook(module: SeparateExperts, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        states, index, weights = args
+        mask = next((mask for mask in masks if mask.numel() == len(states)), None)
+        if mask is not None:
+            index = index.masked_fill(~mask.reshape(-1, 1).bool().to(index.device), len(module))
+        return states, index, weights
+
+    experts = [module for module in model.modules() if isinstance(module, SeparateExperts)]
+    handles = [module.register_forward_pre_hook(hook) for module in experts]
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .experts import fuse_dense_experts, separate_names
 from .layers import FactorizedLinear
 from .modeling_sieve import (
     FORMAT_VERSION,
@@ -55,6 +56,7 @@ def sieve_model(
     base_config, base_class = _base_classes(model)
     _check_layers(model)
     _forget_gguf(model)
+    fuse_dense_experts(model)
     block: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "base_model_type": base_config.model_type,
@@ -65,6 +67,8 @@ def sieve_model(
     }
     if base_revision is not None:
         block["base_revision"] = base_revision
+    if experts := separate_names(model.base_model):
+        block["separate_experts"] = experts
     sieve_config = config_class(base_config)
     sieve_class = model_class(base_class, sieve_config)
     _replace_configs(model, base_config, sieve_config, block)

@@ -1,7 +1,7 @@
 """The model type `sieve`: any transformers architecture, some of whose linears are `FactorizedLinear`.
 
-This file and those it imports travel beside the weights of every pruned model, so they need torch and transformers
-alone; the same code serves the installed package and `trust_remote_code=True`.
+This file and those it imports travel beside the weights of every pruned model, for `trust_remote_code=True`,
+so they need torch and transformers alone.
 
 Classes are made on demand as subclasses of the base architecture's (`SieveLlamaConfig`, `SieveLlamaForCausalLM`). They
 replace the linears named in the configuration when the model is built, before any weight is read: sharding, dtypes,
@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from .experts import separate_experts
 from .fusion import keep_apart
 from .layers import FactorizedLinear
 from .tensor_parallel import factor_plan
@@ -235,6 +236,7 @@ def _read_base(config_dict: dict[str, Any]) -> Any:
 
 def _replace_linears(model: PreTrainedModel) -> None:
     """Put an empty `FactorizedLinear` wherever the rank pattern names a layer."""
+    separate_experts(model.base_model, model.config.sieve.get("separate_experts", ()))
     modules = dict(model.base_model.named_modules())
     for name, entry in model.config.sieve["rank_pattern"].items():
         if name not in modules:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .checks import check_task, check_weights
+from .experts import separate_experts
 from .inputs import input_format
 from .scoring import tokens_fingerprint
 from .setting import Setting
@@ -33,6 +34,7 @@ def check_inputs(
     Raises:
         ValueError: The message names what does not fit.
     """
+    separate_experts(model)
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(model, targets)
     check_task(task, model, tokenizer)

@@ -47,8 +47,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether `module` is a plain linear map that can be factorized."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Tell whether `module` is a linear map that can be factorized. Routers of experts only inherit from one."""
+    return (isinstance(module, nn.Linear) and not type(module).__name__.endswith("Router")) or is_conv1d(module)
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:

@@ -6,6 +6,7 @@ import functools
 import re
 from typing import TYPE_CHECKING
 
+from .experts import SeparateExperts
 from .layers import FactorizedLinear
 
 
@@ -35,6 +36,9 @@ def factor_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     """
     rules: dict[str, str] = {}
     dense = set()
+    # Every process holds these whole.
+    experts = tuple(_wildcard(name) for name, module in model.named_modules() if isinstance(module, SeparateExperts))
+    plan = {name: style for name, style in plan.items() if not name.startswith(experts)}
     for name, module in model.named_modules():
         container = _wildcard(name)
         if not isinstance(module, FactorizedLinear):

@@ -1,10 +1,14 @@
-"""Every architecture of docs/architectures.md: pruned, saved, loaded with and without the package, LoRA, int8."""
+"""Every architecture of docs/architectures.md: pruned, saved, loaded with and without the package, LoRA, int8.
+
+The table in that page is what these tests found; `WRITE_TABLE=1 pytest tests/test_architectures.py` writes it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,8 +26,6 @@ from optimum_sieve.modeling_sieve import read_rank_pattern
 
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
 _BASE = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -69,6 +71,10 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_COMMON, **_LABELS, "intermediate_size": 48, "cls_token_id": 1, "sep_token_id": 2},
     ),
 }  # fmt: skip
+COLUMNS = ("from_pretrained", "remote code", "LoRA", "int8")
+# Filled by the tests that passed: the columns of each architecture.
+FOUND: dict[str, set[str]] = {}
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 # Layers of rank 0 have weights without elements.
 EMPTY = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
 SCRIPT = '''
@@ -91,6 +97,10 @@ for directory in sorted(Path(sys.argv[1]).iterdir()):
     found[directory.name] = [type(model).__module__.partition(".")[0], close]
 Path(sys.argv[2]).write_text(json.dumps(found))
 '''
+
+
+def note(name: str, column: str) -> None:
+    FOUND.setdefault(name, set()).add(column)
 
 
 def make_model(name: str) -> PreTrainedModel:
@@ -171,11 +181,13 @@ def test_the_pruned_model_comes_back_with_the_same_logits(name: str, directories
     # Not bit for bit: the CPU's kernels round by how the weights lie in memory.
     expected = load_file(directories[name] / "expected.safetensors")["logits"]
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    note(name, "from_pretrained")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_code_beside_the_weights_gives_the_same_logits(name: str, remote: dict[str, Any]) -> None:
     assert remote[name] == ["transformers_modules", True]
+    note(name, "remote code")
 
 
 def loss_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -205,6 +217,7 @@ def test_lora_on_the_factors_learns_and_merges(name: str, directories: dict[str,
     merged = adapted.merge_and_unload()
     assert float(loss_of(merged, inputs).detach()) == pytest.approx(after, rel=1e-3)
     assert read_rank_pattern(merged) == pattern
+    note(name, "LoRA")
 
 
 @EMPTY
@@ -224,3 +237,20 @@ def test_int8_weights_give_nearly_the_same_logits(name: str, directories: dict[s
     error = (logits(quantized).float() - expected).norm() / (expected - expected.mean()).norm()
     assert error < 0.3
     assert "FactorizedLinear(" in repr(quantized)
+    note(name, "int8")
+
+
+def test_the_page_shows_what_was_found() -> None:
+    """After the others, of which all must have run."""
+    if FOUND.keys() != ARCHITECTURES.keys() or any(len(columns) < len(COLUMNS) for columns in FOUND.values()):
+        pytest.skip("some of the tests did not run or failed")
+    rows = [f"| architecture | {' | '.join(COLUMNS)} |", f"| --- |{' --- |' * len(COLUMNS)}"]
+    rows += [f"| `{ARCHITECTURES[name][0]}` |{' yes |' * len(COLUMNS)}" for name in sorted(FOUND)]
+    text = PAGE.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    start = lines.index(rows[0])
+    end = next(place for place in range(start, len(lines)) if not lines[place].startswith("|"))
+    if os.environ.get("WRITE_TABLE"):
+        PAGE.write_text("\n".join([*lines[:start], *rows, *lines[end:]]) + "\n", encoding="utf-8")
+    else:
+        assert lines[start:end] == rows, "write it with WRITE_TABLE=1"
