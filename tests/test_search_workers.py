@@ -66,7 +66,7 @@ def start(words, log, pause=0.02, url=None):
 def open_study(url):
     """Wait for the study, then open it."""
     opened, names = None, []
-    for _ in range(600):
+    for _ in range(1800):
         opened = opened or try_storage(url)
         names = optuna.get_all_study_names(opened) if opened else []
         if names:
