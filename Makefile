@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# Apart: where optimum-quanto is installed, every `optimum-cli` command takes seconds longer.
+QUANTO := $(VENV)/quanto
 
 # mkdocs-material advertises its successor at every build.
 export NO_MKDOCS_2_WARNING := 1
@@ -20,11 +22,17 @@ $(INSTALLED): pyproject.toml constraints.txt optimum_sieve/commands/register_sie
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
 
+$(QUANTO): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+		--target $@ optimum-quanto ninja
+	@touch $@
+
 demo: $(INSTALLED) ## Prune a real model for a real task and compare the two (DEMO_MODEL, DEMO_TASK: other ones)
 	$(BIN)/python examples/demo/run.py
 
-test: $(INSTALLED) ## Run the tests and the doctests
+test: $(INSTALLED) $(QUANTO) ## Run the tests and the doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PYTHONPATH=$(QUANTO) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/test_quanto.py
 
 check: $(INSTALLED) ## Lint, format, types, import rules, documentation, version
 	$(BIN)/ruff check .

@@ -8,8 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"))
 
-from prepare import CACHE, MODEL_FILE, MODEL_NAME, prepare
+from prepare import CACHE, MODEL_FILE, MODEL_NAME, download, prepare, prepare_reviews
 
+
+__all__ = ["CACHE", "choose_source", "download", "prepare_reviews"]
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 

@@ -78,7 +78,7 @@ def fresh_process(*words: str) -> subprocess.CompletedProcess[str]:
     ("words", "status", "shown"),
     [
         (["--help"], 0, "Prune a language model for one task."),
-        (["sieve"], 0, "{prune,evaluate,search,report,push}"),
+        (["sieve"], 0, "{prune,evaluate,search,report,push,export,merge}"),
         (["sieve", "prune", "--help"], 0, "--pruning-ratio"),
         (["sieve", "evaluate", "--help"], 0, "--compare-to"),
         (["sieve", "search", "--help"], 0, "--worker"),

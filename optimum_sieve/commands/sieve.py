@@ -5,6 +5,8 @@ from __future__ import annotations
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_sieve.commands.evaluate import EvaluateCommand
+from optimum_sieve.commands.export import ExportCommand
+from optimum_sieve.commands.merge import MergeCommand
 from optimum_sieve.commands.prune import PruneCommand
 from optimum_sieve.commands.push import PushCommand
 from optimum_sieve.commands.report import ReportCommand
@@ -40,5 +42,15 @@ class SieveCommand(BaseOptimumCLICommand):
             name="push",
             help="Push a pruned model to the Hugging Face Hub.",
             subcommand_class=PushCommand,
+        ),
+        CommandInfo(
+            name="export",
+            help="Write a pruned model as a dense one, or as an ONNX graph.",
+            subcommand_class=ExportCommand,
+        ),
+        CommandInfo(
+            name="merge",
+            help="Merge a LoRA adapter into a pruned model.",
+            subcommand_class=MergeCommand,
         ),
     )

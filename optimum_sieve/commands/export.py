@@ -1,0 +1,85 @@
+"""`optimum-cli sieve export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve.commands.base import SieveSubcommand, add_debug
+
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ExportCommand(SieveSubcommand):
+    """Write a pruned model in a form that needs nothing of optimum-sieve."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Add the options of `optimum-cli sieve export`."""
+        parser.description = "Write a pruned model as a dense one of its base architecture, or as an ONNX graph."
+        parser.add_argument("--model", metavar="MODEL", required=True, help="Hub id or directory of the pruned model.")
+        parser.add_argument("--output", metavar="DIR", required=True, help="Directory of the export.")
+        form = parser.add_mutually_exclusive_group(required=True)
+        form.add_argument(
+            "--dense", action="store_true", help="Multiply the factors out: the dense size and speed, loads anywhere."
+        )
+        form.add_argument("--onnx", action="store_true", help="ONNX graph with the factors, checked in ONNX Runtime.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
+        parser.add_argument(
+            "--dtype",
+            help="Floating-point type to load in, such as bfloat16 (default: as saved; float32 for --onnx).",
+        )
+        parser.add_argument(
+            "--tolerance",
+            type=float,
+            metavar="X",
+            help="With --onnx: largest difference of a logit allowed, as a part of the largest one (default: 0.001).",
+        )
+        parser.add_argument(
+            "--max-shard-size", metavar="SIZE", help="With --dense: largest file of weights, such as 2GB."
+        )
+        parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
+        add_debug(parser)
+
+    def execute(self, arguments: Namespace) -> None:
+        """Load the model, export it and say where."""
+        for option, form in (("tolerance", "onnx"), ("max_shard_size", "dense")):
+            if getattr(arguments, option) is not None and not getattr(arguments, form):
+                self.parser.error(f"--{option.replace('_', '-')} goes with --{form}")
+
+        from optimum_sieve.card import base_license
+        from optimum_sieve.export import save_dense
+        from optimum_sieve.export_onnx import TOLERANCE, check_onnx_packages, export_onnx
+        from optimum_sieve.output import check_output
+
+        check_output(Path(arguments.output), arguments.overwrite)
+        if arguments.onnx:
+            check_onnx_packages()
+        model, tokenizer = _load(arguments)
+        common: dict[str, Any] = {"overwrite": arguments.overwrite, "license_id": base_license(arguments.model)}
+        if arguments.onnx:
+            tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
+            difference = export_onnx(model, tokenizer, arguments.output, tolerance=tolerance, **common)
+            print(f"largest difference in ONNX Runtime: {difference:.2g} of the largest logit")
+        else:
+            if arguments.max_shard_size is not None:
+                common["max_shard_size"] = arguments.max_shard_size
+            save_dense(model, tokenizer, arguments.output, progress=True, **common)
+        print(f"saved in {arguments.output}")
+
+
+def _load(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the pruned model on the CPU, once its configuration says that it is one."""
+    from transformers import AutoConfig
+
+    from optimum_sieve.export import check_pruned
+    from optimum_sieve.loading import load_model
+
+    check_pruned(AutoConfig.from_pretrained(arguments.model, revision=arguments.revision))
+    dtype = arguments.dtype or ("float32" if arguments.onnx else None)
+    model, tokenizer, _ = load_model(arguments.model, dtype=dtype, device="cpu", revision=arguments.revision)
+    return model, tokenizer
