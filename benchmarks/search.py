@@ -49,7 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=1000, help="test examples")
     parser.add_argument("--population-size", type=int)
     parser.add_argument("--generations", type=int)
-    parser.add_argument("--bottlenecks", type=int, default=0, help="matrices of the first seed's result to lower alone")
+    parser.add_argument(
+        "--bottlenecks", type=int, default=0, help="only lower as many matrices of the first seed's result alone"
+    )
     parser.add_argument("--paper", action="store_true", help="run the `paper` preset instead, and count examples")
     parser.add_argument("--work-dir", type=Path, help="keeps moments, bases and studies")
     parser.add_argument("--json", type=Path, help="where the rows go as JSON lines")
@@ -234,6 +236,9 @@ def main() -> None:
     if arguments.paper:
         bench.examples_needed(arguments.seeds[0])
         return
+    if arguments.bottlenecks:
+        bench.measure_bottlenecks(arguments.seeds[0])
+        return
     rows = []
     for seed in arguments.seeds:
         for row in bench.run(seed):
@@ -247,8 +252,6 @@ def main() -> None:
                 with arguments.json.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     summarize(rows)
-    if arguments.bottlenecks:
-        bench.measure_bottlenecks(arguments.seeds[0])
 
 
 if __name__ == "__main__":
