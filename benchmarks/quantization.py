@@ -60,9 +60,13 @@ if TYPE_CHECKING:
     from optimum_sieve import Evaluation
 
 PRUNED = Path(__file__).resolve().parents[1] / "demo-output"
-PLAIN = ("int8", "int8 activations", "int4 rows", "int4 groups", "bitsandbytes int8", "bitsandbytes nf4")
-# Bits of the first and the last factor; dense layers have 4. `None` is the pruned model's own precision.
+PLAIN = (
+    "int8", "int8 groups", "int8 activations", "int4 rows", "int4 groups", "bitsandbytes int8", "bitsandbytes nf4",
+)  # fmt: skip
+# Bits of the first and the last factor; dense layers have the fewer. `None` is the pruned model's own precision.
 MIXED: dict[str, tuple[int | None, int | None]] = {
+    "first int8, last unquantized": (8, None),
+    "first unquantized, last int8": (None, 8),
     "int4 groups or rows": (4, 4),
     "first int4, last int8": (4, 8),
     "first int8, last int4": (8, 4),
@@ -82,7 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--dtype", default="bfloat16", help="of what is not quantized")
     parser.add_argument("--examples", type=int, help="of the test split; default: all")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--group-size", type=int, default=32, help="weights of one 4-bit scale of torchao")
+    parser.add_argument("--group-size", type=int, default=32, help="weights of one scale, of the variants in groups")
     choices = (*PLAIN, *MIXED, SMALLER)
     parser.add_argument("--variants", nargs="+", choices=choices, default=choices, metavar="VARIANT",
                         help="quote each: " + ", ".join(f"'{choice}'" for choice in choices))  # fmt: skip
@@ -132,18 +136,19 @@ class Row:
         ]
 
 
-def int4(granularity: Any) -> IntxWeightOnlyConfig:
-    """Return the settings of 4-bit weights."""
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+def intx(dtype: torch.dtype, granularity: Any) -> IntxWeightOnlyConfig:
+    """Return the settings of weights of a few bits."""
+    return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
 
 
 def plain_config(variant: str, group_size: int) -> Any:
     """Return the configuration that quantizes all linears alike."""
     makers = {
         "int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+        "int8 groups": lambda: TorchAoConfig(intx(torch.int8, PerGroup(group_size))),
         "int8 activations": lambda: TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
-        "int4 rows": lambda: TorchAoConfig(int4(PerAxis(0))),
-        "int4 groups": lambda: TorchAoConfig(int4(PerGroup(group_size))),
+        "int4 rows": lambda: TorchAoConfig(intx(torch.int4, PerAxis(0))),
+        "int4 groups": lambda: TorchAoConfig(intx(torch.int4, PerGroup(group_size))),
         "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
         "bitsandbytes nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     }
@@ -152,7 +157,8 @@ def plain_config(variant: str, group_size: int) -> Any:
 
 def mixed_config(variant: str, model: PreTrainedModel, group_size: int) -> TorchAoConfig:
     """Return the configuration that gives the two factors of a layer of `model` different precision."""
-    bits = {f"{target.name}.weight": (4, target.in_features) for target in find_targets(model, ["*"])}
+    fewest = 4 if variant == SMALLER else min(count for count in MIXED[variant] if count is not None)
+    bits = {f"{target.name}.weight": (fewest, target.in_features) for target in find_targets(model, ["*"])}
     for name, layer in model.named_modules():
         if isinstance(layer, FactorizedLinear):
             children = list(layer.named_children())
@@ -164,7 +170,7 @@ def mixed_config(variant: str, model: PreTrainedModel, group_size: int) -> Torch
     settings = {
         name: Int8WeightOnlyConfig()
         if count == 8
-        else int4(PerGroup(group_size) if columns % group_size == 0 else PerAxis(0))
+        else intx(torch.int4, PerGroup(group_size) if columns % group_size == 0 else PerAxis(0))
         for name, (count, columns) in bits.items()
         if count is not None
     }
