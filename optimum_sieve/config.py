@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .heal_config import HealConfig
+from .rules import check_choice, check_float, check_integer, check_known
 
 
 PROJECTIONS = ("svd", "activation", "joint", "learned")
@@ -73,6 +74,9 @@ class SieveConfig:
             Rows per forward pass. An example takes one, or one for each label of several tokens; it is never divided.
         seed (`int`):
             Seed of everything random.
+        heal ([`HealConfig`][optimum_sieve.heal_config.HealConfig], *optional*):
+            Settings of healing, a short training of the factors that follows pruning. `None`: the factors stay as they
+            were found. With a `tolerance`, every size tried is healed.
 
     Raises:
         ValueError: If a value breaks its rule; the message names the argument, the rule and the value.
@@ -105,6 +109,7 @@ class SieveConfig:
     search_fraction: float = 0.25
     batch_size: int = 16
     seed: int = 0
+    heal: HealConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -116,16 +121,35 @@ class SieveConfig:
                 f"pruning_ratio={self.pruning_ratio}."
             )
         for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         for name, (low, high, includes_low) in _FLOAT_RANGES.items():
-            _check_float(name, getattr(self, name), low, high, includes_low)
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                check_float(name, getattr(self, name), low, high, includes_low, _HINTS.get(name, ""))
         for name, low in _LEAST_INTEGERS.items():
-            _check_integer(name, getattr(self, name), low)
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                check_integer(name, getattr(self, name), low)
+        self._check_healing()
         if self.projection == "learned" and (self.allocation != "uniform" or self.pruning_ratio is None):
             raise ValueError(
                 "`projection='learned'` must go with allocation='uniform' and a `pruning_ratio`, got "
                 f"allocation={self.allocation!r} and pruning_ratio={self.pruning_ratio}. An adapter is trained for one "
                 "rank, so there is no curve to allocate or search on."
+            )
+
+    def _check_healing(self) -> None:
+        if self.heal is None:
+            return
+        if not isinstance(self.heal, HealConfig):
+            raise TypeError(f"`heal` must be a HealConfig or None, got {self.heal!r}.")
+        if self.allocation == "genetic" and (self.tolerance is not None or self.heal.rounds > 1):
+            raise ValueError(
+                "`heal` with a `tolerance` or several rounds must go with allocation='energy' or 'uniform', got "
+                "'genetic', whose search does not heal its candidates. Set a `pruning_ratio` and one round of healing."
+            )
+        if self.projection == "learned" and self.heal.rounds > 1:
+            raise ValueError(
+                f"`heal.rounds` must be 1 with projection='learned', got {self.heal.rounds}: adapters are trained for "
+                "one size."
             )
 
     def search_count(self, num_examples: int) -> int:
@@ -145,6 +169,7 @@ class SieveConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types, sorted by name."""
         values = dataclasses.asdict(self)
+        values["heal"] = None if self.heal is None else self.heal.to_dict()
         return {key: list(values[key]) if isinstance(values[key], tuple) else values[key] for key in sorted(values)}
 
     @classmethod
@@ -154,12 +179,9 @@ class SieveConfig:
         Raises:
             ValueError: If a key is unknown (the message names the closest known one) or a value breaks its rule.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"Did you mean `{close[0]}`?" if close else f"Known settings: {', '.join(known)}."
-                raise ValueError(f"`{key}` is not a setting of SieveConfig. {hint}")
+        check_known(list(values), [field.name for field in dataclasses.fields(cls)], "SieveConfig")
+        if isinstance(values.get("heal"), dict):
+            values = {**values, "heal": HealConfig.from_dict(values["heal"])}
         return cls(**values)
 
     def to_json_file(self, path: str | Path) -> None:
@@ -206,7 +228,8 @@ _LEAST_INTEGERS = {
     "batch_size": 1,
     "seed": 0,
 }
-_OPTIONAL_INTEGERS = ("population_size", "generations")
+_OPTIONAL = ("tolerance", "pruning_ratio", "population_size", "generations")
+_HINTS = {"tolerance": " Points are fractions: two points are 0.02."}
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...] | None:
@@ -217,27 +240,3 @@ def _patterns(name: str, value: Any) -> tuple[str, ...] | None:
     if name == "target_modules" and not value:
         raise ValueError("`target_modules` must name at least one pattern, got none. Leave it out for all linears.")
     return tuple(value or ())
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _check_float(name: str, value: Any, low: float, high: float, includes_low: bool) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not math.isfinite(value) or not (low <= value < high if includes_low else low < value < high):
-        rule = f"{'at least' if includes_low else 'above'} {low:g} and below {high:g}"
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}. Points are fractions: two points are 0.02.")
-
-
-def _check_integer(name: str, value: Any, low: int) -> None:
-    if value is None and name in _OPTIONAL_INTEGERS:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < low:
-        raise ValueError(f"`{name}` must be at least {low}, got {value}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from . import __version__
@@ -13,7 +12,7 @@ from .scoring import tokens_fingerprint
 from .setting import Setting
 from .targets import find_targets
 from .tasks.data import SPLITS
-from .workdir import WorkDir, content_key, model_fingerprint
+from .workdir import WorkDir, architecture, content_key, model_fingerprint
 
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ def check_inputs(
     check_task(task, model, tokenizer)
     if config.allocation == "genetic":
         config.search_count(task.splits["selection"])
+    if config.heal is not None:
+        config.heal.monitor_count(task.splits["selection"])
     return targets
 
 
@@ -59,13 +60,15 @@ def prepare(
         ValueError: If the settings, the model or the data break a rule.
         OSError: If the work directory cannot be used.
     """
+    # Healed sizes are too dear to be forgotten during a search, which takes up the best one again.
+    searches_healed = config.heal is not None and config.tolerance is not None
     return Setting(
         model=model,
         tokenizer=tokenizer,
         config=config,
         metric=task.metric,
         targets=check_inputs(model, tokenizer, task, config),
-        work=WorkDir(work_dir),
+        work=WorkDir.temporary() if work_dir is None and searches_healed else WorkDir(work_dir),
         fingerprint=_fingerprint(model, tokenizer, task),
         progress=progress,
         study_storage=study_storage,
@@ -74,15 +77,10 @@ def prepare(
 
 def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
     """Hash everything but the settings that results depend on: weights, architecture, tokens, this package."""
-    architecture = {
-        name: value
-        for name, value in model.config.to_diff_dict().items()
-        if name not in ("_name_or_path", "transformers_version")
-    }
     inputs = input_format(model)
     return content_key(
         model=model_fingerprint(model),
-        architecture=json.loads(json.dumps(architecture, default=str)),
+        architecture=architecture(model),
         task=task.fingerprint(),
         tokens=[tokens_fingerprint(task.examples(split, tokenizer), tokenizer, inputs) for split in SPLITS],
         version=__version__,

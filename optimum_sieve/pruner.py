@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .card import public_name
 from .checks import check_model
+from .healer import hold_ranks, make_healer
 from .hub import push_folder
 from .loading import load_model
 from .plan import PrunePlan, make_plan, measure_sizes
@@ -17,7 +18,6 @@ from .result import SieveResult, make_result, save_result
 from .search.stage import join_search, run_search, wait_for_search
 from .setting import Setting, score, timed
 from .stages import calibrate, choose_ranks
-from .surgery import apply_ranks, restore
 from .tasks import Task
 from .workdir import WorkDir
 
@@ -190,7 +190,7 @@ class SievePruner:
         """Prune the model in place and score it, beside the dense one, on the test split.
 
         The stages: moments on the calibration split, factor bases, ranks (searched on the selection split), pruned
-        model, scores on the test split. The test split is read at the end and decides nothing.
+        model, healed where the settings say so, scores on the test split, which is read at the end and decides nothing.
 
         Args:
             config (`SieveConfig`): The settings.
@@ -208,21 +208,21 @@ class SievePruner:
         """
         seconds: dict[str, float] = {}
         setting = self._prepare(config, work_dir, study_storage, progress)
-        targets = setting.targets
         calibration, selection, test = self._examples("calibration", "selection", "test")
         bases = calibrate(setting, calibration, seconds)
+        healer = make_healer(setting, calibration, selection, seconds)
         with timed(seconds, "ranks"):
-            ranks, trials = choose_ranks(setting, bases, selection, calibration)
+            ranks, trials = choose_ranks(setting, bases, selection, calibration, healer)
         with timed(seconds, "test"):
             dense = score(setting, test, "dense model on test")
-        before = measure_sizes(self.model, targets)
-        replaced = apply_ranks(self.model, bases, ranks, storage=config.storage)
+        before = measure_sizes(self.model, setting.targets)
+        undo = hold_ranks(setting, bases, ranks, healer, seconds)
         del bases
         try:
             with timed(seconds, "test"):
                 # Not from the work directory: what is scored here is what will be saved.
                 pruned = score(replace(setting, work=WorkDir(None)), test, "pruned model on test")
-            after = measure_sizes(self.model, targets)
+            after = measure_sizes(self.model, setting.targets)
             self.result = make_result(
                 self.model,
                 scores=(dense, pruned),
@@ -234,10 +234,11 @@ class SievePruner:
                 loading=self.loading,
                 base_model=public_name(self.base_model),
                 base_revision=self._base_revision(),
+                healing=None if healer is None else healer.report(),
             )
             self.model = self.result.model
         except BaseException:
-            restore(self.model, replaced)
+            undo()
             raise
         return self.result
 

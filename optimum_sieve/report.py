@@ -32,6 +32,7 @@ def build_report(
     split: str = "test",
     largest_coefficient: float | None = None,
     loading: dict[str, str] | None = None,
+    healing: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
 
@@ -48,6 +49,7 @@ def build_report(
         split (`str`): The split that was scored.
         largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery`.
         loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
+        healing (`dict[str, Any]`, *optional*): What healing did, see [`Healer.report`][optimum_sieve.healer.Healer].
 
     Returns:
         `dict[str, Any]`: The report. Scores are on the task's metric, differences are pruned minus dense.
@@ -91,6 +93,7 @@ def build_report(
         ("seconds", seconds),
         ("settings", settings),
         ("loading", loading),
+        ("healing", healing),
     ):
         if value is not None:
             report[key] = value

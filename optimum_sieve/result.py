@@ -59,6 +59,7 @@ def make_result(
     loading: dict[str, str] | None,
     base_model: str | None,
     base_revision: str | None,
+    healing: dict[str, Any] | None = None,
 ) -> SieveResult:
     """Turn a factorized model, in place, into one of model type `sieve`, and report on it.
 
@@ -73,6 +74,7 @@ def make_result(
         loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded.
         base_model (`str`, *optional*): Public name of the dense model.
         base_revision (`str`, *optional*): Its commit on the Hub.
+        healing (`dict[str, Any]`, *optional*): What healing did.
     """
     dense, pruned = scores
     named = dict(zip(("before", "after"), sizes, strict=True))
@@ -87,6 +89,7 @@ def make_result(
         settings=settings,
         largest_coefficient=largest_coefficient(model),
         loading=loading,
+        healing=healing,
     )
     model = sieve_model(
         model,

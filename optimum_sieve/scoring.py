@@ -120,9 +120,12 @@ def make_batches(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    rows = _encode(examples, tokenizer, candidates, inputs)
-    pads = (inputs.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    pad_id = next((i for i in pads if isinstance(i, int)), 0)
+    rows = encode(examples, tokenizer, candidates=candidates, inputs=inputs)
+    return pack(rows, batch_size=batch_size, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind)
+
+
+def pack(rows: Sequence[EncodedExample], *, batch_size: int, pad_id: int, kind: Kind) -> list[Batch]:
+    """Put encoded examples into batches as [`make_batches`] does; `pad_id` is what short rows are filled up with."""
     batches: list[list[EncodedExample]] = []
     filled = batch_size
     for row in sorted(rows, key=lambda row: -row.length):
@@ -131,7 +134,33 @@ def make_batches(
             filled = 0
         batches[-1].append(row)
         filled += len(row.rows)
-    return [_collate(batch, pad_id, inputs.kind) for batch in batches]
+    return [_collate(batch, pad_id, kind) for batch in batches]
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, inputs: InputFormat) -> int:
+    """Return the token id that rows are filled up with."""
+    pads = (inputs.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in pads if isinstance(i, int)), 0)
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, candidates: bool, inputs: InputFormat
+) -> list[EncodedExample]:
+    """Tokenize `examples`; see [`make_batches`], which raises what this does."""
+    if not examples:
+        raise ValueError("`examples` must hold at least one example, got none.")
+    rows = encode_examples(examples, tokenizer, candidates, inputs)
+    max_length = inputs.max_length
+    too_long = [row for row in rows if max_length is not None and row.length > max_length]
+    if too_long:
+        worst = max(too_long, key=lambda row: row.length)
+        raise ValueError(
+            f"`examples` must fit in the {max_length} tokens the model takes, got {len(too_long)} longer ones; the "
+            f"longest is `examples[{worst.index}]` with {worst.length} tokens "
+            f"({examples[worst.index].prompt[:60]!r}...). Shorten the prompt in the task file (jinja2: "
+            "`{{ text | truncate(2000) }}`) or leave such rows out."
+        )
+    return rows
 
 
 def check_examples(
@@ -142,12 +171,12 @@ def check_examples(
     inputs: InputFormat = InputFormat(),  # noqa: B008 - it cannot be changed
 ) -> None:
     """Raise what [`make_batches`] would raise, so that nothing about a split goes wrong after hours of work."""
-    _encode(examples, tokenizer, candidates, inputs)
+    encode(examples, tokenizer, candidates=candidates, inputs=inputs)
 
 
 def tokens_fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat) -> str:
     """SHA-256 of the token ids that stand for `examples`: it changes with the tokenizer and its chat template."""
-    encoded = _encode(examples, tokenizer, bool(examples[0].candidates), inputs)
+    encoded = encode(examples, tokenizer, candidates=bool(examples[0].candidates), inputs=inputs)
     rows = [[row.rows, row.reads, *([row.source] if row.source else [])] for row in encoded]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -170,6 +199,17 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
         `torch.Tensor` of shape `(num_examples, max_candidates)`: `float32`, `-inf` where an example has fewer
         candidates.
     """
+    at_sites = site_logits(model, batch, past)
+    device = at_sites.device
+    site, token, slot = batch.reads.to(device).unbind(dim=1)
+    token_log_probs = at_sites[site, token] - at_sites.logsumexp(dim=-1)[site]
+    present = batch.present.to(device)
+    sums = token_log_probs.new_zeros(present.numel()).index_add(0, slot, token_log_probs)
+    return sums.view(present.shape).masked_fill(~present, float("-inf"))
+
+
+def site_logits(model: nn.Module, batch: Batch, past: Cache | None = None) -> torch.Tensor:
+    """Return the logits (sites, vocabulary) at the batch's sites in `float32`; a classifier's are of its labels."""
     rows, positions = batch.sites.unbind(dim=1)
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.kind != "classification":
@@ -189,13 +229,8 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
         logits, columns = logits[:, None], torch.zeros_like(rows)
     elif logits.shape[1] == scored.shape[1]:
         columns = positions
-    device = logits.device
-    at_sites: torch.Tensor = logits[rows.to(device), columns.to(device)].float()
-    site, token, slot = batch.reads.to(device).unbind(dim=1)
-    token_log_probs = at_sites[site, token] - at_sites.logsumexp(dim=-1)[site]
-    present = batch.present.to(device)
-    sums = token_log_probs.new_zeros(present.numel()).index_add(0, slot, token_log_probs)
-    return sums.view(present.shape).masked_fill(~present, float("-inf"))
+    at_sites: torch.Tensor = logits[rows.to(logits.device), columns.to(logits.device)].float()
+    return at_sites
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -237,22 +272,3 @@ def _padded(rows: list[list[int]], pad_id: int, other_than: int = 0) -> tuple[to
     length += length == other_than
     ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])
     return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-
-
-def _encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
-) -> list[EncodedExample]:
-    if not examples:
-        raise ValueError("`examples` must hold at least one example, got none.")
-    rows = encode_examples(examples, tokenizer, candidates, inputs)
-    max_length = inputs.max_length
-    too_long = [row for row in rows if max_length is not None and row.length > max_length]
-    if too_long:
-        worst = max(too_long, key=lambda row: row.length)
-        raise ValueError(
-            f"`examples` must fit in the {max_length} tokens the model takes, got {len(too_long)} longer ones; the "
-            f"longest is `examples[{worst.index}]` with {worst.length} tokens "
-            f"({examples[worst.index].prompt[:60]!r}...). Shorten the prompt in the task file (jinja2: "
-            "`{{ text | truncate(2000) }}`) or leave such rows out."
-        )
-    return rows

@@ -15,8 +15,7 @@ from .workdir import WorkDir, content_key
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
     from .factorization import FactorBasis
@@ -29,7 +28,7 @@ class Setting:
     """What every stage of one run reads.
 
     Args:
-        model (`torch.nn.Module`): The dense model.
+        model (`PreTrainedModel`): The dense model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         config (`SieveConfig`): The settings.
         metric (`str`): The task's metric.
@@ -41,7 +40,7 @@ class Setting:
             in the work directory or, without one, memory.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: SieveConfig
     metric: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
     from .config import SieveConfig
+    from .healer import Healer
     from .search.genome import Ranks
     from .tasks import Example
 
@@ -187,6 +189,7 @@ def choose_ranks(
     bases: Mapping[str, FactorBasis],
     examples: Sequence[Example],
     calibration: Sequence[Example] = (),
+    healer: Healer | None = None,
 ) -> tuple[Ranks, list[dict[str, Any]]]:
     """Choose every target's rank, by `pruning_ratio` or by search within `tolerance`.
 
@@ -195,6 +198,7 @@ def choose_ranks(
         bases (`Mapping[str, FactorBasis]`): A basis of every target.
         examples (`Sequence[Example]`): The selection examples.
         calibration (`Sequence[Example]`): The calibration examples, which a genetic search uses too.
+        healer (`Healer`, *optional*): Heals every size that is tried; the examples it has not seen decide.
 
     Returns:
         `tuple[dict, list[dict]]`: Ranks by name (`None` = dense), and what the search tried.
@@ -208,20 +212,21 @@ def choose_ranks(
         return found["ranks"], found["candidates"]
     if config.pruning_ratio is not None:
         return allocate_ranks(setting, bases, 1 - config.pruning_ratio), []
-    dense = score(setting, examples, "dense model on selection")
+    part = "selection"
+    if healer is not None:
+        examples = healer.unseen
+        part = f"{len(examples)} unmonitored examples of selection"
+    dense = score(setting, examples, f"dense model on {part}")
+    names = (*_BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple", *(("heal",) if healer else ()))
 
     with LiveRanks(setting.model, bases) as live:
 
         def compare_at(kept: float) -> Comparison:
             ranks = allocate_ranks(setting, bases, kept)
-            live.hold(ranks)
-            pruned = score(
-                setting,
-                examples,
-                f"kept {kept:.1%} on selection",
-                ranks=ranks,
-                settings=setting.key(*_BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple"),
-            )
+            with nullcontext(live.hold(ranks)) if healer is None else healer.healed(bases, ranks):
+                pruned = score(
+                    setting, examples, f"kept {kept:.1%} on {part}", ranks=ranks, settings=setting.key(*names)
+                )
             return compare(dense, pruned)
 
         kept, trials = search_kept_fraction(

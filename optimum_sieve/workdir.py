@@ -6,6 +6,9 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +44,17 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def architecture(model: Any) -> dict[str, Any]:
+    """Return what a transformers model's configuration says of it, as JSON types, without where it came from."""
+    values = {
+        name: value
+        for name, value in model.config.to_diff_dict().items()
+        if name not in ("_name_or_path", "transformers_version")
+    }
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return result
+
+
 class WorkDir:
     """Stage results as safetensors files, `<stage>-<key>.safetensors`; without a path, nothing is kept.
 
@@ -61,8 +75,24 @@ class WorkDir:
             if not os.access(self.path, os.W_OK):
                 raise OSError(f"`work_dir` must be a directory that can be written, got {path}. Choose another one.")
 
+    @classmethod
+    def temporary(cls) -> WorkDir:
+        """Make a directory that goes away with the object."""
+        work = cls(tempfile.mkdtemp(prefix="optimum-sieve-"))
+        weakref.finalize(work, shutil.rmtree, str(work.path), ignore_errors=True)
+        return work
+
     def load(self, stage: str, key: str) -> dict[str, torch.Tensor] | None:
         """Return the tensors of a finished stage, or `None`.
+
+        Raises:
+            ValueError: If the file is damaged; the message names it.
+        """
+        found = self.load_with_record(stage, key)
+        return None if found is None else found[0]
+
+    def load_with_record(self, stage: str, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Return the tensors of a stage and what was recorded beside them, or `None`.
 
         Raises:
             ValueError: If the file is damaged; the message names it.
@@ -73,13 +103,22 @@ class WorkDir:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator protocol
-        except (SafetensorError, OSError) as error:
+                record = json.loads((file.metadata() or {}).get("record", "{}"))
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"`{path}` must be a safetensors file, got {error}. Delete it and run again.") from error
         logger.info("Resumed the %s from %s.", stage, path)
-        return tensors
+        return tensors, record
 
-    def save(self, stage: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep the tensors of a finished stage. Written to a temporary sibling first.
+    def remove(self, stage: str, key: str) -> None:
+        """Remove the file of a stage, if there is one."""
+        path = self._file(stage, key)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def save(
+        self, stage: str, key: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep the tensors of a stage and, as JSON beside them, `record`. Written to a temporary sibling first.
 
         Raises:
             OSError: If the disk is full or the directory cannot be written.
@@ -89,7 +128,9 @@ class WorkDir:
             return
         try:
             with replacing(path) as temporary:
-                save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+                metadata = None if record is None else {"record": json.dumps(record)}
+                own = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+                save_file(own, temporary, metadata=metadata)
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"`work_dir` must be writable and have room for the {stage}, got {self.path}: {error}. Finished stages "

@@ -1,0 +1,228 @@
+"""Healing as a stage of a pruning run: what it holds to, on which examples, in how many rounds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .budget import rank_parameters
+from .comparison import compare
+from .evaluation import Evaluation, evaluate
+from .factor_training import norm_parameters
+from .healing import Healing, heal
+from .layers import FactorizedLinear
+from .setting import score, timed
+from .stages import allocate_ranks, calibrate
+from .surgery import apply_ranks, restore
+from .targets import is_conv1d
+from .teacher import Teacher, teach
+from .workdir import content_key, model_fingerprint
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .factorization import FactorBasis
+    from .heal_config import HealConfig
+    from .search.genome import Ranks
+    from .setting import Setting
+    from .tasks import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionMonitor:
+    """Scores a model while it is healed, and compares it with the dense one.
+
+    Args:
+        examples (`Sequence[Example]`): Part of the selection split.
+        dense (`Evaluation`): The dense model's evaluation of the same examples.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        batch_size (`int`): Rows per forward pass.
+    """
+
+    examples: Sequence[Example]
+    dense: Evaluation
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the scores depend on beside the model."""
+        return content_key(examples=self.dense.fingerprint, metric=self.dense.metric, score=self.dense.score)
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return the score and the divergence from the dense model."""
+        found = evaluate(
+            model, self.examples, self.tokenizer, metric=self.dense.metric, batch_size=self.batch_size, progress=False
+        )
+        return {"score": found.score, "kl": compare(self.dense, found).kl}
+
+
+def make_healer(
+    setting: Setting, calibration: Sequence[Example], selection: Sequence[Example], seconds: dict[str, float]
+) -> Healer | None:
+    """Make the healer of a run, whose model is dense still; `None` where the settings ask for none."""
+    if setting.config.heal is None:
+        return None
+    with timed(seconds, "healing"):
+        return Healer(setting, calibration, selection)
+
+
+def hold_ranks(
+    setting: Setting,
+    bases: Mapping[str, FactorBasis],
+    ranks: Ranks,
+    healer: Healer | None,
+    seconds: dict[str, float],
+) -> Callable[[], None]:
+    """Put `ranks` into the dense model, healed where there is a healer; return what makes it dense again."""
+    if healer is None:
+        return partial(restore, setting.model, apply_ranks(setting.model, bases, ranks, storage=setting.config.storage))
+    with timed(seconds, "healing"):
+        healer.apply(bases, ranks)
+    return healer.restore
+
+
+class Healer:
+    """Prunes to given ranks and heals, as one step of a run whose model is dense when it is made.
+
+    Args:
+        setting (`Setting`): The run, whose configuration has `heal`.
+        calibration (`Sequence[Example]`): The calibration examples, which the factors are trained on.
+        selection (`Sequence[Example]`): The selection examples. The first are monitored, the others are left to the
+            choice of the size.
+    """
+
+    def __init__(self, setting: Setting, calibration: Sequence[Example], selection: Sequence[Example]) -> None:
+        assert setting.config.heal is not None
+        self.setting = setting
+        self.config: HealConfig = setting.config.heal
+        self.calibration = calibration
+        count = self.config.monitor_count(len(selection))
+        monitored, self.unseen = selection[:count], selection[count:]
+        self.teacher: Teacher = teach(
+            setting.model,
+            calibration,
+            setting.tokenizer,
+            loss=self.config.loss,
+            batch_size=setting.config.batch_size,
+            work=setting.work,
+            progress=setting.progress,
+        )
+        self.monitor = SelectionMonitor(
+            examples=monitored,
+            dense=score(setting, monitored, f"dense model on {count} monitored examples of selection"),
+            tokenizer=setting.tokenizer,
+            batch_size=setting.config.batch_size,
+        )
+        self.rounds: list[Healing] = []
+        self._dense = {target.name: setting.model.get_submodule(target.name) for target in setting.targets}
+        norms = norm_parameters(setting.model) if self.config.train_norms else {}
+        self._norms = [(parameter, parameter.detach().clone()) for parameter in norms.values()]
+
+    def apply(self, bases: Mapping[str, FactorBasis], ranks: Ranks) -> None:
+        """Put `ranks` into the dense model and heal it; in several rounds where the settings ask for them.
+
+        In round i of n the model is pruned to the (i/n)-th power of the part that `ranks` keep, and healed. Its healed
+        matrices, multiplied out, are the weights of the next round, which takes its moments on them. After an error the
+        model is dense again.
+        """
+        setting, rounds = self.setting, self.config.rounds
+        self.rounds = []
+        kept = self._kept(ranks)
+        try:
+            for number in range(1, rounds + 1):
+                own = ranks if rounds == 1 else allocate_ranks(setting, bases, kept ** (number / rounds))
+                apply_ranks(setting.model, bases, own, storage=setting.config.storage)
+                self._heal()
+                if number < rounds:
+                    self._multiply_out()
+                    bases = self._calibrate_again()
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Make the model the dense one again that it was when this was made."""
+        restore(self.setting.model, self._dense)
+        with torch.no_grad():
+            for parameter, value in self._norms:
+                parameter.copy_(value)
+
+    @contextmanager
+    def healed(self, bases: Mapping[str, FactorBasis], ranks: Ranks) -> Iterator[None]:
+        """Hold `ranks`, healed, in the model inside the context; it is dense again afterwards."""
+        self.apply(bases, ranks)
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def report(self) -> dict[str, Any]:
+        """Return what the last call of `apply` did, for the report."""
+        first, last = self.rounds[0].to_dict(), self.rounds[-1].to_dict()
+        return {
+            "steps": sum(one.steps for one in self.rounds),
+            "examples": first["examples"],
+            "seconds": round(sum(one.seconds for one in self.rounds), 3),
+            "monitored": self.monitor.dense.count,
+            "before": first["before"],
+            "after": last["after"],
+            "rounds": [one.to_dict() for one in self.rounds],
+        }
+
+    def _heal(self) -> None:
+        setting = self.setting
+        done = heal(
+            setting.model,
+            self.teacher,
+            setting.tokenizer,
+            self.calibration,
+            self.config,
+            monitor=self.monitor,
+            seed=setting.config.seed,
+            work=setting.work,
+            progress=setting.progress,
+        )
+        self.rounds.append(done)
+
+    def _kept(self, ranks: Ranks) -> float:
+        """Part of the targets' parameters that `ranks` keep."""
+        targets, storage = self.setting.targets, self.setting.config.storage
+        kept = 0
+        for target in targets:
+            rank = ranks[target.name]
+            shape = (target.out_features, target.in_features)
+            kept += target.num_parameters if rank is None else rank_parameters(rank, *shape, storage)
+        return kept / sum(target.num_parameters for target in targets)
+
+    def _multiply_out(self) -> None:
+        """Put a dense layer in place of each factorized one, with its weight and bias."""
+        for name, dense in self._dense.items():
+            layer = self.setting.model.get_submodule(name)
+            if isinstance(layer, FactorizedLinear):
+                whole = copy.copy(dense)
+                whole._parameters = dict(dense._parameters)
+                weight = layer.weight.detach()
+                whole.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(whole) else weight)
+                if layer.bias is not None:
+                    whole.bias = nn.Parameter(layer.bias.detach())
+                self.setting.model.set_submodule(name, whole)
+
+    def _calibrate_again(self) -> dict[str, FactorBasis]:
+        """Take moments on the model as it is now and factor its weights."""
+        setting = dataclasses.replace(
+            self.setting,
+            fingerprint=content_key(run=self.setting.fingerprint, healed=model_fingerprint(self.setting.model)),
+            config=dataclasses.replace(self.setting.config, rounds=1),
+        )
+        return calibrate(setting, self.calibration, {})

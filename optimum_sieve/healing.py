@@ -1,0 +1,286 @@
+r"""Heal a pruned model: train its factors for a few steps until it answers as the dense model does.
+
+What a step does depends on the settings and its number alone, and all that it changes is kept in the work directory,
+so a run that was stopped goes on to the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from tqdm.auto import tqdm
+
+from .factor_training import FactorTraining, trained_parameters, training_only
+from .inputs import input_format
+from .scoring import encode, input_device, pack, padding_id
+from .workdir import WorkDir, architecture, content_key, model_fingerprint
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .encoding import EncodedExample
+    from .heal_config import HealConfig
+    from .scoring import Batch
+    from .tasks import Example
+    from .teacher import Teacher
+
+
+_WARMUP = 0.1
+# Raised when the same settings lead to other weights, so that results from before are left alone.
+_FORMAT = 1
+_STATE, _RESULT = "healing", "healed"
+
+
+class Monitor(Protocol):
+    """How well a model does on examples that it is not trained on."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the scores depend on beside the model."""
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return `"score"`, the higher the better, and `"kl"`, which decides between equal scores."""
+
+
+@dataclass(kw_only=True)
+class Healing:
+    """What a run of healing did.
+
+    Args:
+        steps (`int`): Steps taken, those after the best one included.
+        examples (`int`): Examples there were to train on.
+        seconds (`float`): Wall-clock time, over all parts of a run that was stopped.
+        best_step (`int`): Step whose weights were taken; 0: those from before.
+        evaluations (`list[dict]`): `"step"`, `"score"` and `"kl"` of each score of the monitor, from step 0 on, and the
+            mean `"loss"` of the steps since the one before.
+    """
+
+    steps: int = 0
+    examples: int
+    seconds: float = 0.0
+    best_step: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures a report shows."""
+        figures: dict[str, Any] = {**vars(self), "seconds": round(self.seconds, 3)}
+        if self.evaluations and "score" in self.evaluations[0]:
+            best = next(one for one in self.evaluations if one["step"] == self.best_step)
+            for name, found in (("before", self.evaluations[0]), ("after", best)):
+                figures[name] = {key: found[key] for key in ("score", "kl")}
+        return figures
+
+
+def heal(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    config: HealConfig,
+    *,
+    monitor: Monitor | None = None,
+    seed: int = 0,
+    work: WorkDir | None = None,
+    progress: bool = True,
+) -> Healing:
+    r"""Train the factors of a pruned model, in place, against the dense model.
+
+    The loss of an example is \((1 - w)\, \mathrm{KL}(\text{dense} \Vert \text{model}) - w \log p(\text{gold})\) with
+    the gold weight \(w\). Ranks and storage stay, and so does all that is not trained. There is no dropout. Under
+    `accelerate launch` the processes share the passes of each step.
+
+    Args:
+        model (`PreTrainedModel`): A model with factorized layers, of type `sieve` or about to become one.
+        teacher (`Teacher`): What [`teach`][optimum_sieve.teacher.teach] made of the same examples.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        examples (`Sequence[Example]`): The calibration examples.
+        config ([`HealConfig`][optimum_sieve.heal_config.HealConfig]): The settings.
+        monitor (`Monitor`, *optional*): Scores the model every `eval_steps`; the best weights are taken, those from
+            before among them. `None`: those of the last step.
+        seed (`int`): Seed of the examples' order.
+        work (`WorkDir`, *optional*): Keeps the state every `eval_steps`, and the result.
+        progress (`bool`): Whether a progress bar is shown.
+
+    Returns:
+        [`Healing`]: What was done. After an error the model is as it was before.
+
+    Raises:
+        ValueError: If the model has no factorized layer, or the loss or its gradient is not finite.
+    """
+    run = _Run(model, teacher, tokenizer, examples, config, monitor, seed, work or WorkDir(None))
+    if not run.load_result():
+        with training_only(model, run.training.parameters, checkpointing=config.gradient_checkpointing):
+            run.train(progress)
+    return run.healing
+
+
+class _Run:
+    """One run of healing: what it reads, and where it stands."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: Teacher,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        config: HealConfig,
+        monitor: Monitor | None,
+        seed: int,
+        work: WorkDir,
+    ) -> None:
+        self.model, self.teacher, self.config, self.monitor, self.seed, self.work = (
+            model, teacher, config, monitor, seed, work,
+        )  # fmt: skip
+        inputs = input_format(model)
+        self.rows = encode(examples, tokenizer, candidates=teacher.by_candidate, inputs=inputs)
+        self.pack = partial(
+            pack, batch_size=config.rows_per_pass, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind
+        )
+        self.training = FactorTraining(trained_parameters(model, norms=config.train_norms))
+        self.processes = PartialState()
+        self.healing = Healing(examples=len(examples))
+        self.best: dict[str, torch.Tensor] = {}
+        self.key = content_key(
+            model=model_fingerprint(model),
+            architecture=architecture(model),
+            teacher=teacher.fingerprint,
+            settings=config.to_dict(),
+            monitor=None if monitor is None else monitor.fingerprint,
+            seed=seed,
+            format=_FORMAT,
+        )
+
+    def load_result(self) -> bool:
+        """Take the weights of a run that has ended from the work directory, if they are there."""
+        found = self.work.load_with_record(_RESULT, self.key)
+        if found is not None:
+            self.training.assign(found[0])
+            self.healing = Healing(**found[1])
+        return found is not None
+
+    def train(self, progress: bool) -> None:
+        """Take the steps that are left."""
+        self._resume()
+        losses: list[float] = []
+        started = time.perf_counter()
+        with tqdm(total=self.config.steps, initial=self.healing.steps, desc="healing", unit="step",
+                  disable=not (progress and self.processes.is_main_process)) as bar:  # fmt: skip
+            if self.monitor is not None and not self.healing.evaluations:
+                self._evaluate(losses)
+            while self.healing.steps < self.config.steps and not self._is_stalled():
+                losses.append(self._step())
+                bar.update()
+                if self.healing.steps % self.config.eval_steps == 0 or self.healing.steps == self.config.steps:
+                    bar.set_postfix(loss=f"{np.mean(losses):.4f}")
+                    self._evaluate(losses)
+                    now = time.perf_counter()
+                    self.healing.seconds += now - started
+                    started = now
+                    self._save(_STATE, {**self.training.state(), **_named("best", self.best)})
+        if self.best:
+            self.training.assign(self.best)
+        else:
+            self.healing.best_step = self.healing.steps
+        self._save(_RESULT, self.training.values())
+        if self.processes.is_main_process:
+            self.work.remove(_STATE, self.key)
+        self.processes.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = self.work.load_with_record(_STATE, self.key)
+        if found is not None:
+            tensors, record = found
+            prefix = "best|"
+            kept = [name for name in tensors if name.startswith(prefix)]
+            self.best = {name.removeprefix(prefix): tensors.pop(name) for name in kept}
+            self.training.restore(tensors)
+            self.healing = Healing(**record)
+
+    def _step(self) -> float:
+        """Take one step; return its loss, the mean over its examples."""
+        drawn = _drawn(self.healing.steps, self.config.batch_size, len(self.rows), self.seed)
+        rows = [self.rows[index] for index in drawn]
+        mine = self._passes(rows)[self.processes.process_index :: self.processes.num_processes]
+        total = torch.zeros((), device=self.processes.device)
+        for batch in mine:
+            loss = self._loss(batch) / len(rows)
+            self.training.backward(loss)
+            total += loss.detach().to(total.device)
+        if self.processes.num_processes > 1:
+            for gradient in self.training.gradients():
+                gradient.copy_(reduce(gradient, reduction="sum"))
+            total = reduce(total, reduction="sum")
+        if not torch.isfinite(total):
+            raise ValueError(
+                f"The loss of healing must be finite, got {total.item()}. Lower `heal.learning_rate`, or load the "
+                "model in bfloat16 or float32."
+            )
+        self.training.step(self.config.learning_rate * _schedule(self.healing.steps, self.config.steps))
+        self.healing.steps += 1
+        return float(total)
+
+    def _passes(self, rows: list[EncodedExample]) -> list[Batch]:
+        device = input_device(self.model)
+        return [batch.to(device) for batch in self.pack(rows)]
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        divergences, gold = self.teacher.losses(self.model, batch)
+        weight = self.config.gold_weight
+        return ((1 - weight) * divergences + weight * gold).sum()
+
+    def _evaluate(self, losses: list[float]) -> None:
+        """Record the mean of `losses`, which are cleared, and, with a monitor, the score; keep the best weights."""
+        record: dict[str, Any] = {"step": self.healing.steps}
+        if losses:
+            record["loss"] = float(np.mean(losses))
+            losses.clear()
+        if self.monitor is not None:
+            record |= self.monitor(self.model)
+            if not self.best or _merit(record) > max(map(_merit, self.healing.evaluations)):
+                self.best = self.training.values()
+                self.healing.best_step = self.healing.steps
+        self.healing.evaluations.append(record)
+
+    def _is_stalled(self) -> bool:
+        """Tell whether the last `patience` scores brought no gain."""
+        since = [one for one in self.healing.evaluations if one["step"] > self.healing.best_step]
+        return self.monitor is not None and len(since) >= self.config.patience
+
+    def _save(self, stage: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        if self.processes.is_main_process:
+            self.work.save(stage, self.key, tensors, record=vars(self.healing))
+
+
+def _merit(record: Mapping[str, Any]) -> tuple[float, float]:
+    return record["score"], -record["kl"]
+
+
+def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}|{name}": tensor for name, tensor in tensors.items()}
+
+
+def _drawn(step: int, batch_size: int, num_examples: int, seed: int) -> list[int]:
+    """Return the examples of a step: all are drawn once, in random order, before any is drawn again."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_examples)
+              for epoch in {place // num_examples for place in places}}  # fmt: skip
+    return [int(orders[place // num_examples][place % num_examples]) for place in places]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the part of the learning rate at `step` (from 0): linear to 1 over the warmup, then a cosine to 0."""
+    warmup = max(1, round(_WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

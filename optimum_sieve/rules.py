@@ -1,0 +1,45 @@
+"""Rules of settings: each refuses a value with a line that names the setting, the rule and the value."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_float(name: str, value: Any, low: float, high: float, includes_low: bool, hint: str = "") -> None:
+    """Raise unless `value` is a number from `low` (itself allowed or not) to below `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not math.isfinite(value) or not (low <= value < high if includes_low else low < value < high):
+        rule = f"{'at least' if includes_low else 'above'} {low:g} and below {high:g}"
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}.{hint}")
+
+
+def check_integer(name: str, value: Any, low: int) -> None:
+    """Raise unless `value` is an integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < low:
+        raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a `TypeError` unless `value` is a boolean."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def check_known(keys: list[str], known: list[str], owner: str) -> None:
+    """Raise a `ValueError` that names the closest known setting where one of `keys` is not known."""
+    for key in keys:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean `{close[0]}`?" if close else f"Known settings: {', '.join(known)}."
+            raise ValueError(f"`{key}` is not a setting of {owner}. {hint}")

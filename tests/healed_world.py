@@ -1,0 +1,69 @@
+"""A toy model that has learned the toy task, and pruned copies of it that have forgotten part of it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from toy import make_model, make_tokenizer
+
+from optimum_sieve import SieveConfig
+from optimum_sieve.losses import answer_loss
+from optimum_sieve.prepare import prepare
+from optimum_sieve.scoring import make_batches
+from optimum_sieve.stages import allocate_ranks, calibrate
+from optimum_sieve.surgery import apply_ranks
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.tasks import Example, Task
+
+
+def learn(task: Task, model: PreTrainedModel | None = None, steps: int = 200) -> PreTrainedModel:
+    """Train a toy model on the calibration split until it does the task."""
+    model = make_model(initializer_range=0.05) if model is None else model
+    model.train()
+    tokenizer = make_tokenizer()
+    batches = make_batches(task.examples("calibration", tokenizer), tokenizer, batch_size=32, candidates=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        batch = batches[step % len(batches)]
+        (answer_loss(model, batch) / batch.num_examples).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def prune(
+    dense: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase | None = None, **settings: Any
+) -> PreTrainedModel:
+    """Return a copy of a dense model with factors, neither healed nor scored."""
+    config = SieveConfig(**{"pruning_ratio": 0.97, "rank_multiple": 1, "rounds": 1, **settings})
+    model, tokenizer = copy.deepcopy(dense), tokenizer or make_tokenizer()
+    setting = prepare(model, tokenizer, task, config, work_dir=None, study_storage=None, progress=False)
+    bases = calibrate(setting, task.examples("calibration", tokenizer), {})
+    apply_ranks(model, bases, allocate_ranks(setting, bases, 1 - (config.pruning_ratio or 0)), storage=config.storage)
+    return model
+
+
+class ScriptedMonitor:
+    """Gives out scores from a list, one a call, and remembers the weights it was shown."""
+
+    fingerprint = "scripted"
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = scores
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return the next score."""
+        self.seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return {"score": self.scores[len(self.seen) - 1], "kl": 0.0}
+
+
+def split(task: Task, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Example]:
+    """Return the examples of a split."""
+    return list(task.examples(name, tokenizer or make_tokenizer()))
