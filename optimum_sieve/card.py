@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from optimum_sieve.config import SieveConfig
+from optimum_sieve.heal_config import HealConfig
 from optimum_sieve.report import size_changes
 from optimum_sieve.search.genome import split_name
 
@@ -89,6 +90,7 @@ def build_card(
         storage=storages[0][0] if storages else None,
         mixed_storage=len(storages) > 1,
         command=reproduction_command(hub_id or name, settings, report.get("loading")) if settings else None,
+        heal_command=healing_command(hub_id or name, report.get("healing", {})),
         settings=_yaml(settings or {}),
         task_spec=_yaml(task_spec) if task_spec else None,
     )
@@ -141,12 +143,42 @@ def reproduction_command(base_model: str, settings: dict[str, Any], loading: dic
     words = ["optimum-cli", "sieve", "prune", "--model", base_model, "--task", "task.yaml"]
     words += [word for name, value in (loading or {}).items() for word in (f"--{name.replace('_', '-')}", value)]
     for field in dataclasses.fields(SieveConfig):
-        value = settings.get(field.name, field.default)
+        value: Any = settings.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
         if value == field.default:
             continue
+        if field.name == "heal":
+            words += _heal_words(value, prefix="heal-")
+            continue
         words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join([*words, "--output", "pruned"])
+
+
+def healing_command(base_model: str, healing: dict[str, Any]) -> str | None:
+    """Write the command line that heals a model that was pruned before; `None` where pruning itself healed it, or not.
+
+    Args:
+        base_model (`str`): The value of `--dense`.
+        healing (`dict[str, Any]`): What the report says of healing.
+    """
+    if "settings" not in healing:
+        return None
+    settings = dict(healing["settings"])
+    words = ["optimum-cli", "sieve", "heal", "--model", "pruned", "--dense", base_model, "--task", "task.yaml"]
+    seed = settings.pop("seed", 0)
+    words += [*_heal_words(settings), *(["--seed", str(seed)] if seed else [])]
+    return shlex.join([*words, "--output", "healed"])
+
+
+def _heal_words(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """Write the options of healing: the steps, which ask for it, and what differs from the defaults."""
+    words: list[str] = []
+    for field in dataclasses.fields(HealConfig):
+        value = settings.get(field.name, field.default)
+        if value != field.default or field.name == "steps":
+            option = f"--{prefix}{field.name.replace('_', '-')}"
+            words += [option] if isinstance(value, bool) else [option, str(value)]
+    return words
 
 
 def public_name(base_model: str | None) -> str | None:

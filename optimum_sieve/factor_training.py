@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Longest step of the gradient, over all factors together.
 MAX_NORM = 1.0
+# Biases may be 0 and have to move all the same.
+_LEAST_SIZE = 1e-2
 # Float16 gradients below 6e-8 are 0; the loss is multiplied by this and the gradients are divided by it in float32.
 _FLOAT16_SCALE = 1024.0
 
@@ -67,11 +69,16 @@ class FactorTraining:
             name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
         }
         self._scale = _FLOAT16_SCALE if any(p.dtype == torch.float16 for p in parameters.values()) else 1.0
+        # AdamW moves every weight by about the rate, whatever its size; factors and pivots differ in size.
+        groups = [{"params": [copy], "size": max(float(copy.detach().square().mean().sqrt()), _LEAST_SIZE)}
+                  for copy in self.copies.values()]  # fmt: skip
         # Every step sets its own rate.
-        self.optimizer = torch.optim.AdamW(self.copies.values(), lr=0.0, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups or [{"params": []}], lr=0.0, weight_decay=0.0)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss` to the sums."""
+        """Add the gradient of `loss` to the sums; none where it depends on no parameter, past layers of rank 0."""
+        if not loss.requires_grad:
+            return
         (loss * self._scale).backward()  # type: ignore[no-untyped-call]
         for name, parameter in self.parameters.items():
             copy = self.copies[name]
@@ -90,6 +97,9 @@ class FactorTraining:
     def step(self, learning_rate: float) -> None:
         """Take a step along the summed gradients, clipped, and set them to 0.
 
+        Args:
+            learning_rate (`float`): Rate, as a part of the root mean square that each parameter had at first.
+
         Raises:
             ValueError: If a gradient is not finite; nothing is changed then.
         """
@@ -102,7 +112,7 @@ class FactorTraining:
                 "load the model in bfloat16 or float32."
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["size"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._round()
@@ -156,7 +166,7 @@ def training_only(
         model.eval()  # type: ignore[no-untyped-call]
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        with _checkpointed(model) if checkpointing else nullcontext():
+        with torch.enable_grad(), _checkpointed(model) if checkpointing else nullcontext():
             yield
     except BaseException:
         with torch.no_grad():

@@ -20,7 +20,8 @@ class HealConfig:
         steps (`int`):
             Steps of the optimizer at most.
         learning_rate (`float`):
-            Rate of AdamW at its height: it rises over the first tenth of the steps and falls to 0 along a cosine.
+            Rate of AdamW at its height, as a part of the root mean square of each factor: it rises over the first tenth
+            of the steps and falls to 0 along a cosine.
         batch_size (`int`):
             Calibration examples of each step.
         rows_per_pass (`int`):

@@ -178,7 +178,8 @@ class _Run:
                   disable=not (progress and self.processes.is_main_process)) as bar:  # fmt: skip
             if self.monitor is not None and not self.healing.evaluations:
                 self._evaluate(losses)
-            while self.healing.steps < self.config.steps and not self._is_stalled():
+            # Where all ranks are 0 and nothing has a bias, there is nothing to train.
+            while self.training.parameters and self.healing.steps < self.config.steps and not self._is_stalled():
                 losses.append(self._step())
                 bar.update()
                 if self.healing.steps % self.config.eval_steps == 0 or self.healing.steps == self.config.steps:

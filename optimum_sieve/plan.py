@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .config import SieveConfig
+    from .heal_config import HealConfig
     from .tasks import Task
+
+# Of each trained parameter: its gradient, both moments of AdamW, the weight from before and the best one, in float32.
+_HEAL_BYTES = 5 * 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class PrunePlan:
         bases_bytes (`int`): Bytes of the factor bases.
         bases_at_once (`int`): Sets of bases held at most: two where a later round makes new ones from the old.
         examples (`dict[str, int]`): Examples of each split.
+        heal_bytes (`int`): Bytes of the optimizer's state, gradients and kept weights while the largest size is healed.
+        healing (`str`, *optional*): What healing costs at most; `None` without it.
     """
 
     num_targets: int
@@ -45,11 +51,14 @@ class PrunePlan:
     bases_bytes: int
     bases_at_once: int
     examples: dict[str, int]
+    heal_bytes: int = 0
+    healing: str | None = None
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes held at most beside the activations: model, moments and bases while all are alive."""
-        return self.model_bytes + self.moments_bytes + self.bases_at_once * self.bases_bytes
+        """Bytes held at most beside the activations: model and bases, with the moments or what healing needs."""
+        while_calibrating = self.moments_bytes + self.bases_at_once * self.bases_bytes
+        return self.model_bytes + max(while_calibrating, self.bases_bytes + self.heal_bytes)
 
     def format(self) -> str:
         """Return the plan as lines for a terminal."""
@@ -69,6 +78,8 @@ class PrunePlan:
             "activations come on top",
             f"examples               {splits}",
         ]
+        if self.healing is not None:
+            lines.append(f"healing                {self.healing}; {_megabytes(self.heal_bytes)} of state")
         return "\n".join(lines)
 
 
@@ -78,6 +89,8 @@ def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, task
     model_bytes = tensor_bytes(model)
     after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
     element = linear_weight(model.get_submodule(targets[0].name)).element_size()
+    # A search begins at half of the parameters.
+    kept = total // 2 if after is None else after
     return PrunePlan(
         num_targets=len(targets),
         targets_parameters=total,
@@ -89,7 +102,17 @@ def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, task
         bases_bytes=sum(target.max_rank * (target.out_features + target.in_features + 2) * 4 for target in targets),
         bases_at_once=2 if config.rounds > 1 and config.projection in ("joint", "activation") else 1,
         examples=task.splits,
+        heal_bytes=0 if config.heal is None else kept * _HEAL_BYTES,
+        healing=None if config.heal is None else _describe_healing(config, config.heal),
     )
+
+
+def _describe_healing(config: SieveConfig, heal: HealConfig) -> str:
+    sizes = 1 if config.tolerance is None else config.search_steps
+    examples = sizes * heal.rounds * heal.steps * heal.batch_size
+    times = f"{sizes} sizes x " if sizes > 1 else ""
+    times += f"{heal.rounds} rounds x " if heal.rounds > 1 else ""
+    return f"at most {times}{heal.steps:,} steps of {heal.batch_size} examples, {examples:,} forward and backward"
 
 
 def tensor_bytes(model: nn.Module) -> int:

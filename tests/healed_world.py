@@ -9,6 +9,7 @@ import torch
 from toy import make_model, make_tokenizer
 
 from optimum_sieve import SieveConfig
+from optimum_sieve.inputs import input_format
 from optimum_sieve.losses import answer_loss
 from optimum_sieve.prepare import prepare
 from optimum_sieve.scoring import make_batches
@@ -22,12 +23,20 @@ if TYPE_CHECKING:
     from optimum_sieve.tasks import Example, Task
 
 
-def learn(task: Task, model: PreTrainedModel | None = None, steps: int = 200) -> PreTrainedModel:
+def learn(
+    task: Task,
+    model: PreTrainedModel | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    steps: int = 200,
+) -> PreTrainedModel:
     """Train a toy model on the calibration split until it does the task."""
     model = make_model(initializer_range=0.05) if model is None else model
     model.train()
-    tokenizer = make_tokenizer()
-    batches = make_batches(task.examples("calibration", tokenizer), tokenizer, batch_size=32, candidates=False)
+    tokenizer = tokenizer or make_tokenizer()
+    batches = make_batches(
+        task.examples("calibration", tokenizer), tokenizer, batch_size=32, candidates=False, inputs=input_format(model)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
         optimizer.zero_grad()

@@ -16,6 +16,7 @@ from optimum_sieve import SieveConfig
 from optimum_sieve.commands.evaluate import EvaluateCommand
 from optimum_sieve.commands.options import add_settings, settings_from
 from optimum_sieve.commands.prune import PruneCommand
+from optimum_sieve.heal_config import HealConfig
 
 
 RUN_OPTIONS = {
@@ -78,7 +79,7 @@ def fresh_process(*words: str) -> subprocess.CompletedProcess[str]:
     ("words", "status", "shown"),
     [
         (["--help"], 0, "Prune a language model for one task."),
-        (["sieve"], 0, "{prune,evaluate,search,report,push,export,merge}"),
+        (["sieve"], 0, "{prune,evaluate,search,heal,report,push,export,merge}"),
         (["sieve", "prune", "--help"], 0, "--pruning-ratio"),
         (["sieve", "evaluate", "--help"], 0, "--compare-to"),
         (["sieve", "search", "--help"], 0, "--worker"),
@@ -103,13 +104,15 @@ def test_options_are_the_settings():
     parser = argparse.ArgumentParser()
     PruneCommand.parse_args(parser)
     options = {action.dest: action for action in parser._actions}
-    assert set(options) == RUN_OPTIONS | {field.name for field in dataclasses.fields(SieveConfig)}
-    for field in dataclasses.fields(SieveConfig):
-        assert options[field.name].option_strings[0] == f"--{field.name.replace('_', '-')}"
-        assert options[field.name].default is argparse.SUPPRESS
-        assert len(options[field.name].help) > 20
-        if field.default not in (None, ()):
-            assert options[field.name].help.endswith(f"(default: {field.default})")
+    fields = {field.name: field for field in dataclasses.fields(SieveConfig) if field.name != "heal"}
+    fields |= {f"heal_{field.name}": field for field in dataclasses.fields(HealConfig)}
+    assert set(options) == RUN_OPTIONS | fields.keys()
+    for name, field in fields.items():
+        assert options[name].option_strings[0] == f"--{name.replace('_', '-')}"
+        assert options[name].default is argparse.SUPPRESS
+        assert len(options[name].help) > 20
+        if field.default not in (None, (), False):
+            assert options[name].help.endswith(f"(default: {field.default})")
     assert all(action.help for action in parser._actions)
 
 

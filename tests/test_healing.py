@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from healed_world import ScriptedMonitor, learn, prune, split
-from toy import load_task, make_tokenizer, parity_rows
+from test_kinds import make_model as make_other_model
+from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve import compare, evaluate
 from optimum_sieve.factor_training import FactorTraining, trained_parameters
 from optimum_sieve.heal_config import HealConfig
 from optimum_sieve.healing import _drawn, _schedule, heal
+from optimum_sieve.inputs import input_format
 from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.scoring import make_batches, site_logits
 from optimum_sieve.teacher import CandidateTeacher, VocabularyTeacher, teach
 from optimum_sieve.workdir import WorkDir
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from optimum_sieve.teacher import Teacher
 
 TOKENIZER = make_tokenizer()
-QUICK = HealConfig(steps=24, learning_rate=5e-3, eval_steps=6)
+QUICK = HealConfig(steps=24, learning_rate=3e-2, eval_steps=6)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +87,34 @@ def test_healing_lowers_the_divergence_on_examples_it_has_not_seen(
     before, reference = score(model, task), score(dense, task)
     teacher = teach(dense, split(task, "calibration"), TOKENIZER, loss=loss, progress=False)
     assert type(teacher) is {"candidates": CandidateTeacher, "vocabulary": VocabularyTeacher}[loss]
-    run(model, teacher, task, HealConfig(steps=60, learning_rate=5e-3, loss=loss))
+    run(model, teacher, task, HealConfig(steps=60, learning_rate=3e-2, loss=loss))
     after = score(model, task)
     assert compare(reference, after).kl < 0.5 * compare(reference, before).kl
     assert after.score > before.score
     assert [(layer.storage, layer.rank) for layer in layers] == shapes
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("name", ["t5", "bart", "bert", "llama-classifier"])
+def test_encoder_decoders_and_classifiers_are_healed(name: str, storage: str, task: Task) -> None:
+    tokenizer, dense = make_tokenizer(after="</s>"), make_other_model(name)
+    model = prune(dense, task, tokenizer, pruning_ratio=0.8, allocation="uniform", storage=storage)
+    examples, held_out = split(task, "calibration", tokenizer), split(task, "test", tokenizer)
+    config = HealConfig(steps=30, learning_rate=1e-2, gradient_checkpointing=name in ("bart", "bert"))
+    divergences = []
+    for loss in ("candidates", "vocabulary"):
+        healed = copy.deepcopy(model)
+        teacher = teach(dense, examples, tokenizer, loss=loss, progress=False)
+        heal(healed, teacher, tokenizer, examples, config, progress=False)
+        unseen = teach(dense, held_out, tokenizer, loss=loss, progress=False)
+        batches = make_batches(
+            held_out, tokenizer, batch_size=64, candidates=unseen.by_candidate, inputs=input_format(dense)
+        )
+        with torch.no_grad():
+            sums = [sum(unseen.losses(one, batch)[0].sum() for batch in batches) for one in (healed, model)]
+        divergences.append(sums)
+    for after, before in divergences:
+        assert after < before
 
 
 def test_only_factors_change_and_flags_are_restored(pruned: PreTrainedModel, teacher: Teacher, task: Task) -> None:
@@ -106,7 +132,7 @@ def test_only_factors_change_and_flags_are_restored(pruned: PreTrainedModel, tea
 
 def test_norms_are_trained_where_asked(pruned: PreTrainedModel, teacher: Teacher, task: Task) -> None:
     before = weights(pruned)
-    run(pruned, teacher, task, HealConfig(steps=3, learning_rate=5e-3, train_norms=True))
+    run(pruned, teacher, task, HealConfig(steps=3, learning_rate=3e-2, train_norms=True))
     changed = {name for name, tensor in weights(pruned).items() if not torch.equal(tensor, before[name])}
     assert "model.norm.weight" in changed
     # Some lead to layers of rank 0 alone.
@@ -118,7 +144,7 @@ def test_the_best_weights_are_kept_and_healing_stops_without_gain(
     pruned: PreTrainedModel, teacher: Teacher, task: Task
 ) -> None:
     monitor = ScriptedMonitor([0.5, 0.6, 0.7, 0.65, 0.7, 0.9])
-    done = run(pruned, teacher, task, HealConfig(steps=60, learning_rate=5e-3, eval_steps=2, patience=2),
+    done = run(pruned, teacher, task, HealConfig(steps=60, learning_rate=3e-2, eval_steps=2, patience=2),
                monitor=monitor)  # fmt: skip
     # Equal to the best is no gain: after steps 6 and 8 it has not risen twice.
     assert (done.steps, done.best_step) == (8, 4)
@@ -185,7 +211,7 @@ from pathlib import Path
 import torch
 from healed_world import split
 from safetensors.torch import load_file, save_file
-from toy import load_task, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
 from optimum_sieve.heal_config import HealConfig
 from optimum_sieve.healing import heal
@@ -207,7 +233,7 @@ if mode == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return take(self, *args, **options)
     torch.optim.AdamW.step = step
-heal(model, teacher, tokenizer, examples, HealConfig(steps=16, eval_steps=4, learning_rate=5e-3), work=work,
+heal(model, teacher, tokenizer, examples, HealConfig(steps=16, eval_steps=4, learning_rate=3e-2), work=work,
      progress=False)
 model.save_pretrained(directory / mode)
 """
@@ -253,8 +279,6 @@ def test_the_dense_model_is_asked_once(
 
 @pytest.mark.parametrize("loss", ["candidates", "vocabulary"])
 def test_the_dense_model_diverges_from_itself_by_nothing(dense: PreTrainedModel, task: Task, loss: str) -> None:
-    from optimum_sieve.scoring import make_batches
-
     examples = split(task, "calibration")[:20]
     teacher = teach(dense, examples, TOKENIZER, loss=loss, progress=False)
     with torch.no_grad():
@@ -267,8 +291,6 @@ def test_the_dense_model_diverges_from_itself_by_nothing(dense: PreTrainedModel,
 def test_the_divergence_over_the_vocabulary_is_that_of_the_kept_tokens_and_the_rest(
     dense: PreTrainedModel, pruned: PreTrainedModel, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from optimum_sieve.scoring import make_batches, site_logits
-
     monkeypatch.setattr("optimum_sieve.teacher.TOP_TOKENS", 5)
     examples = split(task, "calibration")[:6]
     teacher = teach(dense, examples, TOKENIZER, loss="vocabulary", progress=False)
@@ -290,8 +312,8 @@ def test_passes_and_checkpoints_change_nothing_but_rounding(
     pruned: PreTrainedModel, teacher: Teacher, task: Task, settings: dict[str, Any]
 ) -> None:
     plain, other = copy.deepcopy(pruned), pruned
-    run(plain, teacher, task, HealConfig(steps=4, learning_rate=1e-3))
-    run(other, teacher, task, HealConfig(steps=4, learning_rate=1e-3, **settings))
+    run(plain, teacher, task, HealConfig(steps=4, learning_rate=1e-2))
+    run(other, teacher, task, HealConfig(steps=4, learning_rate=1e-2, **settings))
     assert all("forward" not in vars(module) for module in other.modules())
     expected = weights(plain)
     # AdamW divides by the gradient's size, so rounding shows where that is next to nothing.
@@ -309,14 +331,17 @@ def test_blocks_are_computed_again_where_asked(
     assert len(calls) == 3 * times
 
 
-def test_gold_answers_count_where_they_are_weighed(dense: PreTrainedModel, teacher: Teacher, task: Task) -> None:
+def test_gold_answers_count_where_they_are_weighed(task: Task) -> None:
+    dense = make_model()
+    teacher = teach(dense, split(task, "calibration"), TOKENIZER, progress=False)
+
     def gold(weight: float) -> float:
-        model = prune(dense, task)
-        run(model, teacher, task, HealConfig(steps=60, learning_rate=5e-3, gold_weight=weight))
+        model = prune(dense, task, pruning_ratio=0.5)
+        run(model, teacher, task, HealConfig(steps=30, learning_rate=1e-2, gold_weight=weight))
         found = score(model, task)
         return float(found.log_probs[range(found.count), found.targets].mean())
 
-    assert gold(0.9) > gold(0.0)
+    assert gold(0.9) > gold(0.0) + 0.1
 
 
 def test_bfloat16_factors_move_by_less_than_their_rounding(
@@ -330,8 +355,10 @@ def test_bfloat16_factors_move_by_less_than_their_rounding(
     for _ in range(100):
         for copy_ in training.copies.values():
             copy_.grad = torch.ones_like(copy_)
-        training.step(learning_rate=1e-6)
-    assert torch.allclose(training.copies[name], before.float() - 1e-4, atol=2e-6)
+        training.step(learning_rate=1e-5)
+    # The rate is a part of the factor's own size.
+    moved = before.float() - training.copies[name]
+    assert torch.allclose(moved / before.float().square().mean().sqrt(), torch.tensor(1e-3), rtol=0.05)
     assert parameter.dtype == torch.bfloat16
     assert torch.equal(parameter, training.copies[name].bfloat16())
 
@@ -345,6 +372,13 @@ def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was(
     with pytest.raises(ValueError, match=r"loss of healing must be finite, got nan. Lower `heal\.learning_rate`"):
         run(pruned, broken, task)
     assert_same(weights(pruned), before)
+
+
+def test_a_model_of_ranks_of_zero_stays_as_it_is(dense: PreTrainedModel, teacher: Teacher, task: Task) -> None:
+    model = prune(dense, task, pruning_ratio=0.9999)
+    assert not trained_parameters(model)
+    done = run(model, teacher, task, monitor=ScriptedMonitor([0.5]))
+    assert (done.steps, done.to_dict()["after"]["score"]) == (0, 0.5)
 
 
 def test_a_dense_model_is_refused(dense: PreTrainedModel, teacher: Teacher, task: Task) -> None:

@@ -6,6 +6,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_sieve.commands.evaluate import EvaluateCommand
 from optimum_sieve.commands.export import ExportCommand
+from optimum_sieve.commands.heal import HealCommand
 from optimum_sieve.commands.merge import MergeCommand
 from optimum_sieve.commands.prune import PruneCommand
 from optimum_sieve.commands.push import PushCommand
@@ -32,6 +33,11 @@ class SieveCommand(BaseOptimumCLICommand):
             name="search",
             help="Search a rank for every matrix with a genetic algorithm, on one or many machines.",
             subcommand_class=SearchCommand,
+        ),
+        CommandInfo(
+            name="heal",
+            help="Train the factors of a pruned model for a few steps against the dense model.",
+            subcommand_class=HealCommand,
         ),
         CommandInfo(
             name="report",

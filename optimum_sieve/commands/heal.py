@@ -1,0 +1,85 @@
+"""`optimum-cli sieve heal`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimum_sieve.commands.base import SieveSubcommand, add_debug
+from optimum_sieve.commands.options import add_heal_settings, heal_settings_from
+from optimum_sieve.heal_config import HealConfig
+
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+
+class HealCommand(SieveSubcommand):
+    """Train the factors of a pruned model for a few steps against the dense model."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Add the options of `optimum-cli sieve heal`."""
+        parser.description = (
+            "Train the factors of a pruned model for a few steps against the dense model it came from, on the task's "
+            "calibration examples, and write the result with its report and card."
+        )
+        parser.add_argument("--model", metavar="MODEL", required=True, help="Hub id or directory of the pruned model.")
+        parser.add_argument(
+            "--dense", metavar="MODEL", required=True, help="Hub id or directory of the model it was pruned from."
+        )
+        parser.add_argument("--task", metavar="FILE", required=True, help="Task file, YAML or JSON.")
+        parser.add_argument("--output", metavar="DIR", required=True, help="Directory of the healed model.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
+        parser.add_argument(
+            "--work-dir",
+            metavar="DIR",
+            help="Directory for intermediate results: a run that was stopped resumes there.",
+        )
+        parser.add_argument("--dtype", help="Floating-point type to load in, such as bfloat16 (default: as saved).")
+        parser.add_argument("--device", help="Where to compute (default: the accelerator if there is one, else cpu).")
+        parser.add_argument("--gguf-file", metavar="FILE", help="File of a GGUF repository to read --dense from.")
+        parser.add_argument(
+            "--trust-remote-code", action="store_true", help="Run modelling code that lies beside the weights."
+        )
+        parser.add_argument(
+            "--seed", type=int, metavar="N", default=0, help="Seed of the examples' order (default: %(default)s)."
+        )
+        add_heal_settings(parser.add_argument_group("settings"), exclude=("rounds",))
+        add_debug(parser)
+
+    def execute(self, arguments: Namespace) -> None:
+        """Heal, save and print the report as a table."""
+        config = HealConfig.from_dict(heal_settings_from(arguments))
+
+        from optimum_sieve.heal_pruned import heal_pruned
+        from optimum_sieve.output import check_output
+        from optimum_sieve.report import format_table
+        from optimum_sieve.result import save_result
+        from optimum_sieve.tasks import Task
+
+        check_output(Path(arguments.output), arguments.overwrite)
+        task = Task.from_file(arguments.task)
+        result, tokenizer = heal_pruned(
+            arguments.model,
+            arguments.dense,
+            task,
+            config,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
+            gguf_file=arguments.gguf_file,
+            seed=arguments.seed,
+            work_dir=arguments.work_dir,
+        )
+        save_result(
+            result,
+            tokenizer,
+            Path(arguments.output),
+            overwrite=arguments.overwrite,
+            base_model=arguments.dense,
+            base_revision=result.model.config.sieve.get("base_revision"),
+            task_spec=task.spec,
+        )
+        print(format_table(result.report))
+        print(f"\nsaved in {arguments.output}")

@@ -1,0 +1,359 @@
+"""Pruning with healing: sizes are searched healed, rounds alternate, and every kind of model is healed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from healed_world import learn
+from test_kinds import make_model as make_other_model
+from toy import load_task, make_tokenizer, parity_rows
+from transformers import AutoModelForCausalLM
+
+from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve.card import reproduction_command
+from optimum_sieve.commands.options import add_settings, settings_from
+from optimum_sieve.factor_training import norm_parameters
+from optimum_sieve.heal_config import HealConfig
+from optimum_sieve.healer import Healer
+from optimum_sieve.healing import heal
+from optimum_sieve.prepare import prepare
+from optimum_sieve.stages import calibrate, collect_moments
+from optimum_sieve.surgery import truncated
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from optimum_sieve.tasks import Task
+
+TOKENIZER = make_tokenizer()
+QUICK = HealConfig(steps=40, learning_rate=3e-2, eval_steps=10)
+FAR = {"pruning_ratio": 0.97, "rank_multiple": 1, "rounds": 1}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return load_task(tmp_path_factory.mktemp("task"), parity_rows(600))
+
+
+@pytest.fixture(scope="module")
+def dense(task: Task) -> PreTrainedModel:
+    return learn(task)
+
+
+@pytest.fixture
+def pruner(dense: PreTrainedModel, task: Task) -> SievePruner:
+    return SievePruner(copy.deepcopy(dense), TOKENIZER, task, base_model="toy/base")
+
+
+def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_a_healed_model_is_saved_with_the_ranks_it_was_pruned_to(
+    dense: PreTrainedModel, task: Task, pruner: SievePruner, tmp_path: Path
+) -> None:
+    plain = SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(SieveConfig(**FAR), progress=False)
+    config = SieveConfig(**FAR, heal=QUICK)
+    result = pruner.prune(config, progress=False)
+    assert result.rank_pattern == plain.rank_pattern
+    assert result.report["parameters"] == plain.report["parameters"]
+    assert result.report["kl"] < 0.5 * plain.report["kl"]
+    healing = result.report["healing"]
+    assert healing["steps"] <= QUICK.steps
+    assert (healing["examples"], healing["monitored"]) == (300, round(150 * 0.25))
+    assert healing["after"]["score"] > healing["before"]["score"]
+    assert healing["seconds"] > 0
+    assert result.report["seconds"]["healing"] > 0
+
+    directory = pruner.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    found = evaluate(loaded, task.examples("test", TOKENIZER), TOKENIZER, metric="accuracy", batch_size=16,
+                     progress=False)  # fmt: skip
+    assert found.score == result.report["pruned"]["score"]
+    assert json.loads((directory / "sieve_report.json").read_text())["healing"] == healing
+    card = (directory / "README.md").read_text()
+    assert f"trained for {healing['steps']} steps on {healing['examples']} calibration examples" in card
+    assert "--heal-steps 40 --heal-learning-rate 0.03" in card
+    assert loaded.config.sieve["settings"]["heal"] == QUICK.to_dict()
+
+
+def test_the_size_within_a_tolerance_is_searched_healed_and_decided_on_examples_healing_did_not_see(
+    dense: PreTrainedModel, task: Task, pruner: SievePruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"tolerance": 0.05, "rank_multiple": 1, "search_steps": 6, "rounds": 1}
+    plain = SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(SieveConfig(**settings), progress=False)
+    seen: dict[str, set[str]] = {"monitor": set(), "search": set()}
+
+    def watching(part: str) -> Callable[..., Any]:
+        def score(model: Any, examples: Any, *args: Any, **options: Any) -> Any:
+            seen[part] |= {example.prompt for example in examples if "test" not in options.get("description", "")}
+            return evaluate(model, examples, *args, **options)
+
+        return score
+
+    monkeypatch.setattr("optimum_sieve.healer.evaluate", watching("monitor"))
+    healed = pruner.prune(SieveConfig(**settings, heal=QUICK), work_dir=tmp_path, progress=False)
+    # Both halve the interval in the same way until they differ in what holds.
+    pairs = [(one, two) for one, two in zip(healed.trials, plain.trials, strict=True) if one["kept"] == two["kept"]]
+    assert sum(one["kl"] for one, _ in pairs) < 0.5 * sum(two["kl"] for _, two in pairs)
+    parameters = [result.report["parameters"]["targets_after"] for result in (healed, plain)]
+    assert parameters[0] <= parameters[1]
+    assert len(healed.trials) == 6
+    assert {trial["count"] for trial in healed.trials} == {task.splits["selection"] - len(seen["monitor"])}
+    assert len(seen["monitor"]) == round(150 * 0.25)
+
+    # All is taken from the work directory the second time.
+    monkeypatch.setattr("optimum_sieve.healing.FactorTraining.step", None)
+    again = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
+    second = again.prune(SieveConfig(**settings, heal=QUICK), work_dir=tmp_path, progress=False)
+    assert second.trials == healed.trials
+    assert_same(state(second.model), state(healed.model))
+
+
+def test_a_search_without_a_work_directory_leaves_no_files(
+    pruner: SievePruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = SieveConfig(tolerance=0.3, rank_multiple=1, search_steps=2, rounds=1, heal=HealConfig(steps=2))
+    steps = []
+    monkeypatch.setattr(
+        "optimum_sieve.healer.heal", lambda *args, **options: steps.append(list(tmp_path.iterdir())) or
+        heal(*args, **options),
+    )  # fmt: skip
+    pruner.prune(config, progress=False)
+    # Two sizes, and the one that is taken.
+    assert len(steps) == 3
+    assert all(steps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounds_of_pruning_and_healing_reach_the_same_size_in_steps(
+    dense: PreTrainedModel, task: Task, pruner: SievePruner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    moments, kept = [], []
+
+    def watching(model: Any, targets: Any, *args: Any, **options: Any) -> Any:
+        weights = [model.get_submodule(target.name).weight.detach() for target in targets]
+        moments.append(sum(int(torch.linalg.matrix_rank(weight, rtol=1e-4)) for weight in weights))
+        return collect_moments(model, targets, *args, **options)
+
+    def healing(model: Any, *args: Any, **options: Any) -> Any:
+        kept.append(sum(p.numel() for p in model.model.layers.parameters()))
+        return heal(model, *args, **options)
+
+    monkeypatch.setattr("optimum_sieve.stages.collect_moments", watching)
+    monkeypatch.setattr("optimum_sieve.healer.heal", healing)
+    config = SieveConfig(**FAR, heal=HealConfig(steps=20, learning_rate=3e-2, rounds=3))
+    result = pruner.prune(config, work_dir=tmp_path, progress=False)
+    # Moments of the dense model, then of two that were healed, whose matrices have the ranks of their round.
+    assert len(moments) == len(kept) == 3
+    assert moments == sorted(moments, reverse=True)
+    assert moments[2] < moments[0]
+    assert kept == sorted(kept, reverse=True)
+    assert result.report["parameters"]["targets_after"] <= 0.031 * result.report["parameters"]["targets_before"]
+    assert len(result.report["healing"]["rounds"]) == 3
+    once = SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(SieveConfig(**FAR), progress=False)
+    assert result.report["kl"] < once.report["kl"]
+
+    monkeypatch.setattr("optimum_sieve.stages.collect_moments", None)
+    monkeypatch.setattr("optimum_sieve.healing.FactorTraining.step", None)
+    again = SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(config, work_dir=tmp_path, progress=False)
+    assert_same(state(again.model), state(result.model))
+
+
+@pytest.mark.parametrize("fails", ["optimum_sieve.healing.FactorTraining.step", "optimum_sieve.result.sieve_model"])
+def test_an_error_leaves_the_dense_model(
+    dense: PreTrainedModel, pruner: SievePruner, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    heal_config = HealConfig(steps=4, rounds=2 if "result" in fails else 1, train_norms=True, learning_rate=3e-2)
+    monkeypatch.setattr(fails, fail)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune(SieveConfig(**FAR, heal=heal_config), progress=False)
+    assert_same(state(pruner.model), state(dense))
+
+
+def test_trained_norms_are_put_back_between_sizes(dense: PreTrainedModel, task: Task) -> None:
+    model = copy.deepcopy(dense)
+    config = SieveConfig(**FAR, heal=HealConfig(steps=4, train_norms=True, learning_rate=3e-2, patience=9))
+    setting = prepare(model, TOKENIZER, task, config, work_dir=None, study_storage=None, progress=False)
+    calibration = task.examples("calibration", TOKENIZER)
+    bases = calibrate(setting, calibration, {})
+    healer = Healer(setting, calibration, task.examples("selection", TOKENIZER))
+    ranks = {target.name: 1 for target in setting.targets}
+    with healer.healed(bases, ranks):
+        changed = [name for name, p in norm_parameters(model).items() if not torch.equal(p, dense.get_parameter(name))]
+    assert changed
+    assert_same(state(model), state(dense))
+
+
+def test_a_multiplied_out_model_computes_what_the_healed_one_does(task: Task) -> None:
+    """GPT-2's linears have biases and are transposed."""
+    import transformers
+
+    sizes = {"vocab_size": len(TOKENIZER), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    config = SieveConfig(**{**FAR, "pruning_ratio": 0.5}, heal=HealConfig(steps=3, rounds=2, learning_rate=1e-2))
+    setting = prepare(model, TOKENIZER, task, config, work_dir=None, study_storage=None, progress=False)
+    calibration = task.examples("calibration", TOKENIZER)
+    bases = calibrate(setting, calibration, {})
+    healer = Healer(setting, calibration, task.examples("selection", TOKENIZER))
+    ids = torch.tensor([[1, 7, 30, 40]])
+    before = state(model)
+    with truncated(model, bases, {target.name: 9 for target in setting.targets}), torch.no_grad():
+        healer._heal()
+        expected = model(ids).logits
+        healer._multiply_out()
+        assert {type(model.get_submodule(target.name)).__name__ for target in setting.targets} == {"Conv1D"}
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert_same(state(model), before)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert"])
+def test_encoder_decoders_and_classifiers_are_pruned_and_healed(name: str, task: Task) -> None:
+    tokenizer = make_tokenizer(after="</s>")
+    config = SieveConfig(pruning_ratio=0.7, rank_multiple=1, rounds=1, heal=HealConfig(steps=8, eval_steps=2))
+    report = SievePruner(make_other_model(name), tokenizer, task).prune(config, progress=False).report
+    assert report["healing"]["steps"] == 8
+    assert [one["step"] for one in report["healing"]["rounds"][0]["evaluations"]] == [0, 2, 4, 6, 8]
+    after = report["healing"]["after"]
+    assert after["score"] >= report["healing"]["before"]["score"]
+
+
+def test_the_plan_states_the_cost(pruner: SievePruner) -> None:
+    plan = pruner.plan(SieveConfig(tolerance=0.02, search_steps=5, heal=HealConfig(steps=100, rounds=2)))
+    line = "healing                at most 5 sizes x 2 rounds x 100 steps of 16 examples, 16,000 forward and backward"
+    assert line in plan.format()
+    assert plan.heal_bytes == plan.targets_parameters // 2 * 20
+    assert "healing" not in pruner.plan(SieveConfig(tolerance=0.02)).format()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tolerance": 0.1, "allocation": "genetic"}, "`heal` with a `tolerance` or several rounds must go with"),
+        ({"pruning_ratio": 0.5, "projection": "learned", "allocation": "uniform"}, r"`heal\.rounds` must be 1 with"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SieveConfig(**settings, heal=HealConfig(rounds=2))
+    with pytest.raises(TypeError, match="`heal` must be a HealConfig or None, got 3"):
+        SieveConfig(pruning_ratio=0.5, heal=3)  # type: ignore[arg-type]
+
+
+def test_too_few_selection_examples_are_refused_before_any_work(dense: PreTrainedModel, tmp_path: Path) -> None:
+    pruner = SievePruner(dense, TOKENIZER, load_task(tmp_path, limit={"selection": 4}))
+    with pytest.raises(ValueError, match=r"`heal\.monitor_fraction` must monitor at least 2"):
+        pruner.prune(SieveConfig(**FAR, heal=QUICK), progress=False)
+
+
+def test_settings_go_through_json_the_command_line_and_the_card(tmp_path: Path) -> None:
+    import argparse
+
+    config = SieveConfig(pruning_ratio=0.5, heal=HealConfig(steps=7, train_norms=True, learning_rate=1e-3))
+    config.to_json_file(tmp_path / "settings.json")
+    assert SieveConfig.from_json_file(tmp_path / "settings.json") == config
+    with pytest.raises(ValueError, match=r"`step` is not a setting of HealConfig\. Did you mean `steps`"):
+        SieveConfig.from_dict({"pruning_ratio": 0.5, "heal": {"step": 3}})
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config")
+    add_settings(parser)
+    words = reproduction_command("org/base", config.to_dict()).split()
+    assert settings_from(parser.parse_args(words[7:-2])) == config
+    overridden = settings_from(parser.parse_args(["--config", str(tmp_path / "settings.json"), "--heal-steps", "9"]))
+    assert overridden.heal == HealConfig(steps=9, train_norms=True, learning_rate=1e-3)
+    assert settings_from(parser.parse_args(["--pruning-ratio", "0.5"])).heal is None
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run `optimum-cli sieve heal` with these words; return its exit status."""
+    from optimum.commands.optimum_cli import main
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", "heal", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def world(dense: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a dense model, one pruned from it, and their task."""
+    directory = tmp_path_factory.mktemp("world")
+    load_task(directory, parity_rows(600))
+    dense.save_pretrained(directory / "dense")
+    TOKENIZER.save_pretrained(directory / "dense")
+    pruner = SievePruner.from_pretrained(directory / "dense", task=directory / "task.json", device="cpu")
+    pruner.prune(SieveConfig(**FAR), progress=False)
+    return pruner.save_pretrained(directory / "pruned").parent
+
+
+def source(world: Path, **others: object) -> list[object]:
+    options = {"model": world / "pruned", "dense": world / "dense", "task": world / "task.json", "device": "cpu"}
+    return [word for name, value in {**options, **others}.items() for word in (f"--{name}", value)]
+
+
+def test_the_command_heals_a_pruned_directory(
+    run: Callable[..., int], world: Path, dense: PreTrainedModel, task: Task, tmp_path: Path, capsys: Any
+) -> None:
+    settings = ("--steps", 40, "--learning-rate", 0.03, "--work-dir", tmp_path / "work")
+    assert run(*source(world), "--output", tmp_path / "healed", *settings) == 0, capsys.readouterr().err
+    plain, report = (json.loads((directory / "sieve_report.json").read_text())
+                     for directory in (world / "pruned", tmp_path / "healed"))  # fmt: skip
+    assert report["kl"] < 0.5 * plain["kl"]
+    for key in ("parameters", "dense", "settings", "majority_score"):
+        assert report[key] == plain[key]
+    assert report["healing"]["settings"]["steps"] == 40
+    pruned, healed = (AutoModelForCausalLM.from_pretrained(path) for path in (world / "pruned", tmp_path / "healed"))
+    assert healed.config.sieve["rank_pattern"] == pruned.config.sieve["rank_pattern"]
+    examples = task.examples("test", TOKENIZER)
+    scores = [evaluate(model, examples, TOKENIZER, metric="accuracy", batch_size=16, progress=False)
+              for model in (dense, healed)]  # fmt: skip
+    assert compare(*scores).kl == pytest.approx(report["kl"], abs=1e-6)
+    card = (tmp_path / "healed" / "README.md").read_text()
+    command = "optimum-cli sieve heal --model pruned --dense dense --task task.yaml --steps 40 --learning-rate 0.03"
+    assert command in card
+    assert f"{report['pruned']['score']:.3f}" in capsys.readouterr().out
+
+
+def test_the_command_refuses_what_does_not_fit(
+    run: Callable[..., int], world: Path, dense: PreTrainedModel, tmp_path: Path, capsys: Any
+) -> None:
+    other = type(dense)(type(dense.config)(**{**dense.config.to_dict(), "intermediate_size": 40}))
+    other.save_pretrained(tmp_path / "other")
+    TOKENIZER.save_pretrained(tmp_path / "other")
+    for words, message in (
+        ((*source(world), "--output", world), "must be new or empty"),
+        ((*source(world), "--output", tmp_path / "out", "--steps", 0), "`heal.steps` must be at least 1, got 0"),
+        ((*source(world, model=world / "dense"), "--output", tmp_path / "out"), "must be a pruned model"),
+        ((*source(world, dense=world / "pruned"), "--output", tmp_path / "out"), "must be a dense model"),
+        ((*source(world, dense=tmp_path / "other"), "--output", tmp_path / "out"), "`dense` must be the model that"),
+    ):
+        assert run(*words) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
