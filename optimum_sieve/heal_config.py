@@ -59,7 +59,7 @@ class HealConfig:
     """
 
     steps: int = 128
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     batch_size: int = 16
     rows_per_pass: int = 16
     loss: str = "candidates"

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from healed_world import ScriptedMonitor, learn, prune, split
+from safetensors.torch import load_file
 from test_kinds import make_model as make_other_model
 from toy import load_task, make_model, make_tokenizer, parity_rows
+from transformers import AutoModelForCausalLM
+from two_processes import run_in_two_processes
 
 from optimum_sieve import compare, evaluate
+from optimum_sieve.conversion import sieve_model
 from optimum_sieve.factor_training import FactorTraining, trained_parameters
 from optimum_sieve.heal_config import HealConfig
 from optimum_sieve.healing import _drawn, _schedule, heal
@@ -213,6 +217,8 @@ from healed_world import split
 from safetensors.torch import load_file, save_file
 from toy import load_task, make_model, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
+from two_processes import run_in_two_processes
+from transformers import AutoModelForCausalLM
 from optimum_sieve.heal_config import HealConfig
 from optimum_sieve.healing import heal
 from optimum_sieve.teacher import teach
@@ -240,8 +246,6 @@ model.save_pretrained(directory / mode)
 
 
 def test_a_killed_process_goes_on_to_the_same_weights(dense: PreTrainedModel, task: Task, tmp_path: Path) -> None:
-    from optimum_sieve.conversion import sieve_model
-
     load_task(tmp_path, parity_rows(600))
     dense.save_pretrained(tmp_path / "dense")
     model = sieve_model(prune(dense, task), base_model=None, settings={}, results={})
@@ -438,3 +442,49 @@ def test_too_few_selection_examples_are_refused() -> None:
     assert HealConfig().monitor_count(8) == 2
     with pytest.raises(ValueError, match=r"`heal\.monitor_fraction` must monitor at least 2 .* got 0\.25 of 4"):
         HealConfig().monitor_count(4)
+
+
+DISTRIBUTED = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+import torch
+torch.distributed.init_process_group("gloo")
+from healed_world import split
+from toy import make_tokenizer
+from transformers import AutoModelForCausalLM
+from optimum_sieve.heal_config import HealConfig
+from optimum_sieve.healing import heal
+from optimum_sieve.tasks import Task
+from optimum_sieve.teacher import teach
+from optimum_sieve.workdir import WorkDir
+
+directory = Path(sys.argv[1])
+examples, tokenizer = split(Task.from_file(directory / "task.json"), "calibration"), make_tokenizer()
+dense, model = (AutoModelForCausalLM.from_pretrained(directory / name) for name in ("dense", "pruned"))
+teacher = teach(dense, examples, tokenizer, progress=False)
+heal(model, teacher, tokenizer, examples, HealConfig(steps=6, rows_per_pass=4, learning_rate=1e-3),
+     work=WorkDir(directory / "work"), progress=False)
+model.save_pretrained(directory / f"healed-{torch.distributed.get_rank()}")
+"""
+
+
+def test_two_processes_take_the_steps_of_one(dense: PreTrainedModel, task: Task, tmp_path: Path) -> None:
+    load_task(tmp_path, parity_rows(600))
+    dense.save_pretrained(tmp_path / "dense")
+    model = sieve_model(prune(dense, task), base_model=None, settings={}, results={})
+    model.save_pretrained(tmp_path / "pruned")
+    tests = Path(__file__).parent
+    run_in_two_processes(DISTRIBUTED, tmp_path, tmp_path, str(tests), str(tests.parent))
+    both = [load_file(tmp_path / f"healed-{rank}" / "model.safetensors") for rank in (0, 1)]
+    assert_same(both[0], both[1])
+    assert len(list((tmp_path / "work").iterdir())) == 1
+    before = load_file(tmp_path / "pruned" / "model.safetensors")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    teacher = teach(dense, split(task, "calibration"), TOKENIZER, progress=False)
+    run(alone, teacher, task, HealConfig(steps=6, rows_per_pass=4, learning_rate=1e-3))
+    after = {name: tensor for name, tensor in alone.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert after
+    for name, tensor in after.items():
+        moved = (tensor - before[name]).norm()
+        assert (both[0][name] - tensor).norm() < 0.01 * moved, name

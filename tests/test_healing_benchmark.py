@@ -1,0 +1,51 @@
+"""`benchmarks/healing.py` measures what it says, on a tiny model and task."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from healed_world import learn
+from toy import load_task, make_tokenizer, parity_rows
+
+from optimum_sieve import evaluate
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_rows_hold_together(tmp_path: Path, capsys: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        specification = importlib.util.spec_from_file_location("healing_benchmark", BENCHMARKS / "healing.py")
+        assert specification is not None and specification.loader is not None  # noqa: PT018
+        benchmark = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(benchmark)
+    task, tokenizer = load_task(tmp_path, parity_rows(600)), make_tokenizer()
+    model = learn(task)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["--model", tmp_path / "model", "--task", tmp_path / "task.json", "--json", tmp_path / "rows-out.jsonl",
+             "--kept", 0.1, 0.03, "--learning-rates", 0.03, "--seeds", 0, 1, "--steps", 40, "--eval-steps", 10,
+             "--examples", 200, "--moments", 100, "--monitor", 60, "--rank-multiple", 1, "--work-dir",
+             tmp_path / "work"]  # fmt: skip
+    benchmark.main([*map(str, words)])
+    rows = [json.loads(line) for line in (tmp_path / "rows-out.jsonl").read_text().splitlines()]
+    assert [(row["kept"], row["seed"]) for row in rows] == [(0.1, 0), (0.1, 1), (0.03, 0), (0.03, 1)]
+    dense = evaluate(
+        model, task.examples("test", tokenizer), tokenizer, metric="accuracy", batch_size=8, progress=False
+    )
+    for row in rows:
+        assert row["dense"] == dense.score
+        assert (row["healing"]["examples"], row["healing"]["monitored"]) == (200, 60)
+        for name in ("pruned", "healed"):
+            assert row[name]["mean"] == pytest.approx(row[name]["score"] - dense.score)
+            assert row[name]["count"] == dense.count
+    # The seed draws the examples of the steps, not the size.
+    assert rows[2]["pruned"] == rows[3]["pruned"]
+    assert rows[2]["healing"]["rounds"] != rows[3]["healing"]["rounds"]
+    assert all(row["healed"]["kl"] < row["pruned"]["kl"] for row in rows[2:])
+    assert "kept 0.030, rate 0.03, seed 1" in capsys.readouterr().out
