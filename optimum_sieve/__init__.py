@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optimum_sieve.comparison import Comparison, compare
     from optimum_sieve.config import SieveConfig
     from optimum_sieve.evaluation import Evaluation, evaluate
+    from optimum_sieve.heal_config import HealConfig
     from optimum_sieve.layers import FactorizedLinear
     from optimum_sieve.pruner import SievePruner
     from optimum_sieve.result import SieveResult
@@ -27,6 +28,7 @@ _MODULES = {
     "Comparison": "comparison",
     "Evaluation": "evaluation",
     "FactorizedLinear": "layers",
+    "HealConfig": "heal_config",
     "SieveConfig": "config",
     "SievePruner": "pruner",
     "SieveResult": "result",
@@ -39,6 +41,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "FactorizedLinear",
+    "HealConfig",
     "SieveConfig",
     "SievePruner",
     "SieveResult",

@@ -26,7 +26,8 @@ from optimum_sieve.heal_config import HealConfig
 from optimum_sieve.healing import _drawn, _schedule, heal
 from optimum_sieve.inputs import input_format
 from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.scoring import make_batches, site_logits
+from optimum_sieve.scoring import log_likelihoods, make_batches, site_logits
+from optimum_sieve.tasks import Example
 from optimum_sieve.teacher import CandidateTeacher, VocabularyTeacher, teach
 from optimum_sieve.workdir import WorkDir
 
@@ -333,6 +334,25 @@ def test_blocks_are_computed_again_where_asked(
     pruned.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     run(pruned, teacher, task, HealConfig(steps=3, gradient_checkpointing=checkpointing))
     assert len(calls) == 3 * times
+
+
+def test_examples_may_have_different_numbers_of_candidates(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    examples = [
+        Example(prompt="Number: 7 Parity:", answer=" odd", candidates=(" odd", " even", " very"), target=0),
+        Example(prompt="Number: 8 Parity:", answer=" even", candidates=(" odd", " even"), target=1),
+    ]
+    teacher = teach(dense, examples, TOKENIZER, progress=False)
+    (batch,) = make_batches(examples, TOKENIZER, batch_size=8)
+    divergences, gold = teacher.losses(pruned, batch)
+    for place, index in enumerate(batch.indices):
+        own = make_batches([examples[index]], TOKENIZER, batch_size=8)[0]
+        p, q = (log_likelihoods(model, own)[0].log_softmax(0).detach() for model in (pruned, dense))
+        torch.testing.assert_close(divergences[place].detach(), (q.exp() * (q - p)).sum(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gold[place].detach(), -p[examples[index].target], rtol=1e-4, atol=1e-5)
+    (divergences.sum() + gold.sum()).backward()
+    gradients = [p.grad for p in trained_parameters(pruned).values() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_gold_answers_count_where_they_are_weighed(task: Task) -> None:
