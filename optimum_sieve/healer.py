@@ -142,8 +142,9 @@ class Healer:
         try:
             for number in range(1, rounds + 1):
                 own = ranks if rounds == 1 else allocate_ranks(setting, bases, kept ** (number / rounds))
-                apply_ranks(setting.model, bases, own, storage=setting.config.storage)
-                self._heal()
+                # An early round may be too large to factorize anything.
+                if apply_ranks(setting.model, bases, own, storage=setting.config.storage):
+                    self._heal()
                 if number < rounds:
                     self._multiply_out()
                     bases = self._calibrate_again()
@@ -169,15 +170,15 @@ class Healer:
 
     def report(self) -> dict[str, Any]:
         """Return what the last call of `apply` did, for the report."""
-        first, last = self.rounds[0].to_dict(), self.rounds[-1].to_dict()
+        rounds = [one.to_dict() for one in self.rounds]
+        ends = {"before": rounds[0]["before"], "after": rounds[-1]["after"]} if rounds else {}
         return {
-            "steps": sum(one.steps for one in self.rounds),
-            "examples": first["examples"],
-            "seconds": round(sum(one.seconds for one in self.rounds), 3),
+            "steps": sum(one["steps"] for one in rounds),
+            "examples": len(self.calibration),
+            "seconds": round(sum(one["seconds"] for one in rounds), 3),
             "monitored": self.monitor.dense.count,
-            "before": first["before"],
-            "after": last["after"],
-            "rounds": [one.to_dict() for one in self.rounds],
+            **ends,
+            "rounds": rounds,
         }
 
     def _heal(self) -> None:

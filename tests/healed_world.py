@@ -59,18 +59,20 @@ def prune(
 
 
 class ScriptedMonitor:
-    """Gives out scores from a list, one a call, and remembers the weights it was shown."""
+    """Gives out scores and divergences from lists, one a call, and remembers the weights it was shown."""
 
     fingerprint = "scripted"
 
-    def __init__(self, scores: list[float]) -> None:
+    def __init__(self, scores: list[float], divergences: list[float] | None = None) -> None:
         self.scores = scores
+        self.divergences = divergences or [0.0] * len(scores)
         self.seen: list[dict[str, torch.Tensor]] = []
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the next score."""
         self.seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        return {"score": self.scores[len(self.seen) - 1], "kl": 0.0}
+        place = len(self.seen) - 1
+        return {"score": self.scores[place], "kl": self.divergences[place]}
 
 
 def split(task: Task, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Example]:

@@ -204,6 +204,17 @@ def test_trained_norms_are_put_back_between_sizes(dense: PreTrainedModel, task: 
     assert_same(state(model), state(dense))
 
 
+def test_a_size_at_which_nothing_is_factorized_is_not_healed(dense: PreTrainedModel, task: Task) -> None:
+    model = copy.deepcopy(dense)
+    config = SieveConfig(**FAR, heal=QUICK)
+    setting = prepare(model, TOKENIZER, task, config, work_dir=None, study_storage=None, progress=False)
+    calibration = task.examples("calibration", TOKENIZER)
+    healer = Healer(setting, calibration, task.examples("selection", TOKENIZER))
+    healer.apply(calibrate(setting, calibration, {}), dict.fromkeys(target.name for target in setting.targets))
+    assert_same(state(model), state(dense))
+    assert (healer.report()["steps"], healer.report()["rounds"]) == (0, [])
+
+
 def test_a_multiplied_out_model_computes_what_the_healed_one_does(task: Task) -> None:
     """GPT-2's linears have biases and are transposed."""
     import transformers
@@ -287,11 +298,11 @@ def test_settings_go_through_json_the_command_line_and_the_card(tmp_path: Path) 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run `optimum-cli sieve heal` with these words; return its exit status."""
+    """Run `optimum-cli sieve` with these words; return its exit status."""
     from optimum.commands.optimum_cli import main
 
     def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", "heal", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", *map(str, words)])
         try:
             main()
         except SystemExit as end:
@@ -322,7 +333,7 @@ def test_the_command_heals_a_pruned_directory(
     run: Callable[..., int], world: Path, dense: PreTrainedModel, task: Task, tmp_path: Path, capsys: Any
 ) -> None:
     settings = ("--steps", 40, "--learning-rate", 0.03, "--work-dir", tmp_path / "work")
-    assert run(*source(world), "--output", tmp_path / "healed", *settings) == 0, capsys.readouterr().err
+    assert run("heal", *source(world), "--output", tmp_path / "healed", *settings) == 0, capsys.readouterr().err
     plain, report = (json.loads((directory / "sieve_report.json").read_text())
                      for directory in (world / "pruned", tmp_path / "healed"))  # fmt: skip
     assert report["kl"] < 0.5 * plain["kl"]
@@ -354,6 +365,19 @@ def test_the_command_refuses_what_does_not_fit(
         ((*source(world, dense=world / "pruned"), "--output", tmp_path / "out"), "must be a dense model"),
         ((*source(world, dense=tmp_path / "other"), "--output", tmp_path / "out"), "`dense` must be the model that"),
     ):
-        assert run(*words) == 1
+        assert run("heal", *words) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_the_prune_command_heals_where_it_is_asked_to(
+    run: Callable[..., int], world: Path, tmp_path: Path, capsys: Any
+) -> None:
+    words = ("prune", "--model", world / "dense", "--task", world / "task.json", "--device", "cpu", "--rounds", 1)
+    size = ("--pruning-ratio", 0.9, "--heal-steps", 4, "--heal-eval-steps", 2, "--heal-rounds", 2)
+    assert run(*words, *size, "--dry-run") == 0
+    assert "at most 2 rounds x 4 steps of 16 examples, 128 forward and backward" in capsys.readouterr().out
+    assert run(*words, *size, "--output", tmp_path / "out") == 0, capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "sieve_report.json").read_text())
+    assert report["healing"]["steps"] == 8
+    assert report["settings"]["heal"]["eval_steps"] == 2

@@ -158,6 +158,13 @@ def test_the_best_weights_are_kept_and_healing_stops_without_gain(
     assert (figures["before"]["score"], figures["after"]["score"]) == (0.5, 0.7)
 
 
+def test_of_equal_scores_the_smaller_divergence_is_kept(pruned: PreTrainedModel, teacher: Teacher, task: Task) -> None:
+    monitor = ScriptedMonitor([0.5, 0.7, 0.7, 0.7], [0.9, 0.2, 0.1, 0.3])
+    done = run(pruned, teacher, task, HealConfig(steps=6, learning_rate=3e-2, eval_steps=2), monitor=monitor)
+    assert done.best_step == 4
+    assert_same(weights(pruned), monitor.seen[2])
+
+
 def test_the_weights_from_before_are_kept_where_healing_only_harms(
     pruned: PreTrainedModel, teacher: Teacher, task: Task
 ) -> None:
