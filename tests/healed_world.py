@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from toy import make_model, make_tokenizer
 
-from optimum_sieve import SieveConfig
+from optimum_sieve import HealConfig, SieveConfig, evaluate
+from optimum_sieve.healing import heal
 from optimum_sieve.inputs import input_format
 from optimum_sieve.losses import answer_loss
 from optimum_sieve.prepare import prepare
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.tasks import Example, Task
+    from optimum_sieve.teacher import Teacher
+
+TOKENIZER = make_tokenizer()
+QUICK = HealConfig(steps=24, learning_rate=3e-2, eval_steps=6)
 
 
 def learn(
@@ -78,3 +83,25 @@ class ScriptedMonitor:
 def split(task: Task, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Example]:
     """Return the examples of a split."""
     return list(task.examples(name, tokenizer or make_tokenizer()))
+
+
+def run(model: PreTrainedModel, teacher: Teacher, task: Task, config: HealConfig = QUICK, **options: Any) -> Any:
+    """Heal on the calibration split."""
+    return heal(model, teacher, TOKENIZER, split(task, "calibration"), config, progress=False, **options)
+
+
+def score(model: PreTrainedModel, task: Task) -> Any:
+    """Score on the test split."""
+    return evaluate(model, split(task, "test"), TOKENIZER, metric="accuracy", batch_size=32, progress=False)
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return copies of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Assert that two sets of tensors are equal, bit for bit."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from healed_world import learn
+from healed_world import TOKENIZER, assert_same, learn
 from test_kinds import make_model as make_other_model
 from toy import load_task, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
 
-from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
-from optimum_sieve.card import reproduction_command
-from optimum_sieve.commands.options import add_settings, settings_from
+from optimum_sieve import SieveConfig, SievePruner, evaluate
 from optimum_sieve.factor_training import norm_parameters
 from optimum_sieve.heal_config import HealConfig
 from optimum_sieve.healer import Healer
@@ -34,7 +31,6 @@ if TYPE_CHECKING:
 
     from optimum_sieve.tasks import Task
 
-TOKENIZER = make_tokenizer()
 QUICK = HealConfig(steps=40, learning_rate=3e-2, eval_steps=10)
 FAR = {"pruning_ratio": 0.97, "rank_multiple": 1, "rounds": 1}
 
@@ -56,12 +52,6 @@ def pruner(dense: PreTrainedModel, task: Task) -> SievePruner:
 
 def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 def test_a_healed_model_is_saved_with_the_ranks_it_was_pruned_to(
@@ -275,109 +265,3 @@ def test_too_few_selection_examples_are_refused_before_any_work(dense: PreTraine
     pruner = SievePruner(dense, TOKENIZER, load_task(tmp_path, limit={"selection": 4}))
     with pytest.raises(ValueError, match=r"`heal\.monitor_fraction` must monitor at least 2"):
         pruner.prune(SieveConfig(**FAR, heal=QUICK), progress=False)
-
-
-def test_settings_go_through_json_the_command_line_and_the_card(tmp_path: Path) -> None:
-    import argparse
-
-    config = SieveConfig(pruning_ratio=0.5, heal=HealConfig(steps=7, train_norms=True, learning_rate=1e-3))
-    config.to_json_file(tmp_path / "settings.json")
-    assert SieveConfig.from_json_file(tmp_path / "settings.json") == config
-    with pytest.raises(ValueError, match=r"`step` is not a setting of HealConfig\. Did you mean `steps`"):
-        SieveConfig.from_dict({"pruning_ratio": 0.5, "heal": {"step": 3}})
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config")
-    add_settings(parser)
-    words = reproduction_command("org/base", config.to_dict()).split()
-    assert settings_from(parser.parse_args(words[7:-2])) == config
-    overridden = settings_from(parser.parse_args(["--config", str(tmp_path / "settings.json"), "--heal-steps", "9"]))
-    assert overridden.heal == HealConfig(steps=9, train_norms=True, learning_rate=1e-3)
-    assert settings_from(parser.parse_args(["--pruning-ratio", "0.5"])).heal is None
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run `optimum-cli sieve` with these words; return its exit status."""
-    from optimum.commands.optimum_cli import main
-
-    def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", *map(str, words)])
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def world(dense: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a dense model, one pruned from it, and their task."""
-    directory = tmp_path_factory.mktemp("world")
-    load_task(directory, parity_rows(600))
-    dense.save_pretrained(directory / "dense")
-    TOKENIZER.save_pretrained(directory / "dense")
-    pruner = SievePruner.from_pretrained(directory / "dense", task=directory / "task.json", device="cpu")
-    pruner.prune(SieveConfig(**FAR), progress=False)
-    return pruner.save_pretrained(directory / "pruned").parent
-
-
-def source(world: Path, **others: object) -> list[object]:
-    options = {"model": world / "pruned", "dense": world / "dense", "task": world / "task.json", "device": "cpu"}
-    return [word for name, value in {**options, **others}.items() for word in (f"--{name}", value)]
-
-
-def test_the_command_heals_a_pruned_directory(
-    run: Callable[..., int], world: Path, dense: PreTrainedModel, task: Task, tmp_path: Path, capsys: Any
-) -> None:
-    settings = ("--steps", 40, "--learning-rate", 0.03, "--work-dir", tmp_path / "work")
-    assert run("heal", *source(world), "--output", tmp_path / "healed", *settings) == 0, capsys.readouterr().err
-    plain, report = (json.loads((directory / "sieve_report.json").read_text())
-                     for directory in (world / "pruned", tmp_path / "healed"))  # fmt: skip
-    assert report["kl"] < 0.5 * plain["kl"]
-    for key in ("parameters", "dense", "settings", "majority_score"):
-        assert report[key] == plain[key]
-    assert report["healing"]["settings"]["steps"] == 40
-    pruned, healed = (AutoModelForCausalLM.from_pretrained(path) for path in (world / "pruned", tmp_path / "healed"))
-    assert healed.config.sieve["rank_pattern"] == pruned.config.sieve["rank_pattern"]
-    examples = task.examples("test", TOKENIZER)
-    scores = [evaluate(model, examples, TOKENIZER, metric="accuracy", batch_size=16, progress=False)
-              for model in (dense, healed)]  # fmt: skip
-    assert compare(*scores).kl == pytest.approx(report["kl"], abs=1e-6)
-    card = (tmp_path / "healed" / "README.md").read_text()
-    command = "optimum-cli sieve heal --model pruned --dense dense --task task.yaml --steps 40 --learning-rate 0.03"
-    assert command in card
-    assert f"{report['pruned']['score']:.3f}" in capsys.readouterr().out
-
-
-def test_the_command_refuses_what_does_not_fit(
-    run: Callable[..., int], world: Path, dense: PreTrainedModel, tmp_path: Path, capsys: Any
-) -> None:
-    other = type(dense)(type(dense.config)(**{**dense.config.to_dict(), "intermediate_size": 40}))
-    other.save_pretrained(tmp_path / "other")
-    TOKENIZER.save_pretrained(tmp_path / "other")
-    for words, message in (
-        ((*source(world), "--output", world), "must be new or empty"),
-        ((*source(world), "--output", tmp_path / "out", "--steps", 0), "`heal.steps` must be at least 1, got 0"),
-        ((*source(world, model=world / "dense"), "--output", tmp_path / "out"), "must be a pruned model"),
-        ((*source(world, dense=world / "pruned"), "--output", tmp_path / "out"), "must be a dense model"),
-        ((*source(world, dense=tmp_path / "other"), "--output", tmp_path / "out"), "`dense` must be the model that"),
-    ):
-        assert run("heal", *words) == 1
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
-
-
-def test_the_prune_command_heals_where_it_is_asked_to(
-    run: Callable[..., int], world: Path, tmp_path: Path, capsys: Any
-) -> None:
-    words = ("prune", "--model", world / "dense", "--task", world / "task.json", "--device", "cpu", "--rounds", 1)
-    size = ("--pruning-ratio", 0.9, "--heal-steps", 4, "--heal-eval-steps", 2, "--heal-rounds", 2)
-    assert run(*words, *size, "--dry-run") == 0
-    assert "at most 2 rounds x 4 steps of 16 examples, 128 forward and backward" in capsys.readouterr().out
-    assert run(*words, *size, "--output", tmp_path / "out") == 0, capsys.readouterr().err
-    report = json.loads((tmp_path / "out" / "sieve_report.json").read_text())
-    assert report["healing"]["steps"] == 8
-    assert report["settings"]["heal"]["eval_steps"] == 2
