@@ -40,6 +40,8 @@ class EncodedExample:
             Whether one candidate's tokens are the beginning of another's.
         source (`list[int]`, *optional*):
             Input of the encoder, where the rows are those of a decoder.
+        weights (`list[float]`, *optional*):
+            What each candidate's log-likelihood is multiplied by.
     """
 
     index: int
@@ -48,6 +50,7 @@ class EncodedExample:
     num_candidates: int
     shadowed: bool
     source: list[int] | None = None
+    weights: list[float] | None = None
 
     @property
     def length(self) -> int:
@@ -77,6 +80,8 @@ def encode_examples(
             rows = _encode_for_decoder(examples, tokenizer, candidates, inputs)
         else:
             rows = _encode_as_one_text(examples, tokenizer, candidates)
+    if candidates:
+        rows = [replace(row, weights=_weights(example)) for row, example in zip(rows, examples, strict=True)]
     shadowed = sum(row.shadowed for row in rows)
     if shadowed:
         logger.warning(
@@ -138,6 +143,11 @@ def _encode_for_classifier(
 
 def _continuations(example: Example, candidates: bool) -> tuple[str, ...]:
     return example.candidates if candidates else (example.answer,)
+
+
+def _weights(example: Example) -> list[float] | None:
+    lengths = [max(len(text.strip()), 1) for text in example.candidates]
+    return [1 / length for length in lengths] if example.normalized else None
 
 
 def _whole_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

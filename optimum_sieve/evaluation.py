@@ -276,5 +276,8 @@ def _check_finite(scores: NDArray[np.float64], examples: Sequence[Example]) -> N
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:
-    content = [[example.prompt, example.candidates, example.target] for example in examples]
+    content = [
+        [example.prompt, example.candidates, example.target, *(["normalized"] if example.normalized else [])]
+        for example in examples
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -18,6 +18,8 @@ class Example:
             Texts whose log-likelihoods are compared; empty where the answer is generated.
         target (`int`, *optional*):
             Index of the gold candidate.
+        normalized (`bool`):
+            Whether each candidate's log-likelihood is divided by its number of characters, without spaces around it.
         add_special_tokens (`bool`):
             Whether the tokenizer puts its BOS before the prompt; `False` where a chat template wrote it.
     """
@@ -26,6 +28,7 @@ class Example:
     answer: str
     candidates: tuple[str, ...] = ()
     target: int | None = None
+    normalized: bool = False
     add_special_tokens: bool = True
 
 
@@ -40,8 +43,11 @@ class Reference:
             Texts that are scored; empty where the answer is generated.
         target (`int`, *optional*):
             Index of the gold candidate.
+        normalized (`bool`):
+            Whether a candidate's log-likelihood counts per character.
     """
 
     answer: str
     candidates: tuple[str, ...] = ()
     target: int | None = None
+    normalized: bool = False

@@ -3,12 +3,16 @@ r"""`kind: labels`: every example is answered by the likeliest of the same few t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_sieve.tasks.example import Reference
 from optimum_sieve.tasks.metrics import CLASS_METRICS
 from optimum_sieve.tasks.prompts import Row, RowTemplate
 from optimum_sieve.tasks.spec import require
+
+
+if TYPE_CHECKING:
+    from optimum_sieve.tasks.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,8 @@ class LabelScoring:
     labels: dict[str, str]
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> LabelScoring:
-        """Check the two keys.
+    def from_spec(cls, spec: dict[str, Any], prompt: Prompt, seed: int) -> LabelScoring:
+        """Check the two keys; the prompt and the seed do not matter.
 
         Raises:
             ValueError: If a key is absent, there are fewer than two labels, or two have the same text.
@@ -41,6 +45,10 @@ class LabelScoring:
         if len(set(labels.values())) < len(labels):
             raise ValueError(f"`labels` must have distinct texts, got {list(labels.values())}.")
         return cls(RowTemplate("answer", answer), labels)
+
+    def shown(self, row: Row, *, shuffled: bool = True) -> Row:
+        """Return `row`: there is nothing else to show in a prompt."""
+        return row
 
     def reference(self, row: Row) -> Reference:
         """Return the gold label of `row` among all labels.

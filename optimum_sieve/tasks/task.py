@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.tasks.choices import Choices
 from optimum_sieve.tasks.data import SPLITS, Data
 from optimum_sieve.tasks.example import Example, Reference
 from optimum_sieve.tasks.labels import LabelScoring
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-KINDS: dict[str, type[LabelScoring]] = {"labels": LabelScoring}
+KINDS: dict[str, type[LabelScoring] | type[Choices]] = {"labels": LabelScoring, "choices": Choices}
 _KEYS = ("name", "kind", "data", "limit", "group", "prompt", "chat", "metric", "seed")
 
 
@@ -43,11 +44,11 @@ class Task:
         name (`str`):
             Name of the task.
         kind (`str`):
-            How it is answered: `"labels"`.
+            How it is answered: `"labels"` or `"choices"`.
         metric (`str`):
-            How the answers are scored: `"accuracy"` or `"macro_f1"`.
+            How the answers are scored: `"accuracy"` or, of labels, `"macro_f1"`.
         labels (`dict[str, str]`):
-            What the data says to the text that is scored.
+            What the data says to the text that is scored; empty where the answers are no labels.
         spec (`dict[str, Any]`):
             The task file as JSON types.
     """
@@ -98,12 +99,14 @@ class Task:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
         check_keys(spec, (*_KEYS, *KINDS[kind].keys), "task")
         name = require(spec, "name", str, "a text")
-        prompt, scoring = Prompt.from_spec(spec), KINDS[kind].from_spec(spec)
+        prompt = Prompt.from_spec(spec)
+        scoring = KINDS[kind].from_spec(spec, prompt, _seed(spec))
         metric = spec.get("metric", scoring.metrics[0])
         if metric not in scoring.metrics:
             raise ValueError(f"`metric` must be one of {', '.join(scoring.metrics)}, got {metric!r}.")
         items = _read_items(spec, Path(root), prompt, scoring)
-        return cls(name=name, kind=kind, metric=metric, labels=scoring.labels, spec=spec, _prompt=prompt, _items=items)
+        labels = scoring.labels if isinstance(scoring, LabelScoring) else {}
+        return cls(name=name, kind=kind, metric=metric, labels=labels, spec=spec, _prompt=prompt, _items=items)
 
     @property
     def splits(self) -> dict[str, int]:
@@ -143,6 +146,7 @@ class Task:
                 answer=item.reference.answer,
                 candidates=item.reference.candidates,
                 target=item.reference.target,
+                normalized=item.reference.normalized,
                 add_special_tokens=not self._prompt.roles,
             )
             for item in self._items[split]
@@ -155,7 +159,7 @@ class Task:
 
 
 def _read_items(
-    spec: dict[str, Any], root: Path, prompt: Prompt, scoring: LabelScoring
+    spec: dict[str, Any], root: Path, prompt: Prompt, scoring: LabelScoring | Choices
 ) -> dict[str, tuple[_Item, ...]]:
     """Load the data, divide it and render every row that is used."""
     rendered: dict[tuple[str, int], tuple[str, ...]] = {}
@@ -163,13 +167,17 @@ def _read_items(
     def texts(row: Row) -> tuple[str, ...]:
         key = (row.source, row.number)
         if key not in rendered:
-            rendered[key] = prompt.render(row)
+            # Two prompts are the same whatever the order their choices are shown in.
+            rendered[key] = prompt.render(scoring.shown(row, shuffled=False))
         return rendered[key]
+
+    def item(row: Row) -> _Item:
+        return _Item(prompt.render(scoring.shown(row)), scoring.reference(row))
 
     group, limit, seed = _group(spec), _limit(spec), _seed(spec)
     data = Data.from_spec(require(spec, "data", dict, "a mapping with `files` or `dataset`"))
     rows = divide(data, data.load(root), prompt=texts, group=group, limit=limit, seed=seed)
-    return {split: tuple(_Item(texts(row), scoring.reference(row)) for row in rows[split]) for split in rows}
+    return {split: tuple(item(row) for row in rows[split]) for split in rows}
 
 
 def _group(spec: dict[str, Any]) -> str | None:
