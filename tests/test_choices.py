@@ -14,13 +14,12 @@ from optimum_sieve import SieveConfig, SievePruner, evaluate
 from optimum_sieve.evaluation import majority_score
 from optimum_sieve.losses import fisher_root
 from optimum_sieve.scoring import log_likelihoods, make_batches
-from optimum_sieve.tasks import Task
 
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from optimum_sieve.tasks import Example
+    from optimum_sieve.tasks import Example, Task
 
 TEXTS = ["odd", "even", "very odd", "user", "assistant even"]
 LETTERED = "{{ question }} {{ lettered_choices }} Answer:"
@@ -215,7 +214,7 @@ def test_pruned_within_a_tolerance_and_saved(tmp_path: Path, allocation: str) ->
         (
             {"answer": "1", "choices": ["1", "even"]},
             ValueError,
-            r"got '1', which is 2 of them, in row \d+ of rows.jsonl. A whole number is always a place: `{{ answer \| in",
+            r"got '1', which is 2 of them, in row \d+ of rows.jsonl. A whole number is always a place: `{{ answer",
         ),
         ({"candidate": "the same"}, ValueError, r"`candidate` must name `letter` or `choice`, and nothing else"),
         ({"candidate": "{{ question }}"}, ValueError, r"`candidate` must name `letter` or `choice`, and nothing else"),
