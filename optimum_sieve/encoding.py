@@ -93,6 +93,26 @@ def encode_examples(
     return rows
 
 
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat
+) -> list[list[int]]:
+    """Tokenize the prompts alone, as a model that writes the answers is given them.
+
+    Raises:
+        ValueError: If a prompt has no token.
+    """
+    with _restored(tokenizer):
+        if inputs.kind == "seq2seq":
+            return _whole_texts(examples, tokenizer)
+        prefix = _special_prefix(tokenizer, examples)
+        plain = _token_ids(tokenizer, [example.prompt for example in examples])
+        rows = [
+            (prefix if example.add_special_tokens else []) + ids for example, ids in zip(examples, plain, strict=True)
+        ]
+    _refuse_empty(rows, examples)
+    return rows
+
+
 def _encode_as_one_text(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool
 ) -> list[EncodedExample]:
@@ -117,7 +137,11 @@ def _encode_for_decoder(
     """Give the prompt to the encoder and each continuation, after the start token, to the decoder."""
     assert inputs.start_token_id is not None
     sources = _whole_texts(examples, tokenizer)
-    continuations = [_continuations(example, candidates) for example in examples]
+    # What a decoder writes does not follow the prompt's text, so no space comes between.
+    continuations = [
+        tuple(text.lstrip() if example.generation else text for text in _continuations(example, candidates))
+        for example in examples
+    ]
     tokens = iter(_token_ids(tokenizer, [text for texts in continuations for text in texts]))
     rows = []
     for index, (example, source, texts) in enumerate(zip(examples, sources, continuations, strict=True)):
@@ -157,10 +181,15 @@ def _whole_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     rows = [
         own if example.add_special_tokens else bare for example, own, bare in zip(examples, special, plain, strict=True)
     ]
+    _refuse_empty(rows, examples)
+    return rows
+
+
+def _refuse_empty(rows: list[list[int]], examples: Sequence[Example]) -> None:
     empty = next((index for index, row in enumerate(rows) if not row), None)
     if empty is not None:
-        raise ValueError(f"`examples[{empty}]` must have a prompt of at least one token, got {prompts[empty]!r}.")
-    return rows
+        prompt = examples[empty].prompt
+        raise ValueError(f"`examples[{empty}]` must have a prompt of at least one token, got {prompt!r}.")
 
 
 def _encode_row(index: int, example: Example, prompt: list[int], wholes: list[list[int]]) -> EncodedExample:

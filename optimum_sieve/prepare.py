@@ -39,6 +39,11 @@ def check_inputs(
     check_weights(model, targets)
     check_task(task, model, tokenizer)
     if config.allocation == "genetic":
+        if task.kind == "generate":
+            raise ValueError(
+                "`allocation='genetic'` must go with a task of the kind labels or choices, got the kind 'generate': "
+                "patterns are judged by the distribution over an example's candidates. Use 'energy' or 'uniform'."
+            )
         config.search_count(task.splits["selection"])
     return targets
 

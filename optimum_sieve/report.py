@@ -83,7 +83,8 @@ def build_report(
             "standard_error": float(comparison.standard_error),
         }
         report["agreement"] = float(comparison.agreement)
-        report["kl"] = float(comparison.kl)
+        if comparison.kl is not None:
+            report["kl"] = float(comparison.kl)
     for key, value in (
         ("parameters", parameters),
         ("bytes", num_bytes),
@@ -129,7 +130,7 @@ def format_table(report: dict[str, Any]) -> str:
     ```python
     >>> print(format_table({"task": "toy", "split": "test", "metric": "accuracy", "count": 200,
     ...                     "majority_score": 0.5, "dense": {"score": 0.8, "standard_error": 0.0283}}))
-    toy: 200 examples of the test split, majority class 0.500
+    toy: 200 examples of the test split, most frequent answer 0.500
     <BLANKLINE>
                       dense
     accuracy  0.800 ± 0.028
@@ -145,7 +146,7 @@ def format_table(report: dict[str, Any]) -> str:
     ]
     title = (
         f"{report['task']}: {report['count']:,} examples of the {report['split']} split, "
-        f"majority class {report['majority_score']:.3f}"
+        f"most frequent answer {report['majority_score']:.3f}"
     )
     return "\n".join([title, "", *lines, *_seconds_line(report)])
 

@@ -124,8 +124,7 @@ def make_batches(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     rows = _encode(examples, tokenizer, candidates, inputs)
-    pads = (inputs.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    pad_id = next((i for i in pads if isinstance(i, int)), 0)
+    pad_id = padding_id(tokenizer, inputs)
     batches: list[list[EncodedExample]] = []
     filled = batch_size
     for row in sorted(rows, key=lambda row: -row.length):
@@ -204,6 +203,12 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
     if batch.weights is not None:
         sums = sums * batch.weights.to(device)
     return sums.masked_fill(~present, float("-inf"))
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, inputs: InputFormat) -> int:
+    """Return the token that pads: the model's, the tokenizer's, that of the end of a text, or any."""
+    found = (inputs.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in found if isinstance(token, int)), 0)
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         ({"name": None}, ValueError, r"`name` must be given in the task file: a text"),
         ({"name": 3}, TypeError, r"`name` must be a text, got 3"),
         ({"kind": None}, ValueError, r"`kind` must be given"),
-        ({"kind": "label"}, ValueError, r"`kind` must be one of labels, choices, got 'label'"),
+        ({"kind": "label"}, ValueError, r"`kind` must be one of labels, choices, generate, got 'label'"),
         ({"metric": "accurate"}, ValueError, r"`metric` must be one of accuracy, macro_f1, got 'accurate'"),
         ({"prompt": None}, ValueError, r"`prompt` or `chat` must be given, exactly one of them, got neither"),
         ({"chat": []}, ValueError, r"exactly one of them, got both"),
