@@ -190,9 +190,7 @@ def test_a_genetic_search_is_refused_before_any_work(tmp_path: Path) -> None:
 
 def test_classifiers_are_refused(tmp_path: Path) -> None:
     pruner = SievePruner(make_kind("bert"), make_tokenizer(), load_task(tmp_path, **WRITTEN))
-    with pytest.raises(
-        ValueError, match="`model` must be one that writes for a task of the kind 'generate'"
-    ):
+    with pytest.raises(ValueError, match="`model` must be one that writes for a task of the kind 'generate'"):
         pruner.plan(SieveConfig(pruning_ratio=0.5))
 
 
@@ -201,7 +199,7 @@ def test_classifiers_are_refused(tmp_path: Path) -> None:
     [
         ({"answer": None}, ValueError, r"`answer` must be given in the task file: a template of the right text"),
         ({"answer": 3}, TypeError, r"`answer` must be a text or a list of texts, got 3. Put it in quotes"),
-        ({"answer": " "}, ValueError, r"`answer` must be one text or more, none of them empty, got \[' '\] in row \d+"),
+        ({"answer": " "}, ValueError, r"`answer` must be one text or more, none of them empty, got \[''\] in row \d+"),
         ({"answer": "{{ [] }}"}, ValueError, r"`answer` must be one text or more, none of them empty, got \[\] in row"),
         ({"answer": "{{ [none] }}"}, ValueError, r"`answer` must not hold a missing value"),
         ({"answer": "{{ lable }}"}, ValueError, r"`answer` must name fields of the data, got 'lable'"),

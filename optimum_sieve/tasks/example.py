@@ -22,10 +22,10 @@ class Generation:
     def continuation(self, prompt: str, answer: str, end_of_text: str | None) -> str:
         """Return `answer` as it would be written after `prompt`, with what ends it.
 
-        A space comes first unless the prompt ends, or the answer begins, with one or with a line break. It ends with
-        the first stop text or, where there is none, the tokenizer's end of text.
+        A space comes first unless the prompt ends with one or with a line break. It ends with the first stop text or,
+        where there is none, the tokenizer's end of text.
         """
-        space = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+        space = "" if prompt[-1:].isspace() else " "
         return space + answer + (self.stop[0] if self.stop else end_of_text or "")
 
 

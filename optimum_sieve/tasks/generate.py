@@ -55,19 +55,19 @@ class Generate:
         return row
 
     def reference(self, row: Row) -> Reference:
-        """Return the accepted answers of `row`; the first is the one that calibration looks at.
+        """Return the accepted answers of `row`, without spaces around them; calibration looks at the first.
 
         Raises:
             ValueError: If one is empty, would be cut by a stop text, or is not what the metric reads.
         """
-        accepted = [text for template in self.answers for text in template.texts(row)]
-        if not accepted or not all(text.strip() for text in accepted):
+        accepted = [text.strip() for template in self.answers for text in template.texts(row)]
+        if not accepted or not all(accepted):
             raise ValueError(
                 f"`answer` must be one text or more, none of them empty, got {accepted} in {row.place}. Drop the row, "
                 "or write what the model shall answer then: `{{ answer or 'none' }}`."
             )
         for text in accepted:
-            cut = next((stop for stop in self.generation.stop if stop in text.strip()), None)
+            cut = next((stop for stop in self.generation.stop if stop in text), None)
             if cut is not None:
                 raise ValueError(
                     f"`stop` must not occur in an answer, got {cut!r} in {text!r} in {row.place}: what the model "
