@@ -7,8 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from optimum_sieve.encoding import encode_prompts
 from optimum_sieve.inputs import input_format
@@ -60,7 +67,7 @@ def write_answers(
         examples (`Sequence[Example]`): At least one, all with the same `generation`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer. It needs no padding token.
         batch_size (`int`): Rows that are written at the same time.
-        seed (`int`, *optional*): Draw each token by its probability, with this seed.
+        seed (`int`, *optional*): Draw each token by its probability instead, with this seed and the example's place.
         on_batch (`Callable`): Called after each batch with its number of examples.
 
     Raises:
@@ -72,19 +79,11 @@ def write_answers(
     assert generation is not None
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     written: dict[int, Written] = {}
-    device = input_device(model)
-    with (
-        evaluating(model),
-        torch.random.fork_rng(enabled=seed is not None),
-        _plain_settings(model, tokenizer, generation, inputs, sampled=seed is not None) as ends,
-    ):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with evaluating(model), _plain_settings(model, tokenizer, generation, inputs) as ends:
+        writer = _Writer(model, tokenizer, generation, inputs, ends, seed)
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            rows = _write_batch(
-                model, [prompts[place] for place in places], tokenizer, generation, inputs, device, ends
-            )
+            rows = writer.write([prompts[place] for place in places], places)
             written |= dict(zip(places, rows, strict=True))
             on_batch(len(places))
     return [written[place] for place in range(len(prompts))]
@@ -132,32 +131,36 @@ def _checked_prompts(
     return prompts
 
 
-def _write_batch(
-    model: Any,
-    prompts: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    generation: Generation,
-    inputs: InputFormat,
-    device: torch.device,
-    ends: set[int],
-) -> list[Written]:
-    width = max(map(len, prompts))
-    pad = padding_id(tokenizer, inputs)
-    # What is written comes right after a causal model's prompt; an encoder may count positions from the left.
-    left = inputs.kind == "causal"
-    padding = [width - len(ids) for ids in prompts]
-    rows = [[pad] * n + ids if left else ids + [pad] * n for n, ids in zip(padding, prompts, strict=True)]
-    masks = [
-        [0] * n + [1] * len(ids) if left else [1] * len(ids) + [0] * n for n, ids in zip(padding, prompts, strict=True)
-    ]
-    begin = width if left else 1
-    stopping = _StopTexts(tokenizer, generation.stop, begin, len(prompts))
-    found = model.generate(
-        input_ids=torch.tensor(rows, device=device),
-        attention_mask=torch.tensor(masks, device=device),
-        stopping_criteria=StoppingCriteriaList([stopping] if generation.stop else []),
-    )
-    return [_read(ids, tokenizer, generation.stop, ends) for ids in found[:, begin:].tolist()]
+@dataclass(frozen=True)
+class _Writer:
+    """What stays the same from batch to batch."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    generation: Generation
+    inputs: InputFormat
+    ends: set[int]
+    seed: int | None
+
+    def write(self, prompts: list[list[int]], places: list[int]) -> list[Written]:
+        """Write the answers of the prompts at these places."""
+        width, pad = max(map(len, prompts)), padding_id(self.tokenizer, self.inputs)
+        # What is written comes right after a causal model's prompt; an encoder may count positions from the left.
+        left = self.inputs.kind == "causal"
+        padding = [width - len(ids) for ids in prompts]
+        rows = [[pad] * n + ids if left else ids + [pad] * n for n, ids in zip(padding, prompts, strict=True)]
+        masks = [[0] * n + [1] * (width - n) if left else [1] * (width - n) + [0] * n for n in padding]
+        begin, stops, device = (width if left else 1), self.generation.stop, input_device(self.model)
+        noise = [] if self.seed is None else [_Noise(self.seed, places, begin)]
+        found = self.model.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(masks, device=device),
+            logits_processor=LogitsProcessorList(noise),
+            stopping_criteria=StoppingCriteriaList(
+                [_StopTexts(self.tokenizer, stops, begin, len(rows))] if stops else []
+            ),
+        )
+        return [_read(ids, self.tokenizer, stops, self.ends) for ids in found[:, begin:].tolist()]
 
 
 def _read(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], ends: set[int]) -> Written:
@@ -170,6 +173,24 @@ def _read(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: tuple[str, 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class _Noise(LogitsProcessor):
+    """Add Gumbel noise to the logits, so that the likeliest token is one drawn by its probability.
+
+    The noise depends on the seed, the example's place and the position alone, not on how examples are batched.
+    """
+
+    def __init__(self, seed: int, places: Sequence[int], begin: int) -> None:
+        self._seed, self._places, self._begin = seed, places, begin
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return the logits (rows, vocabulary) with noise, in float32."""
+        step = input_ids.shape[1] - self._begin
+        noise = np.stack(
+            [np.random.default_rng((self._seed, place, step)).gumbel(size=scores.shape[1]) for place in self._places]
+        )
+        return scores.float() + torch.from_numpy(noise).float().to(scores.device)  # type: ignore[return-value]
 
 
 class _StopTexts(StoppingCriteria):
@@ -190,7 +211,7 @@ class _StopTexts(StoppingCriteria):
 
 @contextmanager
 def _plain_settings(
-    model: Any, tokenizer: PreTrainedTokenizerBase, generation: Generation, inputs: InputFormat, *, sampled: bool
+    model: Any, tokenizer: PreTrainedTokenizerBase, generation: Generation, inputs: InputFormat
 ) -> Iterator[set[int]]:
     """Put settings in place of the model's own that write the likeliest token; give the tokens that end a text."""
     own = model.generation_config
@@ -200,9 +221,8 @@ def _plain_settings(
     special = {stop for stop in generation.stop if stop in tokenizer.all_special_tokens}
     ends |= {tokenizer.convert_tokens_to_ids(stop) for stop in special}
     tokens |= {"eos_token_id": sorted(ends) or None, "pad_token_id": padding_id(tokenizer, inputs)}
-    drawing: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0} if sampled else {}
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=generation.max_new_tokens, do_sample=sampled, num_beams=1, use_cache=True, **tokens, **drawing
+        max_new_tokens=generation.max_new_tokens, do_sample=False, num_beams=1, use_cache=True, **tokens
     )
     try:
         yield ends

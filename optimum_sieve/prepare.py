@@ -37,6 +37,11 @@ def check_inputs(
     separate_experts(model)
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(model, targets)
+    if not task.labelled and config.label_source == "data":
+        raise ValueError(
+            "`answer` must be given in the task file where label_source='data', got none. To hold the pruned model to "
+            "the dense one's own answers instead, set label_source='model'."
+        )
     check_task(task, model, tokenizer)
     if config.allocation == "genetic":
         if task.kind == "generate":

@@ -32,6 +32,7 @@ def build_report(
     split: str = "test",
     largest_coefficient: float | None = None,
     loading: dict[str, str] | None = None,
+    references: str | None = None,
 ) -> dict[str, Any]:
     """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
 
@@ -48,6 +49,7 @@ def build_report(
         split (`str`): The split that was scored.
         largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery`.
         loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
+        references (`str`, *optional*): Whose answers the scores are against, where the data has none of its own.
 
     Returns:
         `dict[str, Any]`: The report. Scores are on the task's metric, differences are pruned minus dense.
@@ -92,6 +94,7 @@ def build_report(
         ("seconds", seconds),
         ("settings", settings),
         ("loading", loading),
+        ("references", references),
     ):
         if value is not None:
             report[key] = value
@@ -148,6 +151,8 @@ def format_table(report: dict[str, Any]) -> str:
         f"{report['task']}: {report['count']:,} examples of the {report['split']} split, "
         f"most frequent answer {report['majority_score']:.3f}"
     )
+    if "references" in report:
+        title += f", scored against the {report['references']}'s own answers"
     return "\n".join([title, "", *lines, *_seconds_line(report)])
 
 

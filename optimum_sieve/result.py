@@ -57,6 +57,7 @@ def make_result(
     settings: dict[str, Any],
     seconds: dict[str, float],
     loading: dict[str, str] | None,
+    references: str | None,
     base_model: str | None,
     base_revision: str | None,
 ) -> SieveResult:
@@ -71,6 +72,7 @@ def make_result(
         settings (`dict[str, Any]`): `SieveConfig.to_dict()` of the run.
         seconds (`dict[str, float]`): Wall-clock time of each stage.
         loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded.
+        references (`str`, *optional*): Whose answers the scores are against, where the data has none.
         base_model (`str`, *optional*): Public name of the dense model.
         base_revision (`str`, *optional*): Its commit on the Hub.
     """
@@ -87,6 +89,7 @@ def make_result(
         settings=settings,
         largest_coefficient=largest_coefficient(model),
         loading=loading,
+        references=references,
     )
     model = sieve_model(
         model,

@@ -208,7 +208,7 @@ def test_pruned_within_a_tolerance_and_saved(tmp_path: Path, allocation: str) ->
         ({"choices": "{{ chioces }}"}, ValueError, r"got 'chioces' for row .* Did you mean 'choices'\?"),
         ({"choices": "{{ [1, none] }}"}, ValueError, r"`choices` must not hold a missing value, got \[1, None\]"),
         ({"choices": ["{{ a }}", "{{ a }}"], "candidate": "{{ choice }}"}, ValueError, r"must be distinct texts"),
-        ({"answer": None}, ValueError, r"`answer` must be given in the task file"),
+        ({"answer": 3}, TypeError, r"`answer` must be a template of the right choice's place"),
         ({"answer": "F"}, ValueError, r"exactly one of the choices 'odd', .*got 'F', which is none of them, in row"),
         ({"answer": "{{ 7 }}"}, ValueError, r"got 7, which is none of them"),
         (

@@ -106,13 +106,14 @@ def trained() -> PreTrainedModel:
 
 @pytest.mark.parametrize("allocation", ["energy", "uniform"])
 def test_a_model_is_pruned_within_a_tolerance_of_what_it_writes(
-    allocation: str, trained: PreTrainedModel, tmp_path: Path
+    allocation: str, trained: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"text": str(i), "label": "odd" if i % 2 else "even"} for i in range(100)]
     task = load_task(tmp_path, rows, **WRITTEN)
     pruner = SievePruner(copy.deepcopy(trained), make_tokenizer(), task)
     config = SieveConfig(tolerance=0.1, confidence=0.5, allocation=allocation, rank_multiple=1)
     report = pruner.prune(config, work_dir=tmp_path / "work", progress=False).report
+    assert "nothing to lose" not in caplog.text
     assert report["dense"]["score"] > 0.9
     assert report["majority_score"] < 0.7
     assert report["pruned"]["score"] > 0.75
@@ -126,6 +127,13 @@ def test_a_model_is_pruned_within_a_tolerance_of_what_it_writes(
     assert "Kullback" not in card
     loaded = transformers.AutoModelForCausalLM.from_pretrained(directory)
     assert run(loaded, task.examples("test", make_tokenizer())).score == report["pruned"]["score"]
+
+
+def test_a_dense_model_with_nothing_to_lose_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pruner = SievePruner(make_model(), make_tokenizer(), load_task(tmp_path, **WRITTEN))
+    with caplog.at_level(logging.WARNING):
+        pruner.prune(SieveConfig(tolerance=0.1, search_steps=1, rank_multiple=2), progress=False)
+    assert "there is nothing to lose" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -197,7 +205,6 @@ def test_classifiers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"answer": None}, ValueError, r"`answer` must be given in the task file: a template of the right text"),
         ({"answer": 3}, TypeError, r"`answer` must be a text or a list of texts, got 3. Put it in quotes"),
         ({"answer": " "}, ValueError, r"`answer` must be one text or more, none of them empty, got \[''\] in row \d+"),
         ({"answer": "{{ [] }}"}, ValueError, r"`answer` must be one text or more, none of them empty, got \[\] in row"),

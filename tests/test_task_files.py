@@ -111,13 +111,10 @@ def test_rows_of_the_data_set_fit(name: str, tmp_path: Path) -> None:
         assert {example.candidates for example in examples} == {(" A", " B", " C", " D")}
     else:
         assert sorted(example.answer for example in examples) == answers
-    assert all("\n" not in example.candidates for example in examples)
     assert all("{" not in example.prompt for example in examples)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FILES if yaml.safe_load(FILES[name].read_text())["kind"] == "generate"]
-)
+@pytest.mark.parametrize("name", [name for name in FILES if "kind: generate" in FILES[name].read_text()])
 def test_the_gold_answer_has_full_score(name: str, tmp_path: Path) -> None:
     examples = examples_of(name, tmp_path)
     metric = yaml.safe_load(FILES[name].read_text())["metric"]

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         ({"prompt": "{{ 1 / 0 }}"}, ValueError, r"`prompt` must render for every row, got ZeroDivisionError"),
         ({"prompt": "{{ row.nothing }}"}, ValueError, r"got UndefinedError .*has no attribute 'nothing'"),
         ({"prompt": " {{ '' }}\n"}, ValueError, r"`prompt` must not be empty, got ' \\n' for row \d+ of rows.jsonl"),
-        ({"answer": None}, ValueError, r"`answer` must be given in the task file"),
+        ({"answer": 3}, TypeError, r"`answer` must be a template that renders to one of the labels, got 3"),
         (
             {"answer": "{{ label }}!"},
             ValueError,

@@ -37,7 +37,18 @@ if TYPE_CHECKING:
 
 # What candidates' scores depend on, beside the model and the task.
 _SETTINGS = (
-    *("projection", "loss", "seed", "damping", "rounds", "storage", "rank_multiple", "tolerance", "pruning_ratio"),
+    *(
+        "projection",
+        "loss",
+        "label_source",
+        "seed",
+        "damping",
+        "rounds",
+        "storage",
+        "rank_multiple",
+        "tolerance",
+        "pruning_ratio",
+    ),
     *("confidence", "search_preset", "population_size", "generations", "search_fraction", "batch_size"),
 )
 # Raised when candidates are judged in another way, so that studies made before are left alone.

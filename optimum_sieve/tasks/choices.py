@@ -10,7 +10,7 @@ import numpy as np
 
 from optimum_sieve.tasks.example import Reference
 from optimum_sieve.tasks.prompts import Row, RowTemplate
-from optimum_sieve.tasks.spec import optional, require
+from optimum_sieve.tasks.spec import optional
 
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Choices:
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     choices: tuple[RowTemplate, ...]
-    answer: RowTemplate
+    answer: RowTemplate | None
     candidate: RowTemplate
     shuffle: bool
     normalize: bool
@@ -52,7 +52,7 @@ class Choices:
             texts = [texts]
         elif not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"`choices` must be {meaning}, got {texts!r}.")
-        answer = require(spec, "answer", str, "a template of the right choice's place (from 0), letter or text")
+        answer = optional(spec, "answer", str, "a template of the right choice's place (from 0), letter or text", None)
         # A chat template mostly ends where an answer begins without a space.
         default = "{{ letter }}" if prompt.roles else " {{ letter }}"
         candidate = RowTemplate("candidate", optional(spec, "candidate", str, "a template", default))
@@ -69,7 +69,7 @@ class Choices:
             )
         return cls(
             choices=tuple(RowTemplate("choices", text) for text in texts),
-            answer=RowTemplate("answer", answer),
+            answer=None if answer is None else RowTemplate("answer", answer),
             candidate=candidate,
             shuffle=optional(spec, "shuffle", bool, "true or false", False),
             normalize=optional(spec, "normalize", bool, "true or false", False),
@@ -84,7 +84,7 @@ class Choices:
         return row.with_fields(choices=ordered, lettered_choices="\n".join(lines))
 
     def reference(self, row: Row) -> Reference:
-        """Return the right choice of `row` among all, in the order shown.
+        """Return the right choice of `row` among all, in the order shown; all alone where there is no `answer`.
 
         Raises:
             ValueError: If there are fewer than two choices or more than letters, or the answer is not exactly one.
@@ -101,7 +101,9 @@ class Choices:
                 f"`choices` must be distinct texts, none of them empty, got {', '.join(map(repr, texts))} in "
                 f"{row.place}. Drop the row."
             )
-        target = order.index(self._right(row, texts))
+        if self.answer is None:
+            return Reference("", candidates, normalized=self.normalize)
+        target = order.index(self._right(self.answer.value(row), row, texts))
         return Reference(candidates[target], candidates, target, normalized=self.normalize)
 
     def _texts(self, row: Row) -> list[str]:
@@ -119,9 +121,8 @@ class Choices:
             return list(range(count))
         return [int(place) for place in np.random.default_rng((self.seed, row.number)).permutation(count)]
 
-    def _right(self, row: Row, texts: list[str]) -> int:
+    def _right(self, value: Any, row: Row, texts: list[str]) -> int:
         """Return the place of the right choice: a whole number is one; a text may be a letter, the choice, a number."""
-        value = self.answer.value(row)
         if isinstance(value, int):
             places = {value} & set(range(len(texts)))
         else:

@@ -19,14 +19,14 @@ class Generation:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
 
-    def continuation(self, prompt: str, answer: str, end_of_text: str | None) -> str:
-        """Return `answer` as it would be written after `prompt`, with what ends it.
+    def continuation(self, prompt: str, answer: str, end_of_text: str | None, *, ended: bool = True) -> str:
+        """Return `answer` as it would be written after `prompt`, with what ends it if it is `ended`.
 
         A space comes first unless the prompt ends with one or with a line break. It ends with the first stop text or,
         where there is none, the tokenizer's end of text.
         """
-        space = "" if prompt[-1:].isspace() else " "
-        return space + answer + (self.stop[0] if self.stop else end_of_text or "")
+        space = " " if answer and not prompt[-1:].isspace() else ""
+        return space + answer + ((self.stop[0] if self.stop else end_of_text or "") if ended else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Example:
         prompt (`str`):
             Text the model is given, a chat template already applied.
         answer (`str`):
-            Gold text that follows the prompt, with what ends it where it is written.
+            Gold text that follows the prompt, with what ends it where it is written; no text where the data has none.
         candidates (`tuple[str, ...]`):
             Texts whose log-likelihoods are compared; empty where the answer is generated.
         target (`int`, *optional*):

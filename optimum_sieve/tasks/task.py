@@ -141,6 +141,11 @@ class Task:
         """Number of examples of each split the task has."""
         return {split: len(items) for split, items in self._items.items()}
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the data says what is right: whether the task file has an `answer`."""
+        return bool(self.spec.get("answer"))
+
     def require_splits(self, *splits: str) -> None:
         """Raise `ValueError` unless the task has all of `splits`."""
         missing = [split for split in splits if split not in self._items]

@@ -169,17 +169,18 @@ def _word_f1(text: str, answer: str) -> float:
 
 def _rouge_l(text: str, answer: str) -> float:
     words, gold = (re.findall(r"[^\W_]+", one.lower()) for one in (text, answer))
+    if not words and not gold:
+        return 1.0
     lengths = np.zeros(len(gold) + 1, dtype=np.int64)
     for word in words:
         matches = lengths[:-1] + np.array([word == other for other in gold], dtype=np.int64)
         # A cell of the next row is the largest of the match, the cell above and the cell to its left.
         lengths[1:] = np.maximum.accumulate(np.maximum(matches, lengths[1:]))
-    return 2 * int(lengths[-1]) / max(len(words) + len(gold), 1)
+    return 2 * int(lengths[-1]) / (len(words) + len(gold))
 
 
 def _numeric(text: str, answer: str) -> float:
-    found = last_number(text)
-    return float(found is not None and found == last_number(answer))
+    return float(last_number(text) == last_number(answer))
 
 
 def _set_f1(text: str, answer: str) -> float:
