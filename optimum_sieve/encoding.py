@@ -113,6 +113,12 @@ def encode_prompts(
     return rows
 
 
+def answer_lengths(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the number of tokens of each gold answer, with what ends it."""
+    with _restored(tokenizer):
+        return [len(ids) for ids in _token_ids(tokenizer, [example.answer for example in examples])]
+
+
 def _encode_as_one_text(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool
 ) -> list[EncodedExample]:

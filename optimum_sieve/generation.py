@@ -17,7 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from optimum_sieve.encoding import encode_prompts
+from optimum_sieve.encoding import answer_lengths, encode_prompts
 from optimum_sieve.inputs import input_format
 from optimum_sieve.modes import evaluating
 from optimum_sieve.scoring import input_device, padding_id
@@ -71,8 +71,10 @@ def write_answers(
         on_batch (`Callable`): Called after each batch with its number of examples.
 
     Raises:
-        ValueError: If the model does not write, or a prompt leaves no room for the answer.
+        ValueError: If the model does not write, a prompt leaves no room for an answer, or `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     inputs = input_format(model)
     prompts = _checked_prompts(examples, tokenizer, inputs)
     generation = examples[0].generation
@@ -96,9 +98,8 @@ def check_generation(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
         ValueError: If the model does not write, or a prompt leaves no room for the answer.
     """
     _checked_prompts(examples, tokenizer, inputs)
-    answers = tokenizer([example.answer for example in examples], add_special_tokens=False, verbose=False)["input_ids"]
     most = max(example.generation.max_new_tokens for example in examples if example.generation is not None)
-    longer = [len(ids) for ids in answers if len(ids) > most]
+    longer = [count for count in answer_lengths(examples, tokenizer) if count > most]
     if longer:
         logger.warning(
             "%d of %d gold answers are longer than the %d tokens of `max_new_tokens`, the longest has %d: no model can "

@@ -60,7 +60,9 @@ def label_by_model(
 
 def _with_text(example: Example, written: Written, tokenizer: PreTrainedTokenizerBase) -> Example:
     assert example.generation is not None
-    answer = example.generation.continuation(example.prompt, written.text, tokenizer.eos_token, ended=written.ended)
+    # Where nothing can be read of what was written, it counts as ended, so that there is a token to score.
+    ended = written.ended or not written.text
+    answer = example.generation.continuation(example.prompt, written.text, tokenizer.eos_token, ended=ended)
     return replace(example, answer=answer, accepted=(written.text,))
 
 

@@ -11,7 +11,7 @@ from test_kinds import make_model as make_kind
 from toy import VOCABULARY, load_task, make_model, make_tokenizer, parity_rows
 from transformers import GenerationConfig
 
-from optimum_sieve.generation import write_answers
+from optimum_sieve.generation import check_generation, write_answers
 from optimum_sieve.inputs import input_format
 from optimum_sieve.scoring import make_batches
 from optimum_sieve.tasks.example import Generation
@@ -88,6 +88,19 @@ def test_drawn_answers_follow_the_seed_and_leave_the_random_state(examples: list
     assert first == again
     assert first != other
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_rows_at_a_time_are_refused(examples: list[Example]) -> None:
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        texts(make_model(), examples, batch_size=0)
+
+
+def test_the_tokenizers_truncation_stays(examples: list[Example]) -> None:
+    tokenizer, model = make_tokenizer(), make_model()
+    tokenizer.backend_tokenizer.enable_truncation(max_length=2)
+    check_generation(examples, tokenizer, input_format(model))
+    write_answers(model, examples, tokenizer, batch_size=8)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
 
 
 def test_the_model_is_left_in_its_mode(examples: list[Example]) -> None:

@@ -74,6 +74,16 @@ def test_written_answers_end_where_the_model_ended_them(tmp_path: Path) -> None:
             assert cut.answer.removesuffix(word) == long.answer.removesuffix("</s>")
 
 
+def test_an_answer_of_which_nothing_can_be_read_ends_at_once(tmp_path: Path) -> None:
+    example = examples_of(load_task(tmp_path, **WRITTEN | {"max_new_tokens": 1}))[0]
+    model = make_model()
+    with torch.no_grad():
+        # Whatever is read, the unknown token is the likeliest, which is not shown.
+        model.lm_head.weight.zero_()
+    (found,) = label_by_model(model, [example], make_tokenizer(), batch_size=1, progress=False)
+    assert (found.accepted, found.answer) == (("",), "</s>")
+
+
 def test_drawn_candidates_follow_the_models_distribution(tmp_path: Path) -> None:
     examples = examples_of(load_task(tmp_path))[:2]
     dense = evaluate(make_model(), examples, make_tokenizer(), metric="accuracy", batch_size=8, progress=False)
