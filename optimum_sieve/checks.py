@@ -8,6 +8,7 @@ import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from .conversion import check_convertible, is_gguf
+from .generation import check_generation
 from .inputs import input_format, model_kind
 from .scoring import check_examples
 from .targets import linear_weight
@@ -53,7 +54,10 @@ def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     task.require_splits(*SPLITS)
     inputs = input_format(model)
     for split in SPLITS:
-        check_examples(task.examples(split, tokenizer), tokenizer, inputs=inputs)
+        examples = task.examples(split, tokenizer)
+        if task.kind == "generate":
+            check_generation(examples, tokenizer, inputs)
+        check_examples(examples, tokenizer, candidates=task.kind != "generate", inputs=inputs)
 
 
 def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:

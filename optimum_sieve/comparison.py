@@ -27,9 +27,10 @@ class Comparison:
         standard_error (`float`):
             Standard error of `mean`, from each example's difference.
         agreement (`float`):
-            Fraction of examples with the same prediction.
-        kl (`float`):
-            Mean of \(\mathrm{KL}(\text{dense} \Vert \text{pruned})\) over the candidate distributions, in nats.
+            Fraction of examples with the same prediction; of written answers, with the same normalized text.
+        kl (`float`, *optional*):
+            Mean of \(\mathrm{KL}(\text{dense} \Vert \text{pruned})\) over the candidate distributions, in nats; `None`
+            where answers are written, which have no candidates.
         count (`int`):
             Number of examples.
     """
@@ -37,7 +38,7 @@ class Comparison:
     mean: float
     standard_error: float
     agreement: float
-    kl: float
+    kl: float | None
     count: int
 
     def lower_bound(self, confidence: float) -> float:
@@ -77,9 +78,9 @@ def compare(dense: Evaluation, pruned: Evaluation) -> Comparison:
     return Comparison(
         mean=pruned.score - dense.score,
         standard_error=standard_error(pruned.values - dense.values),
-        agreement=float((dense.predictions == pruned.predictions).mean()),
+        agreement=float((dense.answers == pruned.answers).mean()),
         # Rounding alone can make the KL of two equal distributions negative.
-        kl=max(0.0, float(divergences(dense, pruned).mean())),
+        kl=None if dense.texts else max(0.0, float(divergences(dense, pruned).mean())),
         count=dense.count,
     )
 

@@ -17,6 +17,7 @@ ALLOCATIONS = ("uniform", "energy", "genetic")
 STORAGES = ("factors", "pivoted")
 SEARCH_PRESETS = ("fast", "paper")
 LOSSES = ("fisher", "labels", "answer")
+LABEL_SOURCES = ("data", "model", "sampled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,11 @@ class SieveConfig:
             texts; exact, and gold answers are not used), `"labels"` (cross-entropy of the gold candidate in that
             distribution) or `"answer"` (likelihood of the gold answer among all texts). A task without candidates
             always takes `"answer"`.
+        label_source (`str`):
+            Whose answers calibration takes for gold, where the loss uses them: `"data"` (the task's), `"model"` (the
+            dense model's likeliest) or `"sampled"` (drawn from the dense model, for the Fisher information of all it
+            might write). A task without answers needs one of the latter two, and is scored against the dense model's
+            likeliest answers.
         rounds (`int`):
             How often moments are taken: first on the dense model, then on the model pruned part of the way with the
             factors so far. `"svd"` and `"learned"` always take one.
@@ -96,6 +102,7 @@ class SieveConfig:
     allocation: str = "energy"
     storage: str = "pivoted"
     loss: str = "fisher"
+    label_source: str = "data"
     rounds: int = 2
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
@@ -209,6 +216,7 @@ _CHOICES = {
     "allocation": ALLOCATIONS,
     "storage": STORAGES,
     "loss": LOSSES,
+    "label_source": LABEL_SOURCES,
     "search_preset": SEARCH_PRESETS,
 }
 # name: (low, high, whether low itself is allowed); high itself never is.

@@ -40,6 +40,8 @@ class EncodedExample:
             Whether one candidate's tokens are the beginning of another's.
         source (`list[int]`, *optional*):
             Input of the encoder, where the rows are those of a decoder.
+        weights (`list[float]`, *optional*):
+            What each candidate's log-likelihood is multiplied by.
     """
 
     index: int
@@ -48,6 +50,7 @@ class EncodedExample:
     num_candidates: int
     shadowed: bool
     source: list[int] | None = None
+    weights: list[float] | None = None
 
     @property
     def length(self) -> int:
@@ -77,6 +80,8 @@ def encode_examples(
             rows = _encode_for_decoder(examples, tokenizer, candidates, inputs)
         else:
             rows = _encode_as_one_text(examples, tokenizer, candidates)
+    if candidates:
+        rows = [replace(row, weights=_weights(example)) for row, example in zip(rows, examples, strict=True)]
     shadowed = sum(row.shadowed for row in rows)
     if shadowed:
         logger.warning(
@@ -86,6 +91,32 @@ def encode_examples(
             len(examples),
         )
     return rows
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat
+) -> list[list[int]]:
+    """Tokenize the prompts alone, as a model that writes the answers is given them.
+
+    Raises:
+        ValueError: If a prompt has no token.
+    """
+    with _restored(tokenizer):
+        if inputs.kind == "seq2seq":
+            return _whole_texts(examples, tokenizer)
+        prefix = _special_prefix(tokenizer, examples)
+        plain = _token_ids(tokenizer, [example.prompt for example in examples])
+        rows = [
+            (prefix if example.add_special_tokens else []) + ids for example, ids in zip(examples, plain, strict=True)
+        ]
+    _refuse_empty(rows, examples)
+    return rows
+
+
+def answer_lengths(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the number of tokens of each gold answer, with what ends it."""
+    with _restored(tokenizer):
+        return [len(ids) for ids in _token_ids(tokenizer, [example.answer for example in examples])]
 
 
 def _encode_as_one_text(
@@ -112,7 +143,11 @@ def _encode_for_decoder(
     """Give the prompt to the encoder and each continuation, after the start token, to the decoder."""
     assert inputs.start_token_id is not None
     sources = _whole_texts(examples, tokenizer)
-    continuations = [_continuations(example, candidates) for example in examples]
+    # What a decoder writes does not follow the prompt's text, so no space comes between.
+    continuations = [
+        tuple(text.lstrip() if example.generation else text for text in _continuations(example, candidates))
+        for example in examples
+    ]
     tokens = iter(_token_ids(tokenizer, [text for texts in continuations for text in texts]))
     rows = []
     for index, (example, source, texts) in enumerate(zip(examples, sources, continuations, strict=True)):
@@ -140,6 +175,11 @@ def _continuations(example: Example, candidates: bool) -> tuple[str, ...]:
     return example.candidates if candidates else (example.answer,)
 
 
+def _weights(example: Example) -> list[float] | None:
+    lengths = [max(len(text.strip()), 1) for text in example.candidates]
+    return [1 / length for length in lengths] if example.normalized else None
+
+
 def _whole_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokenize the prompts with all special tokens, but where a chat template wrote them."""
     prompts = [example.prompt for example in examples]
@@ -147,10 +187,15 @@ def _whole_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     rows = [
         own if example.add_special_tokens else bare for example, own, bare in zip(examples, special, plain, strict=True)
     ]
+    _refuse_empty(rows, examples)
+    return rows
+
+
+def _refuse_empty(rows: list[list[int]], examples: Sequence[Example]) -> None:
     empty = next((index for index, row in enumerate(rows) if not row), None)
     if empty is not None:
-        raise ValueError(f"`examples[{empty}]` must have a prompt of at least one token, got {prompts[empty]!r}.")
-    return rows
+        prompt = examples[empty].prompt
+        raise ValueError(f"`examples[{empty}]` must have a prompt of at least one token, got {prompt!r}.")
 
 
 def _encode_row(index: int, example: Example, prompt: list[int], wholes: list[list[int]]) -> EncodedExample:

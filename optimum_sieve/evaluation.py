@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from optimum_sieve.comparison import Comparison, compare
+from optimum_sieve.generation import write_answers
 from optimum_sieve.inputs import input_format
+from optimum_sieve.likelihoods import candidate_scores
+from optimum_sieve.modes import evaluating
 from optimum_sieve.output import replacing
-from optimum_sieve.prefix import prefill, repeated, without_prefix
-from optimum_sieve.scoring import input_device, log_likelihoods, make_batches
-from optimum_sieve.tasks.metrics import majority_score, score_classes
+from optimum_sieve.scoring import make_batches
+from optimum_sieve.tasks.metrics import CLASS_METRICS, most_frequent, score_classes
+from optimum_sieve.tasks.text_metrics import (
+    TEXT_METRICS,
+    majority_text_score,
+    metric_name,
+    normalize_text,
+    score_texts,
+)
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from optimum_sieve.scoring import Batch
     from optimum_sieve.tasks import Example
+    from optimum_sieve.tasks.metrics import Scored
+    from optimum_sieve.tasks.text_metrics import Metric
 
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate", "evaluating"]
@@ -53,9 +61,11 @@ class Evaluation:
         standard_error (`float`):
             Sample standard error of `score`.
         majority_score (`float`):
-            Score of always giving the most frequent gold answer of the same examples.
+            Score of always giving the most frequent gold answer of the same examples; of multiple choice, the place
+            that is right most often.
         predictions (`np.ndarray` of shape `(count,)`):
-            Index of the likeliest candidate.
+            Index of the likeliest candidate; of shape `(0,)`, as the other arrays of candidates, where answers are
+            written.
         targets (`np.ndarray` of shape `(count,)`):
             Index of the gold candidate.
         values (`np.ndarray` of shape `(count,)`):
@@ -64,6 +74,8 @@ class Evaluation:
             Logarithm of the distribution over each example's candidates, `-inf` where it has fewer.
         fingerprint (`str`):
             SHA-256 of the examples; two evaluations compare only where it is the same.
+        texts (`tuple[str, ...]`):
+            What was written for each example; empty where candidates are scored.
     """
 
     metric: str
@@ -75,11 +87,17 @@ class Evaluation:
     values: NDArray[np.float64]
     log_probs: NDArray[np.float64]
     fingerprint: str
+    texts: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
         """Number of examples."""
-        return len(self.predictions)
+        return len(self.values)
+
+    @property
+    def answers(self) -> NDArray[Any]:
+        """What was answered, in a form whose equality tells agreement: the candidate, or the normalized text."""
+        return np.array([normalize_text(text) for text in self.texts]) if self.texts else self.predictions
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures a report shows, as JSON types."""
@@ -94,7 +112,7 @@ class Evaluation:
     def save(self, path: str | Path) -> None:
         """Write everything to a safetensors file; `path` is either the whole file or what it was before."""
         path = Path(path)
-        scalars = {name: getattr(self, name) for name in _SCALARS}
+        scalars = {name: getattr(self, name) for name in _SCALARS} | ({"texts": self.texts} if self.texts else {})
         metadata = {"format_version": str(FORMAT_VERSION), "evaluation": json.dumps(scalars, sort_keys=True)}
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         with replacing(path) as temporary:
@@ -112,6 +130,7 @@ class Evaluation:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             version, scalars = int(metadata["format_version"]), json.loads(metadata["evaluation"])
+            scalars["texts"] = tuple(scalars.get("texts", ()))
             if version <= FORMAT_VERSION:
                 return cls(**scalars, **arrays)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -127,12 +146,12 @@ def evaluate(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    metric: str,
+    metric: Metric,
     batch_size: int,
     progress: bool = True,
     description: str = "",
 ) -> Evaluation:
-    """Predict the likeliest candidate of every example and score the predictions.
+    """Predict the likeliest candidate of every example, or let the model write its answer, and score the predictions.
 
     The result does not depend on `batch_size` or on the order of the examples. The model is in evaluation mode and
     without gradients meanwhile, and is left as it was.
@@ -141,11 +160,13 @@ def evaluate(
         model (`torch.nn.Module`):
             A model of transformers: a language model or a sequence classifier.
         examples (`Sequence[Example]`):
-            At least two, each with candidates and the index of the gold one.
+            At least two, each with candidates and the index of the gold one, or with accepted answers.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer.
-        metric (`str`):
-            `"accuracy"` or `"macro_f1"`.
+        metric (`str` or `Callable`):
+            `"accuracy"` or `"macro_f1"`; of written answers, those of
+            [`score_texts`][optimum_sieve.tasks.text_metrics.score_texts]. Or a function of an answer and the accepted
+            ones.
         batch_size (`int`):
             Most rows of one forward pass.
         progress (`bool`):
@@ -160,76 +181,48 @@ def evaluate(
         ValueError: If an example cannot be scored, or the model returns values that are not finite.
     """
     check_scorable(examples, metric)
-    batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
     bar = tqdm(total=len(examples), desc=description or None, unit="example", disable=not progress)
+    if examples[0].generation is not None:
+        with bar:
+            written = write_answers(model, examples, tokenizer, batch_size=batch_size, on_batch=bar.update)
+            return evaluation_of_texts([answer.text for answer in written], examples, metric)
+    batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
     with bar:
         return evaluation_of(candidate_scores(model, batches, examples, bar.update), examples, metric)
 
 
-def check_scorable(examples: Sequence[Example], metric: str) -> None:
+def check_scorable(examples: Sequence[Example], metric: Metric) -> None:
     """Refuse what has no score with a standard error.
 
     Raises:
-        ValueError: If there are fewer than two examples, one has no candidates or no gold one, or `metric` is unknown.
+        ValueError: If there are fewer than two examples, one has neither candidates with a gold one nor accepted
+            answers, or `metric` is unknown.
     """
     if len(examples) < 2:
         raise ValueError(
             f"`examples` must hold at least 2 examples to have a standard error, got {len(examples)}. Add rows to the "
             "split."
         )
-    majority_score(metric, _targets(examples))
+    written = examples[0].generation is not None
+    known = TEXT_METRICS if written else CLASS_METRICS
+    if isinstance(metric, str) and metric not in known:
+        raise ValueError(f"`metric` must be one of {', '.join(known)}, got {metric!r}.")
+    if not written:
+        _targets(examples)
+    elif any(example.generation != examples[0].generation or not example.accepted for example in examples):
+        raise ValueError("`examples` must all have accepted answers and the same `generation`, got some that differ.")
 
 
-def candidate_scores(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    examples: Sequence[Example],
-    on_batch: Callable[[int], object] = lambda count: None,
-    *,
-    prefix: int = 0,
-) -> NDArray[np.float64]:
-    """Compute the log-likelihood of every candidate.
-
-    Args:
-        model (`torch.nn.Module`): The model; in evaluation mode and without gradients meanwhile.
-        batches (`Sequence[Batch]`): Batches of `examples`, on any device.
-        examples (`Sequence[Example]`): The examples.
-        on_batch (`Callable`): Called after each batch with its number of examples.
-        prefix (`int`): Leading tokens that all rows of all batches share, computed once, where the model allows it.
-
-    Returns:
-        `numpy.ndarray` of shape `(count, candidates)`: `-inf` where an example has fewer candidates.
-
-    Raises:
-        ValueError: If the model returns values that are not finite.
-    """
-    scores = np.full((len(examples), max(len(example.candidates) for example in examples)), -np.inf)
-    device = input_device(model)
-    with evaluating(model):
-        cache = prefill(model, batches[0].to(device), prefix) if prefix else None
-        for batch in (batch.to(device) for batch in batches):
-            if cache is None:
-                sums = log_likelihoods(model, batch)
-            else:
-                past = repeated(cache, batch.input_ids.shape[0])
-                sums = log_likelihoods(model, without_prefix(batch, prefix), past)
-            found = sums.double().cpu().numpy()
-            scores[list(batch.indices), : found.shape[1]] = found
-            on_batch(batch.num_examples)
-    _check_finite(scores, examples)
-    return scores
-
-
-def evaluation_of(scores: NDArray[np.float64], examples: Sequence[Example], metric: str) -> Evaluation:
+def evaluation_of(scores: NDArray[np.float64], examples: Sequence[Example], metric: Metric) -> Evaluation:
     """Turn the log-likelihoods of every candidate (count, candidates) into an [`Evaluation`] of the same examples."""
     targets = _targets(examples)
     predictions = scores.argmax(axis=1)
-    scored = score_classes(metric, predictions, targets)
+    scored = _score(metric, predictions, targets, examples)
     return Evaluation(
-        metric=metric,
+        metric=metric_name(metric),
         score=scored.score,
         standard_error=scored.standard_error,
-        majority_score=majority_score(metric, targets),
+        majority_score=_score(metric, most_frequent(targets), targets, examples).score,
         predictions=predictions,
         targets=targets,
         values=scored.values,
@@ -238,18 +231,35 @@ def evaluation_of(scores: NDArray[np.float64], examples: Sequence[Example], metr
     )
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode without gradients, and every module back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # Not inference_mode: what a forward pass caches in the model (rotary frequencies) must stay usable by autograd.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def evaluation_of_texts(texts: Sequence[str], examples: Sequence[Example], metric: Metric) -> Evaluation:
+    """Turn what was written into an [`Evaluation`] of the same examples."""
+    accepted = [example.accepted for example in examples]
+    scored = score_texts(metric, texts, accepted)
+    return Evaluation(
+        metric=metric_name(metric),
+        score=scored.score,
+        standard_error=scored.standard_error,
+        majority_score=majority_text_score(metric, accepted),
+        predictions=np.zeros(0, dtype=np.int64),
+        targets=np.zeros(0, dtype=np.int64),
+        values=scored.values,
+        log_probs=np.zeros((0, 0)),
+        fingerprint=_fingerprint(examples),
+        texts=tuple(texts),
+    )
+
+
+def _score(
+    metric: Metric, predictions: NDArray[np.int64], targets: NDArray[np.int64], examples: Sequence[Example]
+) -> Scored:
+    if isinstance(metric, str):
+        return score_classes(metric, predictions, targets)
+    # An example may have fewer candidates than the place that is right most often.
+    texts = [
+        example.candidates[place].strip() if place < len(example.candidates) else ""
+        for place, example in zip(predictions, examples, strict=True)
+    ]
+    return score_texts(metric, texts, [(example.answer.strip(),) for example in examples])
 
 
 def _targets(examples: Sequence[Example]) -> NDArray[np.int64]:
@@ -265,16 +275,13 @@ def _target(index: int, example: Example) -> int:
     return example.target
 
 
-def _check_finite(scores: NDArray[np.float64], examples: Sequence[Example]) -> None:
-    present = np.array([[c < len(example.candidates) for c in range(scores.shape[1])] for example in examples])
-    broken = int((~np.isfinite(scores) & present).any(axis=1).sum())
-    if broken:
-        raise ValueError(
-            f"`model` must return finite logits, got NaN or infinity for {broken} of {len(examples)} examples. "
-            "Load it with dtype=torch.bfloat16 or torch.float32, and check that its weights are finite."
-        )
-
-
 def _fingerprint(examples: Sequence[Example]) -> str:
-    content = [[example.prompt, example.candidates, example.target] for example in examples]
+    content = [
+        [
+            *(example.prompt, example.candidates, example.target),
+            *(["normalized"] if example.normalized else []),
+            *([example.accepted, astuple(example.generation)] if example.generation else []),
+        ]
+        for example in examples
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

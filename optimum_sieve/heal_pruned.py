@@ -71,11 +71,17 @@ def heal_pruned(
         `tuple[SieveResult, PreTrainedTokenizerBase]`: The healed model with its report, and its tokenizer.
 
     Raises:
-        ValueError: If `model` is not pruned, `dense` is not what it was pruned from, or the task does not fit.
+        ValueError: If `model` is not pruned, `dense` is not what it was pruned from, or the task does not fit or has no
+            answers.
         OSError: If a model cannot be loaded.
     """
     pruned_config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     check_pruned(pruned_config)
+    if not task.labelled:
+        raise ValueError(
+            f"`task` must have an `answer` to heal a pruned directory, got none in {task.name!r}. Add it to the task "
+            "file, or heal while you prune."
+        )
     block: dict[str, Any] = copy.deepcopy(pruned_config.sieve)
     work = WorkDir(work_dir)
     seconds: dict[str, float] = {}
@@ -106,6 +112,7 @@ def heal_pruned(
         settings=block["settings"],
         seconds=seconds,
         loading=None,
+        references=None,
         base_model=block.get("base_model"),
         base_revision=block.get("base_revision"),
         healing={

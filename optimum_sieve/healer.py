@@ -60,11 +60,12 @@ class SelectionMonitor:
         return content_key(examples=self.dense.fingerprint, metric=self.dense.metric, score=self.dense.score)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return the score and the divergence from the dense model."""
+        """Return the score and, but for written answers, the divergence from the dense model."""
         found = evaluate(
             model, self.examples, self.tokenizer, metric=self.dense.metric, batch_size=self.batch_size, progress=False
         )
-        return {"score": found.score, "kl": compare(self.dense, found).kl}
+        divergence = compare(self.dense, found).kl
+        return {"score": found.score, **({} if divergence is None else {"kl": divergence})}
 
 
 def make_healer(

@@ -50,7 +50,7 @@ class Monitor(Protocol):
         """Hash of what the scores depend on beside the model."""
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return `"score"`, the higher the better, and `"kl"`, which decides between equal scores."""
+        """Return `"score"`, the higher the better, and mostly `"kl"`, which decides between equal scores."""
 
 
 @dataclass(kw_only=True)
@@ -62,8 +62,8 @@ class Healing:
         examples (`int`): Examples there were to train on.
         seconds (`float`): Wall-clock time, over all parts of a run that was stopped.
         best_step (`int`): Step whose weights were taken; 0: those from before.
-        evaluations (`list[dict]`): `"step"`, `"score"` and `"kl"` of each score of the monitor, from step 0 on, and the
-            mean `"loss"` of the steps since the one before.
+        evaluations (`list[dict]`): `"step"` and what the monitor returned, from step 0 on, and the mean `"loss"` of the
+            steps since the one before.
     """
 
     steps: int = 0
@@ -78,7 +78,7 @@ class Healing:
         if self.evaluations and "score" in self.evaluations[0]:
             best = next(one for one in self.evaluations if one["step"] == self.best_step)
             for name, found in (("before", self.evaluations[0]), ("after", best)):
-                figures[name] = {key: found[key] for key in ("score", "kl")}
+                figures[name] = {key: found[key] for key in ("score", "kl") if key in found}
         return figures
 
 
@@ -264,7 +264,7 @@ class _Run:
 
 
 def _merit(record: Mapping[str, Any]) -> tuple[float, float]:
-    return record["score"], -record["kl"]
+    return record["score"], -record.get("kl", 0.0)
 
 
 def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ def fisher_root(seed: int = 0) -> Loss:
         probabilities = scores.detach().double().softmax(dim=-1)
         fisher = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
         values, vectors = torch.linalg.eigh(fisher)
-        signs = _signs(batch.indices, values.shape[1], seed).to(values)
+        signs = _signs(batch.indices, batch.present.sum(dim=1).tolist(), values.shape[1], seed).to(values)
         direction = torch.einsum("bcj,bj->bc", vectors, values.clamp_min(0).sqrt() * signs)
         # A missing candidate scores -inf, which times its direction of 0 would be NaN.
         return (direction.to(scores) * scores.masked_fill(~batch.present.to(scores.device), 0.0)).sum()
@@ -73,7 +73,12 @@ def fisher_root(seed: int = 0) -> Loss:
     return root
 
 
-def _signs(indices: Sequence[int], count: int, seed: int) -> torch.Tensor:
-    """Random signs (len(indices), count) that depend on each example alone, not on how examples are batched."""
-    rows = [np.random.default_rng((seed, index)).choice((-1.0, 1.0), size=count) for index in indices]
-    return torch.from_numpy(np.stack(rows))
+def _signs(indices: Sequence[int], counts: Sequence[int], width: int, seed: int) -> torch.Tensor:
+    """Random signs (len(indices), width) that depend on each example alone, not on how examples are batched.
+
+    Eigenvalues ascend, so those of missing candidates, which are 0, come first.
+    """
+    signs = np.zeros((len(indices), width))
+    for row, (index, count) in enumerate(zip(indices, counts, strict=True)):
+        signs[row, width - count :] = np.random.default_rng((seed, index)).choice((-1.0, 1.0), size=count)
+    return torch.from_numpy(signs)

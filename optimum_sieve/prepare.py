@@ -36,8 +36,18 @@ def check_inputs(
     separate_experts(model)
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(model, targets)
+    if not task.labelled and config.label_source == "data":
+        raise ValueError(
+            "`answer` must be given in the task file where label_source='data', got none. To hold the pruned model to "
+            "the dense one's own answers instead, set label_source='model'."
+        )
     check_task(task, model, tokenizer)
     if config.allocation == "genetic":
+        if task.kind == "generate":
+            raise ValueError(
+                "`allocation='genetic'` must go with a task of the kind labels or choices, got the kind 'generate': "
+                "patterns are judged by the distribution over an example's candidates. Use 'energy' or 'uniform'."
+            )
         config.search_count(task.splits["selection"])
     if config.heal is not None:
         config.heal.monitor_count(task.splits["selection"])

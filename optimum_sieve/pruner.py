@@ -17,7 +17,7 @@ from .prepare import check_inputs, prepare
 from .result import SieveResult, make_result, save_result
 from .search.stage import join_search, run_search, wait_for_search
 from .setting import Setting, score, timed
-from .stages import calibrate, choose_ranks
+from .stages import calibrate, choose_ranks, read_examples
 from .tasks import Task
 from .workdir import WorkDir
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
-    from .tasks import Example
 
 
 class SievePruner:
@@ -147,7 +146,7 @@ class SievePruner:
             RuntimeError: If nothing within the tolerance was found.
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
-        calibration, selection = self._examples("calibration", "selection")
+        calibration, selection = read_examples(setting, self.task, "calibration", "selection")
         bases = calibrate(setting, calibration, {})
         return run_search(setting, bases, selection, calibration, num_bottlenecks=num_bottlenecks)
 
@@ -161,7 +160,7 @@ class SievePruner:
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
         wait_for_search(setting)
-        calibration, selection = self._examples("calibration", "selection")
+        calibration, selection = read_examples(setting, self.task, "calibration", "selection")
         bases = calibrate(setting, calibration, {}, must_exist=True)
         return join_search(setting, bases, selection, calibration)
 
@@ -208,7 +207,8 @@ class SievePruner:
         """
         seconds: dict[str, float] = {}
         setting = self._prepare(config, work_dir, study_storage, progress)
-        calibration, selection, test = self._examples("calibration", "selection", "test")
+        with timed(seconds, "examples"):
+            calibration, selection, test = read_examples(setting, self.task, "calibration", "selection", "test")
         bases = calibrate(setting, calibration, seconds)
         healer = make_healer(setting, calibration, selection, seconds)
         with timed(seconds, "ranks"):
@@ -232,6 +232,7 @@ class SievePruner:
                 settings=config.to_dict(),
                 seconds={stage: round(value, 3) for stage, value in seconds.items()},
                 loading=self.loading,
+                references=None if self.task.labelled else "dense model",
                 base_model=public_name(self.base_model),
                 base_revision=self._base_revision(),
                 healing=None if healer is None else healer.report(),
@@ -285,9 +286,6 @@ class SievePruner:
             raise RuntimeError("`push_to_hub` must follow `prune`, got a model that is not pruned. Call `prune`.")
         with TemporaryDirectory(prefix="optimum-sieve-") as directory:
             return push_folder(self.save_pretrained(Path(directory) / "model"), repo_id, **options)
-
-    def _examples(self, *splits: str) -> list[list[Example]]:
-        return [self.task.examples(split, self.tokenizer) for split in splits]
 
     def _base_revision(self) -> str | None:
         """Commit of the dense model, where it came from the Hub."""

@@ -33,6 +33,7 @@ def build_report(
     largest_coefficient: float | None = None,
     loading: dict[str, str] | None = None,
     healing: dict[str, Any] | None = None,
+    references: str | None = None,
 ) -> dict[str, Any]:
     """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
 
@@ -50,6 +51,7 @@ def build_report(
         largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery`.
         loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
         healing (`dict[str, Any]`, *optional*): What healing did, see [`Healer.report`][optimum_sieve.healer.Healer].
+        references (`str`, *optional*): Whose answers the scores are against, where the data has none of its own.
 
     Returns:
         `dict[str, Any]`: The report. Scores are on the task's metric, differences are pruned minus dense.
@@ -85,7 +87,8 @@ def build_report(
             "standard_error": float(comparison.standard_error),
         }
         report["agreement"] = float(comparison.agreement)
-        report["kl"] = float(comparison.kl)
+        if comparison.kl is not None:
+            report["kl"] = float(comparison.kl)
     for key, value in (
         ("parameters", parameters),
         ("bytes", num_bytes),
@@ -94,6 +97,7 @@ def build_report(
         ("settings", settings),
         ("loading", loading),
         ("healing", healing),
+        ("references", references),
     ):
         if value is not None:
             report[key] = value
@@ -132,7 +136,7 @@ def format_table(report: dict[str, Any]) -> str:
     ```python
     >>> print(format_table({"task": "toy", "split": "test", "metric": "accuracy", "count": 200,
     ...                     "majority_score": 0.5, "dense": {"score": 0.8, "standard_error": 0.0283}}))
-    toy: 200 examples of the test split, majority class 0.500
+    toy: 200 examples of the test split, most frequent answer 0.500
     <BLANKLINE>
                       dense
     accuracy  0.800 ± 0.028
@@ -148,8 +152,10 @@ def format_table(report: dict[str, Any]) -> str:
     ]
     title = (
         f"{report['task']}: {report['count']:,} examples of the {report['split']} split, "
-        f"majority class {report['majority_score']:.3f}"
+        f"most frequent answer {report['majority_score']:.3f}"
     )
+    if "references" in report:
+        title += f", scored against the {report['references']}'s own answers"
     return "\n".join([title, "", *lines, *_seconds_line(report)])
 
 

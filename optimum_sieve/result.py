@@ -57,6 +57,7 @@ def make_result(
     settings: dict[str, Any],
     seconds: dict[str, float],
     loading: dict[str, str] | None,
+    references: str | None,
     base_model: str | None,
     base_revision: str | None,
     healing: dict[str, Any] | None = None,
@@ -72,6 +73,7 @@ def make_result(
         settings (`dict[str, Any]`): `SieveConfig.to_dict()` of the run.
         seconds (`dict[str, float]`): Wall-clock time of each stage.
         loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded.
+        references (`str`, *optional*): Whose answers the scores are against, where the data has none.
         base_model (`str`, *optional*): Public name of the dense model.
         base_revision (`str`, *optional*): Its commit on the Hub.
         healing (`dict[str, Any]`, *optional*): What healing did.
@@ -90,6 +92,7 @@ def make_result(
         largest_coefficient=largest_coefficient(model),
         loading=loading,
         healing=healing,
+        references=references,
     )
     model = sieve_model(
         model,

@@ -53,6 +53,8 @@ class Batch:
             Token ids of the decoder, whose positions the sites name; never of the same length as `input_ids`.
         decoder_attention_mask (`torch.Tensor` of shape `(rows, decoder_length)`, *optional*):
             1 on tokens, 0 on padding.
+        weights (`torch.Tensor` of shape `(num_examples, max_candidates)`, *optional*):
+            What each candidate's log-likelihood is multiplied by.
     """
 
     input_ids: torch.Tensor
@@ -64,6 +66,7 @@ class Batch:
     kind: Kind = "causal"
     decoder_input_ids: torch.Tensor | None = None
     decoder_attention_mask: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     @property
     def masks(self) -> tuple[torch.Tensor, ...]:
@@ -184,6 +187,8 @@ def tokens_fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokeniz
 def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -> torch.Tensor:
     r"""Sum each candidate's token log-probabilities, \(\log p(\text{continuation} \mid \text{prompt})\).
 
+    Of normalized examples, the sum is divided by the candidate's number of characters.
+
     Only the logits at the batch's sites are computed where the model can leave out the others. Differentiable; the
     log-softmax runs in `float32`.
 
@@ -205,7 +210,10 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
     token_log_probs = at_sites[site, token] - at_sites.logsumexp(dim=-1)[site]
     present = batch.present.to(device)
     sums = token_log_probs.new_zeros(present.numel()).index_add(0, slot, token_log_probs)
-    return sums.view(present.shape).masked_fill(~present, float("-inf"))
+    sums = sums.view(present.shape)
+    if batch.weights is not None:
+        sums = sums * batch.weights.to(device)
+    return sums.masked_fill(~present, float("-inf"))
 
 
 def site_logits(model: nn.Module, batch: Batch, past: Cache | None = None) -> torch.Tensor:
@@ -263,7 +271,15 @@ def _collate(batch: list[EncodedExample], pad_id: int, kind: Kind) -> Batch:
         kind=kind,
         decoder_input_ids=decoder[0],
         decoder_attention_mask=decoder[1],
+        weights=_weights(batch, width),
     )
+
+
+def _weights(batch: list[EncodedExample], width: int) -> torch.Tensor | None:
+    if not any(example.weights for example in batch):
+        return None
+    own = [example.weights or [1.0] * example.num_candidates for example in batch]
+    return torch.tensor([[*weights, *[1.0] * (width - len(weights))] for weights in own])
 
 
 def _padded(rows: list[list[int]], pad_id: int, other_than: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .factorization import FactorBasis
     from .targets import Target
     from .tasks import Example
+    from .tasks.text_metrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Setting:
         model (`PreTrainedModel`): The dense model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         config (`SieveConfig`): The settings.
-        metric (`str`): The task's metric.
+        metric (`str` or `Callable`): The task's metric.
         targets (`list[Target]`): The layers to prune.
         work (`WorkDir`): Where finished stages are kept.
         fingerprint (`str`): Hash of the model and the task.
@@ -43,7 +44,7 @@ class Setting:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: SieveConfig
-    metric: str
+    metric: Metric
     targets: list[Target]
     work: WorkDir
     fingerprint: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from .calibration import collect_moments
 from .comparison import compare
 from .factorization import FactorBasis, factorize
 from .inputs import input_format
+from .labelling import label_by_model
 from .losses import calibration_loss
 from .moments import Moments
 from .scoring import input_device, make_batches
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
     from .config import SieveConfig
     from .healer import Healer
     from .search.genome import Ranks
-    from .tasks import Example
+    from .tasks import Example, Task
+
+
+logger = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -58,6 +63,7 @@ def calibrate(
     rounds = setting.config.rounds if setting.config.projection in ("joint", "activation") else 1
     bases: dict[str, FactorBasis] = {}
     history: list[Ranks] = []
+    gold: Sequence[Example] | None = None
     for number in range(rounds):
         if number:
             history.append(allocate_ranks(setting, bases, kept_in_round(setting.config, number)))
@@ -74,11 +80,13 @@ def calibrate(
                 f"`work_dir` must hold the bases of the search, got {setting.work.path} without bases-{key}. Give the "
                 "worker the leader's work directory, or a copy of it."
             )
+        with timed(seconds, "moments"):
+            gold = gold or gold_examples(setting, examples)
         with (
             timed(seconds, "moments"),
             truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
         ):
-            moments = collect(setting, examples, weights, history, number)
+            moments = collect(setting, gold, weights, history, number)
         with timed(seconds, "factors"):
             bases = factor(setting, weights, moments)
         del moments
@@ -86,7 +94,29 @@ def calibrate(
     return bases
 
 
-_BASIS_SETTINGS = ("projection", "loss", "seed", "damping")
+_BASIS_SETTINGS = ("projection", "loss", "label_source", "seed", "damping")
+
+
+def read_examples(setting: Setting, task: Task, *splits: str) -> list[list[Example]]:
+    """Return the examples of each split; without labels, the dense model's likeliest answers are gold."""
+    found = [task.examples(split, setting.tokenizer) for split in splits]
+    return found if task.labelled else [label_examples(setting, examples) for examples in found]
+
+
+def gold_examples(setting: Setting, examples: Sequence[Example]) -> Sequence[Example]:
+    """Return the calibration examples with the answers whose likelihood counts; the model must be dense."""
+    config = setting.config
+    # The Fisher information of candidates looks at no answer, and `svd` at no example.
+    unused = config.projection == "svd" or (config.loss == "fisher" and bool(examples[0].candidates))
+    if config.label_source == "data" or unused:
+        return examples
+    return label_examples(setting, examples, config.seed if config.label_source == "sampled" else None)
+
+
+def label_examples(setting: Setting, examples: Sequence[Example], seed: int | None = None) -> list[Example]:
+    """Return the examples with the model's own answers for gold: the likeliest, or drawn with a seed."""
+    size, progress = setting.config.batch_size, setting.progress
+    return label_by_model(setting.model, examples, setting.tokenizer, batch_size=size, seed=seed, progress=progress)
 
 
 def _learned(config: SieveConfig) -> list[object]:
@@ -114,9 +144,8 @@ def collect(
     config = setting.config
     if config.projection == "svd":
         return {}
-    key = setting.key(
-        "projection", "loss", "seed", *(("damping",) if history else ()), names=list(weights), history=list(history)
-    )
+    settings = ("projection", "loss", "label_source", "seed", *(("damping",) if history else ()))
+    key = setting.key(*settings, names=list(weights), history=list(history))
     kept = setting.work.load("moments", key)
     if kept is not None:
         return {
@@ -218,6 +247,12 @@ def choose_ranks(
         part = f"{len(examples)} unmonitored examples of selection"
     dense = score(setting, examples, f"dense model on {part}")
     names = (*_BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple", *(("heal",) if healer else ()))
+    if dense.score <= dense.majority_score:
+        logger.warning(
+            "The dense model scores %.4f on the selection split, always giving the most frequent answer %.4f: there is "
+            "nothing to lose, and any size may pass. Improve the prompt, or take another model.",
+            dense.score, dense.majority_score,
+        )  # fmt: skip
 
     with LiveRanks(setting.model, bases) as live:
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from .evaluation import candidate_scores, evaluating
 from .inputs import input_format
+from .likelihoods import candidate_scores
+from .modes import evaluating
 from .scoring import input_device, log_likelihoods, make_batches, site_logits, tokens_fingerprint
 from .workdir import WorkDir, architecture, content_key, model_fingerprint
 

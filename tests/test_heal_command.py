@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from healed_world import TOKENIZER, learn
-from toy import load_task, parity_rows
+from toy import load_task, parity_rows, write_task
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
@@ -119,12 +119,14 @@ def test_the_command_refuses_what_does_not_fit(
     other = type(dense)(type(dense.config)(**{**dense.config.to_dict(), "intermediate_size": 40}))
     other.save_pretrained(tmp_path / "other")
     TOKENIZER.save_pretrained(tmp_path / "other")
+    unanswered = write_task(tmp_path, answer=None)
     for words, message in (
         ((*source(world), "--output", world), "must be new or empty"),
         ((*source(world), "--output", tmp_path / "out", "--steps", 0), "`heal.steps` must be at least 1, got 0"),
         ((*source(world, model=world / "dense"), "--output", tmp_path / "out"), "must be a pruned model"),
         ((*source(world, dense=world / "pruned"), "--output", tmp_path / "out"), "must be a dense model"),
         ((*source(world, dense=tmp_path / "other"), "--output", tmp_path / "out"), "`dense` must be the model that"),
+        ((*source(world, task=unanswered), "--output", tmp_path / "out"), "`task` must have an `answer` to heal"),
     ):
         assert run("heal", *words) == 1
         assert message in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 from tiny_models import ARCHITECTURES, VOCABULARY_SIZE, make_tiny_model
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
-from optimum_sieve.evaluation import candidate_scores
+from optimum_sieve.likelihoods import candidate_scores
 from optimum_sieve.prefix import LEAST_TOKENS, shared_prefix
 from optimum_sieve.scoring import Batch, make_batches
 from optimum_sieve.search.live import LiveRanks

@@ -90,7 +90,7 @@ def test_table_shows_every_figure(full_report):
     table = format_table(full_report)
     for figure in ("0.800", "0.700", "-0.100 ± 0.050", "0.900", "0.0123", "2,000", "500", "-75.0%", "-50.0%"):
         assert figure in table
-    assert table.splitlines()[0] == "toy: 10 examples of the test split, majority class 0.500"
+    assert table.splitlines()[0] == "toy: 10 examples of the test split, most frequent answer 0.500"
     assert table.splitlines()[-1] == "seconds: moments 1.2, test 2.0"
     assert all(line == line.rstrip() for line in table.splitlines())
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         ({"name": None}, ValueError, r"`name` must be given in the task file: a text"),
         ({"name": 3}, TypeError, r"`name` must be a text, got 3"),
         ({"kind": None}, ValueError, r"`kind` must be given"),
-        ({"kind": "label"}, ValueError, r"`kind` must be one of labels, got 'label'"),
+        ({"kind": "label"}, ValueError, r"`kind` must be one of labels, choices, generate, got 'label'"),
         ({"metric": "accurate"}, ValueError, r"`metric` must be one of accuracy, macro_f1, got 'accurate'"),
         ({"prompt": None}, ValueError, r"`prompt` or `chat` must be given, exactly one of them, got neither"),
         ({"chat": []}, ValueError, r"exactly one of them, got both"),
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         ({"prompt": "{{ 1 / 0 }}"}, ValueError, r"`prompt` must render for every row, got ZeroDivisionError"),
         ({"prompt": "{{ row.nothing }}"}, ValueError, r"got UndefinedError .*has no attribute 'nothing'"),
         ({"prompt": " {{ '' }}\n"}, ValueError, r"`prompt` must not be empty, got ' \\n' for row \d+ of rows.jsonl"),
-        ({"answer": None}, ValueError, r"`answer` must be given in the task file"),
+        ({"answer": 3}, TypeError, r"`answer` must be a template that renders to one of the labels, got 3"),
         (
             {"answer": "{{ label }}!"},
             ValueError,

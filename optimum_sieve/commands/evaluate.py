@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from optimum_sieve.evaluation import Evaluation
-    from optimum_sieve.tasks import Task
+    from optimum_sieve.tasks import Example, Task
 
 _WHEN = {"dense": "before", "pruned": "after"}
 
@@ -60,14 +60,17 @@ class EvaluateCommand(ModelCommand):
             )
         task = Task.from_file(arguments.task)
         task.require_splits(arguments.split)
+        if not task.labelled and arguments.compare_to is None:
+            raise ValueError(
+                "`answer` must be given in the task file, or `--compare-to` on the command line, got neither: without "
+                "labels a model is scored against the answers of another one."
+            )
         if arguments.compare_to is None:
             only = _score(arguments.model, task, arguments)
             scored = {"pruned" if only.is_pruned else "dense": only}
         else:
-            scored = {
-                "dense": _score(arguments.compare_to, task, arguments, is_reference=True),
-                "pruned": _score(arguments.model, task, arguments),
-            }
+            dense = _score(arguments.compare_to, task, arguments, is_reference=True)
+            scored = {"dense": dense, "pruned": _score(arguments.model, task, arguments, dense.examples)}
         evaluations = {side: one.evaluation for side, one in scored.items()}
         report = build_report(
             task.name,
@@ -78,6 +81,7 @@ class EvaluateCommand(ModelCommand):
             num_bytes={_WHEN[side]: one.num_bytes for side, one in scored.items() if one.num_bytes} or None,
             seconds={f"evaluate_{side}": one.seconds for side, one in scored.items()},
             split=arguments.split,
+            references=None if task.labelled else "dense model",
         )
         if arguments.json:
             write_report(report, arguments.json)
@@ -89,27 +93,40 @@ class _Scored:
     """What is kept of a scored model; the model itself is let go, so that two need not fit in memory."""
 
     evaluation: Evaluation
+    examples: list[Example] | None
     is_pruned: bool
     num_parameters: int
     num_bytes: int
     seconds: float
 
 
-def _score(model_name: str, task: Task, arguments: Namespace, *, is_reference: bool = False) -> _Scored:
+def _score(
+    model_name: str,
+    task: Task,
+    arguments: Namespace,
+    labelled: list[Example] | None = None,
+    *,
+    is_reference: bool = False,
+) -> _Scored:
+    """Score a model, on `labelled` examples if there are any; without labels, a reference gives its own."""
     from optimum_sieve.evaluation import evaluate
+    from optimum_sieve.labelling import label_by_model
     from optimum_sieve.loading import load_model
 
     source: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     if not is_reference:
         source |= {"gguf_file": arguments.gguf_file, "revision": arguments.revision}
     model, tokenizer, _ = load_model(model_name, dtype=arguments.dtype, device=arguments.device, **source)
-    examples = task.examples(arguments.split, tokenizer)
+    examples = labelled or task.examples(arguments.split, tokenizer)
+    if not task.labelled and is_reference:
+        labelled = examples = label_by_model(model, examples, tokenizer, batch_size=arguments.batch_size)
     start = time.perf_counter()
     evaluation = evaluate(
         model, examples, tokenizer, metric=task.metric, batch_size=arguments.batch_size, description=model_name
     )
     return _Scored(
         evaluation=evaluation,
+        examples=labelled,
         is_pruned=model.config.model_type == "sieve",
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         # Of the files, so 0 for a model on the Hub or in another format.

@@ -10,8 +10,9 @@ import torch
 
 from optimum_sieve.calibration import direction_gradients
 from optimum_sieve.comparison import compare, expected_rises
-from optimum_sieve.evaluation import candidate_scores, check_scorable, evaluation_of
+from optimum_sieve.evaluation import check_scorable, evaluation_of
 from optimum_sieve.inputs import input_format
+from optimum_sieve.likelihoods import candidate_scores
 from optimum_sieve.prefix import shared_prefix
 from optimum_sieve.scoring import input_device, log_likelihoods, make_batches
 from optimum_sieve.tasks.metrics import standard_error
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.scoring import Batch
     from optimum_sieve.tasks import Example
+    from optimum_sieve.tasks.text_metrics import Metric
 
     from .candidate import Rival
     from .genome import Ranks
@@ -47,7 +49,7 @@ class Scorer:
         examples (`Sequence[Example]`): The examples, each slice of which is a fair sample.
         ends (`Sequence[int]`): Numbers of examples after which a candidate may be dropped, ascending to all of them.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        metric (`str`): The task's metric.
+        metric (`str` or `Callable`): The task's metric.
         batch_size (`int`): Rows per forward pass.
         calibration (`Sequence[Example]`): More labelled examples: the labels are calibrated, and the shares measured,
             on them too, but no candidate is scored on them.
@@ -60,7 +62,7 @@ class Scorer:
         ends: Sequence[int],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        metric: str,
+        metric: Metric,
         batch_size: int,
         calibration: Sequence[Example] = (),
     ) -> None:
@@ -160,6 +162,7 @@ class Scorer:
         pruned = evaluation_of(scores, examples, self._metric)
         labels = self._labels[: len(scores)]
         comparison = compare(dense, pruned)
+        assert comparison.kl is not None
         return Outcome(
             mean=comparison.mean,
             expected=expected_difference(labels, dense, pruned),

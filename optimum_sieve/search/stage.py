@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation import allocate
 from optimum_sieve.output import replacing
+from optimum_sieve.tasks.text_metrics import metric_name
 
 from .candidate import BOTTLENECK, CONFIRM, SEARCH
 from .genome import SearchSpace
@@ -36,7 +37,18 @@ if TYPE_CHECKING:
 
 # What candidates' scores depend on, beside the model and the task.
 _SETTINGS = (
-    *("projection", "loss", "seed", "damping", "rounds", "storage", "rank_multiple", "tolerance", "pruning_ratio"),
+    *(
+        "projection",
+        "loss",
+        "label_source",
+        "seed",
+        "damping",
+        "rounds",
+        "storage",
+        "rank_multiple",
+        "tolerance",
+        "pruning_ratio",
+    ),
     *("confidence", "search_preset", "population_size", "generations", "search_fraction", "batch_size"),
 )
 # Raised when candidates are judged in another way, so that studies made before are left alone.
@@ -77,7 +89,7 @@ def run_search(
     with open_study(setting, search, bases) as study, LiveRanks(setting.model, bases) as live:
         scorers = make_scorers(setting, search, live, examples, calibration)
         scored = lead(search, study, scorers, progress=setting.progress)
-    found = summarize(search, scored, setting.metric)
+    found = summarize(search, scored, metric_name(setting.metric))
     if setting.work.path is not None:
         path = setting.work.path / f"{SUMMARY}-{study.name.removeprefix('sieve-')}.json"
         with replacing(path) as temporary:

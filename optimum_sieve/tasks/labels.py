@@ -3,12 +3,16 @@ r"""`kind: labels`: every example is answered by the likeliest of the same few t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_sieve.tasks.example import Reference
 from optimum_sieve.tasks.metrics import CLASS_METRICS
 from optimum_sieve.tasks.prompts import Row, RowTemplate
-from optimum_sieve.tasks.spec import require
+from optimum_sieve.tasks.spec import optional, require
+
+
+if TYPE_CHECKING:
+    from optimum_sieve.tasks.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -18,19 +22,19 @@ class LabelScoring:
     keys: ClassVar[tuple[str, ...]] = ("answer", "labels")
     metrics: ClassVar[tuple[str, ...]] = CLASS_METRICS
 
-    answer: RowTemplate
+    answer: RowTemplate | None
     labels: dict[str, str]
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> LabelScoring:
-        """Check the two keys.
+    def from_spec(cls, spec: dict[str, Any], prompt: Prompt, seed: int) -> LabelScoring:
+        """Check the two keys; the prompt and the seed do not matter.
 
         Raises:
             ValueError: If a key is absent, there are fewer than two labels, or two have the same text.
             TypeError: If a value is of the wrong type.
         """
         labels = require(spec, "labels", dict, "a mapping from each label of the data to the text that is scored")
-        answer = require(spec, "answer", str, "a template that renders to one of the labels")
+        answer = optional(spec, "answer", str, "a template that renders to one of the labels", None)
         if len(labels) < 2:
             raise ValueError(f"`labels` must name at least two labels, got {list(labels)}.")
         for label, text in labels.items():
@@ -40,14 +44,20 @@ class LabelScoring:
                 raise ValueError(f"`labels.{label}` must not be empty: its text is what the model is scored on.")
         if len(set(labels.values())) < len(labels):
             raise ValueError(f"`labels` must have distinct texts, got {list(labels.values())}.")
-        return cls(RowTemplate("answer", answer), labels)
+        return cls(None if answer is None else RowTemplate("answer", answer), labels)
+
+    def shown(self, row: Row, *, shuffled: bool = True) -> Row:
+        """Return `row`: there is nothing else to show in a prompt."""
+        return row
 
     def reference(self, row: Row) -> Reference:
-        """Return the gold label of `row` among all labels.
+        """Return the gold label of `row` among all labels, or those alone where there is no `answer`.
 
         Raises:
             ValueError: If the rendered answer is none of the labels.
         """
+        if self.answer is None:
+            return Reference("", tuple(self.labels.values()))
         value = self.answer.render(row)
         names = list(self.labels)
         if value not in self.labels:

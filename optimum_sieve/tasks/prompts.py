@@ -3,11 +3,12 @@ r"""Templates over the fields of a row: jinja2 in a sandbox, strict about what i
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from optimum_sieve.tasks.spec import check_keys
@@ -44,6 +45,10 @@ class Row:
     def place(self) -> str:
         """Say where the row is, for messages."""
         return f"row {self.number} of {self.source}"
+
+    def with_fields(self, **fields: Any) -> Row:
+        """Return the row with more fields, which take the place of its own of the same name."""
+        return replace(self, fields={**self.fields, **fields})
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,44 @@ class RowTemplate:
         except Exception as error:
             raise ValueError(self._explain(error, row)) from error
 
+    def value(self, row: Row) -> Any:
+        """Return what a template of one expression alone, `"{{ field }}"`, stands for; of any other its text.
+
+        Only whole numbers and lists are returned as they are, so that a text always reads as it is written.
+        """
+        if self._expression is not None:
+            try:
+                found = self._expression(**{"row": row.fields, **row.fields})
+            except Exception as error:
+                raise ValueError(self._explain(error, row)) from error
+            if isinstance(found, list | tuple):
+                return list(found)
+            if isinstance(found, int) and not isinstance(found, bool):
+                return found
+        return self.render(row)
+
+    def texts(self, row: Row) -> list[str]:
+        """Return the items of a template that stands for a list, as texts; its one text otherwise."""
+        found = self.value(row)
+        items = found if isinstance(found, list) else [found]
+        if any(item is None for item in items):
+            raise ValueError(f"`{self.key}` must not hold a missing value, got {items} for {row.place}. Drop the row.")
+        return [str(item) for item in items]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the fields that the template uses."""
+        return meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source)) - {"row", *_ENVIRONMENT.globals}
+
+    @cached_property
+    def _expression(self) -> Any:
+        body = _ENVIRONMENT.parse(self.source).body
+        found = re.fullmatch(r"\s*\{\{[-+]?(.*?)[-+]?\}\}\s*", self.source, re.DOTALL)
+        alone = len(body) == 1 and isinstance(body[0], nodes.Output) and len(body[0].nodes) == 1
+        return _ENVIRONMENT.compile_expression(found[1], undefined_to_none=False) if found and alone else None
+
     def _explain(self, error: Exception, row: Row) -> str:
-        names = meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source)) - {"row", *_ENVIRONMENT.globals}
+        names = self.names
         unknown = sorted(names - set(row.fields))
         if unknown:
             closest = difflib.get_close_matches(unknown[0], list(row.fields), n=1)

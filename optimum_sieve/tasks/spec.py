@@ -98,6 +98,11 @@ def require(spec: Mapping[str, Any], key: str, kind: type, meaning: str) -> Any:
     return spec[key]
 
 
+def optional(spec: Mapping[str, Any], key: str, kind: type, meaning: str, default: Any) -> Any:
+    """Return `spec[key]`, or `default` where it is absent, raising `TypeError` where it is not a `kind`."""
+    return default if spec.get(key) is None else require(spec, key, kind, meaning)
+
+
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     _refuse_repeated([key for key, _ in pairs])
     return dict(pairs)

@@ -1,0 +1,71 @@
+"""The log-likelihoods of all candidates of a list of examples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimum_sieve.modes import evaluating
+from optimum_sieve.prefix import prefill, repeated, without_prefix
+from optimum_sieve.scoring import input_device, log_likelihoods
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from optimum_sieve.scoring import Batch
+    from optimum_sieve.tasks import Example
+
+
+def candidate_scores(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    examples: Sequence[Example],
+    on_batch: Callable[[int], object] = lambda count: None,
+    *,
+    prefix: int = 0,
+) -> NDArray[np.float64]:
+    """Compute the log-likelihood of every candidate.
+
+    Args:
+        model (`torch.nn.Module`): The model; in evaluation mode and without gradients meanwhile.
+        batches (`Sequence[Batch]`): Batches of `examples`, on any device.
+        examples (`Sequence[Example]`): The examples.
+        on_batch (`Callable`): Called after each batch with its number of examples.
+        prefix (`int`): Leading tokens that all rows of all batches share, computed once, where the model allows it.
+
+    Returns:
+        `numpy.ndarray` of shape `(count, candidates)`: `-inf` where an example has fewer candidates.
+
+    Raises:
+        ValueError: If the model returns values that are not finite.
+    """
+    scores = np.full((len(examples), max(len(example.candidates) for example in examples)), -np.inf)
+    device = input_device(model)
+    with evaluating(model):
+        cache = prefill(model, batches[0].to(device), prefix) if prefix else None
+        for batch in (batch.to(device) for batch in batches):
+            if cache is None:
+                sums = log_likelihoods(model, batch)
+            else:
+                past = repeated(cache, batch.input_ids.shape[0])
+                sums = log_likelihoods(model, without_prefix(batch, prefix), past)
+            found = sums.double().cpu().numpy()
+            scores[list(batch.indices), : found.shape[1]] = found
+            on_batch(batch.num_examples)
+    _check_finite(scores, examples)
+    return scores
+
+
+def _check_finite(scores: NDArray[np.float64], examples: Sequence[Example]) -> None:
+    present = np.array([[c < len(example.candidates) for c in range(scores.shape[1])] for example in examples])
+    broken = int((~np.isfinite(scores) & present).any(axis=1).sum())
+    if broken:
+        raise ValueError(
+            f"`model` must return finite logits, got NaN or infinity for {broken} of {len(examples)} examples. "
+            "Load it with dtype=torch.bfloat16 or torch.float32, and check that its weights are finite."
+        )

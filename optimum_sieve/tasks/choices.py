@@ -1,0 +1,142 @@
+r"""`kind: choices`: every example has choices of its own, one of them right, answered by letter or by their texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from optimum_sieve.tasks.example import Reference
+from optimum_sieve.tasks.prompts import Row, RowTemplate
+from optimum_sieve.tasks.spec import optional
+
+
+if TYPE_CHECKING:
+    from optimum_sieve.tasks.prompts import Prompt
+
+
+# What `prompt` and `candidate` may name beside the fields of the data.
+_SHOWN = ("choices", "lettered_choices")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Read `choices`, `answer`, `candidate`, `shuffle` and `normalize` of a task file.
+
+    In the prompt, `choices` is the list of texts in the order shown and `lettered_choices` their lines, `A. first`.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("choices", "answer", "candidate", "shuffle", "normalize")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    choices: tuple[RowTemplate, ...]
+    answer: RowTemplate | None
+    candidate: RowTemplate
+    shuffle: bool
+    normalize: bool
+    seed: int
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], prompt: Prompt, seed: int) -> Choices:
+        """Check the keys.
+
+        Raises:
+            ValueError: If a key is absent, or letters are scored that the prompt does not show.
+            TypeError: If a value is of the wrong type.
+        """
+        texts = spec.get("choices")
+        meaning = 'a template of a list, such as "{{ choices }}", or a list of templates, one for each choice'
+        if isinstance(texts, str):
+            texts = [texts]
+        elif not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"`choices` must be {meaning}, got {texts!r}.")
+        answer = optional(spec, "answer", str, "a template of the right choice's place (from 0), letter or text", None)
+        # A chat template mostly ends where an answer begins without a space.
+        default = "{{ letter }}" if prompt.roles else " {{ letter }}"
+        candidate = RowTemplate("candidate", optional(spec, "candidate", str, "a template", default))
+        unknown = candidate.names - {"letter", "choice"}
+        if unknown or not candidate.names:
+            raise ValueError(
+                f"`candidate` must name `letter` or `choice`, and nothing else, got {candidate.source!r}. It is the "
+                "text that is scored for each choice."
+            )
+        if "letter" in candidate.names and not any(set(_SHOWN) & template.names for template in prompt.templates):
+            raise ValueError(
+                "`prompt` must show the choices where letters are scored, got neither `{{ lettered_choices }}` nor "
+                '`{{ choices }}`. Add one, or score the texts: `candidate: " {{ choice }}"`.'
+            )
+        return cls(
+            choices=tuple(RowTemplate("choices", text) for text in texts),
+            answer=None if answer is None else RowTemplate("answer", answer),
+            candidate=candidate,
+            shuffle=optional(spec, "shuffle", bool, "true or false", False),
+            normalize=optional(spec, "normalize", bool, "true or false", False),
+            seed=seed,
+        )
+
+    def shown(self, row: Row, *, shuffled: bool = True) -> Row:
+        """Return `row` with what the prompt may show of the choices; in the order of the data if not `shuffled`."""
+        texts = self._texts(row)
+        ordered = [texts[place] for place in self._order(row, len(texts))] if shuffled else texts
+        lines = (f"{letter}. {text}" for letter, text in zip(ascii_uppercase, ordered, strict=False))
+        return row.with_fields(choices=ordered, lettered_choices="\n".join(lines))
+
+    def reference(self, row: Row) -> Reference:
+        """Return the right choice of `row` among all, in the order shown; all alone where there is no `answer`.
+
+        Raises:
+            ValueError: If there are fewer than two choices or more than letters, or the answer is not exactly one.
+        """
+        texts = self._texts(row)
+        order = self._order(row, len(texts))
+        shown = [
+            row.with_fields(letter=letter, choice=texts[place])
+            for letter, place in zip(ascii_uppercase, order, strict=False)
+        ]
+        candidates = tuple(self.candidate.render(one) for one in shown)
+        if len(set(candidates)) < len(candidates) or not all(candidates):
+            raise ValueError(
+                f"`choices` must be distinct texts, none of them empty, got {', '.join(map(repr, texts))} in "
+                f"{row.place}. Drop the row."
+            )
+        if self.answer is None:
+            return Reference("", candidates, normalized=self.normalize)
+        target = order.index(self._right(self.answer.value(row), row, texts))
+        return Reference(candidates[target], candidates, target, normalized=self.normalize)
+
+    def _texts(self, row: Row) -> list[str]:
+        texts = [text for template in self.choices for text in template.texts(row)]
+        if not 2 <= len(texts) <= len(ascii_uppercase):
+            raise ValueError(
+                f"`choices` must be 2 to {len(ascii_uppercase)} texts in every row, got {len(texts)} in {row.place}: "
+                f"{texts}."
+            )
+        return texts
+
+    def _order(self, row: Row, count: int) -> list[int]:
+        """Places of the choices in the order shown, which depends on the seed and the row alone."""
+        if not self.shuffle:
+            return list(range(count))
+        return [int(place) for place in np.random.default_rng((self.seed, row.number)).permutation(count)]
+
+    def _right(self, value: Any, row: Row, texts: list[str]) -> int:
+        """Return the place of the right choice: a whole number is one; a text may be a letter, the choice, a number."""
+        if isinstance(value, int):
+            places = {value} & set(range(len(texts)))
+        else:
+            names = {str(value), str(value).strip()}
+            letters = ascii_uppercase[: len(texts)]
+            places = {
+                place
+                for place, (text, letter) in enumerate(zip(texts, letters, strict=True))
+                if names & {text, letter, letter.lower(), str(place)}
+            }
+        if len(places) != 1:
+            raise ValueError(
+                f"`answer` must be the place (from 0), the letter or the text of exactly one of the choices "
+                f"{', '.join(map(repr, texts))}, got {value!r}, which is {len(places) or 'none'} of them, in "
+                f"{row.place}. A whole number is always a place: `{{{{ answer | int }}}}`."
+            )
+        return places.pop()

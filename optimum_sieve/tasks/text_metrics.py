@@ -1,0 +1,218 @@
+r"""Metrics of written answers, with what each example adds to them. Plain numpy.
+
+Texts are compared as the SQuAD evaluation does it (Rajpurkar et al., 2016): in lower case, without punctuation and
+articles, with single spaces.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimum_sieve.tasks.metrics import Scored
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+# A metric by name, or a function of an answer and the accepted ones.
+Metric = str | Callable[[str, Sequence[str]], float]
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+# A minus after a word, a number or a bracket is a subtraction.
+_NUMBER = re.compile(r"((?<![\w)])-)?\$?(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+_BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
+
+
+def metric_name(metric: Metric) -> str:
+    """Return the name that a report shows."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
+def normalize_text(text: str) -> str:
+    """Return `text` in lower case, without punctuation, articles and superfluous spaces.
+
+    Example:
+
+    ```python
+    >>> normalize_text(" The  Eiffel Tower. ")
+    'eiffel tower'
+
+    ```
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def last_number(text: str) -> Decimal | None:
+    """Return the last number of `text`, or `None`.
+
+    Example:
+
+    ```python
+    >>> last_number("3 boxes at $1,200.50 each, so 3 * 1200.50 = $3,601.50.")
+    Decimal('3601.50')
+
+    ```
+    """
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1][0] + found[-1][1].replace(",", "")) if found else None
+
+
+def items(text: str, separators: str = "\n") -> Counter[str]:
+    r"""Read the items of a list that was written: as JSON, or divided by `separators`; `none` is the empty list.
+
+    Upper and lower case are the same, and bullets, and points at an item's end, are left out. An item that is a JSON
+    object stands for its keys and values.
+
+    Example:
+
+    ```python
+    >>> items("- Gout.\n- PWS") == items('["gout", "PWS"] and that is all.')
+    True
+
+    ```
+    """
+    found: list[Any] | None = None
+    if text.lstrip().startswith("["):
+        try:
+            found = json.JSONDecoder().raw_decode(text.lstrip())[0]
+        except json.JSONDecodeError:
+            found = None
+    if not isinstance(found, list):
+        found = [_BULLET.sub("", part) for part in re.split(f"[{re.escape(separators)}]", text)]
+    texts = [json.dumps(item, sort_keys=True, ensure_ascii=False) if isinstance(item, dict) else item for item in found]
+    cleaned = [" ".join(str(item).lower().split()).rstrip(".,; ") for item in texts]
+    kept = [item for item in cleaned if item]
+    return Counter() if kept == ["none"] else Counter(kept)
+
+
+def score_texts(metric: Metric, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> Scored:
+    r"""Score written texts against the accepted answers of each example.
+
+    `"exact_match"`: the normalized text is an accepted answer. `"f1"`: F1 of the normalized words, with the accepted
+    answer that gives most. `"rougeL"`: F1 of the longest common subsequence of words (Lin, 2004), likewise.
+    `"numeric"`: the last number of the text is that of an accepted answer. `"set_f1"`: F1 of the sets of items, one a
+    line or divided by commas. These are means over the examples. `"entity_f1"`: F1 of the items, one a line, each as
+    often as it is written, over all examples together (micro average); its values are jackknife pseudo-values.
+
+    Args:
+        metric (`str` or `Callable`):
+            One of the above, or a function of a text and its accepted answers that returns a number, whose mean is
+            the score.
+        texts (`Sequence[str]`):
+            What was written.
+        answers (`Sequence[Sequence[str]]`):
+            Accepted answers of each example, at least one.
+
+    Returns:
+        [`Scored`][optimum_sieve.tasks.metrics.Scored]: The score and each example's value.
+
+    Raises:
+        ValueError: If `metric` is unknown, or returns what is no finite number.
+
+    Example:
+
+    ```python
+    >>> score_texts("f1", ["in the Middle Rhine"], [["Middle Rhine", "Rhine"]]).score
+    0.8
+
+    ```
+    """
+    if metric == "entity_f1":
+        return _score_entities(texts, answers)
+    if isinstance(metric, str):
+        if metric not in _BEST:
+            raise ValueError(f"`metric` must be one of {', '.join(TEXT_METRICS)}, got {metric!r}.")
+        single = _BEST[metric]
+        pairs = zip(texts, answers, strict=True)
+        values = np.array([max(single(text, answer) for answer in accepted) for text, accepted in pairs])
+    else:
+        values = np.array([_own_value(metric, *pair) for pair in zip(texts, answers, strict=True)])
+    return Scored(float(values.mean()), values)
+
+
+def _own_value(metric: Callable[[str, Sequence[str]], float], text: str, accepted: Sequence[str]) -> float:
+    found = metric(text, tuple(accepted))
+    try:
+        value = float(found)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not np.isfinite(value):
+        raise ValueError(f"`metric` must return a finite number for every example, got {found!r} for {text!r}.")
+    return value
+
+
+def majority_text_score(metric: Metric, answers: Sequence[Sequence[str]]) -> float:
+    """Score of always writing the most frequent of the examples' first accepted answers."""
+    firsts = [accepted[0] for accepted in answers]
+    most = Counter(map(normalize_text, firsts)).most_common(1)[0][0]
+    constant = next(text for text in firsts if normalize_text(text) == most)
+    return score_texts(metric, [constant] * len(answers), answers).score
+
+
+def _exact_match(text: str, answer: str) -> float:
+    return float(normalize_text(text) == normalize_text(answer))
+
+
+def _word_f1(text: str, answer: str) -> float:
+    return _counts_f1(Counter(normalize_text(text).split()), Counter(normalize_text(answer).split()))
+
+
+def _rouge_l(text: str, answer: str) -> float:
+    words, gold = (re.findall(r"[^\W_]+", one.lower()) for one in (text, answer))
+    if not words and not gold:
+        return 1.0
+    lengths = np.zeros(len(gold) + 1, dtype=np.int64)
+    for word in words:
+        matches = lengths[:-1] + np.array([word == other for other in gold], dtype=np.int64)
+        # A cell of the next row is the largest of the match, the cell above and the cell to its left.
+        lengths[1:] = np.maximum.accumulate(np.maximum(matches, lengths[1:]))
+    return 2 * int(lengths[-1]) / (len(words) + len(gold))
+
+
+def _numeric(text: str, answer: str) -> float:
+    return float(last_number(text) == last_number(answer))
+
+
+def _set_f1(text: str, answer: str) -> float:
+    return _counts_f1(*(Counter(set(items(one, "\n,;"))) for one in (text, answer)))
+
+
+def _counts_f1(found: Counter[str], gold: Counter[str]) -> float:
+    """F1 of two multisets; 1 where both are empty."""
+    total = found.total() + gold.total()
+    return 2 * (found & gold).total() / total if total else 1.0
+
+
+_BEST: dict[str, Callable[[str, str], float]] = {
+    "exact_match": _exact_match,
+    "f1": _word_f1,
+    "rougeL": _rouge_l,
+    "numeric": _numeric,
+    "set_f1": _set_f1,
+}
+# Metrics of lists, of which an example has one.
+LIST_METRICS = ("entity_f1", "set_f1")
+TEXT_METRICS = (*_BEST, "entity_f1")
+
+
+def _score_entities(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> Scored:
+    pairs = [(items(text), items(accepted[0])) for text, accepted in zip(texts, answers, strict=True)]
+    doubled = np.array([2 * (found & gold).total() for found, gold in pairs])
+    total = np.array([found.total() + gold.total() for found, gold in pairs])
+    score, left_out = _ratio(doubled.sum(), total.sum()), _ratio(doubled.sum() - doubled, total.sum() - total)
+    return Scored(float(score), len(pairs) * score - (len(pairs) - 1) * left_out)
+
+
+def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
+    """Divide; 1 where there is nothing to find and nothing found."""
+    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), 1.0)
