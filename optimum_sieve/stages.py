@@ -68,30 +68,36 @@ def calibrate(
         if number:
             history.append(allocate_ranks(setting, bases, kept_in_round(setting.config, number)))
         key = setting.key(*_BASIS_SETTINGS, names=list(weights), history=history, learned=_learned(setting.config))
-        found = setting.work.load("bases", key)
-        if found is not None:
-            bases = {
-                name: FactorBasis(**on_device(tensors, weights[name].device))
-                for name, tensors in unflatten(found).items()
-            }
-            continue
-        if must_exist:
+        found = _load_bases(setting, key, weights)
+        if found is None and must_exist:
             raise ValueError(
                 f"`work_dir` must hold the bases of the search, got {setting.work.path} without bases-{key}. Give the "
                 "worker the leader's work directory, or a copy of it."
             )
-        with timed(seconds, "moments"):
-            gold = gold or gold_examples(setting, examples)
-        with (
-            timed(seconds, "moments"),
-            truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
-        ):
-            moments = collect(setting, gold, weights, history, number)
-        with timed(seconds, "factors"):
-            bases = factor(setting, weights, moments)
-        del moments
-        setting.work.save("bases", key, flatten(bases))
+        if found is None:
+            with timed(seconds, "moments"):
+                gold = gold or gold_examples(setting, examples)
+            with (
+                timed(seconds, "moments"),
+                truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
+            ):
+                moments = collect(setting, gold, weights, history, number)
+            with timed(seconds, "factors"):
+                bases = factor(setting, weights, moments)
+            del moments
+            setting.work.save("bases", key, flatten(bases))
+            # As a run that goes on will have them: products of tensors that lie otherwise in memory round otherwise.
+            found = _load_bases(setting, key, weights)
+        bases = found or bases
     return bases
+
+
+def _load_bases(setting: Setting, key: str, weights: Mapping[str, torch.Tensor]) -> dict[str, FactorBasis] | None:
+    """Take bases from the work directory, if they are there."""
+    found = setting.work.load("bases", key)
+    if found is None:
+        return None
+    return {name: FactorBasis(**on_device(tensors, weights[name].device)) for name, tensors in unflatten(found).items()}
 
 
 _BASIS_SETTINGS = ("projection", "loss", "label_source", "seed", "damping")

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
 from optimum_sieve.calibration import collect_moments
 from optimum_sieve.losses import answer_loss
+from optimum_sieve.prepare import prepare
 from optimum_sieve.scoring import make_batches
+from optimum_sieve.stages import calibrate
 
 
 QUIET = {"progress": False}
@@ -166,6 +168,20 @@ def test_killed_run_resumes_to_the_same_result(learned, task, tmp_path, monkeypa
     assert resumed.rank_pattern == whole.rank_pattern
     for (name, a), (_, b) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_first_run_has_the_bases_as_one_that_goes_on(learned, task, tmp_path):
+    """Where they lie otherwise in memory, products round otherwise, and a search that goes on finds something else."""
+    setting = prepare(
+        copy.deepcopy(learned), make_tokenizer(), task, HALF, work_dir=tmp_path, study_storage=None, progress=False
+    )
+    examples = task.examples("calibration", make_tokenizer())
+    first, second = calibrate(setting, examples, {}), calibrate(setting, examples, {})
+    for name, basis in first.items():
+        for field, tensor in basis.tensors().items():
+            again = second[name].tensors()[field]
+            assert torch.equal(tensor, again)
+            assert tensor.stride() == again.stride(), (name, field)
 
 
 def test_other_data_or_weights_are_not_taken_from_the_work_directory(learned, task, tmp_path):
