@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .layers import FactorizedLinear
+from .widening import factors_of, layer_like, truncate_product
 
 
 if TYPE_CHECKING:
@@ -48,6 +49,47 @@ def _inside(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     """Return the parameters that have elements (factors of rank 0 have none) of the modules called `names`."""
     owners = tuple(f"{name}." for name in names)
     return {name: p for name, p in model.named_parameters() if name.startswith(owners) and p.numel()}
+
+
+class HeldAsFactors:
+    r"""Hold the pivoted layers of a model as factors \(U \sqrt S\), \(\sqrt S V^\top\) while they are trained.
+
+    Pivots are rows of one matrix and share its large directions; the small ones, which the layer needs as well, are
+    differences of rows. Steps of AdamW, which are of one size everywhere, would drown them. Each direction of the
+    factors has its own size.
+
+    Args:
+        model (`torch.nn.Module`): The model; its pivoted layers are replaced, in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._pivoted = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, FactorizedLinear) and layer.storage == "pivoted"
+        }
+        for name, held in {name: _as_factors(layer) for name, layer in self._pivoted.items()}.items():
+            model.set_submodule(name, held)
+
+    def undo(self) -> None:
+        """Put the pivoted layers back as they were."""
+        for name, layer in self._pivoted.items():
+            self._model.set_submodule(name, layer)
+
+    def pivot(self) -> None:
+        """Choose pivots for what the factors hold now; they take the places of the factors."""
+        for name, layer in self._pivoted.items():
+            held = self._model.get_submodule(name)
+            assert isinstance(held, FactorizedLinear)
+            bias = None if held.bias is None else held.bias.detach()
+            self._model.set_submodule(name, layer_like(layer, *factors_of(held), bias))
+
+
+def _as_factors(layer: FactorizedLinear) -> FactorizedLinear:
+    left, right = truncate_product(*factors_of(layer), layer.rank)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return FactorizedLinear.from_factors(left, right, bias, dtype=layer.pivot.weight.dtype).train(layer.training)
 
 
 class FactorTraining:

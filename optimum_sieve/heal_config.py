@@ -31,7 +31,8 @@ class HealConfig:
             `"vocabulary"` (its next-token distributions along the gold answer). A task without candidates always takes
             `"vocabulary"`.
         gold_weight (`float`):
-            Share of the loss that is the gold answer's negative log-likelihood instead, from 0 up to below 1.
+            Share of the loss that is the gold answer's negative log-likelihood, from 0 up to below 1. 0 holds the
+            model to the dense one alone.
         eval_steps (`int`):
             Steps between two scores on the monitored part of the selection split; the state is kept as often.
         patience (`int`):
@@ -59,11 +60,11 @@ class HealConfig:
     """
 
     steps: int = 128
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-4
     batch_size: int = 16
     rows_per_pass: int = 16
     loss: str = "candidates"
-    gold_weight: float = 0.0
+    gold_weight: float = 0.5
     eval_steps: int = 16
     patience: int = 4
     monitor_fraction: float = 0.25

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
-from .factor_training import FactorTraining, trained_parameters, training_only
+from .factor_training import FactorTraining, HeldAsFactors, trained_parameters, training_only
 from .inputs import input_format
 from .scoring import encode, input_device, pack, padding_id
 from .workdir import WorkDir, architecture, content_key, model_fingerprint
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _WARMUP = 0.1
 # Raised when the same settings lead to other weights, so that results from before are left alone.
-_FORMAT = 1
+_FORMAT = 2
 _STATE, _RESULT = "healing", "healed"
 
 
@@ -119,9 +119,18 @@ def heal(
         ValueError: If the model has no factorized layer, or the loss or its gradient is not finite.
     """
     run = _Run(model, teacher, tokenizer, examples, config, monitor, seed, work or WorkDir(None))
-    if not run.load_result():
-        with training_only(model, run.training.parameters, checkpointing=config.gradient_checkpointing):
-            run.train(progress)
+    try:
+        if not run.load_result():
+            with training_only(model, run.training.parameters, checkpointing=config.gradient_checkpointing):
+                run.train(progress)
+    except BaseException:
+        run.held.undo()
+        raise
+    # Where nothing was gained, the layers are exactly what they were.
+    if run.healing.best_step:
+        run.held.pivot()
+    else:
+        run.held.undo()
     return run.healing
 
 
@@ -147,7 +156,6 @@ class _Run:
         self.pack = partial(
             pack, batch_size=config.rows_per_pass, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind
         )
-        self.training = FactorTraining(trained_parameters(model, norms=config.train_norms))
         self.processes = PartialState()
         self.healing = Healing(examples=len(examples))
         self.best: dict[str, torch.Tensor] = {}
@@ -160,6 +168,8 @@ class _Run:
             seed=seed,
             format=_FORMAT,
         )
+        self.held = HeldAsFactors(model)
+        self.training = FactorTraining(trained_parameters(model, norms=config.train_norms))
 
     def load_result(self) -> bool:
         """Take the weights of a run that has ended from the work directory, if they are there."""

@@ -102,9 +102,14 @@ def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, task
         bases_bytes=sum(target.max_rank * (target.out_features + target.in_features + 2) * 4 for target in targets),
         bases_at_once=2 if config.rounds > 1 and config.projection in ("joint", "activation") else 1,
         examples=task.splits,
-        heal_bytes=0 if config.heal is None else kept * _HEAL_BYTES,
+        heal_bytes=0 if config.heal is None else _trained(config, kept) * _HEAL_BYTES,
         healing=None if config.heal is None else _describe_healing(config, config.heal),
     )
+
+
+def _trained(config: SieveConfig, kept: int) -> int:
+    """Parameters that healing trains at most: pivots are trained as factors, which have up to twice as many."""
+    return 2 * kept if config.storage == "pivoted" else kept
 
 
 def _describe_healing(config: SieveConfig, heal: HealConfig) -> str:

@@ -11,6 +11,7 @@ from toy import make_model, make_tokenizer
 from optimum_sieve import HealConfig, SieveConfig, evaluate
 from optimum_sieve.healing import heal
 from optimum_sieve.inputs import input_format
+from optimum_sieve.layers import FactorizedLinear
 from optimum_sieve.losses import answer_loss
 from optimum_sieve.prepare import prepare
 from optimum_sieve.scoring import make_batches
@@ -64,7 +65,7 @@ def prune(
 
 
 class ScriptedMonitor:
-    """Gives out scores and divergences from lists, one a call, and remembers the weights it was shown."""
+    """Gives out scores and divergences from lists, one a call, and remembers the products it was shown."""
 
     fingerprint = "scripted"
 
@@ -75,7 +76,7 @@ class ScriptedMonitor:
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the next score."""
-        self.seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        self.seen.append(products(model))
         place = len(self.seen) - 1
         return {"score": self.scores[place], "kl": self.divergences[place]}
 
@@ -98,6 +99,19 @@ def score(model: PreTrainedModel, task: Task) -> Any:
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return copies of all parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def products(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the products of all factorized layers, whatever their storage."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+    return {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+
+def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Assert that two sets of tensors are equal but for rounding."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
