@@ -25,7 +25,7 @@ from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
 from optimum_sieve.heal_config import HEAL_LOSSES, HealConfig
 from optimum_sieve.healer import Healer
 from optimum_sieve.loading import load_model
-from optimum_sieve.setting import Setting
+from optimum_sieve.setting import Setting, TaskSetting
 from optimum_sieve.stages import allocate_ranks, calibrate
 from optimum_sieve.surgery import truncated
 from optimum_sieve.targets import find_targets
@@ -79,7 +79,9 @@ class Bench:
         # Moments, and so bases, depend on the examples they are taken on alone, whatever healing is given.
         examples = self.calibration[: arguments.moments]
         key = content_key(model=model_fingerprint(self.model), prompts=[example.prompt for example in examples])
-        self.bases = calibrate(dataclasses.replace(self.setting(), fingerprint=key), examples, {})
+        setting = self.setting()
+        short = dataclasses.replace(setting.tasks[0], fingerprint=key, calibration=examples)
+        self.bases = calibrate(dataclasses.replace(setting, tasks=(short,)), {})
         self.dense = self.score()
 
     def setting(self, learning_rate: float = HealConfig.learning_rate, seed: int = 0) -> Setting:
@@ -95,10 +97,17 @@ class Bench:
             model=self.model,
             tokenizer=self.tokenizer,
             config=SieveConfig(tolerance=0.0, heal=heal, seed=seed, **arguments),
-            metric=self.task.metric,
+            tasks=(
+                TaskSetting(
+                    name=self.task.name,
+                    metric=self.task.metric,
+                    fingerprint=self.fingerprint,
+                    calibration=self.calibration,
+                    selection=self.selection,
+                ),
+            ),
             targets=self.targets,
             work=self.work,
-            fingerprint=self.fingerprint,
             progress=True,
         )
 
@@ -109,7 +118,7 @@ class Bench:
     def run(self, kept: float, learning_rate: float, seed: int) -> None:
         """Prune, score, heal, score."""
         setting = self.setting(learning_rate, seed)
-        healer = Healer(setting, self.calibration, self.selection)
+        healer = Healer(setting)
         ranks = allocate_ranks(setting, self.bases, kept)
         with truncated(self.model, self.bases, ranks, storage=self.arguments.storage):
             before = self.score()

@@ -80,7 +80,7 @@ def main() -> None:
     bench = Bench(arguments)
     order = np.random.default_rng(0).permutation(len(bench.pool))
     examples = [bench.pool[place] for place in order[: arguments.examples]]
-    search = make_search(bench.setting, bench.bases, len(examples))
+    search = make_search(bench.prepare(0, examples), bench.bases)
     energy = search.space.log_prices(search.allocate("energy", arguments.kept))
     rng = np.random.default_rng(0)
     with LiveRanks(bench.model, bench.bases) as live:

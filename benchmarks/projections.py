@@ -20,7 +20,7 @@ from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
 from optimum_sieve.loading import load_model
-from optimum_sieve.setting import Setting
+from optimum_sieve.setting import Setting, TaskSetting
 from optimum_sieve.stages import allocate_ranks, calibrate
 from optimum_sieve.surgery import truncated
 from optimum_sieve.targets import find_targets
@@ -85,7 +85,7 @@ class Bench:
         stop = {"pruning_ratio": 1 - fractions[0]} if projection == "learned" else {"tolerance": 0.0}
         setting = self.setting(method, stop)
         seconds = {"moments": 0.0, "factors": 0.0}
-        bases = calibrate(setting, self.task.examples("calibration", self.tokenizer), seconds)
+        bases = calibrate(setting, seconds)
         for fraction in fractions:
             with truncated(self.model, bases, allocate_ranks(setting, bases, fraction), storage=storage):
                 self.report(name, allocation, storage, fraction, self.score(), seconds)
@@ -98,10 +98,16 @@ class Bench:
             model=self.model,
             tokenizer=self.tokenizer,
             config=config,
-            metric=self.task.metric,
+            tasks=(
+                TaskSetting(
+                    name=self.task.name,
+                    metric=self.task.metric,
+                    fingerprint=self.fingerprint,
+                    calibration=self.task.examples("calibration", self.tokenizer),
+                ),
+            ),
             targets=self.targets,
             work=self.work,
-            fingerprint=self.fingerprint,
             progress=False,
         )
 

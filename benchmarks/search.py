@@ -27,7 +27,7 @@ from optimum_sieve.search.live import LiveRanks
 from optimum_sieve.search.search import lead
 from optimum_sieve.search.stage import make_scorers, make_search, open_study, run_search
 from optimum_sieve.search.standing import Standing
-from optimum_sieve.setting import Setting
+from optimum_sieve.setting import Setting, TaskSetting
 from optimum_sieve.stages import calibrate
 from optimum_sieve.targets import find_targets
 from optimum_sieve.workdir import WorkDir, content_key, model_fingerprint
@@ -76,14 +76,19 @@ class Bench:
             model=self.model,
             tokenizer=self.tokenizer,
             config=self.config(0),
-            metric=self.task.metric,
+            tasks=(
+                TaskSetting(
+                    name=self.task.name,
+                    metric=self.task.metric,
+                    fingerprint=fingerprint,
+                    calibration=self.task.examples("calibration", self.tokenizer),
+                ),
+            ),
             targets=find_targets(self.model),
             work=WorkDir(arguments.work_dir),
-            fingerprint=fingerprint,
             progress=False,
         )
-        self.calibration = self.task.examples("calibration", self.tokenizer)
-        self.bases = calibrate(self.setting, self.calibration, {})
+        self.bases = calibrate(self.setting, {})
 
     def config(self, seed: int, preset: str = "fast", **changes: int | None) -> SieveConfig:
         """Make the configuration of one seed."""
@@ -105,21 +110,22 @@ class Bench:
         drawn = [self.pool[place] for place in order[: selection + self.arguments.test]]
         return drawn[:selection], drawn[selection:]
 
-    def prepare(self, seed: int, preset: str = "fast", **changes: int | None) -> Setting:
-        """Make the setting of one seed, whose studies keep apart."""
+    def prepare(self, seed: int, selection: list, preset: str = "fast", **changes: int | None) -> Setting:
+        """Make the setting of one seed, whose studies keep apart, with the examples it drew."""
         key = content_key(
             run=self.setting.fingerprint, seed=seed, count=[self.arguments.search, self.arguments.confirm]
         )
-        return dataclasses.replace(self.setting, config=self.config(seed, preset, **changes), fingerprint=key)
+        task = dataclasses.replace(self.setting.tasks[0], fingerprint=key, selection=selection)
+        return dataclasses.replace(self.setting, config=self.config(seed, preset, **changes), tasks=(task,))
 
     def run(self, seed: int) -> list[dict]:
         """Search with one seed; return a row for each allocation."""
         selection, test = self.draw(seed)
         sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
-        setting = self.prepare(seed, **sizes)
-        search = make_search(setting, self.bases, len(selection))
+        setting = self.prepare(seed, selection, **sizes)
+        search = make_search(setting, self.bases)
         with open_study(setting, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
-            scorers = make_scorers(setting, search, live, selection, self.calibration)
+            scorers = make_scorers(setting, search, live)
             scored = lead(search, study, scorers, progress=False)
             searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
             standing = Standing(search.space, searched, search.goal)
@@ -144,8 +150,8 @@ class Bench:
         """Lower matrices of a result one by one; `optimum-cli sieve report --work-dir` then shows the search."""
         selection, _ = self.draw(seed)
         sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
-        setting, count = self.prepare(seed, **sizes), self.arguments.bottlenecks
-        found = run_search(setting, self.bases, selection, self.calibration, num_bottlenecks=count)
+        setting, count = self.prepare(seed, selection, **sizes), self.arguments.bottlenecks
+        found = run_search(setting, self.bases, num_bottlenecks=count)
         print(f"\nlowered alone by one level, {found['bottlenecks'][0]['count']} search examples; cost in points")
         for row in found["bottlenecks"]:
             print(f"{row['name']:38} rank {row['rank']} -> {row['lowered_rank']}: {100 * row['cost']:+.2f} ± "
@@ -172,14 +178,12 @@ class Bench:
         search_count, reached = self.arguments.search, {}
         sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
         for preset, changes in (("paper", sizes), ("fast", {"generations": 3})):
-            setting = self.prepare(seed, preset, **changes)
-            search = make_search(setting, self.bases, len(selection))
+            setting = self.prepare(seed, selection, preset, **changes)
+            search = make_search(setting, self.bases)
             with open_study(setting, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
-                scored = lead(
-                    search, study, make_scorers(setting, search, live, selection, self.calibration), progress=False
-                )
+                scored = lead(search, study, make_scorers(setting, search, live), progress=False)
             searched = [candidate for candidate in scored if candidate.part == SEARCH]
-            known = search_count + len(self.calibration)
+            known = search_count + len(setting.tasks[0].calibration)
             # Only `fast` uses calibration examples: labels and shares are measured on them too.
             overhead = {"paper": search_count, "fast": known}[preset]
             reached[preset] = smallest_by_examples(search, searched, overhead, known)

@@ -13,11 +13,13 @@ import yaml
 
 from optimum_sieve.config import SieveConfig
 from optimum_sieve.heal_config import HealConfig
-from optimum_sieve.report import size_changes
+from optimum_sieve.report import size_changes, task_blocks
 from optimum_sieve.search.genome import split_name
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -36,7 +38,7 @@ def build_card(
     *,
     base_model: str | None,
     base_revision: str | None = None,
-    task_spec: dict[str, Any] | None = None,
+    task_specs: Sequence[dict[str, Any]] = (),
     pipeline_tag: str = "text-generation",
     license_id: str | None = None,
 ) -> ModelCard:
@@ -49,7 +51,7 @@ def build_card(
         base_model (`str`, *optional*):
             Hub id or path of the dense model; a path gives its last part to the text and nothing to the metadata.
         base_revision (`str`, *optional*): Commit of the dense model on the Hub.
-        task_spec (`dict[str, Any]`, *optional*): The task file's content, quoted in the card.
+        task_specs (`Sequence[dict[str, Any]]`): The content of each task file, quoted in the card.
         pipeline_tag (`str`): The Hub's name for what the model does.
         license_id (`str`, *optional*):
             Licence of the dense model, see [`base_license`][optimum_sieve.card.base_license].
@@ -75,10 +77,12 @@ def build_card(
     settings = report.get("settings")
     storages = Counter(entry["storage"] for entry in rank_pattern.values()).most_common()
     grid = _rank_grid(rank_pattern)
+    files = task_files(len(task_blocks(report)))
     card: ModelCard = ModelCard.from_template(
         _card_data(report, hub_id, f"{name}-sieve", pipeline_tag, license_id),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         report=report,
+        tasks=task_blocks(report),
         name=name,
         base=hub_id or name,
         revision=base_revision if hub_id else None,
@@ -89,10 +93,10 @@ def build_card(
         kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
         storage=storages[0][0] if storages else None,
         mixed_storage=len(storages) > 1,
-        command=reproduction_command(hub_id or name, settings, report.get("loading")) if settings else None,
-        heal_command=healing_command(hub_id or name, report.get("healing", {})),
+        command=reproduction_command(hub_id or name, settings, report.get("loading"), files) if settings else None,
+        heal_command=healing_command(hub_id or name, report.get("healing", {}), files),
         settings=_yaml(settings or {}),
-        task_spec=_yaml(task_spec) if task_spec else None,
+        task_specs=list(zip(files, map(_yaml, task_specs), strict=False)),
     )
     return card
 
@@ -121,13 +125,24 @@ def base_license(base_model: str | None) -> str | None:
     return declared if isinstance(declared, str) else None
 
 
-def reproduction_command(base_model: str, settings: dict[str, Any], loading: dict[str, str] | None = None) -> str:
+def task_files(count: int) -> list[str]:
+    """Name the task files of a run as the card calls them."""
+    return ["task.yaml"] if count == 1 else [f"task_{number}.yaml" for number in range(1, count + 1)]
+
+
+def reproduction_command(
+    base_model: str,
+    settings: dict[str, Any],
+    loading: dict[str, str] | None = None,
+    tasks: Sequence[str] = ("task.yaml",),
+) -> str:
     """Write the command line that prunes `base_model` with `settings`, naming only what differs from the defaults.
 
     Args:
         base_model (`str`): The value of `--model`.
         settings (`dict[str, Any]`): `SieveConfig.to_dict()` of the run; keys that are no setting are passed over.
         loading (`dict[str, str]`, *optional*): Options with which the model was loaded, such as its dtype.
+        tasks (`Sequence[str]`): The task files.
 
     Returns:
         `str`: A line for a POSIX shell.
@@ -140,7 +155,7 @@ def reproduction_command(base_model: str, settings: dict[str, Any], loading: dic
 
     ```
     """
-    words = ["optimum-cli", "sieve", "prune", "--model", base_model, "--task", "task.yaml"]
+    words = ["optimum-cli", "sieve", "prune", "--model", base_model, *_task_words(tasks)]
     words += [word for name, value in (loading or {}).items() for word in (f"--{name.replace('_', '-')}", value)]
     for field in dataclasses.fields(SieveConfig):
         value: Any = settings.get(field.name, field.default)
@@ -154,20 +169,27 @@ def reproduction_command(base_model: str, settings: dict[str, Any], loading: dic
     return shlex.join([*words, "--output", "pruned"])
 
 
-def healing_command(base_model: str, healing: dict[str, Any]) -> str | None:
+def healing_command(base_model: str, healing: dict[str, Any], tasks: Sequence[str] = ("task.yaml",)) -> str | None:
     """Write the command line that heals a model that was pruned before; `None` where pruning itself healed it, or not.
 
     Args:
         base_model (`str`): The value of `--dense`.
         healing (`dict[str, Any]`): What the report says of healing.
+        tasks (`Sequence[str]`): The task files.
     """
     if "settings" not in healing:
         return None
     settings = dict(healing["settings"])
-    words = ["optimum-cli", "sieve", "heal", "--model", "pruned", "--dense", base_model, "--task", "task.yaml"]
+    words = ["optimum-cli", "sieve", "heal", "--model", "pruned", "--dense", base_model, *_task_words(tasks)]
+    weights = settings.pop("task_weights", None)
+    words += ["--task-weights", *map(str, weights)] if weights else []
     seed = settings.pop("seed", 0)
     words += [*_heal_words(settings), *(["--seed", str(seed)] if seed else [])]
     return shlex.join([*words, "--output", "healed"])
+
+
+def _task_words(tasks: Sequence[str]) -> list[str]:
+    return [word for name in tasks for word in ("--task", name)]
 
 
 def _heal_words(settings: dict[str, Any], prefix: str = "") -> list[str]:
@@ -204,23 +226,28 @@ def _card_data(
         pipeline_tag=pipeline_tag,
         license=license_id,
         tags=_TAGS,
-        metrics=[report["metric"]],
+        metrics=list(dict.fromkeys(task["metric"] for task in task_blocks(report))),
         model_name=model_name,
-        eval_results=[_eval_result(report, key, pipeline_tag) for key in ("pruned", "dense") if key in report],
+        eval_results=[
+            _eval_result(task, key, pipeline_tag)
+            for task in task_blocks(report)
+            for key in ("pruned", "dense")
+            if key in task
+        ],
     )
 
 
-def _eval_result(report: dict[str, Any], key: str, pipeline_tag: str) -> EvalResult:
+def _eval_result(task: dict[str, Any], key: str, pipeline_tag: str) -> EvalResult:
     from huggingface_hub import EvalResult
 
     return EvalResult(
         task_type=pipeline_tag,
-        dataset_type=report["task"],
-        dataset_name=report["task"],
-        dataset_split=report["split"],
-        metric_type=report["metric"],
-        metric_name=f"{report['metric']} ({key} model)",
-        metric_value=report[key]["score"],
+        dataset_type=task["task"],
+        dataset_name=task["task"],
+        dataset_split=task["split"],
+        metric_type=task["metric"],
+        metric_name=f"{task['metric']} ({key} model)",
+        metric_value=task[key]["score"],
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .heal_config import HealConfig
-from .rules import check_choice, check_float, check_integer, check_known
+from .rules import check_choice, check_float, check_integer, check_known, check_task_weights
 
 
 PROJECTIONS = ("svd", "activation", "joint", "learned")
@@ -80,6 +80,10 @@ class SieveConfig:
             Rows per forward pass. An example takes one, or one for each label of several tokens; it is never divided.
         seed (`int`):
             Seed of everything random.
+        task_weights (`tuple[float, ...]`, *optional*):
+            Of several tasks, how much each counts in the moments and in healing, in the tasks' order: as if so large a
+            part of all examples were of that task. Only their ratios matter. `None`: all the same. Each task is held to
+            the `tolerance` whatever its weight.
         heal ([`HealConfig`][optimum_sieve.heal_config.HealConfig], *optional*):
             Settings of healing, a short training of the factors that follows pruning. `None`: the factors stay as they
             were found. With a `tolerance`, every size tried is healed.
@@ -116,11 +120,13 @@ class SieveConfig:
     search_fraction: float = 0.25
     batch_size: int = 16
     seed: int = 0
+    task_weights: tuple[float, ...] | None = None
     heal: HealConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        object.__setattr__(self, "task_weights", check_task_weights(self.task_weights))
         if (self.tolerance is None) == (self.pruning_ratio is None):
             raise ValueError(
                 "Exactly one of `tolerance` (accuracy loss accepted, such as 0.02) and `pruning_ratio` (fraction of "

@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .experts import fuse_dense_experts
+from .export_card import write_card
 from .inputs import model_kind
 from .layers import FactorizedLinear
 from .modeling_sieve import SieveConfigMixin, SievePreTrainedModel
 from .output import check_output, whole_directory
 from .plan import tensor_bytes
-from .result import _PIPELINE_TAGS
 
 
 if TYPE_CHECKING:
@@ -255,45 +255,3 @@ def _added_bytes(layer: FactorizedLinear) -> int:
     parameters = list(layer.parameters())
     size = layer.out_features * layer.in_features - sum(parameter.numel() for parameter in parameters)
     return size * parameters[0].element_size()
-
-
-def write_card(directory: Path, block: dict[str, Any], *, kind: str, form: str, text: str, **metadata: Any) -> None:
-    """Write the README.md of an export: what it is, what it came from, and what was measured of the pruned model.
-
-    Args:
-        directory (`Path`): Where the export lies.
-        block (`dict[str, Any]`): The `sieve` block of the pruned model's configuration.
-        kind (`str`): What kind of model it is, see [`model_kind`][optimum_sieve.inputs.model_kind].
-        form (`str`): The last word of the heading.
-        text (`str`): What follows "with low-rank factors in place of N weight matrices, " in the first paragraph.
-        metadata: More fields of the card, such as `license`.
-    """
-    from huggingface_hub import ModelCardData
-
-    base, results = block.get("base_model"), block.get("results") or {}
-    data = ModelCardData(
-        # Without a user's name it may be the last part of a path.
-        base_model=base if base and "/" in base else None,
-        pipeline_tag=_PIPELINE_TAGS[kind],
-        tags=["optimum-sieve", "low-rank", "pruned"],
-        **metadata,
-    )
-    task = f" for `{results['task']}`" if "task" in results else ""
-    lines = [
-        f"# {base or 'Model'}, pruned{task}, {form}",
-        f"`{base or 'A model'}` pruned{task} by optimum-sieve, with low-rank factors in place of "
-        f"{len(block['rank_pattern'])} weight matrices, {text} On other tasks it may do much worse than the model it "
-        "came from.",
-    ]
-    if {"metric", "split", "count", "pruned"} <= results.keys():
-        scores = [
-            f"{side} {results[side]['score']:.4f} (standard error {results[side]['standard_error']:.4f})"
-            for side in ("dense", "pruned")
-            if side in results
-        ]
-        lines.append(
-            f"Measured before this export, {results['metric']} on {results['count']} examples of the "
-            f"{results['split']} split: {', '.join(scores)}."
-        )
-    content = f"---\n{data}\n---\n\n" + "\n\n".join(lines) + "\n"
-    (directory / "README.md").write_text(content, encoding="utf-8")

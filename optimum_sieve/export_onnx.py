@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .experts import SeparateExperts
-from .export import base_config, plain_layers, write_card
+from .export import base_config, plain_layers
+from .export_card import write_card
 from .inputs import max_positions, model_kind
 from .output import check_output, whole_directory
 from .plan import tensor_bytes

@@ -9,23 +9,26 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig
 
 from .checks import check_model, check_task
-from .evaluation import evaluate
+from .evaluation import Evaluation, evaluate
 from .experts import separate_experts
 from .export import check_pruned
-from .healer import SelectionMonitor
 from .healing import heal
 from .inputs import input_format
 from .layers import FactorizedLinear
 from .loading import load_model
+from .monitor import Monitored, SelectionMonitor
 from .plan import measure_sizes
-from .result import make_result
+from .prepare import check_tasks, naming, task_shares
+from .result import TaskScores, make_result
+from .rules import check_task_weights
 from .scoring import tokens_fingerprint
 from .targets import find_targets, is_linear, linear_weight
-from .teacher import teach
+from .teacher import Lesson, teach
 from .workdir import WorkDir
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
@@ -39,9 +42,10 @@ if TYPE_CHECKING:
 def heal_pruned(
     model: str | Path,
     dense: str | Path,
-    task: Task,
+    tasks: Sequence[Task],
     config: HealConfig,
     *,
+    task_weights: Sequence[float] | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
@@ -57,8 +61,10 @@ def heal_pruned(
     Args:
         model (`str | Path`): Directory or Hub id of the pruned model.
         dense (`str | Path`): Directory or Hub id of the model it was pruned from.
-        task (`Task`): The task.
+        tasks (`Sequence[Task]`): The tasks, mostly one.
         config ([`HealConfig`][optimum_sieve.heal_config.HealConfig]): The settings; there is one round.
+        task_weights (`Sequence[float]`, *optional*): How often each task's examples are drawn, relative to the others'.
+            `None`: all the same.
         dtype (`str | torch.dtype`, *optional*): Such as `"bfloat16"`; `None`: as the checkpoints were saved.
         device (`str | torch.device`, *optional*): Where to work; `None`: the GPU if there is one.
         trust_remote_code (`bool`): Whether code that lies with the models may run.
@@ -71,31 +77,34 @@ def heal_pruned(
         `tuple[SieveResult, PreTrainedTokenizerBase]`: The healed model with its report, and its tokenizer.
 
     Raises:
-        ValueError: If `model` is not pruned, `dense` is not what it was pruned from, or the task does not fit or has no
+        ValueError: If `model` is not pruned, `dense` is not what it was pruned from, or a task does not fit or has no
             answers.
         OSError: If a model cannot be loaded.
     """
     pruned_config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     check_pruned(pruned_config)
-    if not task.labelled:
-        raise ValueError(
-            f"`task` must have an `answer` to heal a pruned directory, got none in {task.name!r}. Add it to the task "
-            "file, or heal while you prune."
-        )
+    check_tasks(tasks)
+    shares = task_shares(check_task_weights(task_weights), len(tasks))
+    for task in tasks:
+        if not task.labelled:
+            raise ValueError(
+                f"`task` must have an `answer` to heal a pruned directory, got none in {task.name!r}. Add it to the "
+                "task file, or heal while you prune."
+            )
     block: dict[str, Any] = copy.deepcopy(pruned_config.sieve)
     work = WorkDir(work_dir)
     seconds: dict[str, float] = {}
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
 
-    reference = _Reference(dense, task, config, block["settings"], work, {**loading, "gguf_file": gguf_file}, progress)
+    reference = _Reference(dense, tasks, shares, config, block["settings"], work, {**loading, "gguf_file": gguf_file},
+                           progress)  # fmt: skip
     pruned, tokenizer, _ = load_model(model, **loading)
-    reference.check_fits(pruned, tokenizer, task)
+    reference.check_fits(pruned, tokenizer, tasks)
     start = time.perf_counter()
     healing = heal(
         pruned,
-        reference.teacher,
+        reference.lessons,
         tokenizer,
-        task.examples("calibration", tokenizer),
         config,
         monitor=reference.monitor,
         seed=seed,
@@ -105,23 +114,28 @@ def heal_pruned(
     seconds["healing"] = round(time.perf_counter() - start, 3)
     result = make_result(
         pruned,
-        scores=(reference.test, _score(pruned, tokenizer, task, "test", config)),
+        scores=[
+            TaskScores(task=task.name, dense=before, pruned=_score(pruned, tokenizer, task, config))
+            for task, before in zip(tasks, reference.test, strict=True)
+        ],
         sizes=(reference.sizes, measure_sizes(pruned, reference.targets)),
         trials=[],
-        task=task.name,
         settings=block["settings"],
         seconds=seconds,
         loading=None,
-        references=None,
         base_model=block.get("base_model"),
         base_revision=block.get("base_revision"),
         healing={
             **healing.to_dict(),
-            "monitored": reference.monitor.dense.count,
-            "settings": {**config.to_dict(), "seed": seed},
+            "monitored": reference.monitor.count,
+            "settings": {**config.to_dict(), "seed": seed, **_weights(task_weights)},
         },
     )
     return result, tokenizer
+
+
+def _weights(task_weights: Sequence[float] | None) -> dict[str, list[float]]:
+    return {} if task_weights is None else {"task_weights": list(task_weights)}
 
 
 class _Reference:
@@ -130,7 +144,8 @@ class _Reference:
     def __init__(
         self,
         dense: str | Path,
-        task: Task,
+        tasks: Sequence[Task],
+        shares: Sequence[float],
         config: HealConfig,
         settings: dict[str, Any],
         work: WorkDir,
@@ -139,41 +154,27 @@ class _Reference:
     ) -> None:
         model, tokenizer, _ = load_model(dense, **loading)
         check_model(model)
-        check_task(task, model, tokenizer)
+        for task in tasks:
+            with naming(task, tasks):
+                check_task(task, model, tokenizer)
+                config.monitor_count(task.splits["selection"])
         separate_experts(model)
         self.linears = {name: tuple(linear_weight(m).shape) for name, m in model.named_modules() if is_linear(m)}
         self.targets = find_targets(model, settings.get("target_modules"), settings.get("exclude_modules") or ())
         self.sizes = measure_sizes(model, self.targets)
-        calibration = task.examples("calibration", tokenizer)
-        self.tokens = tokens_fingerprint(calibration, tokenizer, input_format(model))
-        self.teacher = teach(
-            model,
-            calibration,
-            tokenizer,
-            loss=config.loss,
-            batch_size=config.rows_per_pass,
-            work=work,
-            progress=progress,
-        )
-        selection = task.examples("selection", tokenizer)
-        monitored = selection[: config.monitor_count(len(selection))]
+        self.tokens = _tokens(model, tokenizer, tasks)
+        self.lessons = [
+            _lesson(model, tokenizer, task, share, config, work, progress)
+            for task, share in zip(tasks, shares, strict=True)
+        ]
         self.monitor = SelectionMonitor(
-            examples=monitored,
-            dense=evaluate(
-                model,
-                monitored,
-                tokenizer,
-                metric=task.metric,
-                batch_size=config.rows_per_pass,
-                progress=progress,
-                description="dense model on selection",
-            ),
+            parts=[_monitored(model, tokenizer, task, config, progress) for task in tasks],
             tokenizer=tokenizer,
             batch_size=config.rows_per_pass,
         )
-        self.test = _score(model, tokenizer, task, "test", config)
+        self.test = [_score(model, tokenizer, task, config) for task in tasks]
 
-    def check_fits(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    def check_fits(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> None:
         """Refuse a pruned model that did not come from this one."""
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
         wrong = [
@@ -184,16 +185,49 @@ class _Reference:
                 f"`dense` must be the model that `model` was pruned from, got one without {len(wrong)} of its "
                 f"{len(layers)} factorized layers, such as {wrong[0]!r}. Name the base model."
             )
-        found = tokens_fingerprint(task.examples("calibration", tokenizer), tokenizer, input_format(model))
-        if found != self.tokens:
+        if _tokens(model, tokenizer, tasks) != self.tokens:
             raise ValueError(
                 "`dense` must have the tokenizer of the model that was pruned from it, got other tokens for the same "
                 "examples. Name the base model, in the revision that was pruned."
             )
 
 
-def _score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, split: str, config: HealConfig
-) -> Any:
-    examples = task.examples(split, tokenizer)
+def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> list[str]:
+    inputs = input_format(model)
+    return [tokens_fingerprint(task.examples("calibration", tokenizer), tokenizer, inputs) for task in tasks]
+
+
+def _lesson(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    weight: float,
+    config: HealConfig,
+    work: WorkDir,
+    progress: bool,
+) -> Lesson:
+    examples, size = task.examples("calibration", tokenizer), config.rows_per_pass
+    teacher = teach(model, examples, tokenizer, loss=config.loss, batch_size=size, work=work, progress=progress)
+    return Lesson(teacher=teacher, examples=examples, weight=weight)
+
+
+def _monitored(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: HealConfig, progress: bool
+) -> Monitored:
+    selection = task.examples("selection", tokenizer)
+    examples = selection[: config.monitor_count(len(selection))]
+    dense = evaluate(
+        model,
+        examples,
+        tokenizer,
+        metric=task.metric,
+        batch_size=config.rows_per_pass,
+        progress=progress,
+        description="dense model on selection",
+    )
+    return Monitored(task=task.name, examples=examples, dense=dense)
+
+
+def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: HealConfig) -> Evaluation:
+    examples = task.examples("test", tokenizer)
     return evaluate(model, examples, tokenizer, metric=task.metric, batch_size=config.rows_per_pass, progress=False)

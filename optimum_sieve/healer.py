@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,69 +12,34 @@ import torch
 from torch import nn
 
 from .budget import rank_parameters
-from .comparison import compare
-from .evaluation import Evaluation, evaluate
 from .factor_training import norm_parameters
 from .healing import Healing, heal
 from .layers import FactorizedLinear
+from .monitor import Monitored, SelectionMonitor
 from .setting import score, timed
 from .stages import allocate_ranks, calibrate
 from .surgery import apply_ranks, restore
 from .targets import is_conv1d
-from .teacher import Teacher, teach
+from .teacher import Lesson, teach
 from .workdir import content_key, model_fingerprint
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from .factorization import FactorBasis
     from .heal_config import HealConfig
     from .search.genome import Ranks
-    from .setting import Setting
+    from .setting import Setting, TaskSetting
     from .tasks import Example
 
 
-@dataclass(frozen=True, kw_only=True)
-class SelectionMonitor:
-    """Scores a model while it is healed, and compares it with the dense one.
-
-    Args:
-        examples (`Sequence[Example]`): Part of the selection split.
-        dense (`Evaluation`): The dense model's evaluation of the same examples.
-        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        batch_size (`int`): Rows per forward pass.
-    """
-
-    examples: Sequence[Example]
-    dense: Evaluation
-    tokenizer: PreTrainedTokenizerBase
-    batch_size: int
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what the scores depend on beside the model."""
-        return content_key(examples=self.dense.fingerprint, metric=self.dense.metric, score=self.dense.score)
-
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return the score and, but for written answers, the divergence from the dense model."""
-        found = evaluate(
-            model, self.examples, self.tokenizer, metric=self.dense.metric, batch_size=self.batch_size, progress=False
-        )
-        divergence = compare(self.dense, found).kl
-        return {"score": found.score, **({} if divergence is None else {"kl": divergence})}
-
-
-def make_healer(
-    setting: Setting, calibration: Sequence[Example], selection: Sequence[Example], seconds: dict[str, float]
-) -> Healer | None:
+def make_healer(setting: Setting, seconds: dict[str, float]) -> Healer | None:
     """Make the healer of a run, whose model is dense still; `None` where the settings ask for none."""
     if setting.config.heal is None:
         return None
     with timed(seconds, "healing"):
-        return Healer(setting, calibration, selection)
+        return Healer(setting)
 
 
 def hold_ranks(
@@ -96,32 +60,23 @@ def hold_ranks(
 class Healer:
     """Prunes to given ranks and heals, as one step of a run whose model is dense when it is made.
 
+    The factors are trained on the calibration examples of every task, in proportion to the tasks' weights. The first
+    selection examples of each are monitored, the others are left to the choice of the size.
+
     Args:
         setting (`Setting`): The run, whose configuration has `heal`.
-        calibration (`Sequence[Example]`): The calibration examples, which the factors are trained on.
-        selection (`Sequence[Example]`): The selection examples. The first are monitored, the others are left to the
-            choice of the size.
     """
 
-    def __init__(self, setting: Setting, calibration: Sequence[Example], selection: Sequence[Example]) -> None:
+    def __init__(self, setting: Setting) -> None:
         assert setting.config.heal is not None
         self.setting = setting
         self.config: HealConfig = setting.config.heal
-        self.calibration = calibration
-        count = self.config.monitor_count(len(selection))
-        monitored, self.unseen = selection[:count], selection[count:]
-        self.teacher: Teacher = teach(
-            setting.model,
-            calibration,
-            setting.tokenizer,
-            loss=self.config.loss,
-            batch_size=setting.config.batch_size,
-            work=setting.work,
-            progress=setting.progress,
-        )
+        counts = [self.config.monitor_count(len(task.selection)) for task in setting.tasks]
+        pairs = list(zip(setting.tasks, counts, strict=True))
+        self.unseen: list[Sequence[Example]] = [task.selection[count:] for task, count in pairs]
+        self.lessons = [self._lesson(task) for task in setting.tasks]
         self.monitor = SelectionMonitor(
-            examples=monitored,
-            dense=score(setting, monitored, f"dense model on {count} monitored examples of selection"),
+            parts=[self._monitored(task, count) for task, count in pairs],
             tokenizer=setting.tokenizer,
             batch_size=setting.config.batch_size,
         )
@@ -129,6 +84,24 @@ class Healer:
         self._dense = {target.name: setting.model.get_submodule(target.name) for target in setting.targets}
         norms = norm_parameters(setting.model) if self.config.train_norms else {}
         self._norms = [(parameter, parameter.detach().clone()) for parameter in norms.values()]
+
+    def _lesson(self, task: TaskSetting) -> Lesson:
+        setting = self.setting
+        teacher = teach(
+            setting.model,
+            task.calibration,
+            setting.tokenizer,
+            loss=self.config.loss,
+            batch_size=setting.config.batch_size,
+            work=setting.work,
+            progress=setting.progress,
+        )
+        return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight)
+
+    def _monitored(self, task: TaskSetting, count: int) -> Monitored:
+        examples = task.selection[:count]
+        dense = score(self.setting, task, examples, f"dense model on {count} monitored examples of selection")
+        return Monitored(task=task.name, examples=examples, dense=dense)
 
     def apply(self, bases: Mapping[str, FactorBasis], ranks: Ranks) -> None:
         """Put `ranks` into the dense model and heal it; in several rounds where the settings ask for them.
@@ -175,9 +148,9 @@ class Healer:
         ends = {"before": rounds[0]["before"], "after": rounds[-1]["after"]} if rounds else {}
         return {
             "steps": sum(one["steps"] for one in rounds),
-            "examples": len(self.calibration),
+            "examples": sum(len(lesson.examples) for lesson in self.lessons),
             "seconds": round(sum(one["seconds"] for one in rounds), 3),
-            "monitored": self.monitor.dense.count,
+            "monitored": self.monitor.count,
             **ends,
             "rounds": rounds,
         }
@@ -186,9 +159,8 @@ class Healer:
         setting = self.setting
         done = heal(
             setting.model,
-            self.teacher,
+            self.lessons,
             setting.tokenizer,
-            self.calibration,
             self.config,
             monitor=self.monitor,
             seed=setting.config.seed,
@@ -222,9 +194,10 @@ class Healer:
 
     def _calibrate_again(self) -> dict[str, FactorBasis]:
         """Take moments on the model as it is now and factor its weights."""
-        setting = dataclasses.replace(
-            self.setting,
-            fingerprint=content_key(run=self.setting.fingerprint, healed=model_fingerprint(self.setting.model)),
-            config=dataclasses.replace(self.setting.config, rounds=1),
+        healed = model_fingerprint(self.setting.model)
+        tasks = tuple(
+            dataclasses.replace(task, fingerprint=content_key(run=task.fingerprint, healed=healed))
+            for task in self.setting.tasks
         )
-        return calibrate(setting, self.calibration, {})
+        config = dataclasses.replace(self.setting.config, rounds=1)
+        return calibrate(dataclasses.replace(self.setting, tasks=tasks, config=config), {})

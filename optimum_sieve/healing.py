@@ -18,9 +18,11 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
+from .drawing import drawn_examples, interleaved
 from .factor_training import FactorTraining, HeldAsFactors, trained_parameters, training_only
 from .inputs import input_format
 from .scoring import encode, input_device, pack, padding_id
+from .teacher import lessons_fingerprint
 from .workdir import WorkDir, architecture, content_key, model_fingerprint
 
 
@@ -29,11 +31,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .encoding import EncodedExample
     from .heal_config import HealConfig
     from .scoring import Batch
-    from .tasks import Example
-    from .teacher import Teacher
+    from .teacher import Lesson, Teacher
 
 
 _WARMUP = 0.1
@@ -49,7 +49,7 @@ class Monitor(Protocol):
     def fingerprint(self) -> str:
         """Hash of what the scores depend on beside the model."""
 
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+    def __call__(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return `"score"`, the higher the better, and mostly `"kl"`, which decides between equal scores."""
 
 
@@ -78,15 +78,14 @@ class Healing:
         if self.evaluations and "score" in self.evaluations[0]:
             best = next(one for one in self.evaluations if one["step"] == self.best_step)
             for name, found in (("before", self.evaluations[0]), ("after", best)):
-                figures[name] = {key: found[key] for key in ("score", "kl") if key in found}
+                figures[name] = {key: found[key] for key in ("score", "kl", "tasks") if key in found}
         return figures
 
 
 def heal(
     model: PreTrainedModel,
-    teacher: Teacher,
+    lessons: Sequence[Lesson],
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
     config: HealConfig,
     *,
     monitor: Monitor | None = None,
@@ -97,14 +96,15 @@ def heal(
     r"""Train the factors of a pruned model, in place, against the dense model.
 
     The loss of an example is \((1 - w)\, \mathrm{KL}(\text{dense} \Vert \text{model}) - w \log p(\text{gold})\) with
-    the gold weight \(w\). Ranks and storage stay, and so does all that is not trained. There is no dropout. Under
-    `accelerate launch` the processes share the passes of each step.
+    the gold weight \(w\). Of several lessons, examples are drawn in proportion to their weights. Ranks and storage
+    stay, and so does all that is not trained. There is no dropout. Under `accelerate launch` the processes share the
+    passes of each step.
 
     Args:
         model (`PreTrainedModel`): A model with factorized layers, of type `sieve` or about to become one.
-        teacher (`Teacher`): What [`teach`][optimum_sieve.teacher.teach] made of the same examples.
+        lessons (`Sequence[Lesson]`): The calibration examples of each task, and what
+            [`teach`][optimum_sieve.teacher.teach] made of them.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        examples (`Sequence[Example]`): The calibration examples.
         config ([`HealConfig`][optimum_sieve.heal_config.HealConfig]): The settings.
         monitor (`Monitor`, *optional*): Scores the model every `eval_steps`; the best weights are taken, those from
             before among them. `None`: those of the last step.
@@ -118,7 +118,7 @@ def heal(
     Raises:
         ValueError: If the model has no factorized layer, or the loss or its gradient is not finite.
     """
-    run = _Run(model, teacher, tokenizer, examples, config, monitor, seed, work or WorkDir(None))
+    run = _Run(model, lessons, tokenizer, config, monitor, seed, work or WorkDir(None))
     try:
         if not run.load_result():
             with training_only(model, run.training.parameters, checkpointing=config.gradient_checkpointing):
@@ -140,29 +140,32 @@ class _Run:
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: Teacher,
+        lessons: Sequence[Lesson],
         tokenizer: PreTrainedTokenizerBase,
-        examples: Sequence[Example],
         config: HealConfig,
         monitor: Monitor | None,
         seed: int,
         work: WorkDir,
     ) -> None:
-        self.model, self.teacher, self.config, self.monitor, self.seed, self.work = (
-            model, teacher, config, monitor, seed, work,
+        self.model, self.lessons, self.config, self.monitor, self.seed, self.work = (
+            model, lessons, config, monitor, seed, work,
         )  # fmt: skip
         inputs = input_format(model)
-        self.rows = encode(examples, tokenizer, candidates=teacher.by_candidate, inputs=inputs)
+        self.rows = [
+            encode(lesson.examples, tokenizer, candidates=lesson.teacher.by_candidate, inputs=inputs)
+            for lesson in lessons
+        ]
+        self.order = interleaved([lesson.weight for lesson in lessons], config.steps * config.batch_size)
         self.pack = partial(
             pack, batch_size=config.rows_per_pass, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind
         )
         self.processes = PartialState()
-        self.healing = Healing(examples=len(examples))
+        self.healing = Healing(examples=sum(map(len, self.rows)))
         self.best: dict[str, torch.Tensor] = {}
         self.key = content_key(
             model=model_fingerprint(model),
             architecture=architecture(model),
-            teacher=teacher.fingerprint,
+            teacher=lessons_fingerprint(lessons),
             settings=config.to_dict(),
             monitor=None if monitor is None else monitor.fingerprint,
             seed=seed,
@@ -220,12 +223,10 @@ class _Run:
 
     def _step(self) -> float:
         """Take one step; return its loss, the mean over its examples."""
-        drawn = _drawn(self.healing.steps, self.config.batch_size, len(self.rows), self.seed)
-        rows = [self.rows[index] for index in drawn]
-        mine = self._passes(rows)[self.processes.process_index :: self.processes.num_processes]
+        mine = self._passes()[self.processes.process_index :: self.processes.num_processes]
         total = torch.zeros((), device=self.processes.device)
-        for batch in mine:
-            loss = self._loss(batch) / len(rows)
+        for teacher, batch in mine:
+            loss = self._loss(teacher, batch) / self.config.batch_size
             self.training.backward(loss)
             total += loss.detach().to(total.device)
         if self.processes.num_processes > 1:
@@ -241,12 +242,19 @@ class _Run:
         self.healing.steps += 1
         return float(total)
 
-    def _passes(self, rows: list[EncodedExample]) -> list[Batch]:
-        device = input_device(self.model)
-        return [batch.to(device) for batch in self.pack(rows)]
+    def _passes(self) -> list[tuple[Teacher, Batch]]:
+        """Return the passes of the next step: its examples in batches, which are of one lesson each."""
+        device, start = input_device(self.model), self.healing.steps * self.config.batch_size
+        chosen = self.order[start : start + self.config.batch_size]
+        passes: list[tuple[Teacher, Batch]] = []
+        for number, (lesson, rows) in enumerate(zip(self.lessons, self.rows, strict=True)):
+            before, count = self.order[:start].count(number), chosen.count(number)
+            own = [rows[index] for index in drawn_examples(range(before, before + count), len(rows), self.seed)]
+            passes += [(lesson.teacher, batch.to(device)) for batch in self.pack(own)]
+        return passes
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        divergences, gold = self.teacher.losses(self.model, batch)
+    def _loss(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
+        divergences, gold = teacher.losses(self.model, batch)
         weight = self.config.gold_weight
         return ((1 - weight) * divergences + weight * gold).sum()
 
@@ -279,14 +287,6 @@ def _merit(record: Mapping[str, Any]) -> tuple[float, float]:
 
 def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{prefix}|{name}": tensor for name, tensor in tensors.items()}
-
-
-def _drawn(step: int, batch_size: int, num_examples: int, seed: int) -> list[int]:
-    """Return the examples of a step: all are drawn once, in random order, before any is drawn again."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_examples)
-              for epoch in {place // num_examples for place in places}}  # fmt: skip
-    return [int(orders[place // num_examples][place % num_examples]) for place in places]
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.report import REPORT_NAME
+from optimum_sieve.report import REPORT_NAME, task_blocks
 
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def default_message(folder: Path) -> str:
     try:
         report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
         removed = 1 - report["parameters"]["targets_after"] / report["parameters"]["targets_before"]
-        return f"Push a model pruned for {report['task']}: {removed:.0%} of its linear parameters removed"
+        names = ", ".join(task["task"] for task in task_blocks(report))
+        return f"Push a model pruned for {names}: {removed:.0%} of its linear parameters removed"
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         # A message is no reason to refuse a complete model.
         return "Push a pruned model with optimum-sieve"

@@ -11,7 +11,8 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from .export import check_pruned, plain_layers, write_card
+from .export import check_pruned, plain_layers
+from .export_card import write_card
 from .inputs import auto_class_name, model_kind
 from .lora import require_peft, whole_matrix
 from .modeling_sieve import read_rank_pattern
@@ -135,9 +136,16 @@ def merge_adapter(model: PreTrainedModel, adapter: str | Path, *, rank: str = "w
     if rank == "keep":
         recompress(merged, before)
     block = merged.config.sieve
-    results = {key: value for key, value in (block.get("results") or {}).items() if key == "task"}
+    results = _names_alone(block.get("results") or {})
     merged.config.sieve = {**block, "rank_pattern": read_rank_pattern(merged), "results": results}
     return merged
+
+
+def _names_alone(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what results say but for the figures: the names of the tasks."""
+    if "tasks" in results:
+        return {"tasks": [_names_alone(task) for task in results["tasks"]]}
+    return {key: value for key, value in results.items() if key == "task"}
 
 
 def save_merged(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @dataclass
@@ -42,6 +46,27 @@ class Moments:
         """Rebuild from `tensors()`."""
         values: dict[str, Any] = {"gradient": None, **tensors}
         return cls(**values)
+
+
+def weighted_sum(parts: Iterable[tuple[float, dict[str, Moments]]]) -> dict[str, Moments]:
+    """Return the moments of each layer summed over parts with their weights; the parts are overwritten.
+
+    With weights that add up to 1 the sum has the moments of a mixture, in which a weight is the probability that an
+    example is of that part.
+
+    Args:
+        parts (`Iterable`): Weight and moments by layer of each part; read one by one, so two are held at once.
+    """
+    total: dict[str, Moments] = {}
+    for weight, moments in parts:
+        for name, own in moments.items():
+            for field, tensor in own.tensors().items():
+                if name in total:
+                    getattr(total[name], field).add_(tensor, alpha=weight)
+                else:
+                    tensor.mul_(weight)
+        total = total or moments
+    return total
 
 
 def watches_outputs(weight: torch.Tensor, projection: str) -> bool:

@@ -36,7 +36,7 @@ class PrunePlan:
         moments_bytes (`int`): Bytes of the moments, on the model's device.
         bases_bytes (`int`): Bytes of the factor bases.
         bases_at_once (`int`): Sets of bases held at most: two where a later round makes new ones from the old.
-        examples (`dict[str, int]`): Examples of each split.
+        examples (`dict[str, dict[str, int]]`): Examples of each split of each task.
         heal_bytes (`int`): Bytes of the optimizer's state, gradients and kept weights while the largest size is healed.
         healing (`str`, *optional*): What healing costs at most; `None` without it.
     """
@@ -50,7 +50,7 @@ class PrunePlan:
     moments_bytes: int
     bases_bytes: int
     bases_at_once: int
-    examples: dict[str, int]
+    examples: dict[str, dict[str, int]]
     heal_bytes: int = 0
     healing: str | None = None
 
@@ -63,7 +63,6 @@ class PrunePlan:
     def format(self) -> str:
         """Return the plan as lines for a terminal."""
         after = self.expected_targets_parameters
-        splits = ", ".join(f"{split} {count:,}" for split, count in self.examples.items())
         lines = [
             f"matrices to prune      {self.num_targets:,} ({self.targets_parameters:,} parameters, "
             f"{self.targets_parameters / self.model_parameters:.0%} of the model's)",
@@ -76,14 +75,24 @@ class PrunePlan:
             f"moments {_megabytes(self.moments_bytes)}, factor bases {self.bases_at_once} x "
             f"{_megabytes(self.bases_bytes)}; "
             "activations come on top",
-            f"examples               {splits}",
+            *self._example_lines(),
         ]
         if self.healing is not None:
             lines.append(f"healing                {self.healing}; {_megabytes(self.heal_bytes)} of state")
         return "\n".join(lines)
 
+    def _example_lines(self) -> list[str]:
+        """Return one line of examples for each task, which names it where there are several."""
+        texts = {
+            name: ", ".join(f"{split} {count:,}" for split, count in splits.items())
+            for name, splits in self.examples.items()
+        }
+        if len(texts) == 1:
+            return [f"examples               {text}" for text in texts.values()]
+        return [f"examples               {name}: {text}" for name, text in texts.items()]
 
-def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, task: Task) -> PrunePlan:
+
+def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, tasks: Sequence[Task]) -> PrunePlan:
     """Work out a `PrunePlan`."""
     total = sum(target.num_parameters for target in targets)
     model_bytes = tensor_bytes(model)
@@ -98,10 +107,11 @@ def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, task
         expected_targets_parameters=after,
         model_bytes=model_bytes,
         expected_bytes=None if after is None else model_bytes - (total - after) * element,
-        moments_bytes=sum(_moment_elements(target, config.projection) * 4 for target in targets),
+        # Those of a further task are added to the sum of the ones before it.
+        moments_bytes=min(len(tasks), 2) * sum(_moment_elements(target, config.projection) * 4 for target in targets),
         bases_bytes=sum(target.max_rank * (target.out_features + target.in_features + 2) * 4 for target in targets),
         bases_at_once=2 if config.rounds > 1 and config.projection in ("joint", "activation") else 1,
-        examples=task.splits,
+        examples={task.name: task.splits for task in tasks},
         heal_bytes=0 if config.heal is None else _trained(config, kept) * _HEAL_BYTES,
         healing=None if config.heal is None else _describe_healing(config, config.heal),
     )

@@ -2,40 +2,119 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .checks import check_task, check_weights
 from .experts import separate_experts
 from .inputs import input_format
 from .scoring import tokens_fingerprint
-from .setting import Setting
+from .setting import Setting, TaskSetting
 from .targets import find_targets
+from .tasks import Task
 from .tasks.data import SPLITS
 from .workdir import WorkDir, architecture, content_key, model_fingerprint
 
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
     from .targets import Target
-    from .tasks import Task
 
 
 def check_inputs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
 ) -> list[Target]:
-    """Return the targets; refuse examples or layers that do not fit.
+    """Return the targets; refuse tasks, examples or layers that do not fit.
 
     Raises:
-        ValueError: The message names what does not fit.
+        ValueError: The message names what does not fit and, of several tasks, the task.
     """
+    task_shares(config.task_weights, len(tasks))
     separate_experts(model)
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(model, targets)
+    for task in tasks:
+        with naming(task, tasks):
+            _check_one(model, tokenizer, task, config)
+    return targets
+
+
+def read_tasks(given: Any) -> tuple[Task, ...]:
+    """Return the tasks of one or several task files, their contents or tasks.
+
+    Raises:
+        FileNotFoundError: If a task file or its data is not there.
+        ValueError: If a task file is wrong; the message names what and, of several, the file.
+    """
+    if isinstance(given, str | Path | dict | Task):
+        return (_read_task(given),)
+    tasks = []
+    for place, one in enumerate(given, start=1):
+        try:
+            tasks.append(_read_task(one))
+        except (ValueError, TypeError) as error:
+            name = one.get("name", place) if isinstance(one, dict) else one
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"Task {str(name)!r}: {error}") from error
+    return tuple(tasks)
+
+
+def _read_task(given: str | Path | dict[str, Any] | Task) -> Task:
+    if isinstance(given, dict):
+        return Task.from_dict(given)
+    return given if isinstance(given, Task) else Task.from_file(given)
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Refuse no tasks, and tasks of the same name, by which reports tell them apart.
+
+    Raises:
+        ValueError: The message names the task.
+    """
+    names = [task.name for task in tasks]
+    if not names:
+        raise ValueError("`task` must name at least one task, got none.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"`task` must be tasks of different names, got {names.count(twice[0])} called {twice[0]!r}. Change `name` "
+            "in one of the task files."
+        )
+
+
+def task_shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return the share of each of `count` tasks, which add up to 1; equal ones without weights.
+
+    Raises:
+        ValueError: If there is another number of weights than of tasks.
+    """
+    if weights is not None and len(weights) != count:
+        raise ValueError(
+            f"`task_weights` must be one number for each task, got {len(weights)} for {count} tasks. Leave them out "
+            "for equal ones."
+        )
+    weights = weights or [1.0] * count
+    return [weight / sum(weights) for weight in weights]
+
+
+@contextmanager
+def naming(task: Task, tasks: Sequence[Task]) -> Iterator[None]:
+    """Put the name of `task` before what is wrong with it, where it is one of several."""
+    try:
+        yield
+    except ValueError as error:
+        if len(tasks) == 1:
+            raise
+        raise ValueError(f"Task {task.name!r}: {error}") from error
+
+
+def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig) -> None:
     if not task.labelled and config.label_source == "data":
         raise ValueError(
             "`answer` must be given in the task file where label_source='data', got none. To hold the pruned model to "
@@ -51,13 +130,12 @@ def check_inputs(
         config.search_count(task.splits["selection"])
     if config.heal is not None:
         config.heal.monitor_count(task.splits["selection"])
-    return targets
 
 
 def prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    tasks: Sequence[Task],
     config: SieveConfig,
     *,
     work_dir: str | Path | None,
@@ -76,22 +154,35 @@ def prepare(
         model=model,
         tokenizer=tokenizer,
         config=config,
-        metric=task.metric,
-        targets=check_inputs(model, tokenizer, task, config),
+        targets=check_inputs(model, tokenizer, tasks, config),
+        tasks=tuple(
+            task_setting(model, tokenizer, task, share)
+            for task, share in zip(tasks, task_shares(config.task_weights, len(tasks)), strict=True)
+        ),
         work=WorkDir.temporary() if work_dir is None and searches_healed else WorkDir(work_dir),
-        fingerprint=_fingerprint(model, tokenizer, task),
         progress=progress,
         study_storage=study_storage,
     )
 
 
-def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
-    """Hash everything but the settings that results depend on: weights, architecture, tokens, this package."""
+def task_setting(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, weight: float = 1.0
+) -> TaskSetting:
+    """Render a task's examples, and hash everything but the settings that results on it depend on."""
     inputs = input_format(model)
-    return content_key(
+    examples = {split: task.examples(split, tokenizer) for split in SPLITS}
+    fingerprint = content_key(
         model=model_fingerprint(model),
         architecture=architecture(model),
         task=task.fingerprint(),
-        tokens=[tokens_fingerprint(task.examples(split, tokenizer), tokenizer, inputs) for split in SPLITS],
+        tokens=[tokens_fingerprint(examples[split], tokenizer, inputs) for split in SPLITS],
         version=__version__,
+    )
+    return TaskSetting(
+        name=task.name,
+        metric=task.metric,
+        fingerprint=fingerprint,
+        weight=weight,
+        labelled=task.labelled,
+        **examples,
     )

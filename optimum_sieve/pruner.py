@@ -1,4 +1,4 @@
-"""`SievePruner`: prune a model for a task, and save what loads with plain transformers."""
+"""`SievePruner`: prune a model for one or several tasks, and save what loads with plain transformers."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ from .healer import hold_ranks, make_healer
 from .hub import push_folder
 from .loading import load_model
 from .plan import PrunePlan, make_plan, measure_sizes
-from .prepare import check_inputs, prepare
-from .result import SieveResult, make_result, save_result
+from .prepare import check_inputs, check_tasks, prepare, read_tasks
+from .ranks import choose_ranks
+from .result import SieveResult, TaskScores, make_result, save_result
 from .search.stage import join_search, run_search, wait_for_search
 from .setting import Setting, score, timed
-from .stages import calibrate, choose_ranks, read_examples
-from .tasks import Task
+from .stages import calibrate, with_answers
 from .workdir import WorkDir
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
+    from .tasks import Task
 
 
 class SievePruner:
-    """Prune one model for one task.
+    """Prune one model for one task, or for several at once.
 
     Args:
         model (`PreTrainedModel`): The dense model. `prune` turns it into the pruned one, in place.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        task (`Task`): The task.
+        task (`Task | Sequence[Task]`): The task, or several of different names: the pruned model is to do each.
         base_model (`str`, *optional*): Name of the dense model, for the card and the configuration.
         loading (`dict[str, str]`, *optional*): Options with which it was loaded, for the card's command.
 
     Raises:
-        ValueError: If the model is pruned already, or neither writes nor classifies.
+        ValueError: If the model is pruned already, or neither writes nor classifies, or two tasks have one name.
 
     Example:
 
@@ -54,7 +57,7 @@ class SievePruner:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        task: Task,
+        task: Task | Sequence[Task],
         *,
         base_model: str | None = None,
         loading: dict[str, str] | None = None,
@@ -62,7 +65,8 @@ class SievePruner:
         check_model(model)
         self.model = model
         self.tokenizer = tokenizer
-        self.task = task
+        self.tasks = read_tasks(task)
+        check_tasks(self.tasks)
         self.base_model = base_model
         self.loading = loading
         self.result: SieveResult | None = None
@@ -72,7 +76,7 @@ class SievePruner:
         cls,
         model: str | Path | PreTrainedModel,
         *,
-        task: str | Path | dict[str, Any] | Task,
+        task: str | Path | dict[str, Any] | Task | Sequence[str | Path | dict[str, Any] | Task],
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -84,7 +88,7 @@ class SievePruner:
 
         Args:
             model (`str | Path | PreTrainedModel`): Hub id, directory or a loaded model (then pass `tokenizer` too).
-            task (`str | Path | dict | Task`): Task file, its content, or a task.
+            task (`str | Path | dict | Task`): Task file, its content, or a task; or a sequence of those.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): `None`: the one that lies with the model.
             dtype (`str | torch.dtype`, *optional*): Such as `"bfloat16"`; `None`: as the checkpoint was saved.
             device (`str | torch.device`, *optional*): Where to work; `None`: the GPU if there is one.
@@ -97,10 +101,8 @@ class SievePruner:
             ValueError: If the task file is wrong; the message names what.
             OSError: If the model cannot be loaded.
         """
-        if isinstance(task, dict):
-            task = Task.from_dict(task)
-        elif not isinstance(task, Task):
-            task = Task.from_file(task)
+        tasks = read_tasks(task)
+        check_tasks(tasks)
         loaded, found, name = load_model(
             model,
             tokenizer=tokenizer,
@@ -112,13 +114,13 @@ class SievePruner:
         )
         options = {"dtype": dtype and str(dtype).removeprefix("torch."), "gguf_file": gguf_file, "revision": revision}
         loading = {key: value for key, value in options.items() if value}
-        return cls(loaded, found, task, base_model=name, loading=loading)
+        return cls(loaded, found, tasks, base_model=name, loading=loading)
 
     def plan(self, config: SieveConfig) -> PrunePlan:
         """Return what `prune` would do, from the shapes alone. Runs nothing."""
         self._check_is_dense()
-        targets = check_inputs(self.model, self.tokenizer, self.task, config)
-        return make_plan(self.model, targets, config, self.task)
+        targets = check_inputs(self.model, self.tokenizer, self.tasks, config)
+        return make_plan(self.model, targets, config, self.tasks)
 
     def search(
         self,
@@ -146,9 +148,8 @@ class SievePruner:
             RuntimeError: If nothing within the tolerance was found.
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
-        calibration, selection = read_examples(setting, self.task, "calibration", "selection")
-        bases = calibrate(setting, calibration, {})
-        return run_search(setting, bases, selection, calibration, num_bottlenecks=num_bottlenecks)
+        setting = with_answers(setting, "calibration", "selection")
+        return run_search(setting, calibrate(setting, {}), num_bottlenecks=num_bottlenecks)
 
     def join_search(
         self, config: SieveConfig, *, work_dir: str | Path, study_storage: str | None = None, progress: bool = True
@@ -160,9 +161,8 @@ class SievePruner:
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
         wait_for_search(setting)
-        calibration, selection = read_examples(setting, self.task, "calibration", "selection")
-        bases = calibrate(setting, calibration, {}, must_exist=True)
-        return join_search(setting, bases, selection, calibration)
+        setting = with_answers(setting, "calibration", "selection")
+        return join_search(setting, calibrate(setting, {}, must_exist=True))
 
     def _prepare_search(
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
@@ -175,7 +175,7 @@ class SievePruner:
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
     ) -> Setting:
         self._check_is_dense()
-        given = (self.model, self.tokenizer, self.task, config)
+        given = (self.model, self.tokenizer, self.tasks, config)
         return prepare(*given, work_dir=work_dir, study_storage=study_storage, progress=progress)
 
     def prune(
@@ -190,6 +190,7 @@ class SievePruner:
 
         The stages: moments on the calibration split, factor bases, ranks (searched on the selection split), pruned
         model, healed where the settings say so, scores on the test split, which is read at the end and decides nothing.
+        Of several tasks the moments are summed, and the tolerance holds on each.
 
         Args:
             config (`SieveConfig`): The settings.
@@ -208,31 +209,30 @@ class SievePruner:
         seconds: dict[str, float] = {}
         setting = self._prepare(config, work_dir, study_storage, progress)
         with timed(seconds, "examples"):
-            calibration, selection, test = read_examples(setting, self.task, "calibration", "selection", "test")
-        bases = calibrate(setting, calibration, seconds)
-        healer = make_healer(setting, calibration, selection, seconds)
+            setting = with_answers(setting, "calibration", "selection", "test")
+        bases = calibrate(setting, seconds)
+        healer = make_healer(setting, seconds)
         with timed(seconds, "ranks"):
-            ranks, trials = choose_ranks(setting, bases, selection, calibration, healer)
+            ranks, trials = choose_ranks(setting, bases, healer)
         with timed(seconds, "test"):
-            dense = score(setting, test, "dense model on test")
+            dense = [score(setting, task, task.test, "dense model on test") for task in setting.tasks]
         before = measure_sizes(self.model, setting.targets)
         undo = hold_ranks(setting, bases, ranks, healer, seconds)
         del bases
         try:
             with timed(seconds, "test"):
                 # Not from the work directory: what is scored here is what will be saved.
-                pruned = score(replace(setting, work=WorkDir(None)), test, "pruned model on test")
+                fresh = replace(setting, work=WorkDir(None))
+                pruned = [score(fresh, task, task.test, "pruned model on test") for task in setting.tasks]
             after = measure_sizes(self.model, setting.targets)
             self.result = make_result(
                 self.model,
-                scores=(dense, pruned),
+                scores=[TaskScores.of(*each) for each in zip(setting.tasks, dense, pruned, strict=True)],
                 sizes=(before, after),
                 trials=trials,
-                task=self.task.name,
                 settings=config.to_dict(),
                 seconds={stage: round(value, 3) for stage, value in seconds.items()},
                 loading=self.loading,
-                references=None if self.task.labelled else "dense model",
                 base_model=public_name(self.base_model),
                 base_revision=self._base_revision(),
                 healing=None if healer is None else healer.report(),
@@ -267,7 +267,7 @@ class SievePruner:
             overwrite=overwrite,
             base_model=self.base_model,
             base_revision=self._base_revision(),
-            task_spec=self.task.spec,
+            task_specs=[task.spec for task in self.tasks],
         )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:

@@ -12,6 +12,8 @@ from .output import replacing
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from optimum_sieve.comparison import Comparison
     from optimum_sieve.evaluation import Evaluation
 
@@ -19,42 +21,27 @@ REPORT_NAME = "sieve_report.json"
 _VERSIONED = ("optimum-sieve", "torch", "transformers", "optimum", "accelerate", "datasets", "numpy", "safetensors")
 
 
-def build_report(
+def task_block(
     task_name: str,
     dense: Evaluation | None = None,
     pruned: Evaluation | None = None,
     comparison: Comparison | None = None,
-    parameters: dict[str, int] | None = None,
-    num_bytes: dict[str, int] | None = None,
-    seconds: dict[str, float] | None = None,
-    settings: dict[str, Any] | None = None,
     *,
     split: str = "test",
-    largest_coefficient: float | None = None,
-    loading: dict[str, str] | None = None,
-    healing: dict[str, Any] | None = None,
     references: str | None = None,
 ) -> dict[str, Any]:
-    """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
+    """Build what a report says of one task; a piece that is not given leaves its keys out.
 
     Args:
         task_name (`str`): Name of the task.
         dense (`Evaluation`, *optional*): The dense model's evaluation.
         pruned (`Evaluation`, *optional*): The pruned model's evaluation, on the same examples.
         comparison (`Comparison`, *optional*): The paired comparison of the two.
-        parameters (`dict[str, int]`, *optional*):
-            Counts under `"targets_before"`, `"targets_after"`, `"model_before"` and `"model_after"`.
-        num_bytes (`dict[str, int]`, *optional*): Sizes of the weights as safetensors under `"before"` and `"after"`.
-        seconds (`dict[str, float]`, *optional*): Wall-clock time of each stage.
-        settings (`dict[str, Any]`, *optional*): `SieveConfig.to_dict()` of the run.
         split (`str`): The split that was scored.
-        largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery`.
-        loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
-        healing (`dict[str, Any]`, *optional*): What healing did, see [`Healer.report`][optimum_sieve.healer.Healer].
         references (`str`, *optional*): Whose answers the scores are against, where the data has none of its own.
 
     Returns:
-        `dict[str, Any]`: The report. Scores are on the task's metric, differences are pruned minus dense.
+        `dict[str, Any]`: Scores are on the task's metric, differences are pruned minus dense.
 
     Raises:
         ValueError: If neither `dense` nor `pruned` is given, or if they scored different metrics or example counts.
@@ -89,6 +76,37 @@ def build_report(
         report["agreement"] = float(comparison.agreement)
         if comparison.kl is not None:
             report["kl"] = float(comparison.kl)
+    if references is not None:
+        report["references"] = references
+    return report
+
+
+def build_report(
+    tasks: Sequence[dict[str, Any]],
+    parameters: dict[str, int] | None = None,
+    num_bytes: dict[str, int] | None = None,
+    seconds: dict[str, float] | None = None,
+    settings: dict[str, Any] | None = None,
+    *,
+    largest_coefficient: float | None = None,
+    loading: dict[str, str] | None = None,
+    healing: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
+
+    Args:
+        tasks (`Sequence[dict]`):
+            Blocks of [`task_block`]. The keys of a single one lie in the report itself, several are its `"tasks"`.
+        parameters (`dict[str, int]`, *optional*):
+            Counts under `"targets_before"`, `"targets_after"`, `"model_before"` and `"model_after"`.
+        num_bytes (`dict[str, int]`, *optional*): Sizes of the weights as safetensors under `"before"` and `"after"`.
+        seconds (`dict[str, float]`, *optional*): Wall-clock time of each stage.
+        settings (`dict[str, Any]`, *optional*): `SieveConfig.to_dict()` of the run.
+        largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery`.
+        loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
+        healing (`dict[str, Any]`, *optional*): What healing did, see [`Healer.report`][optimum_sieve.healer.Healer].
+    """
+    report: dict[str, Any] = dict(tasks[0]) if len(tasks) == 1 else {"tasks": list(tasks)}
     for key, value in (
         ("parameters", parameters),
         ("bytes", num_bytes),
@@ -97,7 +115,6 @@ def build_report(
         ("settings", settings),
         ("loading", loading),
         ("healing", healing),
-        ("references", references),
     ):
         if value is not None:
             report[key] = value
@@ -150,13 +167,20 @@ def format_table(report: dict[str, Any]) -> str:
         "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells)).rstrip()
         for cells in (list(zip(row, widths, strict=True)) for row in zip(*columns, strict=True))
     ]
+    return "\n".join([*map(_title, task_blocks(report)), "", *lines, *_seconds_line(report)])
+
+
+def task_blocks(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a report says of each task, see [`task_block`]."""
+    return report.get("tasks") or [report]
+
+
+def _title(task: dict[str, Any]) -> str:
     title = (
-        f"{report['task']}: {report['count']:,} examples of the {report['split']} split, "
-        f"most frequent answer {report['majority_score']:.3f}"
+        f"{task['task']}: {task['count']:,} examples of the {task['split']} split, "
+        f"most frequent answer {task['majority_score']:.3f}"
     )
-    if "references" in report:
-        title += f", scored against the {report['references']}'s own answers"
-    return "\n".join([title, "", *lines, *_seconds_line(report)])
+    return title + (f", scored against the {task['references']}'s own answers" if "references" in task else "")
 
 
 def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
@@ -171,15 +195,23 @@ def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    tasks = task_blocks(report)
     return [
         ("", "dense", "pruned", "difference"),
-        (report["metric"], *(_with_error(report.get(key)) for key in ("dense", "pruned", "paired_difference"))),
-        ("agreement", "", f"{report['agreement']:.3f}" if "agreement" in report else "", ""),
-        ("KL to dense", "", f"{report['kl']:.4f}" if "kl" in report else "", ""),
+        *(row for task in tasks for row in _task_rows(task, f"{task['task']}: " if len(tasks) > 1 else "")),
         *(
             (label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
             for label, before, after in size_changes(report)
         ),
+    ]
+
+
+def _task_rows(task: dict[str, Any], prefix: str) -> list[tuple[str, str, str, str]]:
+    dense, pruned, difference = (_with_error(task.get(key)) for key in ("dense", "pruned", "paired_difference"))
+    return [
+        (prefix + task["metric"], dense, pruned, difference),
+        (prefix + "agreement", "", f"{task['agreement']:.3f}" if "agreement" in task else "", ""),
+        (prefix + "KL to dense", "", f"{task['kl']:.4f}" if "kl" in task else "", ""),
     ]
 
 

@@ -11,19 +11,21 @@ from .conversion import sieve_model
 from .inputs import model_kind
 from .modeling_sieve import read_rank_pattern
 from .output import check_output, whole_directory
-from .report import REPORT_NAME, build_report, write_report
+from .report import REPORT_NAME, build_report, task_block, task_blocks, write_report
 from .surgery import largest_coefficient
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .evaluation import Evaluation
+    from .setting import TaskSetting
 
 # The Hub's names for what each kind of model does.
-_PIPELINE_TAGS = {
+PIPELINE_TAGS = {
     "causal": "text-generation",
     "seq2seq": "text2text-generation",
     "classification": "text-classification",
@@ -47,17 +49,42 @@ class SieveResult:
     trials: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """What was scored of one task.
+
+    Args:
+        task (`str`): Name of the task.
+        dense (`Evaluation`): The dense model's evaluation on the test split.
+        pruned (`Evaluation`): The pruned model's.
+        references (`str`, *optional*): Whose answers the scores are against, where the data has none.
+    """
+
+    task: str
+    dense: Evaluation
+    pruned: Evaluation
+    references: str | None = None
+
+    @classmethod
+    def of(cls, task: TaskSetting, dense: Evaluation, pruned: Evaluation) -> TaskScores:
+        """Name the task of two evaluations."""
+        return cls(task=task.name, dense=dense, pruned=pruned, references=None if task.labelled else "dense model")
+
+    def block(self) -> dict[str, Any]:
+        """Return what the report says of the task."""
+        comparison = compare(self.dense, self.pruned)
+        return task_block(self.task, self.dense, self.pruned, comparison, references=self.references)
+
+
 def make_result(
     model: PreTrainedModel,
     *,
-    scores: tuple[Evaluation, Evaluation],
+    scores: Sequence[TaskScores],
     sizes: tuple[dict[str, int], dict[str, int]],
     trials: list[dict[str, Any]],
-    task: str,
     settings: dict[str, Any],
     seconds: dict[str, float],
     loading: dict[str, str] | None,
-    references: str | None,
     base_model: str | None,
     base_revision: str | None,
     healing: dict[str, Any] | None = None,
@@ -66,25 +93,19 @@ def make_result(
 
     Args:
         model (`PreTrainedModel`): The factorized model.
-        scores (`tuple[Evaluation, Evaluation]`): The dense and the pruned model's, on the test split.
+        scores (`Sequence[TaskScores]`): The dense and the pruned model's, of each task.
         sizes (`tuple[dict, dict]`): Before and after, see [`measure_sizes`][optimum_sieve.plan.measure_sizes].
         trials (`list[dict]`): What the search tried.
-        task (`str`): Name of the task.
         settings (`dict[str, Any]`): `SieveConfig.to_dict()` of the run.
         seconds (`dict[str, float]`): Wall-clock time of each stage.
         loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded.
-        references (`str`, *optional*): Whose answers the scores are against, where the data has none.
         base_model (`str`, *optional*): Public name of the dense model.
         base_revision (`str`, *optional*): Its commit on the Hub.
         healing (`dict[str, Any]`, *optional*): What healing did.
     """
-    dense, pruned = scores
     named = dict(zip(("before", "after"), sizes, strict=True))
     report = build_report(
-        task,
-        dense,
-        pruned,
-        compare(dense, pruned),
+        [own.block() for own in scores],
         parameters={f"{part}_{when}": own[part] for part in ("targets", "model") for when, own in named.items()},
         num_bytes={when: own["bytes"] for when, own in named.items()},
         seconds=seconds,
@@ -92,16 +113,22 @@ def make_result(
         largest_coefficient=largest_coefficient(model),
         loading=loading,
         healing=healing,
-        references=references,
     )
     model = sieve_model(
         model,
         base_model=base_model,
         base_revision=base_revision,
         settings=settings,
-        results={key: report[key] for key in ("task", "split", "metric", "count", "dense", "pruned")},
+        results=_results(report),
     )
     return SieveResult(model=model, rank_pattern=read_rank_pattern(model), report=report, trials=trials)
+
+
+def _results(report: dict[str, Any]) -> dict[str, Any]:
+    """Return what the configuration says of the scores: of one task itself, of several a list under `"tasks"`."""
+    keys = ("task", "split", "metric", "count", "dense", "pruned")
+    blocks = [{key: task[key] for key in keys} for task in task_blocks(report)]
+    return blocks[0] if len(blocks) == 1 else {"tasks": blocks}
 
 
 def save_result(
@@ -112,7 +139,7 @@ def save_result(
     overwrite: bool,
     base_model: str | None,
     base_revision: str | None,
-    task_spec: dict[str, Any],
+    task_specs: Sequence[dict[str, Any]],
 ) -> Path:
     """Write model, tokenizer, model card and report; all of it or, if anything fails, nothing.
 
@@ -132,8 +159,8 @@ def save_result(
             result.rank_pattern,
             base_model=base_model,
             base_revision=base_revision,
-            task_spec=task_spec,
-            pipeline_tag=_PIPELINE_TAGS[model_kind(result.model)],
+            task_specs=task_specs,
+            pipeline_tag=PIPELINE_TAGS[model_kind(result.model)],
             license_id=base_license(base_model),
         )
         card.save(partial / "README.md")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -43,3 +44,21 @@ def check_known(keys: list[str], known: list[str], owner: str) -> None:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean `{close[0]}`?" if close else f"Known settings: {', '.join(known)}."
             raise ValueError(f"`{key}` is not a setting of {owner}. {hint}")
+
+
+def check_task_weights(weights: Any) -> tuple[float, ...] | None:
+    """Return tasks' weights as a tuple.
+
+    Raises:
+        TypeError: If they are no sequence of numbers.
+        ValueError: If one is not above 0, or there is none.
+    """
+    if weights is None:
+        return None
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise TypeError(f"`task_weights` must be a sequence of numbers, got {weights!r}. Write (1, 2) for two tasks.")
+    if not weights:
+        raise ValueError("`task_weights` must have one number for each task, got none. Leave it out for equal ones.")
+    for weight in weights:
+        check_float("task_weights", weight, 0.0, math.inf, False, " Leave a task out that is not to count.")
+    return tuple(float(weight) for weight in weights)

@@ -25,6 +25,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskSetting:
+    """What the stages read of one task.
+
+    Args:
+        name (`str`): Name of the task.
+        metric (`str` or `Callable`): Its metric.
+        fingerprint (`str`): Hash of the model and the task. Nothing of the run's other tasks is in it, so that what
+            lies in a work directory under it serves runs with other ones too.
+        calibration (`Sequence[Example]`): The calibration examples.
+        selection (`Sequence[Example]`): The selection examples.
+        test (`Sequence[Example]`): The test examples.
+        weight (`float`): Its share of the run; those of all tasks add up to 1.
+        labelled (`bool`): Whether the data says what is right.
+    """
+
+    name: str
+    metric: Metric
+    fingerprint: str
+    calibration: Sequence[Example] = ()
+    selection: Sequence[Example] = ()
+    test: Sequence[Example] = ()
+    weight: float = 1.0
+    labelled: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What every stage of one run reads.
 
@@ -32,10 +58,9 @@ class Setting:
         model (`PreTrainedModel`): The dense model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         config (`SieveConfig`): The settings.
-        metric (`str` or `Callable`): The task's metric.
+        tasks (`tuple[TaskSetting, ...]`): The tasks, mostly one.
         targets (`list[Target]`): The layers to prune.
         work (`WorkDir`): Where finished stages are kept.
-        fingerprint (`str`): Hash of the model and the task.
         progress (`bool`): Whether progress bars are shown.
         study_storage (`str`, *optional*): URL of the Optuna storage a search keeps its candidates in. `None`: a file
             in the work directory or, without one, memory.
@@ -44,12 +69,18 @@ class Setting:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: SieveConfig
-    metric: Metric
+    tasks: tuple[TaskSetting, ...]
     targets: list[Target]
     work: WorkDir
-    fingerprint: str
     progress: bool
     study_storage: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the model, the tasks and their weights; of one task its own."""
+        if len(self.tasks) == 1:
+            return self.tasks[0].fingerprint
+        return content_key(tasks=[(task.fingerprint, task.weight) for task in self.tasks])
 
     def loss_curves(self, bases: Mapping[str, FactorBasis]) -> list[LossCurve]:
         """Return the predicted loss of every target against its rank."""
@@ -58,10 +89,11 @@ class Setting:
             for target in self.targets
         ]
 
-    def key(self, *settings: str, **more: object) -> str:
-        """Hash the named settings together with the model, the task and `more`."""
+    def key(self, *settings: str, task: TaskSetting | None = None, **more: object) -> str:
+        """Hash the named settings together with the model, one task or (`None`) all of the run, and `more`."""
         values = self.config.to_dict()
-        return content_key(run=self.fingerprint, **{name: values[name] for name in settings}, **more)
+        owner = self if task is None else task
+        return content_key(run=owner.fingerprint, **{name: values[name] for name in settings}, **more)
 
 
 @contextmanager
@@ -72,9 +104,11 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def score(setting: Setting, examples: Sequence[Example], description: str, **key: object) -> Evaluation:
-    """Score the model as it is now, or take the score from the work directory."""
-    name = setting.key(description=description, **key)
+def score(
+    setting: Setting, task: TaskSetting, examples: Sequence[Example], description: str, **key: object
+) -> Evaluation:
+    """Score the model as it is now on examples of a task, or take the score from the work directory."""
+    name = setting.key(task=task, description=description, **key)
     path = None if setting.work.path is None else setting.work.path / f"evaluation-{name}.safetensors"
     if path is not None and path.exists():
         return Evaluation.load(path)
@@ -82,7 +116,7 @@ def score(setting: Setting, examples: Sequence[Example], description: str, **key
         setting.model,
         examples,
         setting.tokenizer,
-        metric=setting.metric,
+        metric=task.metric,
         batch_size=setting.config.batch_size,
         progress=setting.progress,
         description=description,

@@ -1,9 +1,8 @@
-"""The stages of a pruning run, each a function from values to a value, kept in the work directory when done."""
+"""The stages up to the factor bases, each a function from values to a value, kept in the work directory when done."""
 
 from __future__ import annotations
 
-import logging
-from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,19 +11,15 @@ from tqdm.auto import tqdm
 from .adapters import learn_adapter
 from .allocation import allocate
 from .calibration import collect_moments
-from .comparison import compare
 from .factorization import FactorBasis, factorize
 from .inputs import input_format
 from .labelling import label_by_model
 from .losses import calibration_loss
-from .moments import Moments
+from .moments import Moments, weighted_sum
 from .scoring import input_device, make_batches
-from .search.live import LiveRanks
-from .search.stage import run_search
-from .setting import Setting, score, timed
+from .setting import timed
 from .surgery import truncated
 from .targets import linear_weight
-from .tolerance import search_kept_fraction
 from .workdir import flatten, on_device, unflatten
 
 
@@ -32,27 +27,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from .comparison import Comparison
     from .config import SieveConfig
-    from .healer import Healer
     from .search.genome import Ranks
-    from .tasks import Example, Task
+    from .setting import Setting, TaskSetting
+    from .tasks import Example
 
 
-logger = logging.getLogger(__name__)
-
-
-def calibrate(
-    setting: Setting, examples: Sequence[Example], seconds: dict[str, float], *, must_exist: bool = False
-) -> dict[str, FactorBasis]:
+def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool = False) -> dict[str, FactorBasis]:
     """Return a factor basis of every target's dense weight, from moments taken in one or more rounds.
+
+    Moments are taken on the calibration examples of every task and summed with the tasks' weights.
 
     The first round's moments are the dense model's. Each later round takes them on the model pruned part of the way
     with the bases so far, where inputs and gradients are what the pruned layers will really meet.
 
     Args:
         setting (`Setting`): The run.
-        examples (`Sequence[Example]`): The calibration examples.
         seconds (`dict[str, float]`): Wall-clock time is added under `"moments"` and `"factors"`.
         must_exist (`bool`): Only read what lies in the work directory.
 
@@ -63,11 +53,11 @@ def calibrate(
     rounds = setting.config.rounds if setting.config.projection in ("joint", "activation") else 1
     bases: dict[str, FactorBasis] = {}
     history: list[Ranks] = []
-    gold: Sequence[Example] | None = None
+    gold: list[Sequence[Example]] | None = None
     for number in range(rounds):
         if number:
             history.append(allocate_ranks(setting, bases, kept_in_round(setting.config, number)))
-        key = setting.key(*_BASIS_SETTINGS, names=list(weights), history=history, learned=_learned(setting.config))
+        key = setting.key(*BASIS_SETTINGS, names=list(weights), history=history, learned=_learned(setting.config))
         found = _load_bases(setting, key, weights)
         if found is None and must_exist:
             raise ValueError(
@@ -76,7 +66,7 @@ def calibrate(
             )
         if found is None:
             with timed(seconds, "moments"):
-                gold = gold or gold_examples(setting, examples)
+                gold = gold or [gold_examples(setting, task) for task in setting.tasks]
             with (
                 timed(seconds, "moments"),
                 truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
@@ -100,18 +90,24 @@ def _load_bases(setting: Setting, key: str, weights: Mapping[str, torch.Tensor])
     return {name: FactorBasis(**on_device(tensors, weights[name].device)) for name, tensors in unflatten(found).items()}
 
 
-_BASIS_SETTINGS = ("projection", "loss", "label_source", "seed", "damping")
+BASIS_SETTINGS = ("projection", "loss", "label_source", "seed", "damping")
 
 
-def read_examples(setting: Setting, task: Task, *splits: str) -> list[list[Example]]:
-    """Return the examples of each split; without labels, the dense model's likeliest answers are gold."""
-    found = [task.examples(split, setting.tokenizer) for split in splits]
-    return found if task.labelled else [label_examples(setting, examples) for examples in found]
+def with_answers(setting: Setting, *splits: str) -> Setting:
+    """Return the run with the dense model's likeliest answers for gold in these splits of tasks without labels."""
+
+    def answered(task: TaskSetting) -> TaskSetting:
+        if task.labelled:
+            return task
+        found: dict[str, Any] = {split: label_examples(setting, getattr(task, split)) for split in splits}
+        return replace(task, **found)
+
+    return replace(setting, tasks=tuple(answered(task) for task in setting.tasks))
 
 
-def gold_examples(setting: Setting, examples: Sequence[Example]) -> Sequence[Example]:
-    """Return the calibration examples with the answers whose likelihood counts; the model must be dense."""
-    config = setting.config
+def gold_examples(setting: Setting, task: TaskSetting) -> Sequence[Example]:
+    """Return a task's calibration examples with the answers whose likelihood counts; the model must be dense."""
+    config, examples = setting.config, task.calibration
     # The Fisher information of candidates looks at no answer, and `svd` at no example.
     unused = config.projection == "svd" or (config.loss == "fisher" and bool(examples[0].candidates))
     if config.label_source == "data" or unused:
@@ -141,17 +137,34 @@ def kept_in_round(config: SieveConfig, number: int) -> float:
 
 def collect(
     setting: Setting,
-    examples: Sequence[Example],
+    gold: Sequence[Sequence[Example]],
     weights: Mapping[str, torch.Tensor],
     history: Sequence[Ranks] = (),
     number: int = 0,
 ) -> dict[str, Moments]:
-    """Collect the moments of every target over the calibration examples; none for the `svd` projection."""
-    config = setting.config
-    if config.projection == "svd":
+    """Collect the moments of every target, the weighted sum of the tasks' own; none for the `svd` projection."""
+    if setting.config.projection == "svd":
         return {}
+    pairs = zip(setting.tasks, gold, strict=True)
+    return weighted_sum(
+        (task.weight, collect_task(setting, task, examples, weights, history, number)) for task, examples in pairs
+    )
+
+
+def collect_task(
+    setting: Setting,
+    task: TaskSetting,
+    examples: Sequence[Example],
+    weights: Mapping[str, torch.Tensor],
+    history: Sequence[Ranks],
+    number: int,
+) -> dict[str, Moments]:
+    """Collect the moments of every target over one task's calibration examples, or read them."""
+    config = setting.config
     settings = ("projection", "loss", "label_source", "seed", *(("damping",) if history else ()))
-    key = setting.key(*settings, names=list(weights), history=list(history))
+    # A model that is pruned part of the way depends on all tasks of the run.
+    shared = {"together": setting.fingerprint} if history and len(setting.tasks) > 1 else {}
+    key = setting.key(*settings, task=task, names=list(weights), history=list(history), **shared)
     kept = setting.work.load("moments", key)
     if kept is not None:
         return {
@@ -167,7 +180,7 @@ def collect(
         candidates=by_candidate,
         inputs=input_format(setting.model),
     )
-    description = f"moments, round {number + 1}"
+    description = f"moments, round {number + 1}" + (f", {task.name}" if len(setting.tasks) > 1 else "")
     with tqdm(batches, desc=description, unit="batch", disable=not setting.progress) as bar:
         moments = collect_moments(
             setting.model,
@@ -217,60 +230,3 @@ def allocate_ranks(setting: Setting, bases: Mapping[str, FactorBasis], kept: flo
         storage=config.storage,
         multiple=config.rank_multiple,
     )
-
-
-def choose_ranks(
-    setting: Setting,
-    bases: Mapping[str, FactorBasis],
-    examples: Sequence[Example],
-    calibration: Sequence[Example] = (),
-    healer: Healer | None = None,
-) -> tuple[Ranks, list[dict[str, Any]]]:
-    """Choose every target's rank, by `pruning_ratio` or by search within `tolerance`.
-
-    Args:
-        setting (`Setting`): The run.
-        bases (`Mapping[str, FactorBasis]`): A basis of every target.
-        examples (`Sequence[Example]`): The selection examples.
-        calibration (`Sequence[Example]`): The calibration examples, which a genetic search uses too.
-        healer (`Healer`, *optional*): Heals every size that is tried; the examples it has not seen decide.
-
-    Returns:
-        `tuple[dict, list[dict]]`: Ranks by name (`None` = dense), and what the search tried.
-
-    Raises:
-        RuntimeError: If the search found nothing within the tolerance.
-    """
-    config = setting.config
-    if config.allocation == "genetic":
-        found = run_search(setting, bases, examples, calibration)
-        return found["ranks"], found["candidates"]
-    if config.pruning_ratio is not None:
-        return allocate_ranks(setting, bases, 1 - config.pruning_ratio), []
-    part = "selection"
-    if healer is not None:
-        examples = healer.unseen
-        part = f"{len(examples)} unmonitored examples of selection"
-    dense = score(setting, examples, f"dense model on {part}")
-    names = (*_BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple", *(("heal",) if healer else ()))
-    if dense.score <= dense.majority_score:
-        logger.warning(
-            "The dense model scores %.4f on the selection split, always giving the most frequent answer %.4f: there is "
-            "nothing to lose, and any size may pass. Improve the prompt, or take another model.",
-            dense.score, dense.majority_score,
-        )  # fmt: skip
-
-    with LiveRanks(setting.model, bases) as live:
-
-        def compare_at(kept: float) -> Comparison:
-            ranks = allocate_ranks(setting, bases, kept)
-            with nullcontext(live.hold(ranks)) if healer is None else healer.healed(bases, ranks):
-                pruned = score(
-                    setting, examples, f"kept {kept:.1%} on {part}", ranks=ranks, settings=setting.key(*names)
-                )
-            return compare(dense, pruned)
-
-        kept, trials = search_kept_fraction(
-            compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
-        )
-    return allocate_ranks(setting, bases, kept), trials

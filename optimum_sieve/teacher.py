@@ -110,6 +110,28 @@ class VocabularyTeacher:
 Teacher = CandidateTeacher | VocabularyTeacher
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lesson:
+    """What a model is healed on: some examples of one task, and what the dense model says of them.
+
+    Args:
+        teacher (`Teacher`): What [`teach`] made of the examples.
+        examples (`Sequence[Example]`): The examples.
+        weight (`float`): How often they are drawn, relative to those of other lessons.
+    """
+
+    teacher: Teacher
+    examples: Sequence[Example]
+    weight: float = 1.0
+
+
+def lessons_fingerprint(lessons: Sequence[Lesson]) -> str:
+    """Hash all that the lessons consist of; of one lesson it is the teacher's."""
+    if len(lessons) == 1:
+        return lessons[0].teacher.fingerprint
+    return content_key(lessons=[(lesson.teacher.fingerprint, lesson.weight) for lesson in lessons])
+
+
 def teach(
     model: PreTrainedModel,
     examples: Sequence[Example],

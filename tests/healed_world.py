@@ -17,6 +17,7 @@ from optimum_sieve.prepare import prepare
 from optimum_sieve.scoring import make_batches
 from optimum_sieve.stages import allocate_ranks, calibrate
 from optimum_sieve.surgery import apply_ranks
+from optimum_sieve.teacher import Lesson
 
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def prune(
     """Return a copy of a dense model with factors, neither healed nor scored."""
     config = SieveConfig(**{"pruning_ratio": 0.97, "rank_multiple": 1, "rounds": 1, **settings})
     model, tokenizer = copy.deepcopy(dense), tokenizer or make_tokenizer()
-    setting = prepare(model, tokenizer, task, config, work_dir=None, study_storage=None, progress=False)
-    bases = calibrate(setting, task.examples("calibration", tokenizer), {})
+    setting = prepare(model, tokenizer, [task], config, work_dir=None, study_storage=None, progress=False)
+    bases = calibrate(setting, {})
     apply_ranks(model, bases, allocate_ranks(setting, bases, 1 - (config.pruning_ratio or 0)), storage=config.storage)
     return model
 
@@ -88,7 +89,8 @@ def split(task: Task, name: str, tokenizer: PreTrainedTokenizerBase | None = Non
 
 def run(model: PreTrainedModel, teacher: Teacher, task: Task, config: HealConfig = QUICK, **options: Any) -> Any:
     """Heal on the calibration split."""
-    return heal(model, teacher, TOKENIZER, split(task, "calibration"), config, progress=False, **options)
+    lesson = Lesson(teacher=teacher, examples=split(task, "calibration"))
+    return heal(model, [lesson], TOKENIZER, config, progress=False, **options)
 
 
 def score(model: PreTrainedModel, task: Task) -> Any:

@@ -48,7 +48,7 @@ def make_world(
         budget = int(kept * space.num_parameters)
         return space.repair(allocate(curves, budget, allocation=allocation, storage="pivoted", multiple=2))
 
-    goal = Goal(tolerance=tolerance, confidence=0.9, confirm_count=4 * COUNT, kept=kept)
+    goal = Goal(tolerance=tolerance, confidence=0.9, confirm_counts=(4 * COUNT,), kept=kept)
     return Search(space=space, preset=settings, goal=goal, allocate=allocated, seed=seed)
 
 

@@ -94,7 +94,7 @@ def test_rank_table_has_a_row_for_each_layer(report):
 
 
 def test_card_quotes_settings_and_task_as_yaml_that_reads_back(report):
-    text = build_card(report, PATTERN, base_model="org/base", task_spec=SPEC).text
+    text = build_card(report, PATTERN, base_model="org/base", task_specs=[SPEC]).text
     settings, task = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL))
     assert settings == report["settings"]
     assert task == SPEC

@@ -96,7 +96,7 @@ def test_the_size_within_a_tolerance_is_searched_healed_and_decided_on_examples_
 
         return score
 
-    monkeypatch.setattr("optimum_sieve.healer.evaluate", watching("monitor"))
+    monkeypatch.setattr("optimum_sieve.monitor.evaluate", watching("monitor"))
     healed = pruner.prune(SieveConfig(**settings, heal=QUICK), work_dir=tmp_path, progress=False)
     # Both halve the interval in the same way until they differ in what holds.
     pairs = [(one, two) for one, two in zip(healed.trials, plain.trials, strict=True) if one["kept"] == two["kept"]]
@@ -183,10 +183,9 @@ def test_an_error_leaves_the_dense_model(
 def test_trained_norms_are_put_back_between_sizes(dense: PreTrainedModel, task: Task) -> None:
     model = copy.deepcopy(dense)
     config = SieveConfig(**FAR, heal=HealConfig(steps=4, train_norms=True, learning_rate=3e-2, patience=9))
-    setting = prepare(model, TOKENIZER, task, config, work_dir=None, study_storage=None, progress=False)
-    calibration = task.examples("calibration", TOKENIZER)
-    bases = calibrate(setting, calibration, {})
-    healer = Healer(setting, calibration, task.examples("selection", TOKENIZER))
+    setting = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
+    bases = calibrate(setting, {})
+    healer = Healer(setting)
     ranks = {target.name: 1 for target in setting.targets}
     with healer.healed(bases, ranks):
         changed = [name for name, p in norm_parameters(model).items() if not torch.equal(p, dense.get_parameter(name))]
@@ -197,10 +196,9 @@ def test_trained_norms_are_put_back_between_sizes(dense: PreTrainedModel, task: 
 def test_a_size_at_which_nothing_is_factorized_is_not_healed(dense: PreTrainedModel, task: Task) -> None:
     model = copy.deepcopy(dense)
     config = SieveConfig(**FAR, heal=QUICK)
-    setting = prepare(model, TOKENIZER, task, config, work_dir=None, study_storage=None, progress=False)
-    calibration = task.examples("calibration", TOKENIZER)
-    healer = Healer(setting, calibration, task.examples("selection", TOKENIZER))
-    healer.apply(calibrate(setting, calibration, {}), dict.fromkeys(target.name for target in setting.targets))
+    setting = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
+    healer = Healer(setting)
+    healer.apply(calibrate(setting, {}), dict.fromkeys(target.name for target in setting.targets))
     assert_same(state(model), state(dense))
     assert (healer.report()["steps"], healer.report()["rounds"]) == (0, [])
 
@@ -213,10 +211,9 @@ def test_a_multiplied_out_model_computes_what_the_healed_one_does(task: Task) ->
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
     config = SieveConfig(**{**FAR, "pruning_ratio": 0.5}, heal=HealConfig(steps=3, rounds=2, learning_rate=1e-2))
-    setting = prepare(model, TOKENIZER, task, config, work_dir=None, study_storage=None, progress=False)
-    calibration = task.examples("calibration", TOKENIZER)
-    bases = calibrate(setting, calibration, {})
-    healer = Healer(setting, calibration, task.examples("selection", TOKENIZER))
+    setting = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
+    bases = calibrate(setting, {})
+    healer = Healer(setting)
     ids = torch.tensor([[1, 7, 30, 40]])
     before = state(model)
     with truncated(model, bases, {target.name: 9 for target in setting.targets}), torch.no_grad():

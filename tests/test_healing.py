@@ -30,7 +30,7 @@ from optimum_sieve.healing import heal
 from optimum_sieve.inputs import input_format
 from optimum_sieve.layers import FactorizedLinear
 from optimum_sieve.scoring import make_batches
-from optimum_sieve.teacher import CandidateTeacher, VocabularyTeacher, teach
+from optimum_sieve.teacher import CandidateTeacher, Lesson, VocabularyTeacher, teach
 
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def test_encoder_decoders_and_classifiers_are_healed(name: str, storage: str, ta
     for loss in ("candidates", "vocabulary"):
         healed = copy.deepcopy(model)
         teacher = teach(dense, examples, tokenizer, loss=loss, progress=False)
-        heal(healed, teacher, tokenizer, examples, config, progress=False)
+        heal(healed, [Lesson(teacher=teacher, examples=examples)], tokenizer, config, progress=False)
         unseen = teach(dense, held_out, tokenizer, loss=loss, progress=False)
         batches = make_batches(
             held_out, tokenizer, batch_size=64, candidates=unseen.by_candidate, inputs=input_format(dense)

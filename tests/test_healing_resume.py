@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from two_processes import run_in_two_processes
 
 from optimum_sieve.conversion import sieve_model
+from optimum_sieve.drawing import drawn_examples
 from optimum_sieve.heal_config import HealConfig
-from optimum_sieve.healing import _drawn, _schedule
+from optimum_sieve.healing import _schedule
 from optimum_sieve.teacher import CandidateTeacher, teach
 from optimum_sieve.workdir import WorkDir
 
@@ -101,7 +102,7 @@ from two_processes import run_in_two_processes
 from transformers import AutoModelForCausalLM
 from optimum_sieve.heal_config import HealConfig
 from optimum_sieve.healing import heal
-from optimum_sieve.teacher import teach
+from optimum_sieve.teacher import Lesson, teach
 from optimum_sieve.workdir import WorkDir
 from optimum_sieve.tasks import Task
 
@@ -119,7 +120,8 @@ if mode == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return take(self, *args, **options)
     torch.optim.AdamW.step = step
-heal(model, teacher, tokenizer, examples, HealConfig(steps=16, eval_steps=4, learning_rate=3e-2), work=work,
+lesson = Lesson(teacher=teacher, examples=examples)
+heal(model, [lesson], tokenizer, HealConfig(steps=16, eval_steps=4, learning_rate=3e-2), work=work,
      progress=False)
 model.save_pretrained(directory / mode)
 """
@@ -155,14 +157,15 @@ from transformers import AutoModelForCausalLM
 from optimum_sieve.heal_config import HealConfig
 from optimum_sieve.healing import heal
 from optimum_sieve.tasks import Task
-from optimum_sieve.teacher import teach
+from optimum_sieve.teacher import Lesson, teach
 from optimum_sieve.workdir import WorkDir
 
 directory = Path(sys.argv[1])
 examples, tokenizer = split(Task.from_file(directory / "task.json"), "calibration"), make_tokenizer()
 dense, model = (AutoModelForCausalLM.from_pretrained(directory / name) for name in ("dense", "pruned"))
 teacher = teach(dense, examples, tokenizer, progress=False)
-heal(model, teacher, tokenizer, examples, HealConfig(steps=6, rows_per_pass=4, learning_rate=1e-3),
+lesson = Lesson(teacher=teacher, examples=examples)
+heal(model, [lesson], tokenizer, HealConfig(steps=6, rows_per_pass=4, learning_rate=1e-3),
      work=WorkDir(directory / "work"), progress=False)
 tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 save_file(tensors, directory / f"healed-{torch.distributed.get_rank()}.safetensors")
@@ -191,11 +194,11 @@ def test_two_processes_take_the_steps_of_one(dense: PreTrainedModel, task: Task,
 
 
 def test_every_example_is_drawn_before_any_is_drawn_again() -> None:
-    drawn = [index for step in range(10) for index in _drawn(step, 3, 6, seed=1)]
+    drawn = [index for step in range(10) for index in drawn_examples(range(3 * step, 3 * step + 3), 6, seed=1)]
     for epoch in range(5):
         assert sorted(drawn[6 * epoch : 6 * epoch + 6]) == list(range(6))
     assert drawn[:6] != drawn[6:12]
-    assert _drawn(0, 8, 3, seed=0)[:3] != _drawn(0, 8, 3, seed=1)[:3] or _drawn(1, 8, 3, 0) != _drawn(1, 8, 3, 1)
+    assert drawn_examples(range(16), 3, seed=0) != drawn_examples(range(16), 3, seed=1)
 
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:

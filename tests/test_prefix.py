@@ -62,7 +62,7 @@ def test_a_scorer_computes_a_shared_prefix_once(tmp_path):
     )
     with LiveRanks(model, {}) as live:
         scorer = Scorer(live, examples, [10, 20], make_tokenizer(), metric="accuracy", batch_size=5)
-        outcome = scorer.score({})
+        *_, outcome = scorer.slices({})
     assert outcome.kl == pytest.approx(0, abs=1e-9)
     whole = make_batches(examples, make_tokenizer(), batch_size=5)
     shared = shared_prefix(whole)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from optimum_sieve import Comparison, Evaluation
-from optimum_sieve.report import build_report, format_table, size_changes, write_report
+from optimum_sieve.report import build_report, format_table, size_changes, task_block, write_report
 from optimum_sieve.tasks.metrics import score_classes
 
 
@@ -34,10 +34,7 @@ PARAMETERS = {"targets_before": 2000, "targets_after": 500, "model_before": 3000
 @pytest.fixture
 def full_report():
     return build_report(
-        "toy",
-        make_evaluation(8),
-        make_evaluation(7),
-        COMPARISON,
+        [task_block("toy", make_evaluation(8), make_evaluation(7), COMPARISON)],
         PARAMETERS,
         {"before": 6000, "after": 3000},
         {"moments": 1.25, "test": 2.0},
@@ -69,7 +66,7 @@ def test_report_survives_json(full_report, tmp_path):
 
 
 def test_what_is_not_known_is_left_out():
-    report = build_report("toy", pruned=make_evaluation(7), split="selection")
+    report = build_report([task_block("toy", pruned=make_evaluation(7), split="selection")])
     assert set(report) == {"task", "split", "metric", "count", "majority_score", "pruned", "versions"}
     assert report["split"] == "selection"
     assert size_changes(report) == []
@@ -77,13 +74,13 @@ def test_what_is_not_known_is_left_out():
 
 def test_a_report_needs_an_evaluation():
     with pytest.raises(ValueError, match="`dense` or `pruned` must be an evaluation, got None for both"):
-        build_report("toy")
+        task_block("toy")
 
 
 @pytest.mark.parametrize("other", [make_evaluation(5, count=8), make_evaluation(5, metric="macro_f1")])
 def test_a_report_refuses_evaluations_that_do_not_match(other):
     with pytest.raises(ValueError, match="`dense` and `pruned` must be evaluations of the same metric on the same"):
-        build_report("toy", make_evaluation(8), other)
+        task_block("toy", make_evaluation(8), other)
 
 
 def test_table_shows_every_figure(full_report):
@@ -103,7 +100,7 @@ def test_table_columns_line_up(full_report):
 
 
 def test_table_of_one_model_has_one_column():
-    table = format_table(build_report("toy", make_evaluation(8)))
+    table = format_table(build_report([task_block("toy", make_evaluation(8))]))
     assert "dense" in table
     assert "pruned" not in table
     assert "difference" not in table

@@ -85,7 +85,7 @@ def test_report_needs_a_search_that_has_ended(cli, tmp_path):
 
 
 def arguments(tmp_path, **changes):
-    values = {"model": "org/base", "task": "task.yaml", "dtype": None, "gguf_file": None, "revision": None}
+    values = {"model": "org/base", "task": ["task.yaml"], "dtype": None, "gguf_file": None, "revision": None}
     return Namespace(**{**values, "study_storage": None, "work_dir": str(tmp_path), **changes})
 
 
@@ -97,7 +97,7 @@ def test_a_worker_takes_what_the_leader_was_given(tmp_path, monkeypatch):
     worker = arguments(tmp_path, model=None, task=None, revision="other")
     assert read_job(worker) == config
     assert worker.model == "org/base"
-    assert worker.task == str(tmp_path / "task.yaml")
+    assert worker.task == [str(tmp_path / "task.yaml")]
     assert worker.dtype == "bfloat16"
     assert worker.revision == "other"
     assert worker.study_storage == f"sqlite:///{tmp_path / 'x.db'}"

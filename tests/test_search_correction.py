@@ -102,7 +102,7 @@ class CountingScorer(ShareScorer):
 
     passes = 0
 
-    def score(self, ranks, *, tolerance, rival):
+    def score(self, ranks, *, tolerance, rivals):
         from optimum_sieve.search.candidate import Candidate
 
         genome = self.search.space.repair(ranks)
@@ -158,10 +158,10 @@ def test_shares_add_up_to_the_rise_of_the_loss(world, monkeypatch):
     with LiveRanks(model, bases) as live:
         options = {"metric": "accuracy", "batch_size": 8}
         scorer = Scorer(live, examples[:20], [10, 20], make_tokenizer(), **options)
-        rise = scorer.score(ranks).rise
+        rise = list(scorer.slices(ranks))[-1].rise
         shares = scorer.shares(ranks, parts)
         more = Scorer(live, examples[:10], [10], make_tokenizer(), **options, calibration=examples[10:20])
         assert more.shares(ranks, parts) == pytest.approx(shares, rel=1e-3)
-        assert more.score(ranks).count == 10
+        assert list(more.slices(ranks))[-1].count == 10
     assert rise > 0
     assert sum(shares.values()) == pytest.approx(rise, rel=0.2)

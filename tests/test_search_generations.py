@@ -13,6 +13,7 @@ from optimum_sieve.search.candidate import CONFIRM, SEARCH, Candidate, Outcome
 from optimum_sieve.search.confirm import confirmed, ladder, next_step
 from optimum_sieve.search.predictor import Predictor
 from optimum_sieve.search.standing import Goal, Standing
+from optimum_sieve.search.standings import Standings
 
 
 SMALL = {"levels": (1.0, 0.5, 0.1), "population_size": 12, "generations": 12}
@@ -201,13 +202,13 @@ def test_the_line_through_the_energy_seeds_is_found():
 def test_size_trades_loss_for_parameters():
     search = make_world()
     seeds = seeds_of(search)
-    standing = Standing(search.space, tuple(seeds), search.goal)
+    standing = Standings(search.space, tuple(seeds), search.goal)
     near = [c for c in seeds if c.origin == "energy" and abs(search.space.kept(c.genome) - standing.energy_size) < 0.1]
     for candidate in near:
         assert standing.size(candidate) == pytest.approx(standing.energy_size, abs=0.04)
         better = replace(candidate.outcome, rises=candidate.outcome.rises - 0.01)
         assert standing.size(replace(candidate, outcome=better)) == pytest.approx(
-            standing.size(candidate) - 0.01 * standing.exchange
+            standing.size(candidate) - 0.01 * standing.tasks[0].exchange
         )
 
 
@@ -217,7 +218,7 @@ def test_limit_lies_between_the_last_energy_seed_that_holds_and_the_next():
     energy = [candidate for candidate in seeds if candidate.origin == "energy"]
     limit = Standing(search.space, tuple(seeds), search.goal).energy_size
     for candidate in energy:
-        holds = candidate.outcome.bound(0.9, search.goal.confirm_count) >= -search.goal.tolerance
+        holds = candidate.outcome.bound(0.9, search.goal.confirm_counts[0]) >= -search.goal.tolerance
         assert (search.space.kept(candidate.genome) > limit) == holds
     # One seed out of line does not move the limit past those that hold.
     unlucky = replace(energy[0].outcome, expected=energy[0].outcome.expected - 0.021)
@@ -249,8 +250,8 @@ def test_predictor_recovers_slopes_and_knows_what_it_does_not_know(rng):
 
 
 def test_goal_is_a_value():
-    assert Goal(tolerance=0.02, confidence=0.9, confirm_count=10) == Goal(
-        tolerance=0.02, confidence=0.9, confirm_count=10
+    assert Goal(tolerance=0.02, confidence=0.9, confirm_counts=(10,)) == Goal(
+        tolerance=0.02, confidence=0.9, confirm_counts=(10,)
     )
 
 

@@ -15,7 +15,7 @@ from optimum_sieve.factorization import factorize
 from optimum_sieve.search.calibrated import calibrated_labels, expected_difference
 from optimum_sieve.search.candidate import Rival
 from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import Scorer
+from optimum_sieve.search.scorer import JointScorer, Scorer
 from optimum_sieve.surgery import truncated
 from optimum_sieve.targets import find_targets, linear_weight
 
@@ -96,15 +96,16 @@ def test_dense_layers_come_back_after_an_error(model):
 
 def make_scorer(live, tmp_path, ends):
     examples = load_task(tmp_path, parity_rows(160)).examples("selection", make_tokenizer())[: ends[-1]]
-    return Scorer(live, examples, ends, make_tokenizer(), metric="accuracy", batch_size=8), examples
+    scorer = Scorer(live, examples, ends, make_tokenizer(), metric="accuracy", batch_size=8)
+    return scorer, JointScorer([scorer]), examples
 
 
 def test_scores_are_those_of_an_evaluation(model, tmp_path):
     bases = make_bases(model)
     ranks = dict.fromkeys(bases, 8)
     with LiveRanks(model, bases) as live:
-        scorer, examples = make_scorer(live, tmp_path, [8, 16, 30])
-        outcome = scorer.score(ranks)
+        scorer, joint, examples = make_scorer(live, tmp_path, [8, 16, 30])
+        outcome = joint.score(ranks)
         options = {"metric": "accuracy", "batch_size": 8, "progress": False}
         live.hold({})
         dense = evaluate(model, examples, make_tokenizer(), **options)
@@ -126,11 +127,11 @@ def test_hopeless_candidates_are_dropped_after_a_slice(model, tmp_path):
     bases = make_bases(model)
     ranks = dict.fromkeys(bases, 8)
     with LiveRanks(model, bases) as live:
-        scorer, _ = make_scorer(live, tmp_path, [8, 16, 30])
+        _, scorer, _ = make_scorer(live, tmp_path, [8, 16, 30])
         rises = scorer.score(ranks).rises
-        far_ahead = scorer.score(ranks, rival=Rival(rises=rises - 5.0, allowance=0.0))
-        excused = scorer.score(ranks, rival=Rival(rises=rises - 5.0, allowance=5.1))
-        behind = scorer.score(ranks, rival=Rival(rises=rises + 1.0, allowance=0.0))
+        far_ahead = scorer.score(ranks, rivals=[Rival(rises=rises - 5.0, allowance=0.0)])
+        excused = scorer.score(ranks, rivals=[Rival(rises=rises - 5.0, allowance=5.1)])
+        behind = scorer.score(ranks, rivals=[Rival(rises=rises + 1.0, allowance=0.0)])
         level = scorer.score(ranks, tolerance=0.99)
     assert (far_ahead.count, far_ahead.complete) == (8, False)
     assert far_ahead.rises == pytest.approx(rises[:8], abs=1e-6)
@@ -143,12 +144,12 @@ def test_a_candidate_below_the_tolerance_is_dropped(tmp_path):
     model = make_model()
     bases = make_bases(model)
     with LiveRanks(model, bases) as live:
-        scorer, examples = make_scorer(live, tmp_path, [16, 30])
-        scorer.score({})
+        scorer, joint, examples = make_scorer(live, tmp_path, [16, 30])
+        joint.score({})
         # A dense model that is always right: pruning can only lose.
         for row, example in enumerate(examples):
             scorer._dense[row] = [0.0 if place == example.target else -9.0 for place in range(2)]
-        outcome = scorer.score(dict.fromkeys(bases, 0), tolerance=0.01)
+        outcome = joint.score(dict.fromkeys(bases, 0), tolerance=0.01)
     assert not outcome.complete
     assert outcome.mean < -0.2
 
@@ -177,7 +178,7 @@ def test_search_then_prune_scores_no_candidate_twice(tmp_path, monkeypatch):
     def forbidden(*args, **options):
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(Scorer, "score", forbidden)
+    monkeypatch.setattr(JointScorer, "score", forbidden)
     result = make_pruner(tmp_path).prune(config, work_dir=work, progress=False)
     ranks = {f"model.{name}": entry["rank"] for name, entry in result.rank_pattern.items()}
     assert ranks == {name: rank for name, rank in found["ranks"].items() if rank is not None}

@@ -29,7 +29,7 @@ class WorldScorer(ShareScorer):
         self.part, self.fail_at, self.error = part, fail_at, error
         self.calls = 0
 
-    def score(self, ranks, *, tolerance, rival):
+    def score(self, ranks, *, tolerance, rivals):
         self.calls += 1
         if self.calls == self.fail_at:
             raise self.error("stopped")

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def cliff(edge: float, *, loss: float = 0.1, standard_error: float = 0.0) -> Callable[[float], Comparison]:
-    """Lose nothing from the kept fraction `edge` on, and `loss` below it."""
-    return lambda kept: Comparison(
-        mean=0.0 if kept >= edge else -loss, standard_error=standard_error, agreement=0.9, kl=0.01, count=100
-    )
+def cliff(*edges: float, loss: float = 0.1, standard_error: float = 0.0) -> Callable[[float], dict[str, Comparison]]:
+    """Lose nothing on each task from its kept fraction in `edges` on, and `loss` below it."""
+    return lambda kept: {
+        f"task {place}": Comparison(
+            mean=0.0 if kept >= edge else -loss, standard_error=standard_error, agreement=0.9, kl=0.01, count=100
+        )
+        for place, edge in enumerate(edges)
+    }
 
 
 @pytest.mark.parametrize("edge", [0.02, 0.3, 0.5, 0.77, 0.98])
@@ -45,3 +48,18 @@ def test_no_fraction_within_the_tolerance() -> None:
     )
     with pytest.raises(RuntimeError, match=message):
         search_kept_fraction(cliff(1.1, standard_error=0.01), tolerance=0.02, confidence=0.9, steps=4)
+
+
+@pytest.mark.parametrize("edges", [(0.3, 0.7), (0.7, 0.3), (0.7, 0.7, 0.1)])
+def test_the_worst_of_several_tasks_decides(edges: tuple[float, ...]) -> None:
+    kept, trials = search_kept_fraction(cliff(*edges), tolerance=0.02, confidence=0.9, steps=8)
+    assert max(edges) <= kept < max(edges) + 2**-8
+    first = trials[0]
+    assert list(first["tasks"]) == [f"task {place}" for place in range(len(edges))]
+    assert first["lower_bound"] == min(task["lower_bound"] for task in first["tasks"].values())
+    assert set(first["tasks"]["task 0"]) == {"lower_bound", "mean", "standard_error", "agreement", "kl", "count"}
+
+
+def test_the_task_that_no_fraction_holds_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"costs 0\.1000 \+- 0\.0100 on 'task 1'\. Accept"):
+        search_kept_fraction(cliff(0.2, 1.1, standard_error=0.01), tolerance=0.02, confidence=0.9, steps=4)

@@ -32,24 +32,22 @@ class SieveSubcommand(BaseOptimumCLICommand):
             self.execute(self.args)
 
 
-class ModelCommand(SieveSubcommand):
-    """A subcommand that loads a model and works on a task."""
-
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        """Add the options that name the model, the task and how to load them."""
-        add_source(parser)
-
-
 def add_debug(parser: ArgumentParser) -> None:
     """Add the option that `SieveSubcommand.run` reads."""
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
 
-def add_source(parser: ArgumentParser, *, required: bool = True) -> None:
-    """Add the options that name the model, the task and how to load them."""
+def add_task(parser: ArgumentParser, *, required: bool = True, several: bool = True) -> None:
+    """Add the option that names the task, which may be given more than once where there can be several."""
+    text = "Task file, YAML or JSON." + (" Give it again for each further task the model is to do." * several)
+    action = "append" if several else "store"
+    parser.add_argument("--task", required=required, action=action, metavar="FILE", help=text)
+
+
+def add_source(parser: ArgumentParser, *, required: bool = True, several: bool = True) -> None:
+    """Add the options that name the model, the task or tasks, and how to load them."""
     parser.add_argument("--model", required=required, metavar="MODEL", help="Hub id or directory of the model.")
-    parser.add_argument("--task", required=required, metavar="FILE", help="Task file, YAML or JSON.")
+    add_task(parser, required=required, several=several)
     parser.add_argument("--dtype", help="Floating-point type to load in, such as bfloat16 (default: as saved).")
     parser.add_argument(
         "--device",
@@ -64,12 +62,12 @@ def add_source(parser: ArgumentParser, *, required: bool = True) -> None:
 
 
 def load_pruner(arguments: Namespace) -> SievePruner:
-    """Load the model and the task that the options of `add_source` name."""
+    """Load the model and the tasks that the options of `add_source` name."""
     from optimum_sieve.pruner import SievePruner
 
     return SievePruner.from_pretrained(
         arguments.model,
-        task=arguments.task,
+        task=arguments.task[0] if len(arguments.task) == 1 else arguments.task,
         dtype=arguments.dtype,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import ModelCommand
+from optimum_sieve.commands.base import SieveSubcommand, add_source
 from optimum_sieve.config import SieveConfig
 
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 _WHEN = {"dense": "before", "pruned": "after"}
 
 
-class EvaluateCommand(ModelCommand):
+class EvaluateCommand(SieveSubcommand):
     """Score a model on a task, alone or against another one."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve evaluate`."""
         parser.description = "Score a model, pruned or not, on one split of a task."
-        ModelCommand.parse_args(parser)
+        add_source(parser, several=False)
         parser.add_argument(
             "--split",
             choices=("calibration", "selection", "test"),
@@ -51,7 +51,7 @@ class EvaluateCommand(ModelCommand):
     def execute(self, arguments: Namespace) -> None:
         """Score the model or models, print a table and write the JSON file."""
         from optimum_sieve.comparison import compare
-        from optimum_sieve.report import build_report, format_table, write_report
+        from optimum_sieve.report import build_report, format_table, task_block, write_report
         from optimum_sieve.tasks import Task
 
         if arguments.json and not os.access(Path(arguments.json).absolute().parent, os.W_OK | os.X_OK):
@@ -72,16 +72,19 @@ class EvaluateCommand(ModelCommand):
             dense = _score(arguments.compare_to, task, arguments, is_reference=True)
             scored = {"dense": dense, "pruned": _score(arguments.model, task, arguments, dense.examples)}
         evaluations = {side: one.evaluation for side, one in scored.items()}
-        report = build_report(
+        block = task_block(
             task.name,
             evaluations.get("dense"),
             evaluations.get("pruned"),
             compare(**evaluations) if len(evaluations) == 2 else None,
+            split=arguments.split,
+            references=None if task.labelled else "dense model",
+        )
+        report = build_report(
+            [block],
             parameters={f"model_{_WHEN[side]}": one.num_parameters for side, one in scored.items()},
             num_bytes={_WHEN[side]: one.num_bytes for side, one in scored.items() if one.num_bytes} or None,
             seconds={f"evaluate_{side}": one.seconds for side, one in scored.items()},
-            split=arguments.split,
-            references=None if task.labelled else "dense model",
         )
         if arguments.json:
             write_report(report, arguments.json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import SieveSubcommand, add_debug
+from optimum_sieve.commands.base import SieveSubcommand, add_debug, add_task
 from optimum_sieve.commands.options import add_heal_settings, heal_settings_from
 from optimum_sieve.heal_config import HealConfig
 
@@ -21,14 +21,21 @@ class HealCommand(SieveSubcommand):
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve heal`."""
         parser.description = (
-            "Train the factors of a pruned model for a few steps against the dense model it came from, on the task's "
-            "calibration examples, and write the result with its report and card."
+            "Train the factors of a pruned model for a few steps against the dense model it came from, on the "
+            "calibration examples of the task, or of several, and write the result with its report and card."
         )
         parser.add_argument("--model", metavar="MODEL", required=True, help="Hub id or directory of the pruned model.")
         parser.add_argument(
             "--dense", metavar="MODEL", required=True, help="Hub id or directory of the model it was pruned from."
         )
-        parser.add_argument("--task", metavar="FILE", required=True, help="Task file, YAML or JSON.")
+        add_task(parser)
+        parser.add_argument(
+            "--task-weights",
+            type=float,
+            nargs="+",
+            metavar="X",
+            help="How often each task's examples are drawn, relative to the others' (default: all the same).",
+        )
         parser.add_argument("--output", metavar="DIR", required=True, help="Directory of the healed model.")
         parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
         parser.add_argument(
@@ -54,17 +61,18 @@ class HealCommand(SieveSubcommand):
 
         from optimum_sieve.heal_pruned import heal_pruned
         from optimum_sieve.output import check_output
+        from optimum_sieve.prepare import read_tasks
         from optimum_sieve.report import format_table
         from optimum_sieve.result import save_result
-        from optimum_sieve.tasks import Task
 
         check_output(Path(arguments.output), arguments.overwrite)
-        task = Task.from_file(arguments.task)
+        tasks = read_tasks(arguments.task[0] if len(arguments.task) == 1 else arguments.task)
         result, tokenizer = heal_pruned(
             arguments.model,
             arguments.dense,
-            task,
+            tasks,
             config,
+            task_weights=arguments.task_weights,
             dtype=arguments.dtype,
             device=arguments.device,
             trust_remote_code=arguments.trust_remote_code,
@@ -79,7 +87,7 @@ class HealCommand(SieveSubcommand):
             overwrite=arguments.overwrite,
             base_model=arguments.dense,
             base_revision=result.model.config.sieve.get("base_revision"),
-            task_spec=task.spec,
+            task_specs=[task.spec for task in tasks],
         )
         print(format_table(result.report))
         print(f"\nsaved in {arguments.output}")

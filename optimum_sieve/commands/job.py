@@ -25,16 +25,18 @@ def write_job(arguments: Namespace, config: SieveConfig) -> None:
     path = WorkDir(arguments.work_dir).path
     assert path is not None
     source = {name: getattr(arguments, name) for name in _SOURCE}
-    for name in ("model", "task"):
-        # A worker may be started elsewhere; a Hub id stays one.
-        if Path(source[name]).exists():
-            source[name] = str(Path(source[name]).resolve())
+    source |= {"model": _absolute(arguments.model), "task": [_absolute(task) for task in arguments.task]}
     url = arguments.study_storage and absolute_url(arguments.study_storage)
     is_secret = bool(url and holds_secret(url))
     storage = {"study_storage": None if is_secret else url, "study_storage_is_secret": is_secret}
     with replacing(path / _NAME) as temporary:
         content = {**source, **storage, "settings": config.to_dict()}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _absolute(name: str) -> str:
+    """Return the whole path, as a worker may be started elsewhere; a Hub id stays one."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def read_job(arguments: Namespace) -> SieveConfig:

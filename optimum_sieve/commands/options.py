@@ -89,7 +89,8 @@ def _arguments(annotation: Any) -> dict[str, Any]:
     members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     kind = next(member for member in members if member is not type(None))
     if typing.get_origin(kind) is tuple:
-        return {"nargs": "+", "metavar": "PATTERN"}
+        own = typing.get_args(kind)[0]
+        return {"nargs": "+", "type": own, "metavar": {float: "X", str: "PATTERN"}[own]}
     return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
 
 

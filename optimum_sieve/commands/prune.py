@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import ModelCommand, load_pruner
+from optimum_sieve.commands.base import SieveSubcommand, add_source, load_pruner
 from optimum_sieve.commands.job import write_job
 from optimum_sieve.commands.options import add_settings, settings_from
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
 
-class PruneCommand(ModelCommand):
+class PruneCommand(SieveSubcommand):
     """Prune a model for a task and save it with its report and card."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve prune`."""
         parser.description = (
-            "Prune a model for a task: until the score loss reaches --tolerance, or to a given --pruning-ratio."
+            "Prune a model for a task, or for several: until the score loss on one of them reaches --tolerance, or "
+            "to a given --pruning-ratio."
         )
-        ModelCommand.parse_args(parser)
+        add_source(parser)
         parser.add_argument("--output", metavar="DIR", help="Directory of the pruned model. Not needed by --dry-run.")
         parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
         parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import ModelCommand, add_source, load_pruner
+from optimum_sieve.commands.base import SieveSubcommand, add_source, load_pruner
 from optimum_sieve.commands.job import read_job, write_job
 from optimum_sieve.commands.options import add_settings, settings_from
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optimum_sieve.config import SieveConfig
 
 
-class SearchCommand(ModelCommand):
+class SearchCommand(SieveSubcommand):
     """Search a rank for every matrix with a genetic algorithm; any number of processes can help."""
 
     @staticmethod
@@ -90,6 +90,11 @@ def format_result(found: dict[str, Any]) -> str:
         f"score difference to the dense model {result['mean']:+.3f} ± {result['standard_error']:.3f} on "
         f"{result['count']:,} {'fresh ' if result['part'] == 'confirm' else ''}selection examples, lower bound "
         f"{result['lower_bound']:+.3f} (confidence {found['confidence']:g})",
+        *(
+            f"  {name}: {own['mean']:+.3f} ± {own['standard_error']:.3f} on {own['count']:,}, lower bound "
+            f"{own['lower_bound']:+.3f}, agreement {own['agreement']:.3f}, KL {own['kl']:.4f}"
+            for name, own in result.get("tasks", {}).items()
+        ),
         f"agreement {result['agreement']:.3f}, KL {result['kl']:.4f}",
         f"{len(searched):,} candidates in {1 + max(c['generation'] for c in searched)} generations, "
         f"{sum(not c['complete'] for c in searched):,} dropped early; {examples:,} examples scored",

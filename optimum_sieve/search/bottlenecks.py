@@ -69,9 +69,12 @@ def bottleneck_table(
     for place, candidate in found.items():
         assert candidate.outcome is not None
         gene = space.genes[place]
-        rise = candidate.outcome.rises - base.outcome.rises
-        error = standard_error(base.outcome.differences - candidate.outcome.differences)
-        cost = base.outcome.mean - candidate.outcome.mean
+        # Of several tasks, the one on which lowering the matrix costs most.
+        pairs = zip(base.outcome.parts, candidate.outcome.parts, strict=True)
+        before, after = max(pairs, key=lambda pair: pair[0].mean - pair[1].mean)
+        rise = after.rises - before.rises
+        error = standard_error(before.differences - after.differences)
+        cost = before.mean - after.mean
         rows.append(
             {
                 "name": gene.name,
@@ -82,7 +85,7 @@ def bottleneck_table(
                 "cost_standard_error": error,
                 "loss_rise": float(rise.mean()),
                 "loss_rise_standard_error": standard_error(rise),
-                "count": candidate.outcome.count,
+                "count": after.count,
                 "is_bottleneck": tolerance is not None and cost > max(SHARE * tolerance, ERRORS * error),
             }
         )

@@ -12,6 +12,8 @@ from optimum_sieve.tasks.metrics import standard_error
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from .genome import Genome
@@ -45,6 +47,16 @@ class Outcome:
     rises: NDArray[np.float64]
     kl: float
     complete: bool
+
+    @property
+    def parts(self) -> tuple[Outcome, ...]:
+        """The outcomes of single tasks: itself."""
+        return (self,)
+
+    @property
+    def worst(self) -> Outcome:
+        """The outcome of the task that the mean is of: itself."""
+        return self
 
     @property
     def count(self) -> int:
@@ -82,9 +94,86 @@ class Outcome:
         return cls(**values | {name: np.array(values[name], dtype=np.float64) for name in _ARRAYS})
 
 
+@dataclass(frozen=True, eq=False)
+class JointOutcome:
+    """Scores of a candidate on several tasks, of which the worst counts.
+
+    Args:
+        parts (`tuple[Outcome, ...]`): Those of each task, in order.
+    """
+
+    parts: tuple[Outcome, ...]
+
+    @property
+    def worst(self) -> Outcome:
+        """The outcome of the task with the lowest score difference."""
+        return min(self.parts, key=lambda part: part.mean)
+
+    @property
+    def count(self) -> int:
+        """Number of examples scored, over all tasks."""
+        return sum(part.count for part in self.parts)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all examples of all tasks were scored."""
+        return all(part.complete for part in self.parts)
+
+    @property
+    def mean(self) -> float:
+        """The lowest score difference."""
+        return self.worst.mean
+
+    @property
+    def expected(self) -> float:
+        """The lowest expected difference."""
+        return min(part.expected for part in self.parts)
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `mean`."""
+        return self.worst.standard_error
+
+    @property
+    def agreement(self) -> float:
+        """The lowest agreement."""
+        return min(part.agreement for part in self.parts)
+
+    @property
+    def rise(self) -> float:
+        """The largest rise of the loss, in nats."""
+        return max(part.rise for part in self.parts)
+
+    @property
+    def kl(self) -> float:
+        """The largest mean KL, in nats."""
+        return max(part.kl for part in self.parts)
+
+    def bound(self, confidence: float) -> float:
+        """Return the lowest of the tasks' lower bounds: no correction for their number is needed, as all must hold."""
+        return min(part.bound(confidence) for part in self.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return {"parts": [part.to_dict() for part in self.parts]}
+
+
+AnyOutcome = Outcome | JointOutcome
+
+
+def joined(parts: Sequence[Outcome]) -> AnyOutcome:
+    """Return the outcome on all tasks; of a single one its own."""
+    return parts[0] if len(parts) == 1 else JointOutcome(tuple(parts))
+
+
+def read_outcome(values: dict[str, Any]) -> AnyOutcome:
+    """Make an outcome from `to_dict`'s output."""
+    return joined([Outcome.from_dict(part) for part in values.get("parts", [values])])
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rival:
-    """What a candidate must keep up with, or be dropped.
+    """What a candidate must keep up with on one task, or be dropped.
 
     Args:
         rises (`numpy.ndarray` of shape `(count,)`): The rival's rise of the loss on every search example.
@@ -106,8 +195,8 @@ class Candidate:
         slot (`int`): Place in its generation.
         origin (`str`): How it was made.
         rival (`tuple[int, int]`, *optional*): Generation and slot of the candidate it must keep up with.
-        allowance (`float`): See `Rival`.
-        outcome (`Outcome`, *optional*): Its scores, once there.
+        allowances (`tuple[float, ...]`): See `Rival`; one for each task.
+        outcome (`Outcome` or `JointOutcome`, *optional*): Its scores, once there.
     """
 
     genome: Genome
@@ -116,8 +205,8 @@ class Candidate:
     slot: int
     origin: str
     rival: tuple[int, int] | None = None
-    allowance: float = 0.0
-    outcome: Outcome | None = None
+    allowances: tuple[float, ...] = ()
+    outcome: AnyOutcome | None = None
 
     @property
     def place(self) -> tuple[str, int, int]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .genome import Gene, Genome, SearchSpace
-    from .scorer import Scorer
+    from .scorer import JointScorer
 
 
 # Directions whose share is taken: this part of a matrix's largest rank, and at least so many, against their noise.
@@ -57,7 +57,7 @@ def windows(space: SearchSpace, genome: Genome) -> dict[str, tuple[int, int | No
     }
 
 
-def measure_shares(space: SearchSpace, scorer: Scorer, genome: Genome) -> Shares:
+def measure_shares(space: SearchSpace, scorer: JointScorer, genome: Genome) -> Shares:
     """Measure the loss's shares at a genome."""
     wanted = windows(space, genome)
     # A dense model has no dropped directions.

@@ -9,7 +9,8 @@ import numpy as np
 from .candidate import SEARCH, Candidate
 from .genetic import group_mutation, mutation_rates, one_point_crossover, tournament, uniform_crossover
 from .predictor import Predictor, group_members, mean_offsets
-from .standing import Standing, is_stagnant
+from .standing import is_stagnant
+from .standings import Standings
 
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def next_generation(
             Candidate(genome=genome, part=SEARCH, generation=0, slot=slot, origin=origin)
             for slot, (genome, origin) in enumerate(found)
         ]
-    standing = Standing(space, tuple(history), goal)
+    standing = Standings(space, tuple(history), goal)
     if generation >= preset.generations or not standing.complete:
         return []
     if is_stagnant(standing.best_size_by_generation(), preset.patience, _LEAST_GAIN):
@@ -94,7 +95,7 @@ def next_generation(
     return _children(standing, preset, generation, rng)
 
 
-def _children(standing: Standing, preset: SearchPreset, generation: int, rng: np.random.Generator) -> list[Candidate]:
+def _children(standing: Standings, preset: SearchPreset, generation: int, rng: np.random.Generator) -> list[Candidate]:
     """Breed many children and take those that promise the least size.
 
     Each place goes to the child that is best under coefficients drawn from what is known of them (Thompson sampling),
@@ -129,36 +130,33 @@ def _children(standing: Standing, preset: SearchPreset, generation: int, rng: np
             slot=slot,
             origin=origin,
             rival=(rival.generation, rival.slot),
-            allowance=standing.energy_rise(space.kept(genome)) - standing.energy_rise(space.kept(rival.genome)),
+            allowances=standing.allowances(genome, rival),
         )
         for slot, (genome, origin) in enumerate(chosen)
     ]
 
 
-def _features(standing: Standing, genome: Genome, members: NDArray[np.float64]) -> NDArray[np.float64]:
+def _features(standing: Standings, genome: Genome, members: NDArray[np.float64]) -> NDArray[np.float64]:
     """Describe how a genome departs from the energy allocation of its size."""
-    space = standing.space
-    predicted = standing.predicted_rise(float(space.losses(genome).sum()))
-    excess = standing.exchange * (predicted - standing.energy_rise(space.kept(genome)))
-    return np.append(mean_offsets(space, genome, members), excess)
+    return np.append(mean_offsets(standing.space, genome, members), standing.predicted_excess(genome))
 
 
-def fit_predictor(standing: Standing) -> Predictor:
+def fit_predictor(standing: Standings) -> Predictor:
     """Fit the predictor to the candidates near the limit, but for the uniform ones, which lie far off."""
     members = group_members(standing.space)
     near = [candidate for candidate in standing.near if candidate.origin != "uniform"]
     features = np.array([_features(standing, candidate.genome, members) for candidate in near])
-    departures = [standing.departure(candidate) for candidate in near]
-    errors = [standing.noise(candidate) * standing.exchange for candidate in near]
+    excesses = [standing.excess(candidate) for candidate in near]
+    errors = [standing.noise(candidate) for candidate in near]
     return Predictor.fit(
         features.reshape(len(near), members.shape[1] + 1),
-        standing.exchange * np.array(departures),
+        np.array(excesses),
         np.hypot(errors, _SCATTER),
     )
 
 
 def _fitted(
-    standing: Standing, prices: list[NDArray[np.float64]], slopes: NDArray[np.float64], rng: np.random.Generator
+    standing: Standings, prices: list[NDArray[np.float64]], slopes: NDArray[np.float64], rng: np.random.Generator
 ) -> list[tuple[Genome, str]]:
     """Move the energy allocation and the best candidates' prices against the fitted slopes, by several lengths."""
     starts = [np.zeros_like(slopes), np.mean(prices, axis=0), *prices]
@@ -168,7 +166,7 @@ def _fitted(
     ]
 
 
-def _size(standing: Standing, rng: np.random.Generator) -> float:
+def _size(standing: Standings, rng: np.random.Generator) -> float:
     if standing.goal.kept is not None:
         return standing.goal.kept
     best = standing.size(standing.ranking[0])
@@ -176,7 +174,7 @@ def _size(standing: Standing, rng: np.random.Generator) -> float:
     return float(np.clip(size, 0.0, 1.0))
 
 
-def mutation_strength(standing: Standing) -> float:
+def mutation_strength(standing: Standings) -> float:
     """Return the standard deviation of the next mutations: less where most children were dropped, more where few.
 
     Reference: Rechenberg (1973), *Evolutionsstrategie*, whose rule adapts the step to the share of successes.
@@ -190,7 +188,7 @@ def mutation_strength(standing: Standing) -> float:
 
 
 def _child(
-    standing: Standing,
+    standing: Standings,
     preset: SearchPreset,
     population: list[NDArray[np.float64]],
     rates: NDArray[np.float64],

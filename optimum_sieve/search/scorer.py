@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,11 @@ from optimum_sieve.scoring import input_device, log_likelihoods, make_batches
 from optimum_sieve.tasks.metrics import standard_error
 
 from .calibrated import calibrated_labels, expected_difference
-from .candidate import Outcome
+from .candidate import AnyOutcome, Outcome, joined
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import nn
@@ -42,7 +43,7 @@ DROP_CONFIDENCE = 0.95
 
 
 class Scorer:
-    """Score rank patterns on one list of examples against the dense model.
+    """Score rank patterns on one list of examples, of one task, against the dense model.
 
     Args:
         live (`LiveRanks`): The model.
@@ -90,29 +91,15 @@ class Scorer:
         """Number of examples."""
         return len(self._examples)
 
-    def score(
-        self,
-        ranks: Ranks,
-        *,
-        tolerance: float | None = None,
-        rival: Rival | None = None,
-    ) -> Outcome:
-        """Score `ranks` slice by slice.
-
-        Args:
-            ranks (`dict[str, int | None]`): A rank for every layer.
-            tolerance (`float`, *optional*): Loss accepted; a candidate surely below it is dropped.
-            rival (`Rival`, *optional*): A candidate surely worse than this one is dropped.
-        """
+    def slices(self, ranks: Ranks) -> Iterator[Outcome]:
+        """Score `ranks` (a rank for every layer) slice by slice; yield the outcome so far after each."""
         self._calibrated()
-        self._live.hold(ranks)
         scores: list[NDArray[np.float64]] = []
         for number, end in enumerate(self._ends):
+            # Another task's scorer may have held the dense model meanwhile.
+            self._live.hold(ranks)
             scores.append(self._slice(number))
-            outcome = self._outcome(np.concatenate(scores), complete=end == self.count)
-            if not outcome.complete and _is_lost(outcome, tolerance, rival):
-                break
-        return outcome
+            yield self._outcome(np.concatenate(scores), complete=end == self.count)
 
     def shares(self, ranks: Ranks, windows: Mapping[str, tuple[int, int | None]]) -> dict[str, float]:
         """Return the share of the loss of some dropped directions of each layer, by one backward pass.
@@ -172,6 +159,51 @@ class Scorer:
             kl=comparison.kl,
             complete=complete,
         )
+
+
+class JointScorer:
+    """Score rank patterns on one or several tasks.
+
+    Args:
+        parts (`Sequence[Scorer]`): The scorer of each task, all of one model.
+        weights (`Sequence[float]`): How much each task counts in the shares of the loss, as in the moments.
+    """
+
+    def __init__(self, parts: Sequence[Scorer], weights: Sequence[float] = (1.0,)) -> None:
+        self._parts = list(parts)
+        self._weights = list(weights)
+
+    def score(self, ranks: Ranks, *, tolerance: float | None = None, rivals: Sequence[Rival] = ()) -> AnyOutcome:
+        """Score `ranks` on a slice of every task's examples after the other, until it is surely lost on one.
+
+        Args:
+            ranks (`dict[str, int | None]`): A rank for every layer.
+            tolerance (`float`, *optional*): Loss accepted; a candidate surely below it on some task is dropped.
+            rivals (`Sequence[Rival]`): For each task what a candidate must keep up with there; it is dropped where it
+                is surely worse on some task. May be empty.
+        """
+        runs = [part.slices(ranks) for part in self._parts]
+        outcomes = [next(run) for run in runs]
+        while not all(outcome.complete for outcome in outcomes):
+            pairs = zip_longest(outcomes, rivals)
+            if any(_is_lost(outcome, tolerance, rival) for outcome, rival in pairs):
+                break
+            # One task may have fewer slices than another.
+            outcomes = [next(run, outcome) for run, outcome in zip(runs, outcomes, strict=True)]
+        return joined(outcomes)
+
+    def shares(self, ranks: Ranks, windows: Mapping[str, tuple[int, int | None]]) -> dict[str, float]:
+        """Return the share of the loss of some dropped directions of each layer, the tasks' weighted sum.
+
+        Args:
+            ranks (`dict[str, int | None]`): A rank for every layer.
+            windows (`Mapping[str, tuple[int, int | None]]`): First direction and the one after the last, by layer.
+        """
+        total = dict.fromkeys(windows, 0.0)
+        for part, weight in zip(self._parts, self._weights, strict=True):
+            for name, share in part.shares(ranks, windows).items():
+                total[name] += weight * share
+        return total
 
 
 def _is_lost(outcome: Outcome, tolerance: float | None, rival: Rival | None) -> bool:

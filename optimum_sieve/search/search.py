@@ -15,7 +15,7 @@ from .bottlenecks import bottleneck_candidates
 from .candidate import CONFIRM, SEARCH, Candidate, Rival
 from .confirm import confirmed, ladder, next_step
 from .correction import Shares, corrected, measure_shares
-from .standing import Standing
+from .standings import Standings
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .genome import Genome, SearchSpace
     from .presets import SearchPreset
-    from .scorer import Scorer
+    from .scorer import JointScorer
     from .standing import Goal
     from .study import SearchStudy
 
@@ -104,7 +104,7 @@ class Search:
             return None
         if number:
             return self.best(searched).genome
-        return self.allocate("energy", Standing(self.space, tuple(searched), self.goal).energy_size)
+        return self.allocate("energy", Standings(self.space, tuple(searched), self.goal).energy_size)
 
     def choose_ending(self, scored: Sequence[Candidate]) -> list[Genome]:
         """Return what to confirm: the best candidate at falling sizes or, where a size is given, the best itself."""
@@ -114,7 +114,7 @@ class Search:
         size = self.space.kept(best.genome)
         if self.preset.guided:
             searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
-            size = Standing(self.corrected, searched, self.goal).size(best)
+            size = Standings(self.corrected, searched, self.goal).size(best)
         return ladder(self.corrected, best.genome, size)
 
     def _ending(self, scored: Sequence[Candidate]) -> list[Genome]:
@@ -147,7 +147,7 @@ class Search:
         """
         searched = [candidate for candidate in scored if candidate.part == SEARCH]
         if self.preset.guided:
-            ranking = Standing(self.corrected, tuple(searched), self.goal).ranking if searched else []
+            ranking = Standings(self.corrected, tuple(searched), self.goal).ranking if searched else []
         else:
             ranking = plain.rank(self.space, self.goal, [c for c in searched if c.outcome and c.outcome.complete])
         if not ranking:
@@ -175,7 +175,7 @@ class Search:
             outcome = tried[0].outcome if tried else None
             tested = (
                 f"keeping {self.space.kept(tried[0].genome):.1%} of the parameters costs {-outcome.mean:.4f} +- "
-                f"{outcome.standard_error:.4f} on {outcome.count} fresh examples"
+                f"{outcome.standard_error:.4f} on {outcome.worst.count} fresh examples"
                 if outcome
                 else "nothing was tested"
             )
@@ -190,7 +190,7 @@ def _tried(scored: Sequence[Candidate]) -> list[Candidate]:
     return [candidate for candidate in scored if candidate.part == CONFIRM]
 
 
-def lead(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, progress: bool) -> list[Candidate]:
+def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], *, progress: bool) -> list[Candidate]:
     """Run the search to its end, scoring along; `Ctrl-C` ends the breeding, and the best so far is confirmed.
 
     What is confirmed is written to the study before the first step, and never chosen again: neither a late score of a
@@ -242,7 +242,7 @@ def _end_breeding(search: Search, study: SearchStudy, scored: Sequence[Candidate
     study.release_waiting()
 
 
-def work(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, progress: bool) -> int:
+def work(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], *, progress: bool) -> int:
     """Score candidates of a study that another process leads, until that ends it; return how many."""
     count = 0
     with tqdm(desc="worker", unit="candidate", disable=not progress) as bar:
@@ -256,7 +256,7 @@ def work(search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], *, p
 
 
 def score_one(
-    search: Search, study: SearchStudy, scorers: Mapping[str, Scorer], only: Sequence[Candidate] = ()
+    search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], only: Sequence[Candidate] = ()
 ) -> bool:
     """Score one waiting candidate, if there is any; one that fails or is interrupted goes back to the queue."""
     claimed = study.claim({candidate.place for candidate in only})
@@ -269,7 +269,7 @@ def score_one(
             outcome = scorers[candidate.part].score(
                 search.space.ranks(candidate.genome),
                 tolerance=search.goal.tolerance if is_search and search.goal.kept is None else None,
-                rival=_rival(study, candidate),
+                rivals=_rivals(study, candidate),
             )
     except BaseException:
         study.release(number)
@@ -278,13 +278,15 @@ def score_one(
     return True
 
 
-def _rival(study: SearchStudy, candidate: Candidate) -> Rival | None:
+def _rivals(study: SearchStudy, candidate: Candidate) -> list[Rival]:
+    """Return what the candidate must keep up with on each task, if anything."""
     if candidate.rival is None:
-        return None
-    place = (candidate.part, *candidate.rival)
-    outcome = next(other.outcome for other in study.finished() if other.place == place)
+        return []
+    outcome = next(c.outcome for c in study.finished() if c.place == (candidate.part, *candidate.rival))
     assert outcome is not None
-    return Rival(rises=outcome.rises, allowance=candidate.allowance)
+    return [
+        Rival(rises=own.rises, allowance=most) for own, most in zip(outcome.parts, candidate.allowances, strict=True)
+    ]
 
 
 def _show(bar: tqdm, search: Search, scored: Sequence[Candidate]) -> None:

@@ -16,7 +16,7 @@ from .candidate import BOTTLENECK, CONFIRM, SEARCH
 from .genome import SearchSpace
 from .live import LiveRanks
 from .presets import PRESETS
-from .scorer import Scorer
+from .scorer import JointScorer, Scorer
 from .search import Search, lead, work
 from .standing import Goal
 from .storage import wait_for_study
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from optimum_sieve.factorization import FactorBasis
-    from optimum_sieve.setting import Setting
+    from optimum_sieve.setting import Setting, TaskSetting
     from optimum_sieve.tasks import Example
 
     from .genome import Genome
@@ -52,7 +52,7 @@ _SETTINGS = (
     *("confidence", "search_preset", "population_size", "generations", "search_fraction", "batch_size"),
 )
 # Raised when candidates are judged in another way, so that studies made before are left alone.
-_STUDY_FORMAT = 2
+_STUDY_FORMAT = 3
 # Scores on fewer examples than this drop no candidate.
 _LEAST_SLICE = 16
 
@@ -60,8 +60,6 @@ _LEAST_SLICE = 16
 def run_search(
     setting: Setting,
     bases: Mapping[str, FactorBasis],
-    examples: Sequence[Example],
-    calibration: Sequence[Example],
     *,
     num_bottlenecks: int = 0,
 ) -> dict[str, Any]:
@@ -70,8 +68,6 @@ def run_search(
     Args:
         setting (`Setting`): The run.
         bases (`Mapping[str, FactorBasis]`): A basis of every target.
-        examples (`Sequence[Example]`): The selection examples.
-        calibration (`Sequence[Example]`): The calibration examples, on which no candidate is scored.
         num_bottlenecks (`int`): Matrices of the result to lower one by one.
 
     Returns:
@@ -84,12 +80,12 @@ def run_search(
     """
     if num_bottlenecks < 0:
         raise ValueError(f"`num_bottlenecks` must be at least 0, got {num_bottlenecks}.")
-    search = make_search(setting, bases, len(examples))
+    search = make_search(setting, bases)
     search.num_bottlenecks = num_bottlenecks
     with open_study(setting, search, bases) as study, LiveRanks(setting.model, bases) as live:
-        scorers = make_scorers(setting, search, live, examples, calibration)
+        scorers = make_scorers(setting, search, live)
         scored = lead(search, study, scorers, progress=setting.progress)
-    found = summarize(search, scored, metric_name(setting.metric))
+    found = summarize(search, scored, {task.name: metric_name(task.metric) for task in setting.tasks})
     if setting.work.path is not None:
         path = setting.work.path / f"{SUMMARY}-{study.name.removeprefix('sieve-')}.json"
         with replacing(path) as temporary:
@@ -102,24 +98,19 @@ def wait_for_search(setting: Setting) -> None:
     wait_for_study(_storage_url(setting) or "", _study_name(setting))
 
 
-def join_search(
-    setting: Setting,
-    bases: Mapping[str, FactorBasis],
-    examples: Sequence[Example],
-    calibration: Sequence[Example],
-) -> int:
+def join_search(setting: Setting, bases: Mapping[str, FactorBasis]) -> int:
     """Score candidates of a search that another process leads; return how many.
 
     Raises:
         ValueError: If `bases` are not those the search was made with.
     """
-    search = make_search(setting, bases, len(examples))
+    search = make_search(setting, bases)
     with (
         SearchStudy(_storage_url(setting), _study_name(setting), search.space) as study,
         LiveRanks(setting.model, bases) as live,
     ):
         study.check_digest("bases", bases_digest(bases))
-        scorers = make_scorers(setting, search, live, examples, calibration)
+        scorers = make_scorers(setting, search, live)
         return work(search, study, scorers, progress=setting.progress)
 
 
@@ -133,8 +124,8 @@ def preset_of(setting: Setting) -> SearchPreset:
     )
 
 
-def make_search(setting: Setting, bases: Mapping[str, FactorBasis], num_examples: int) -> Search:
-    """Make the search of a run; `num_examples` is the size of the selection split."""
+def make_search(setting: Setting, bases: Mapping[str, FactorBasis]) -> Search:
+    """Make the search of a run."""
     config, preset = setting.config, preset_of(setting)
     curves = setting.loss_curves(bases)
     space = SearchSpace.from_curves(curves, storage=config.storage, multiple=config.rank_multiple, levels=preset.levels)
@@ -147,30 +138,41 @@ def make_search(setting: Setting, bases: Mapping[str, FactorBasis], num_examples
     goal = Goal(
         tolerance=config.tolerance or 0.0,
         confidence=config.confidence,
-        confirm_count=num_examples - config.search_count(num_examples),
+        confirm_counts=tuple(len(task.selection) - config.search_count(len(task.selection)) for task in setting.tasks),
         kept=None if config.pruning_ratio is None else 1 - config.pruning_ratio,
     )
     return Search(space=space, preset=preset, goal=goal, allocate=allocated, seed=config.seed)
 
 
-def make_scorers(
+def make_scorers(setting: Setting, search: Search, live: LiveRanks) -> dict[str, JointScorer]:
+    """Make the scorers of the search part and of the confirmation part of every task's selection split."""
+    weights = [task.weight for task in setting.tasks]
+    searching = JointScorer([_search_scorer(setting, task, search, live) for task in setting.tasks], weights)
+    confirming = JointScorer([_confirm_scorer(setting, task, live) for task in setting.tasks], weights)
+    return {SEARCH: searching, BOTTLENECK: searching, CONFIRM: confirming}
+
+
+def _search_scorer(setting: Setting, task: TaskSetting, search: Search, live: LiveRanks) -> Scorer:
+    count = setting.config.search_count(len(task.selection))
+    ends = sorted({max(min(_LEAST_SLICE, count), math.ceil(part * count)) for part in search.preset.slices})
+    return _scorer(setting, task, live, task.selection[:count], ends, task.calibration)
+
+
+def _confirm_scorer(setting: Setting, task: TaskSetting, live: LiveRanks) -> Scorer:
+    count = setting.config.search_count(len(task.selection))
+    return _scorer(setting, task, live, task.selection[count:], [len(task.selection) - count])
+
+
+def _scorer(
     setting: Setting,
-    search: Search,
+    task: TaskSetting,
     live: LiveRanks,
     examples: Sequence[Example],
-    calibration: Sequence[Example] = (),
-) -> dict[str, Scorer]:
-    """Make the scorers of the search part and of the confirmation part of the selection split."""
-    count = setting.config.search_count(len(examples))
-    ends = sorted({max(min(_LEAST_SLICE, count), math.ceil(part * count)) for part in search.preset.slices})
-    rest = len(examples) - count
-
-    def scorer(part: Sequence[Example], ends: Sequence[int], more: Sequence[Example] = ()) -> Scorer:
-        size = setting.config.batch_size
-        return Scorer(live, part, ends, setting.tokenizer, metric=setting.metric, batch_size=size, calibration=more)
-
-    searching = scorer(examples[:count], ends, calibration)
-    return {SEARCH: searching, BOTTLENECK: searching, CONFIRM: scorer(examples[count:], [rest])}
+    ends: Sequence[int],
+    more: Sequence[Example] = (),
+) -> Scorer:
+    size = setting.config.batch_size
+    return Scorer(live, examples, ends, setting.tokenizer, metric=task.metric, batch_size=size, calibration=more)
 
 
 def open_study(setting: Setting, search: Search, bases: Mapping[str, FactorBasis]) -> SearchStudy:

@@ -9,7 +9,7 @@ the energy allocation of its own size. Does not import torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,20 +18,20 @@ from scipy.optimize import isotonic_regression
 
 from optimum_sieve.tasks.metrics import standard_error
 
+from .candidate import Outcome
+
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from .candidate import Candidate, Outcome
-    from .genome import SearchSpace
+    from .candidate import Candidate
+    from .genome import Genome, SearchSpace
 
 
 # Kept fractions about a size between which the energy allocation's loss is taken as a line.
 _WINDOW = 0.08
-# Candidates farther from the limit than this kept fraction say little about it.
-_NEAR = 0.15
 # Kept fraction that a nat is worth at most: where the loss hardly rises, its noise must not be taken for size.
 _LARGEST_EXCHANGE = 10.0
 
@@ -43,14 +43,23 @@ class Goal:
     Args:
         tolerance (`float`): Loss accepted, in points of the metric.
         confidence (`float`): One-sided confidence of the confirmation.
-        confirm_count (`int`): Examples on which the result will be confirmed.
+        confirm_counts (`tuple[int, ...]`): Examples of each task on which the result will be confirmed.
         kept (`float`, *optional*): Kept fraction asked for; `None`: the least within the tolerance.
     """
 
     tolerance: float
     confidence: float
-    confirm_count: int
+    confirm_counts: tuple[int, ...]
     kept: float | None = None
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks that the result is to do."""
+        return len(self.confirm_counts)
+
+    def of_task(self, place: int) -> Goal:
+        """Return the goal of a single task."""
+        return replace(self, confirm_counts=(self.confirm_counts[place],))
 
 
 def room(outcome: Outcome, goal: Goal) -> float:
@@ -58,18 +67,18 @@ def room(outcome: Outcome, goal: Goal) -> float:
 
     That is if its mean were the expected one, and its scatter that of `outcome`.
     """
-    margin = outcome.mean - outcome.bound(goal.confidence, goal.confirm_count)
+    margin = outcome.mean - outcome.bound(goal.confidence, goal.confirm_counts[0])
     return outcome.expected - margin + goal.tolerance
 
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """All scored candidates of some generations, compared.
+    """All scored candidates of some generations, compared by their outcomes on one task.
 
     Args:
         space (`SearchSpace`): The space.
-        scored (`tuple[Candidate, ...]`): Candidates with outcomes, the energy seeds among them.
-        goal (`Goal`): What is searched.
+        scored (`tuple[Candidate, ...]`): Candidates with outcomes on the task, the energy seeds among them.
+        goal (`Goal`): What is searched, of this task.
     """
 
     space: SearchSpace
@@ -86,21 +95,20 @@ class Standing:
 
         How much harder those are than all is known from the complete candidates.
         """
-        assert candidate.outcome is not None
-        if candidate.outcome.complete or self._reference is None:
-            return candidate.outcome.rise
-        first = float(self._reference[: candidate.outcome.count].mean())
-        return candidate.outcome.rise - first + float(self._reference.mean())
+        outcome = _outcome(candidate)
+        if outcome.complete or self._reference is None:
+            return outcome.rise
+        first = float(self._reference[: outcome.count].mean())
+        return outcome.rise - first + float(self._reference.mean())
 
     def noise(self, candidate: Candidate) -> float:
         """Standard error of a candidate's rise beside what all candidates share, as they see the same examples."""
-        assert candidate.outcome is not None
-        rises = candidate.outcome.rises
+        rises = _outcome(candidate).rises
         return standard_error(rises if self._reference is None else rises - self._reference[: len(rises)])
 
     @cached_property
     def _reference(self) -> NDArray[np.float64] | None:
-        complete = [candidate.outcome.rises for candidate in self.complete if candidate.outcome]
+        complete = [_outcome(candidate).rises for candidate in self.complete]
         return np.mean(complete, axis=0) if complete else None
 
     @cached_property
@@ -111,7 +119,7 @@ class Standing:
                 self.space.kept(candidate.genome),
                 float(self.space.losses(candidate.genome).sum()),
                 self.rise(candidate),
-                room(candidate.outcome, self.goal),
+                room(_outcome(candidate), self.goal),
             )
             for candidate in self.scored
             if candidate.origin == "energy" and candidate.outcome
@@ -172,30 +180,16 @@ class Standing:
         """Rise of the loss beyond that of the energy allocation of the same size, in nats; below 0 is better."""
         return self.rise(candidate) - self.energy_rise(self.space.kept(candidate.genome))
 
-    def size(self, candidate: Candidate) -> float:
-        """Kept fraction at which the candidate's allocation would reach the limit, from its departure."""
-        return self.energy_size + self.exchange * self.departure(candidate)
+    def predicted_departure(self, genome: Genome) -> float:
+        """Departure that the predicted losses alone say."""
+        predicted = self.predicted_rise(float(self.space.losses(genome).sum()))
+        return predicted - self.energy_rise(self.space.kept(genome))
 
-    @cached_property
-    def near(self) -> list[Candidate]:
-        """Candidates whose size is near that of the energy allocation at the limit."""
-        return [c for c in self.scored if abs(self.space.kept(c.genome) - self.energy_size) < _NEAR]
 
-    @cached_property
-    def ranking(self) -> list[Candidate]:
-        """Complete candidates, best first: those near the limit, and within the size asked for, where there are any."""
-        most = 1.0 if self.goal.kept is None else self.goal.kept
-        within = [c for c in self.near if c.outcome and self.space.kept(c.genome) <= most]
-        near = [candidate for candidate in within if candidate.outcome and candidate.outcome.complete]
-        return sorted(near or self.complete, key=lambda candidate: (self.departure(candidate), candidate.place))
-
-    def best_size_by_generation(self) -> list[float]:
-        """Best size reached up to each generation."""
-        last = max((candidate.generation for candidate in self.scored), default=-1)
-        return [
-            min((self.size(c) for c in self.ranking if c.generation <= generation), default=float("inf"))
-            for generation in range(last + 1)
-        ]
+def _outcome(candidate: Candidate) -> Outcome:
+    """Return a candidate's outcome on one task."""
+    assert isinstance(candidate.outcome, Outcome)
+    return candidate.outcome
 
 
 def is_stagnant(bests: Sequence[float], patience: int, least_gain: float) -> bool:

@@ -18,7 +18,7 @@ import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from .candidate import Candidate, Outcome
+from .candidate import AnyOutcome, Candidate, read_outcome
 from .correction import Shares
 from .processes import is_dead, this_process
 from .storage import GRACE_SECONDS, HEARTBEAT_SECONDS, close_storage, open_storage, quiet
@@ -204,7 +204,7 @@ class SearchStudy:
             over.set()
             thread.join()
 
-    def record(self, number: int, candidate: Candidate, outcome: Outcome) -> None:
+    def record(self, number: int, candidate: Candidate, outcome: AnyOutcome) -> None:
         """End a trial with its scores; where another process ended it meanwhile, that counts."""
         identifier = self._trial_id(number)
         try:
@@ -257,7 +257,7 @@ class SearchStudy:
                 "slot": candidate.slot,
                 "origin": candidate.origin,
                 "rival": candidate.rival,
-                "allowance": candidate.allowance,
+                "allowances": candidate.allowances,
             },
         )
 
@@ -273,8 +273,8 @@ class SearchStudy:
             slot=attributes["slot"],
             origin=attributes["origin"],
             rival=None if rival is None else (int(rival[0]), int(rival[1])),
-            allowance=attributes["allowance"],
-            outcome=None if outcome is None else Outcome.from_dict(outcome),
+            allowances=tuple(attributes["allowances"]),
+            outcome=None if outcome is None else read_outcome(outcome),
         )
 
     def _trial_id(self, number: int) -> int:

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from .bottlenecks import SHARE, bottleneck_table
 from .candidate import BOTTLENECK, SEARCH
-from .standing import Standing
+from .standings import Standings
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from .candidate import Candidate
+    from .candidate import AnyOutcome, Candidate
     from .search import Search
+    from .standing import Goal
 
 
 FORMAT_VERSION = 1
@@ -21,35 +22,37 @@ FORMAT_VERSION = 1
 SUMMARY = "search"
 
 
-def summarize(search: Search, scored: Sequence[Candidate], metric: str) -> dict[str, Any]:
+def summarize(search: Search, scored: Sequence[Candidate], metrics: Mapping[str, str]) -> dict[str, Any]:
     """Return everything a report shows.
 
     Args:
         search (`Search`): The search.
         scored (`Sequence[Candidate]`): All candidates with outcomes.
-        metric (`str`): The task's metric.
+        metrics (`Mapping[str, str]`): The metric of each task, by its name.
 
     Raises:
         RuntimeError: If the search has no result.
     """
+    names = list(metrics)
     # Corrected, as the search itself ranked and chose.
     space, goal = search.corrected, search.goal
     result = search.result(scored)
     searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
-    standing = Standing(space, searched, goal) if search.preset.guided and goal.kept is None else None
+    standing = Standings(space, searched, goal) if search.preset.guided and goal.kept is None else None
 
     def described(candidate: Candidate) -> dict[str, Any]:
         rated = standing is not None and candidate.part == SEARCH and candidate in standing.ranking
-        return {**describe(search, candidate), "size": standing.size(candidate) if standing and rated else None}
+        return {**describe(search, candidate, names), "size": standing.size(candidate) if standing and rated else None}
 
     return {
         "format_version": FORMAT_VERSION,
-        "metric": metric,
+        "metric": ", ".join(dict.fromkeys(metrics.values())),
+        "tasks": names,
         "preset": search.preset.name,
         "tolerance": goal.tolerance if goal.kept is None else None,
         "confidence": goal.confidence,
         "ranks": space.ranks(result.genome),
-        "result": describe(search, result),
+        "result": describe(search, result, names),
         "candidates": [described(candidate) for candidate in scored if candidate.part != BOTTLENECK],
         "matrices": [
             {
@@ -67,8 +70,8 @@ def summarize(search: Search, scored: Sequence[Candidate], metric: str) -> dict[
     }
 
 
-def describe(search: Search, candidate: Candidate) -> dict[str, Any]:
-    """Return a candidate's figures as JSON types."""
+def describe(search: Search, candidate: Candidate, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return a candidate's figures as JSON types; of several tasks those of the worst, and of each under `"tasks"`."""
     outcome = candidate.outcome
     assert outcome is not None
     return {
@@ -79,7 +82,18 @@ def describe(search: Search, candidate: Candidate) -> dict[str, Any]:
         "slot": candidate.slot,
         "origin": candidate.origin,
         "complete": outcome.complete,
-        "lower_bound": outcome.bound(search.goal.confidence),
+        **_figures(outcome, search.goal),
+        **(
+            {"tasks": {name: _figures(part, search.goal) for name, part in zip(tasks, outcome.parts, strict=True)}}
+            if len(tasks) > 1
+            else {}
+        ),
+    }
+
+
+def _figures(outcome: AnyOutcome, goal: Goal) -> dict[str, Any]:
+    return {
+        "lower_bound": outcome.bound(goal.confidence),
         "mean": outcome.mean,
         "expected": outcome.expected,
         "standard_error": outcome.standard_error,

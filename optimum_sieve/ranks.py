@@ -1,0 +1,91 @@
+"""The choice of every target's rank: by the size asked for, or by search within the tolerance on every task."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from .comparison import compare
+from .search.live import LiveRanks
+from .search.stage import run_search
+from .setting import score
+from .stages import BASIS_SETTINGS, allocate_ranks
+from .tolerance import search_kept_fraction
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from .comparison import Comparison
+    from .evaluation import Evaluation
+    from .factorization import FactorBasis
+    from .healer import Healer
+    from .search.genome import Ranks
+    from .setting import Setting, TaskSetting
+
+
+logger = logging.getLogger(__name__)
+
+
+def choose_ranks(
+    setting: Setting,
+    bases: Mapping[str, FactorBasis],
+    healer: Healer | None = None,
+) -> tuple[Ranks, list[dict[str, Any]]]:
+    """Choose every target's rank, by `pruning_ratio` or by search within `tolerance`.
+
+    Args:
+        setting (`Setting`): The run.
+        bases (`Mapping[str, FactorBasis]`): A basis of every target.
+        healer (`Healer`, *optional*): Heals every size that is tried; the examples it has not seen decide.
+
+    Returns:
+        `tuple[dict, list[dict]]`: Ranks by name (`None` = dense), and what the search tried.
+
+    Raises:
+        RuntimeError: If the search found nothing within the tolerance.
+    """
+    config = setting.config
+    if config.allocation == "genetic":
+        result = run_search(setting, bases)
+        return result["ranks"], result["candidates"]
+    if config.pruning_ratio is not None:
+        return allocate_ranks(setting, bases, 1 - config.pruning_ratio), []
+    deciding = [task.selection for task in setting.tasks] if healer is None else healer.unseen
+
+    def scored(what: str, **key: object) -> list[Evaluation]:
+        part = "selection" if healer is None else "{} unmonitored examples of selection"
+        return [
+            score(setting, task, examples, f"{what} on {part.format(len(examples))}", **key)
+            for task, examples in zip(setting.tasks, deciding, strict=True)
+        ]
+
+    dense = scored("dense model")
+    for task, found in zip(setting.tasks, dense, strict=True):
+        warn_of_the_majority(task, found)
+    names = (*BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple", *(("heal",) if healer else ()))
+    with LiveRanks(setting.model, bases) as live:
+
+        def compare_at(kept: float) -> dict[str, Comparison]:
+            ranks = allocate_ranks(setting, bases, kept)
+            with nullcontext(live.hold(ranks)) if healer is None else healer.healed(bases, ranks):
+                pruned = scored(f"kept {kept:.1%}", ranks=ranks, settings=setting.key(*names))
+            triples = zip(setting.tasks, dense, pruned, strict=True)
+            return {task.name: compare(before, after) for task, before, after in triples}
+
+        kept, trials = search_kept_fraction(
+            compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
+        )
+    return allocate_ranks(setting, bases, kept), trials
+
+
+def warn_of_the_majority(task: TaskSetting, dense: Evaluation) -> None:
+    """Warn where the dense model does no better on a task than one answer for all."""
+    if dense.score <= dense.majority_score:
+        logger.warning(
+            "The dense model scores %.4f on the selection split of %r, always giving the most frequent answer %.4f: "
+            "there is nothing to lose, and any size may pass. Improve the prompt, or take another model.",
+            dense.score, task.name, dense.majority_score,
+        )  # fmt: skip
