@@ -39,12 +39,15 @@ class SieveResult:
         rank_pattern (`dict[str, dict]`): Module name, relative to the base model -> `rank`, `storage`, `bias`.
         report (`dict[str, Any]`): The content of `sieve_report.json`.
         trials (`list[dict]`): What the search tried, with its figures on the selection split.
+        evaluations (`dict[str, Evaluation]`):
+            What each example of the test split got, under `"dense"` and `"pruned"`, in the task's order.
     """
 
     model: PreTrainedModel
     rank_pattern: dict[str, dict[str, Any]]
     report: dict[str, Any]
     trials: list[dict[str, Any]]
+    evaluations: dict[str, Evaluation]
 
 
 def make_result(
@@ -101,7 +104,13 @@ def make_result(
         settings=settings,
         results={key: report[key] for key in ("task", "split", "metric", "count", "dense", "pruned")},
     )
-    return SieveResult(model=model, rank_pattern=read_rank_pattern(model), report=report, trials=trials)
+    return SieveResult(
+        model=model,
+        rank_pattern=read_rank_pattern(model),
+        report=report,
+        trials=trials,
+        evaluations={"dense": dense, "pruned": pruned},
+    )
 
 
 def save_result(

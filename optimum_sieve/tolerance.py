@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class ToleranceError(RuntimeError):
+    """No size that was tried is within the tolerance."""
+
+
 def search_kept_fraction(
     compare_at: Callable[[float], Comparison], *, tolerance: float, confidence: float, steps: int
 ) -> tuple[float, list[dict[str, float]]]:
@@ -33,7 +37,7 @@ def search_kept_fraction(
         `tuple[float, list[dict]]`: The kept fraction, and each trial with its figures.
 
     Raises:
-        RuntimeError: If no fraction tried was within the tolerance.
+        ToleranceError: If no fraction tried was within the tolerance.
     """
     low, high = 0.0, 1.0
     trials: list[dict[str, float]] = []
@@ -49,7 +53,7 @@ def search_kept_fraction(
         low, high = (low, kept) if bound >= -tolerance else (kept, high)
     if high == 1.0:
         best = max(trials, key=lambda trial: trial["lower_bound"])
-        raise RuntimeError(
+        raise ToleranceError(
             f"`tolerance` must leave room for pruning, got {tolerance}: keeping {best['kept']:.1%} of the parameters "
             f"already costs {-best['mean']:.4f} +- {best['standard_error']:.4f}. Accept a larger tolerance, use more "
             "selection examples (a smaller standard error), or set `pruning_ratio`."

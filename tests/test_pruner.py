@@ -63,6 +63,8 @@ def test_tolerance_holds_on_the_test_split(pruner, learned, task):
     assert parameters["targets_after"] < 0.5 * parameters["targets_before"]
     assert difference.mean + 2 * difference.standard_error >= -0.05
     assert result.report["paired_difference"]["mean"] == pytest.approx(difference.mean)
+    found = compare(result.evaluations["dense"], result.evaluations["pruned"])
+    assert (found.mean, found.agreement) == (difference.mean, difference.agreement)
 
 
 def test_budget_is_met_and_counted_from_the_modules(pruner, learned):
