@@ -17,21 +17,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from source import choose_source
+from training import train_on_answers
 
 from optimum_sieve import FactorizedLinear, Task, compare, evaluate
-from optimum_sieve.inputs import input_format
 from optimum_sieve.loading import load_model
 from optimum_sieve.lora import factor_targets, whole_matrix
-from optimum_sieve.losses import answer_loss
 from optimum_sieve.modeling_sieve import read_rank_pattern
-from optimum_sieve.scoring import input_device, make_batches
 from optimum_sieve.targets import find_targets
 from optimum_sieve.widening import recompress
 
@@ -98,29 +95,15 @@ class Bench:
 
     def train(self, model: Any, seed: int) -> list[float]:
         """Train what requires a gradient, and return the mean loss of each batch."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.chosen.learning_rate, weight_decay=0.0)
-        batches = make_batches(
-            self.training,
+        return train_on_answers(
+            model,
             self.tokenizer,
+            self.training,
+            learning_rate=self.chosen.learning_rate,
             batch_size=self.chosen.batch_size,
-            candidates=False,
-            inputs=input_format(model),
+            epochs=self.chosen.epochs,
+            seed=seed,
         )
-        order = [batch for _ in range(self.chosen.epochs) for batch in batches]
-        random.Random(seed).shuffle(order)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(order))
-        device, losses = input_device(model), []
-        model.train()
-        for batch in order:
-            loss = answer_loss(model, batch.to(device)) / batch.num_examples
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(float(loss.detach()))
-        model.eval()
-        return losses
 
     def run(self, way: str, seed: int) -> None:
         """Train one adapter, and report it unmerged and merged."""

@@ -44,7 +44,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, TorchAoConfig
 
 from optimum_sieve import FactorizedLinear, Task, compare, evaluate
 from optimum_sieve.comparison import divergences
-from optimum_sieve.conversion import _forget_gguf
+from optimum_sieve.conversion import forget_gguf
 from optimum_sieve.inputs import auto_class_name
 from optimum_sieve.loading import default_device, load_model
 from optimum_sieve.quantization import compatible
@@ -260,7 +260,7 @@ def save_originals(chosen: argparse.Namespace, root: Path) -> tuple[dict[str, Pa
     for side, source, gguf in (("pruned", chosen.pruned, None), ("dense", name, gguf_file)):
         model, tokenizer, _ = load_model(source, dtype=chosen.dtype, gguf_file=gguf)
         # transformers saves no model that remembers its GGUF file.
-        _forget_gguf(model)
+        forget_gguf(model)
         directories[side] = root / side
         model.save_pretrained(directories[side])
     # The dense model's tokenizer, the last one, reads the examples for both.

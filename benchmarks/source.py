@@ -14,9 +14,18 @@ from optimum_sieve import Task
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"))
 
 from prepare import CACHE, MODEL_FILE, MODEL_NAME, download, prepare, prepare_reviews
+from speed import decode_speeds
 
 
-__all__ = ["CACHE", "choose_source", "download", "prepare_reviews", "prepare_subjects"]
+__all__ = [
+    "CACHE",
+    "MODEL_NAME",
+    "choose_source",
+    "decode_speeds",
+    "download",
+    "prepare_reviews",
+    "prepare_subjects",
+]
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 

@@ -55,7 +55,7 @@ def sieve_model(
     """
     base_config, base_class = _base_classes(model)
     _check_layers(model)
-    _forget_gguf(model)
+    forget_gguf(model)
     fuse_dense_experts(model)
     block: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -162,8 +162,12 @@ def is_gguf(model: PreTrainedModel) -> bool:
     return bool(getattr(settings, "quant_method", None) == "gguf")
 
 
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """Forget that the weights came from a GGUF file; transformers saves no model that remembers it."""
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Forget that the weights came from a GGUF file; transformers saves no model that remembers it.
+
+    Raises:
+        ValueError: If they are packed in blocks still.
+    """
     if not is_gguf(model):
         return
     if getattr(getattr(model, "hf_quantizer", None), "packed_modules", None):

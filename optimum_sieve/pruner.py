@@ -204,7 +204,8 @@ class SievePruner:
 
         Raises:
             ValueError: If the settings, the model or the data break a rule; before any long work where it can be seen.
-            RuntimeError: If the model was pruned before, or nothing within the tolerance was found; it is dense then.
+            RuntimeError: If the model was pruned before.
+            ToleranceError: If nothing within the tolerance was found; a `RuntimeError`. The model is dense then.
         """
         seconds: dict[str, float] = {}
         setting = self._prepare(config, work_dir, study_storage, progress)

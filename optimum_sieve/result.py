@@ -33,23 +33,6 @@ PIPELINE_TAGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SieveResult:
-    """What a pruning run returns.
-
-    Args:
-        model (`PreTrainedModel`): The pruned model, of model type `sieve`.
-        rank_pattern (`dict[str, dict]`): Module name, relative to the base model -> `rank`, `storage`, `bias`.
-        report (`dict[str, Any]`): The content of `sieve_report.json`.
-        trials (`list[dict]`): What the search tried, with its figures on the selection split.
-    """
-
-    model: PreTrainedModel
-    rank_pattern: dict[str, dict[str, Any]]
-    report: dict[str, Any]
-    trials: list[dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
 class TaskScores:
     """What was scored of one task.
 
@@ -74,6 +57,25 @@ class TaskScores:
         """Return what the report says of the task."""
         comparison = compare(self.dense, self.pruned)
         return task_block(self.task, self.dense, self.pruned, comparison, references=self.references)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SieveResult:
+    """What a pruning run returns.
+
+    Args:
+        model (`PreTrainedModel`): The pruned model, of model type `sieve`.
+        rank_pattern (`dict[str, dict]`): Module name, relative to the base model -> `rank`, `storage`, `bias`.
+        report (`dict[str, Any]`): The content of `sieve_report.json`.
+        trials (`list[dict]`): What the search tried, with its figures on the selection split.
+        scores (`tuple[TaskScores, ...]`): What each example of the test split got, of each task.
+    """
+
+    model: PreTrainedModel
+    rank_pattern: dict[str, dict[str, Any]]
+    report: dict[str, Any]
+    trials: list[dict[str, Any]]
+    scores: tuple[TaskScores, ...]
 
 
 def make_result(
@@ -121,7 +123,13 @@ def make_result(
         settings=settings,
         results=_results(report),
     )
-    return SieveResult(model=model, rank_pattern=read_rank_pattern(model), report=report, trials=trials)
+    return SieveResult(
+        model=model,
+        rank_pattern=read_rank_pattern(model),
+        report=report,
+        trials=trials,
+        scores=tuple(scores),
+    )
 
 
 def _results(report: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class ToleranceError(RuntimeError):
+    """No size that was tried is within the tolerance."""
+
+
 def search_kept_fraction(
     compare_at: Callable[[float], Mapping[str, Comparison]], *, tolerance: float, confidence: float, steps: int
 ) -> tuple[float, list[dict[str, Any]]]:
@@ -40,7 +44,7 @@ def search_kept_fraction(
         are under `"tasks"`, and `"lower_bound"` is the lowest.
 
     Raises:
-        RuntimeError: If no fraction tried was within the tolerance.
+        ToleranceError: If no fraction tried was within the tolerance.
     """
     low, high = 0.0, 1.0
     trials: list[dict[str, Any]] = []
@@ -56,7 +60,7 @@ def search_kept_fraction(
             )  # fmt: skip
         low, high = (low, kept) if min(bounds.values()) >= -tolerance else (kept, high)
     if high == 1.0:
-        raise RuntimeError(_nothing_found(trials, tolerance))
+        raise ToleranceError(_nothing_found(trials, tolerance))
     return high, trials
 
 

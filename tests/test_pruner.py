@@ -65,6 +65,8 @@ def test_tolerance_holds_on_the_test_split(pruner, learned, task):
     assert parameters["targets_after"] < 0.5 * parameters["targets_before"]
     assert difference.mean + 2 * difference.standard_error >= -0.05
     assert result.report["paired_difference"]["mean"] == pytest.approx(difference.mean)
+    found = compare(result.scores[0].dense, result.scores[0].pruned)
+    assert (found.mean, found.agreement) == (difference.mean, difference.agreement)
 
 
 def test_budget_is_met_and_counted_from_the_modules(pruner, learned):
@@ -173,10 +175,9 @@ def test_killed_run_resumes_to_the_same_result(learned, task, tmp_path, monkeypa
 def test_a_first_run_has_the_bases_as_one_that_goes_on(learned, task, tmp_path):
     """Where they lie otherwise in memory, products round otherwise, and a search that goes on finds something else."""
     setting = prepare(
-        copy.deepcopy(learned), make_tokenizer(), task, HALF, work_dir=tmp_path, study_storage=None, progress=False
+        copy.deepcopy(learned), make_tokenizer(), (task,), HALF, work_dir=tmp_path, study_storage=None, progress=False
     )
-    examples = task.examples("calibration", make_tokenizer())
-    first, second = calibrate(setting, examples, {}), calibrate(setting, examples, {})
+    first, second = calibrate(setting, {}), calibrate(setting, {})
     for name, basis in first.items():
         for field, tensor in basis.tensors().items():
             again = second[name].tensors()[field]

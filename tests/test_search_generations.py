@@ -14,6 +14,7 @@ from optimum_sieve.search.confirm import confirmed, ladder, next_step
 from optimum_sieve.search.predictor import Predictor
 from optimum_sieve.search.standing import Goal, Standing
 from optimum_sieve.search.standings import Standings
+from optimum_sieve.tolerance import ToleranceError
 
 
 SMALL = {"levels": (1.0, 0.5, 0.1), "population_size": 12, "generations": 12}
@@ -168,7 +169,7 @@ def test_nothing_confirmed_is_an_error_with_a_remedy():
     hopeless = play(
         search, lambda search, candidate: make_outcome(-0.3, rise=0.1 + true_loss(search, candidate.genome))
     )
-    with pytest.raises(RuntimeError, match=r"`tolerance` must leave room for pruning, got 0.02: keeping .* fresh ex"):
+    with pytest.raises(ToleranceError, match=r"`tolerance` must leave room for pruning, got 0.02: keeping .* fresh ex"):
         search.result(hopeless)
     with pytest.raises(RuntimeError, match="at least one candidate"):
         search.best([])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from optimum_sieve.comparison import Comparison
-from optimum_sieve.tolerance import search_kept_fraction
+from optimum_sieve.tolerance import ToleranceError, search_kept_fraction
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def test_no_fraction_within_the_tolerance() -> None:
     message = (
         r"`tolerance` must leave room for pruning, got 0\.02: keeping \d+\.\d% .* costs 0\.1000 \+- 0\.0100\. Accept"
     )
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ToleranceError, match=message):
         search_kept_fraction(cliff(1.1, standard_error=0.01), tolerance=0.02, confidence=0.9, steps=4)
 
 

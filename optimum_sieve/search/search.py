@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from optimum_sieve.tolerance import ToleranceError
+
 from . import guided, plain
 from .bottlenecks import bottleneck_candidates
 from .candidate import CONFIRM, SEARCH, Candidate, Rival
@@ -158,7 +160,8 @@ class Search:
         """Return the candidate to use: the confirmed one or, where a size was given, the best.
 
         Raises:
-            RuntimeError: If no size was confirmed, or none was as small as asked.
+            ToleranceError: If no size was confirmed.
+            RuntimeError: If none was as small as asked.
         """
         if self.goal.kept is not None:
             wanted = self._ending(scored)[0]
@@ -179,7 +182,7 @@ class Search:
                 if outcome
                 else "nothing was tested"
             )
-            raise RuntimeError(
+            raise ToleranceError(
                 f"`tolerance` must leave room for pruning, got {self.goal.tolerance}: {tested}. Accept a larger "
                 "tolerance, use more selection examples (a smaller standard error), or set `pruning_ratio`."
             )

@@ -1,0 +1,149 @@
+"""Measure how far each method prunes each task within 1, 2 and 5 points, and write docs/results.md.
+
+    python benchmarks/results.py --preset small                   # under an hour on two cores
+    python benchmarks/results.py --preset full                    # a night or two
+    python benchmarks/results.py --preset small --tasks movie snips --methods joint-energy
+    python benchmarks/results.py --preset small --render          # the page alone, from what the cache has
+    python benchmarks/results.py --preset small --list            # what the cache has, and what is still to come
+
+A cell is a method on a task within a tolerance. Each is kept in `--cache` under a hash of its settings, the task file,
+the numbers of rows, the model and the version of this package; a run that was killed goes on, and other weights or rows
+are measured anew. Several processes may share the cache if their `--tasks` differ; tokens per second then say little.
+
+The rows of the demo's task come from the package index. Those of the others lie in `--data`, one folder for each data
+set with train.jsonl, validation.jsonl and test.jsonl (see examples/tasks/); `SIEVE_DATA` names it without the option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from results.cells import Cache, Cell, base_key, list_cells
+from results.dense import load_dense
+from results.measure import measure
+from results.methods import METHODS, PRESETS, Method
+from results.plots import write_pictures
+from results.setup import Setup, Source
+from results.suite import JOBS, ROOT, Job, Places
+from results.table import collect, number, render
+
+from optimum_sieve.output import replacing
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DATA = os.environ.get("SIEVE_DATA", str(ROOT.parent / "shared" / "data"))
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--tasks", nargs="+", choices=[job.name for job in JOBS], help="default: all of the preset")
+    parser.add_argument("--methods", nargs="+", choices=[method.name for method in METHODS], help="default: all")
+    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    parser.add_argument("--data", type=Path, default=Path(DATA), help="directory with a folder for each data set")
+    parser.add_argument("--cache", type=Path, default=ROOT / "results-cache", help="of figures, weights and moments")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "results.md", help="the page, pictures beside it"
+    )
+    parser.add_argument("--render", action="store_true", help="measure nothing")
+    parser.add_argument("--list", action="store_true", help="measure and write nothing")
+    chosen = parser.parse_args(words)
+    unknown = [name for name in chosen.tasks or () if name not in PRESETS[chosen.preset].limits]
+    if unknown:
+        parser.error(f"`--tasks` must be of the preset {chosen.preset!r}, got {', '.join(unknown)}. Use --preset full.")
+    return chosen
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure what is missing and write the page."""
+    chosen = parse_arguments(words)
+    setup = Setup(
+        preset=PRESETS[chosen.preset],
+        source=Source(model=chosen.model),
+        places=Places(data=chosen.data, cache=chosen.cache),
+        cache=Cache(chosen.cache),
+    )
+    jobs = [job for job in JOBS if job.name in (chosen.tasks or setup.preset.limits)]
+    methods = tuple(method for method in METHODS if chosen.methods is None or method.name in chosen.methods)
+    if chosen.list:
+        print_cells(jobs, methods, setup)
+        return
+    if not chosen.render:
+        check_rows(jobs, setup)
+        for job in jobs:
+            run_job(job, methods, setup)
+    write_page(chosen.output, setup)
+
+
+def print_cells(jobs: Sequence[Job], methods: tuple[Method, ...], setup: Setup) -> None:
+    """Print which cells the cache has."""
+    for job in jobs:
+        for cell in list_cells(job, methods, setup.preset, setup.source.name):
+            print(f"{'done' if setup.cache.read(cell.name) else 'to do':5} {describe(cell)}")
+
+
+def check_rows(jobs: Sequence[Job], setup: Setup) -> None:
+    """Read every task once, before any long work.
+
+    Raises:
+        SystemExit: If the rows of a task are not there.
+    """
+    for job in jobs:
+        try:
+            setup.places.read(job.rows, setup.preset.splits(job.name))
+            for rows in job.siblings.values():
+                setup.places.read(rows, setup.preset.sibling(job.name))
+        except FileNotFoundError as error:
+            raise SystemExit(
+                f"`--data` must be a directory with the rows of {job.name!r}, got {setup.places.data}: {error} Name "
+                "another directory, or the tasks whose rows you have by `--tasks`."
+            ) from error
+
+
+def run_job(job: Job, methods: tuple[Method, ...], setup: Setup) -> None:
+    """Measure the cells of a task that the cache lacks, and let its work directory go once it has all."""
+    preset, cache, name = setup.preset, setup.cache, setup.source.name
+    dense = load_dense(job, setup)
+    test = dense.figures["test"]
+    print(
+        f"{job.name}: dense {number(test['score'])}, most frequent answer {number(test['majority_score'])}", flush=True
+    )
+    if not dense.figures["clear"]:
+        print(f"{job.name}: not clearly above the most frequent answer, nothing is pruned", flush=True)
+        return
+    work_dir = cache.directory / f"work-{job.name}-{base_key(job, preset, name)}"
+    for cell in list_cells(job, methods, preset, name):
+        if cache.read(cell.name, dense.figures["fingerprint"]) is None:
+            found = measure(cell, dense, work_dir, preset.speed)
+            cache.write(cell.name, found)
+            kept = f"kept {number(found['kept'])}" if "kept" in found else "no size is within it"
+            print(f"{describe(cell)}: {kept}, {found['seconds']['whole']:.0f} s", flush=True)
+    if all(cache.read(cell.name, dense.figures["fingerprint"]) for cell in list_cells(job, METHODS, preset, name)):
+        shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def describe(cell: Cell) -> str:
+    """Name a cell in a line of output."""
+    return f"{cell.job.name}, {cell.method.title}, within {100 * cell.tolerance:g} points"
+
+
+def write_page(output: Path, setup: Setup) -> None:
+    """Write the page and its pictures from what the cache has."""
+    results = collect(JOBS, setup.preset, setup.source.name, setup.cache)
+    pictures = write_pictures(results, output.parent)
+    text = render(results, setup.preset, setup.source.name, {title: path.name for title, path in pictures.items()})
+    with replacing(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

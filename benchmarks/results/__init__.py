@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/results.py`: what is measured, on what, and how it is written down."""

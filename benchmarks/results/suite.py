@@ -1,0 +1,224 @@
+"""The tasks of the results table, their sibling data and how the dense model is made to do them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from source import CACHE, prepare_reviews
+
+from optimum_sieve import Task
+from optimum_sieve.output import replacing
+from optimum_sieve.tasks.files import read_file
+from optimum_sieve.tasks.spec import read_spec
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SPLIT_FILES = {"calibration": "train.jsonl", "selection": "validation.jsonl", "test": "test.jsonl"}
+SOURCES = ("amazon", "imdb", "yelp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """A LoRA tuning of the dense model on rows apart from selection and test, merged into it.
+
+    Args:
+        rows (`int`): Rows, of those that calibration is taken from; fewer where the data has fewer.
+        epochs (`int`): How often each is seen.
+        learning_rate (`float`): Of AdamW at the first step; it falls linearly to 0.
+        batch_size (`int`): Rows of each step.
+        rank (`int`): Rank of the adapters, on every linear of the blocks; their scale is 2.
+    """
+
+    rows: int
+    epochs: int
+    learning_rate: float
+    batch_size: int = 8
+    rank: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A task file whose rows lie elsewhere.
+
+    Args:
+        file (`str`): The task file, from the root of the repository.
+        data (`dict[str, Any]`): In place of the file's `data`.
+        place (`str`): Where its paths start: `"data"` (of `--data`), `"demo"` (the demo's cache) or `"rows"` (see
+            [`write_sources`]).
+        changes (`dict[str, Any]`): Other keys in place of the file's.
+    """
+
+    file: str
+    data: dict[str, Any]
+    place: str = "data"
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def spec(self, limit: dict[str, int]) -> dict[str, Any]:
+        """Return the content of the task file. No path of the machine is in it."""
+        return {**read_spec(ROOT / self.file), **self.changes, "data": self.data, "limit": limit}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A task of the table.
+
+    Args:
+        name (`str`): Its name on the command line.
+        title (`str`): Its name in the table.
+        kind (`str`): Kind of the task.
+        rows (`Rows`): The task.
+        siblings (`dict[str, Rows]`): Data of the same kind that is neither calibrated nor selected on, by name.
+        also (`tuple[str, ...]`): Metrics that are reported beside the task's own, which decides.
+        tuning (`Tuning`, *optional*): How the dense model is tuned. `None`: it does the task as it is.
+        note (`str`): What a reader has to know of the data.
+    """
+
+    name: str
+    title: str
+    kind: str
+    rows: Rows
+    siblings: dict[str, Rows] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+    tuning: Tuning | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where rows are read from.
+
+    Args:
+        data (`Path`): Directory with a folder for each data set.
+        cache (`Path`): Directory of the benchmark's own files.
+    """
+
+    data: Path
+    cache: Path
+
+    def read(self, rows: Rows, limit: dict[str, int]) -> Task:
+        """Read a task.
+
+        Raises:
+            FileNotFoundError: If its rows are not there; the message names the file.
+        """
+        roots = {"data": self.data, "demo": CACHE, "rows": self.cache / "rows"}
+        if rows.place == "demo":
+            prepare_reviews()
+        elif rows.place == "rows":
+            write_sources(self.data / "uci_sentences", roots["rows"])
+        return Task.from_dict(rows.spec(limit), roots[rows.place])
+
+
+def write_sources(folder: Path, output: Path) -> None:
+    """Write all sentences of each source of UCI 331 to a file of their own, `uci-<source>.jsonl`."""
+    found = [row for name in SPLIT_FILES.values() for row in read_file(name, folder)]
+    output.mkdir(parents=True, exist_ok=True)
+    for source in SOURCES:
+        lines = [json.dumps(row, ensure_ascii=False) for row in found if row["source"] == source]
+        with replacing(output / f"uci-{source}.jsonl") as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def split_files(folder: str) -> dict[str, Any]:
+    """Name the three files of a data set."""
+    return {"files": {split: f"{folder}/{name}" for split, name in SPLIT_FILES.items()}}
+
+
+def uci_job(source: str) -> Job:
+    """Make the job that calibrates and selects on the sentences of one source."""
+    file, fractions = "examples/tasks/uci_sentences.yaml", {"calibration": 0.26, "selection": 0.42, "test": 0.32}
+    own = Rows(
+        file=file,
+        place="rows",
+        data={"files": f"uci-{source}.jsonl", "fractions": fractions},
+        changes={"name": f"uci-{source}"},
+    )
+    siblings = {
+        other: Rows(file=file, place="rows", data={"files": {"test": f"uci-{other}.jsonl"}})
+        for other in SOURCES
+        if other != source
+    }
+    return Job(name=f"uci-{source}", title=f"Sentences of {source}", kind="labels", rows=own, siblings=siblings)
+
+
+JOBS = (
+    Job(
+        name="movie",
+        title="Movie reviews",
+        kind="labels",
+        rows=Rows(
+            file="examples/demo/movie.yaml",
+            place="demo",
+            data={"files": "movie.jsonl", "fractions": {"calibration": 0.2, "selection": 0.5, "test": 0.3}},
+        ),
+        siblings={
+            "product reviews": Rows(
+                file="examples/demo/amazon.yaml", place="demo", data={"files": {"test": "amazon.jsonl"}}
+            )
+        },
+    ),
+    *(uci_job(source) for source in SOURCES),
+    Job(
+        name="snips",
+        title="Snips, 7 intents",
+        kind="labels",
+        rows=Rows(
+            file="examples/tasks/snips.yaml",
+            data=split_files("snips"),
+            # Labels of one token: an example is one row, not seven.
+            changes={
+                "prompt": "User: {{ text }}\nTopic:",
+                "labels": {
+                    "AddToPlaylist": " playlist",
+                    "BookRestaurant": " restaurant",
+                    "GetWeather": " weather",
+                    "PlayMusic": " music",
+                    "RateBook": " rating",
+                    "SearchCreativeWork": " title",
+                    "SearchScreeningEvent": " cinema",
+                },
+            },
+        ),
+        tuning=Tuning(rows=384, epochs=1, learning_rate=5e-4),
+    ),
+    Job(
+        name="pubmedqa",
+        title="PubMedQA, yes, no or maybe",
+        kind="labels",
+        rows=Rows(
+            file="examples/tasks/pubmedqa.yaml",
+            data=split_files("pubmedqa"),
+            # The results stand at the abstract's end.
+            changes={
+                "prompt": "Abstract: {{ context[-900:] }}\nQuestion: {{ question }}\nAnswer (yes, no or maybe):",
+                "metric": "accuracy",
+            },
+        ),
+        also=("macro_f1",),
+        tuning=Tuning(rows=400, epochs=2, learning_rate=5e-4),
+        note="The related MedMCQA has four choices of its own for each question in place of yes, no and maybe. Nothing "
+        "of this prompt carries over to that one, so it is no sibling data.",
+    ),
+    Job(
+        name="squad",
+        title="SQuAD, written answers",
+        kind="generate",
+        rows=Rows(
+            file="examples/tasks/squad_xquad_en.yaml",
+            data=split_files("squad_xquad_en"),
+            changes={"max_new_tokens": 16},
+        ),
+        siblings={
+            "Natural Questions": Rows(
+                file="examples/tasks/nq_open_oracle.yaml",
+                data={"files": {"test": "nq_open_oracle/test.jsonl"}},
+                changes={"max_new_tokens": 16},
+            )
+        },
+        also=("exact_match",),
+        tuning=Tuning(rows=512, epochs=1, learning_rate=3e-4),
+    ),
+)
