@@ -39,6 +39,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--confidence", type=float, default=SieveConfig.confidence)
     parser.add_argument("--allocation", choices=("energy", "uniform", "genetic"), default=SieveConfig.allocation)
+    parser.add_argument("--rounds", type=int, default=SieveConfig.rounds)
     parser.add_argument("--search-steps", type=int, default=SieveConfig.search_steps)
     parser.add_argument("--rank-multiple", type=int, default=SieveConfig.rank_multiple)
     parser.add_argument("--heal-steps", type=int, help="steps of healing at each size; default: none")
@@ -90,7 +91,7 @@ class Bench:
 
     def config(self, tasks: list[Task]) -> SieveConfig:
         """Make the configuration of a sieve for these tasks."""
-        names = ("tolerance", "confidence", "allocation", "search_steps", "rank_multiple", "seed")
+        names = ("tolerance", "confidence", "allocation", "rounds", "search_steps", "rank_multiple", "seed")
         return SieveConfig(
             **{name: getattr(self.arguments, name) for name in names},
             task_weights=self.arguments.task_weights if len(tasks) > 1 else None,

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from optimum_sieve.search.search import Search
 
 SETTINGS: dict[str, Any] = {
-    **{"allocation": "genetic", "rank_multiple": 2, "population_size": 4, "generations": 3, "rounds": 1},
+    **{"allocation": "genetic", "rank_multiple": 2, "population_size": 4, "generations": 2, "rounds": 1},
     **{"tolerance": 0.9, "confidence": 0.5},
 }
+SHORT: dict[str, Any] = {"layers": 4, "generations": 4}
 
 
 def two_worlds(**options: Any) -> Search:
@@ -61,7 +62,7 @@ def other_loss(search: Search, candidate: Candidate) -> Outcome:
 
 
 def test_a_task_twice_is_searched_as_once() -> None:
-    once, twice = make_world(), two_worlds()
+    once, twice = make_world(**SHORT), two_worlds(**SHORT)
     expected = once.result(play(once))
     found = twice.result(play(twice, lambda search, candidate: joined([score(search, candidate)] * 2)))
     assert found.genome == expected.genome
@@ -75,13 +76,13 @@ def test_a_task_that_loses_nothing_changes_nothing(place: int) -> None:
         parts[place] = scaled(parts[place], 0.0)
         return JointOutcome(tuple(parts))
 
-    once, both = make_world(), two_worlds()
+    once, both = make_world(**SHORT), two_worlds(**SHORT)
     assert both.result(play(both, scoring)).genome == once.result(play(once)).genome
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])
 def test_the_result_holds_each_of_two_tasks_that_need_different_matrices(preset: str) -> None:
-    small: dict[str, Any] = {"population_size": 12, "generations": 6} if preset == "paper" else {}
+    small: dict[str, Any] = {"population_size": 12, "generations": 6} if preset == "paper" else SHORT
     search = two_worlds(preset=preset, **small)
 
     def scoring(search: Search, candidate: Candidate) -> JointOutcome:
@@ -106,7 +107,7 @@ def test_a_size_asked_for_is_searched_by_the_worst_task() -> None:
     def scoring(search: Search, candidate: Candidate) -> JointOutcome:
         return JointOutcome((score(search, candidate), other_loss(search, candidate)))
 
-    search = two_worlds(kept=0.5)
+    search = two_worlds(kept=0.5, **SHORT)
     result = search.result(play(search, scoring))
     assert search.space.kept(result.genome) <= 0.5
     assert worst(result.genome, search) < worst(search.allocate("energy", 0.5), search)

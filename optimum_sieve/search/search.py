@@ -287,9 +287,8 @@ def _rivals(study: SearchStudy, candidate: Candidate) -> list[Rival]:
         return []
     outcome = next(c.outcome for c in study.finished() if c.place == (candidate.part, *candidate.rival))
     assert outcome is not None
-    return [
-        Rival(rises=own.rises, allowance=most) for own, most in zip(outcome.parts, candidate.allowances, strict=True)
-    ]
+    pairs = zip(outcome.parts, candidate.allowances, strict=True)
+    return [Rival(rises=own.rises, allowance=most) for own, most in pairs]
 
 
 def _show(bar: tqdm, search: Search, scored: Sequence[Candidate]) -> None:
