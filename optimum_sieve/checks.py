@@ -13,6 +13,7 @@ from .inputs import input_format, model_kind
 from .scoring import check_examples
 from .targets import linear_weight
 from .tasks.data import SPLITS
+from .vocabulary import task_vocabulary
 
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from .targets import Target
     from .tasks import Task
+    from .vocabulary import TaskVocabulary
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -58,6 +60,18 @@ def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         if task.kind == "generate":
             check_generation(examples, tokenizer, inputs)
         check_examples(examples, tokenizer, candidates=task.kind != "generate", inputs=inputs)
+
+
+def check_vocabulary(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskVocabulary:
+    """Return the vocabulary of the calibration split, as it is known before any label of the model's own.
+
+    Raises:
+        ValueError: If the tokenizer or the model cannot be reduced to it, or an example, cut into its tokens, cannot be
+            scored.
+    """
+    vocabulary = task_vocabulary(model, tokenizer, task.examples("calibration", tokenizer))
+    check_task(task, model, vocabulary.tokenizer)
+    return vocabulary
 
 
 def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:

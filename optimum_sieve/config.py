@@ -17,6 +17,7 @@ ALLOCATIONS = ("uniform", "energy", "genetic")
 STORAGES = ("factors", "pivoted")
 SEARCH_PRESETS = ("fast", "paper")
 LOSSES = ("fisher", "labels", "answer")
+VOCABULARIES = ("whole", "task")
 LABEL_SOURCES = ("data", "model", "sampled")
 
 
@@ -80,6 +81,10 @@ class SieveConfig:
             Rows per forward pass. An example takes one, or one for each label of several tokens; it is never divided.
         seed (`int`):
             Seed of everything random.
+        vocabulary (`str`):
+            `"whole"` (every token stays) or `"task"`: the tokenizer, the embeddings and the head keep the tokens of the
+            calibration examples (and, without a `tolerance`, of the selection examples), the special ones, and those
+            that any text can be cut into. Other words are cut into smaller pieces.
         heal ([`HealConfig`][optimum_sieve.heal_config.HealConfig], *optional*):
             Settings of healing, a short training of the factors that follows pruning. `None`: the factors stay as they
             were found. With a `tolerance`, every size tried is healed.
@@ -116,6 +121,7 @@ class SieveConfig:
     search_fraction: float = 0.25
     batch_size: int = 16
     seed: int = 0
+    vocabulary: str = "whole"
     heal: HealConfig | None = None
 
     def __post_init__(self) -> None:
@@ -218,6 +224,7 @@ _CHOICES = {
     "loss": LOSSES,
     "label_source": LABEL_SOURCES,
     "search_preset": SEARCH_PRESETS,
+    "vocabulary": VOCABULARIES,
 }
 # name: (low, high, whether low itself is allowed); high itself never is.
 _FLOAT_RANGES = {

@@ -6,7 +6,7 @@ import copy
 import time
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from .checks import check_model, check_task
 from .evaluation import evaluate
@@ -22,6 +22,7 @@ from .result import make_result
 from .scoring import tokens_fingerprint
 from .targets import find_targets, is_linear, linear_weight
 from .teacher import teach
+from .vocabulary.vocabulary import matching_vocabulary
 from .workdir import WorkDir
 
 
@@ -87,7 +88,10 @@ def heal_pruned(
     seconds: dict[str, float] = {}
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
 
-    reference = _Reference(dense, task, config, block["settings"], work, {**loading, "gguf_file": gguf_file}, progress)
+    given = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    reduced = given if "vocabulary" in block else None
+    options = {**loading, "gguf_file": gguf_file}
+    reference = _Reference(dense, task, config, block["settings"], work, options, progress, reduced)
     pruned, tokenizer, _ = load_model(model, **loading)
     reference.check_fits(pruned, tokenizer, task)
     start = time.perf_counter()
@@ -115,6 +119,7 @@ def heal_pruned(
         references=None,
         base_model=block.get("base_model"),
         base_revision=block.get("base_revision"),
+        vocabulary=block.get("vocabulary"),
         healing={
             **healing.to_dict(),
             "monitored": reference.monitor.dense.count,
@@ -125,7 +130,10 @@ def heal_pruned(
 
 
 class _Reference:
-    """All that is needed of the dense model, which is let go."""
+    """All that is needed of the dense model, which is let go.
+
+    `reduced` is the pruned model's tokenizer, where it has fewer tokens.
+    """
 
     def __init__(
         self,
@@ -136,6 +144,7 @@ class _Reference:
         work: WorkDir,
         loading: dict[str, Any],
         progress: bool,
+        reduced: PreTrainedTokenizerBase | None,
     ) -> None:
         model, tokenizer, _ = load_model(dense, **loading)
         check_model(model)
@@ -144,6 +153,25 @@ class _Reference:
         self.linears = {name: tuple(linear_weight(m).shape) for name, m in model.named_modules() if is_linear(m)}
         self.targets = find_targets(model, settings.get("target_modules"), settings.get("exclude_modules") or ())
         self.sizes = measure_sizes(model, self.targets)
+        selection = task.examples("selection", tokenizer)
+        monitored = selection[: config.monitor_count(len(selection))]
+        dense_score = evaluate(
+            model,
+            monitored,
+            tokenizer,
+            metric=task.metric,
+            batch_size=config.rows_per_pass,
+            progress=progress,
+            description="dense model on selection",
+        )
+        self.test = _score(model, tokenizer, task, "test", config)
+        if reduced is not None:
+            # What is taught is about the tokens that the pruned model has.
+            matching_vocabulary(model, tokenizer, reduced).apply()
+            tokenizer = reduced
+        self.monitor = SelectionMonitor(
+            examples=monitored, dense=dense_score, tokenizer=tokenizer, batch_size=config.rows_per_pass
+        )
         calibration = task.examples("calibration", tokenizer)
         self.tokens = tokens_fingerprint(calibration, tokenizer, input_format(model))
         self.teacher = teach(
@@ -155,23 +183,6 @@ class _Reference:
             work=work,
             progress=progress,
         )
-        selection = task.examples("selection", tokenizer)
-        monitored = selection[: config.monitor_count(len(selection))]
-        self.monitor = SelectionMonitor(
-            examples=monitored,
-            dense=evaluate(
-                model,
-                monitored,
-                tokenizer,
-                metric=task.metric,
-                batch_size=config.rows_per_pass,
-                progress=progress,
-                description="dense model on selection",
-            ),
-            tokenizer=tokenizer,
-            batch_size=config.rows_per_pass,
-        )
-        self.test = _score(model, tokenizer, task, "test", config)
 
     def check_fits(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
         """Refuse a pruned model that did not come from this one."""

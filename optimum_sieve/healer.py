@@ -18,7 +18,7 @@ from .evaluation import Evaluation, evaluate
 from .factor_training import norm_parameters
 from .healing import Healing, heal
 from .layers import FactorizedLinear
-from .setting import score, timed
+from .setting import score_dense, timed
 from .stages import allocate_ranks, calibrate
 from .surgery import apply_ranks, restore
 from .targets import is_conv1d
@@ -121,7 +121,7 @@ class Healer:
         )
         self.monitor = SelectionMonitor(
             examples=monitored,
-            dense=score(setting, monitored, f"dense model on {count} monitored examples of selection"),
+            dense=score_dense(setting, monitored, f"{count} monitored examples of selection"),
             tokenizer=setting.tokenizer,
             batch_size=setting.config.batch_size,
         )

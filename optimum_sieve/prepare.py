@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .checks import check_task, check_weights
+from .checks import check_task, check_vocabulary, check_weights
 from .experts import separate_experts
 from .inputs import input_format
 from .scoring import tokens_fingerprint
@@ -42,6 +42,8 @@ def check_inputs(
             "the dense one's own answers instead, set label_source='model'."
         )
     check_task(task, model, tokenizer)
+    if config.vocabulary == "task":
+        check_vocabulary(task, model, tokenizer)
     if config.allocation == "genetic":
         if task.kind == "generate":
             raise ValueError(

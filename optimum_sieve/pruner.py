@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .card import public_name
-from .checks import check_model
+from .checks import check_model, check_vocabulary
 from .healer import hold_ranks, make_healer
 from .hub import push_folder
 from .loading import load_model
@@ -16,7 +17,7 @@ from .plan import PrunePlan, make_plan, measure_sizes
 from .prepare import check_inputs, prepare
 from .result import SieveResult, make_result, save_result
 from .search.stage import join_search, run_search, wait_for_search
-from .setting import Setting, score, timed
+from .setting import Setting, reduce_vocabulary, reduced_vocabulary, restore_vocabulary, score, score_dense, timed
 from .stages import calibrate, choose_ranks, read_examples
 from .tasks import Task
 from .workdir import WorkDir
@@ -35,7 +36,8 @@ class SievePruner:
 
     Args:
         model (`PreTrainedModel`): The dense model. `prune` turns it into the pruned one, in place.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer. With `vocabulary="task"`, `prune` puts one of fewer tokens
+            in its place, which the pruned model needs.
         task (`Task`): The task.
         base_model (`str`, *optional*): Name of the dense model, for the card and the configuration.
         loading (`dict[str, str]`, *optional*): Options with which it was loaded, for the card's command.
@@ -115,10 +117,12 @@ class SievePruner:
         return cls(loaded, found, task, base_model=name, loading=loading)
 
     def plan(self, config: SieveConfig) -> PrunePlan:
-        """Return what `prune` would do, from the shapes alone. Runs nothing."""
+        """Return what `prune` would do, from the shapes alone. Runs nothing but, to try a vocabulary, one example."""
         self._check_is_dense()
         targets = check_inputs(self.model, self.tokenizer, self.task, config)
-        return make_plan(self.model, targets, config, self.task)
+        is_reduced = config.vocabulary == "task"
+        vocabulary = check_vocabulary(self.task, self.model, self.tokenizer) if is_reduced else None
+        return make_plan(self.model, targets, config, self.task, vocabulary)
 
     def search(
         self,
@@ -147,8 +151,9 @@ class SievePruner:
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
         calibration, selection = read_examples(setting, self.task, "calibration", "selection")
-        bases = calibrate(setting, calibration, {})
-        return run_search(setting, bases, selection, calibration, num_bottlenecks=num_bottlenecks)
+        with reduced_vocabulary(setting, calibration, selection) as setting:
+            bases = calibrate(setting, calibration, {})
+            return run_search(setting, bases, selection, calibration, num_bottlenecks=num_bottlenecks)
 
     def join_search(
         self, config: SieveConfig, *, work_dir: str | Path, study_storage: str | None = None, progress: bool = True
@@ -159,10 +164,11 @@ class SievePruner:
             ValueError: If the bases in `work_dir` are not those of the study.
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
-        wait_for_search(setting)
         calibration, selection = read_examples(setting, self.task, "calibration", "selection")
-        bases = calibrate(setting, calibration, {}, must_exist=True)
-        return join_search(setting, bases, selection, calibration)
+        with reduced_vocabulary(setting, calibration, selection) as setting:
+            wait_for_search(setting)
+            bases = calibrate(setting, calibration, {}, must_exist=True)
+            return join_search(setting, bases, selection, calibration)
 
     def _prepare_search(
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
@@ -209,24 +215,25 @@ class SievePruner:
         setting = self._prepare(config, work_dir, study_storage, progress)
         with timed(seconds, "examples"):
             calibration, selection, test = read_examples(setting, self.task, "calibration", "selection", "test")
-        bases = calibrate(setting, calibration, seconds)
-        healer = make_healer(setting, calibration, selection, seconds)
-        with timed(seconds, "ranks"):
-            ranks, trials = choose_ranks(setting, bases, selection, calibration, healer)
-        with timed(seconds, "test"):
-            dense = score(setting, test, "dense model on test")
-        before = measure_sizes(self.model, setting.targets)
-        undo = hold_ranks(setting, bases, ranks, healer, seconds)
-        del bases
-        try:
+        with ExitStack() as undo:
+            setting = reduce_vocabulary(setting, calibration, selection)
+            undo.callback(restore_vocabulary, setting)
+            bases = calibrate(setting, calibration, seconds)
+            healer = make_healer(setting, calibration, selection, seconds)
+            with timed(seconds, "ranks"):
+                ranks, trials = choose_ranks(setting, bases, selection, calibration, healer)
+            with timed(seconds, "test"):
+                dense = score_dense(setting, test, "test")
+            before = measure_sizes(self.model, setting.targets, setting.vocabulary)
+            undo.callback(hold_ranks(setting, bases, ranks, healer, seconds))
+            del bases
             with timed(seconds, "test"):
                 # Not from the work directory: what is scored here is what will be saved.
                 pruned = score(replace(setting, work=WorkDir(None)), test, "pruned model on test")
-            after = measure_sizes(self.model, setting.targets)
             self.result = make_result(
                 self.model,
                 scores=(dense, pruned),
-                sizes=(before, after),
+                sizes=(before, measure_sizes(self.model, setting.targets)),
                 trials=trials,
                 task=self.task.name,
                 settings=config.to_dict(),
@@ -236,11 +243,11 @@ class SievePruner:
                 base_model=public_name(self.base_model),
                 base_revision=self._base_revision(),
                 healing=None if healer is None else healer.report(),
+                vocabulary=None if setting.vocabulary is None else setting.vocabulary.sizes,
             )
-            self.model = self.result.model
-        except BaseException:
-            undo()
-            raise
+            self.model, self.tokenizer = self.result.model, setting.tokenizer
+            # Done: nothing of it is to be undone.
+            undo.pop_all()
         return self.result
 
     def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False) -> Path:

@@ -34,6 +34,7 @@ def build_report(
     loading: dict[str, str] | None = None,
     healing: dict[str, Any] | None = None,
     references: str | None = None,
+    vocabulary: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
 
@@ -52,6 +53,8 @@ def build_report(
         loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
         healing (`dict[str, Any]`, *optional*): What healing did, see [`Healer.report`][optimum_sieve.healer.Healer].
         references (`str`, *optional*): Whose answers the scores are against, where the data has none of its own.
+        vocabulary (`dict[str, int]`, *optional*):
+            Rows of the embeddings under `"before"` and `"after"`, where tokens were left out.
 
     Returns:
         `dict[str, Any]`: The report. Scores are on the task's metric, differences are pruned minus dense.
@@ -98,6 +101,7 @@ def build_report(
         ("loading", loading),
         ("healing", healing),
         ("references", references),
+        ("vocabulary", vocabulary),
     ):
         if value is not None:
             report[key] = value
@@ -162,7 +166,9 @@ def format_table(report: dict[str, Any]) -> str:
 def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
     """List what a report says of sizes as (label, before, after), leaving out what it knows of one model only."""
     parameters, num_bytes = report.get("parameters", {}), report.get("bytes", {})
+    vocabulary = report.get("vocabulary", {})
     pairs = [
+        ("tokens of the vocabulary", vocabulary.get("before"), vocabulary.get("after")),
         ("parameters of the target matrices", parameters.get("targets_before"), parameters.get("targets_after")),
         ("parameters of the model", parameters.get("model_before"), parameters.get("model_after")),
         ("bytes of the weights (safetensors)", num_bytes.get("before"), num_bytes.get("after")),

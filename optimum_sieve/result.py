@@ -61,6 +61,7 @@ def make_result(
     base_model: str | None,
     base_revision: str | None,
     healing: dict[str, Any] | None = None,
+    vocabulary: dict[str, int] | None = None,
 ) -> SieveResult:
     """Turn a factorized model, in place, into one of model type `sieve`, and report on it.
 
@@ -77,6 +78,7 @@ def make_result(
         base_model (`str`, *optional*): Public name of the dense model.
         base_revision (`str`, *optional*): Its commit on the Hub.
         healing (`dict[str, Any]`, *optional*): What healing did.
+        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, where they are fewer.
     """
     dense, pruned = scores
     named = dict(zip(("before", "after"), sizes, strict=True))
@@ -93,6 +95,7 @@ def make_result(
         loading=loading,
         healing=healing,
         references=references,
+        vocabulary=vocabulary,
     )
     model = sieve_model(
         model,
@@ -100,6 +103,7 @@ def make_result(
         base_revision=base_revision,
         settings=settings,
         results={key: report[key] for key in ("task", "split", "metric", "count", "dense", "pruned")},
+        vocabulary=vocabulary,
     )
     return SieveResult(model=model, rank_pattern=read_rank_pattern(model), report=report, trials=trials)
 

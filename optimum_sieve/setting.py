@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .allocation import LossCurve
 from .evaluation import Evaluation, evaluate
+from .vocabulary import task_vocabulary
 from .workdir import WorkDir, content_key
 
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .targets import Target
     from .tasks import Example
     from .tasks.text_metrics import Metric
+    from .vocabulary import TaskVocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,9 @@ class Setting:
         progress (`bool`): Whether progress bars are shown.
         study_storage (`str`, *optional*): URL of the Optuna storage a search keeps its candidates in. `None`: a file
             in the work directory or, without one, memory.
+        vocabulary (`TaskVocabulary`, *optional*): The vocabulary that `model` and `tokenizer` have, where it is not
+            the one they were given with.
+        given (`Setting`, *optional*): The setting from before the vocabulary was reduced.
     """
 
     model: PreTrainedModel
@@ -50,6 +55,8 @@ class Setting:
     fingerprint: str
     progress: bool
     study_storage: str | None = None
+    vocabulary: TaskVocabulary | None = None
+    given: Setting | None = None
 
     def loss_curves(self, bases: Mapping[str, FactorBasis]) -> list[LossCurve]:
         """Return the predicted loss of every target against its rank."""
@@ -90,3 +97,50 @@ def score(setting: Setting, examples: Sequence[Example], description: str, **key
     if path is not None:
         evaluation.save(path)
     return evaluation
+
+
+def score_dense(setting: Setting, examples: Sequence[Example], part: str) -> Evaluation:
+    """Score the dense model, which `setting` must hold now, with the vocabulary that it was given with."""
+    description = f"dense model on {part}"
+    if setting.vocabulary is None or setting.given is None:
+        return score(setting, examples, description)
+    with setting.vocabulary.undone():
+        return score(setting.given, examples, description)
+
+
+def reduce_vocabulary(setting: Setting, calibration: Sequence[Example], selection: Sequence[Example]) -> Setting:
+    """Leave out the tokens that the task does not need, where the settings ask for it; return the setting from then on.
+
+    Where the selection split decides how far to prune, its tokens are not kept for its sake: its texts are cut as those
+    will be that nobody has seen, and what that costs counts against the tolerance.
+    """
+    if setting.config.vocabulary == "whole":
+        return setting
+    examples = [*calibration, *(selection if setting.config.tolerance is None else ())]
+    vocabulary = task_vocabulary(setting.model, setting.tokenizer, examples)
+    vocabulary.apply()
+    return replace(
+        setting,
+        tokenizer=vocabulary.tokenizer,
+        fingerprint=content_key(run=setting.fingerprint, vocabulary=vocabulary.fingerprint),
+        vocabulary=vocabulary,
+        given=setting,
+    )
+
+
+def restore_vocabulary(setting: Setting) -> None:
+    """Give the model back what `reduce_vocabulary` left out."""
+    if setting.vocabulary is not None:
+        setting.vocabulary.undo()
+
+
+@contextmanager
+def reduced_vocabulary(
+    setting: Setting, calibration: Sequence[Example], selection: Sequence[Example]
+) -> Iterator[Setting]:
+    """Do as `reduce_vocabulary` inside the context; the model has all its tokens again afterwards."""
+    setting = reduce_vocabulary(setting, calibration, selection)
+    try:
+        yield setting
+    finally:
+        restore_vocabulary(setting)

@@ -21,7 +21,7 @@ from .moments import Moments
 from .scoring import input_device, make_batches
 from .search.live import LiveRanks
 from .search.stage import run_search
-from .setting import Setting, score, timed
+from .setting import Setting, score, score_dense, timed
 from .surgery import truncated
 from .targets import linear_weight
 from .tolerance import search_kept_fraction
@@ -245,7 +245,7 @@ def choose_ranks(
     if healer is not None:
         examples = healer.unseen
         part = f"{len(examples)} unmonitored examples of selection"
-    dense = score(setting, examples, f"dense model on {part}")
+    dense = score_dense(setting, examples, part)
     names = (*_BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple", *(("heal",) if healer else ()))
     if dense.score <= dense.majority_score:
         logger.warning(

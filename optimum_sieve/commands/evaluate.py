@@ -82,6 +82,7 @@ class EvaluateCommand(ModelCommand):
             seconds={f"evaluate_{side}": one.seconds for side, one in scored.items()},
             split=arguments.split,
             references=None if task.labelled else "dense model",
+            vocabulary=scored["pruned"].vocabulary if "pruned" in scored else None,
         )
         if arguments.json:
             write_report(report, arguments.json)
@@ -98,6 +99,7 @@ class _Scored:
     num_parameters: int
     num_bytes: int
     seconds: float
+    vocabulary: dict[str, int] | None
 
 
 def _score(
@@ -132,4 +134,5 @@ def _score(
         # Of the files, so 0 for a model on the Hub or in another format.
         num_bytes=sum(path.stat().st_size for path in Path(model_name).glob("*.safetensors")),
         seconds=time.perf_counter() - start,
+        vocabulary=(getattr(model.config, "sieve", None) or {}).get("vocabulary"),
     )

@@ -166,8 +166,16 @@ def make_scorers(
     rest = len(examples) - count
 
     def scorer(part: Sequence[Example], ends: Sequence[int], more: Sequence[Example] = ()) -> Scorer:
-        size = setting.config.batch_size
-        return Scorer(live, part, ends, setting.tokenizer, metric=setting.metric, batch_size=size, calibration=more)
+        return Scorer(
+            live,
+            part,
+            ends,
+            setting.tokenizer,
+            metric=setting.metric,
+            batch_size=setting.config.batch_size,
+            calibration=more,
+            vocabulary=setting.vocabulary,
+        )
 
     searching = scorer(examples[:count], ends, calibration)
     return {SEARCH: searching, BOTTLENECK: searching, CONFIRM: scorer(examples[count:], [rest])}
