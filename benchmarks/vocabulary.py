@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", help="task file; default: the demo's movie reviews")
     parser.add_argument("--pruned", type=Path, default=DEMO.parents[1] / "demo-output", help="default: demo-output")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--limit", type=int, help="test examples scored; default: all")
+    parser.add_argument("--limit", type=int, help="test examples scored; 0: none; default: all")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--json", type=Path, help="where the rows go as JSON lines")
     return parser.parse_args()
@@ -45,55 +45,68 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(name: str, model: Any, tokenizer: Any, task: Task, arguments: argparse.Namespace) -> None:
     """Score one model with all tokens and with those of each choice, and print a row for each."""
-    test = task.examples("test", tokenizer)[: arguments.limit]
-    prompts = [example.prompt for example in test]
+    test = task.examples("test", tokenizer)
+    prompts, scored = [example.prompt for example in test], test[: arguments.limit]
 
     def score(own: Any) -> Any:
-        return evaluate(model, test, own, metric=task.metric, batch_size=arguments.batch_size, progress=False)
+        batch_size = arguments.batch_size
+        return evaluate(model, scored, own, metric=task.metric, batch_size=batch_size, progress=False)
 
     def size() -> dict[str, int]:
         return {"parameters": sum(p.numel() for p in model.parameters()), "bytes": tensor_bytes(model)}
 
-    whole, before = score(tokenizer), encode_texts(prompts, tokenizer)
-    report(arguments, model=name, kept="all", tokens=model.config.vocab_size, **size(), **scores(whole), **cut(before))
+    whole = score(tokenizer) if scored else None
+    before = encode_texts(prompts, tokenizer)
+    tokens = model.config.vocab_size
+    report(
+        arguments, {"model": name, "kept": "all", "tokens": tokens, **size(), **cut(before, before), **scores(whole)}
+    )
     for kept, splits in KEPT.items():
         examples = [example for split in splits for example in task.examples(split, tokenizer)]
         vocabulary = task_vocabulary(model, tokenizer, examples)
-        rows, reduced = vocabulary.rows.rows, encode_texts(prompts, vocabulary.tokenizer)
-        differ = sum([rows[i] for i in ids] != own for ids, own in zip(reduced, before, strict=True))
+        rows = vocabulary.rows.rows
+        after = [[rows[token] for token in ids] for ids in encode_texts(prompts, vocabulary.tokenizer)]
+        row = {"model": name, "kept": kept, "tokens": vocabulary.sizes["after"], **cut(before, after)}
         vocabulary.apply()
-        small, sizes = score(vocabulary.tokenizer), size()
+        small = score(vocabulary.tokenizer) if scored else None
+        report(arguments, {**row, **size(), **scores(small), **differences(whole, small)})
         vocabulary.undo()
-        against = compare(whole, small)
-        figures = {**scores(small), "difference": against.mean, "difference_error": against.standard_error}
-        figures |= {"agreement": against.agreement, "kl": against.kl, "cut_otherwise": differ / len(prompts)}
-        tokens = vocabulary.sizes["after"]
-        report(arguments, model=name, kept=kept, tokens=tokens, **sizes, **figures, **cut(reduced))
+
+
+def cut(before: list[list[int]], after: list[list[int]]) -> dict[str, float]:
+    """Return how prompts are cut: how many tokens they have on average, and which part is cut otherwise than before."""
+    changed = sum(old != new for old, new in zip(before, after, strict=True))
+    return {"tokens_per_prompt": sum(map(len, after)) / len(after), "cut_otherwise": changed / len(after)}
 
 
 def scores(found: Any) -> dict[str, float]:
     """Return what a row says of an evaluation."""
+    if found is None:
+        return {}
     return {"count": found.count, "score": found.score, "score_error": found.standard_error}
 
 
-def cut(ids: list[list[int]]) -> dict[str, float]:
-    """Return the mean number of tokens of the prompts."""
-    return {"tokens_per_prompt": sum(map(len, ids)) / len(ids)}
+def differences(whole: Any, small: Any) -> dict[str, Any]:
+    """Return the paired comparison of a model with fewer tokens with the same one with all."""
+    if small is None:
+        return {}
+    against = compare(whole, small)
+    own = {"difference": against.mean, "difference_error": against.standard_error}
+    return {**own, "agreement": against.agreement, "kl": against.kl}
 
 
-def report(arguments: argparse.Namespace, **row: Any) -> None:
+def report(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
     """Print one row and append it to the file of rows."""
     line = (
         f"{row['model']:6} {row['kept']:26} {row['tokens']:7,} tokens  {row['parameters']:11,} parameters  "
-        f"{row['bytes'] / 1e6:6.1f} MB  {row['tokens_per_prompt']:5.1f} tokens a prompt  "
-        f"score {row['score']:.3f} +- {row['score_error']:.3f} of {row['count']:,}"
+        f"{row['bytes'] / 1e6:6.1f} MB  {row['tokens_per_prompt']:5.2f} tokens a prompt  "
+        f"cut otherwise {row['cut_otherwise']:5.1%}"
     )
+    if "score" in row:
+        line += f"  score {row['score']:.3f} +- {row['score_error']:.3f} of {row['count']:,}"
     if "difference" in row:
-        line += (
-            f"  difference {row['difference']:+.4f} +- {row['difference_error']:.4f}  agreement {row['agreement']:.3f}"
-        )
-        line += "" if row["kl"] is None else f"  KL {row['kl']:.4f}"
-        line += f"  cut otherwise {row['cut_otherwise']:.1%}"
+        line += f"  difference {row['difference']:+.4f} +- {row['difference_error']:.4f}"
+        line += f"  agreement {row['agreement']:.3f}" + ("" if row["kl"] is None else f"  KL {row['kl']:.4f}")
     print(line, flush=True)
     if arguments.json is not None:
         with arguments.json.open("a", encoding="utf-8") as file:
