@@ -4,11 +4,10 @@
     python benchmarks/vocabulary.py                                     # the demo's model, task and pruned model
     python benchmarks/vocabulary.py --model my-model --task my_task.yaml --pruned pruned
 
-Prints, for the tokens of the calibration split alone (kept where a tolerance is searched) and with those of the
-selection split (kept where a pruning ratio is given): tokens, parameters and bytes that are left, the share of the test
-prompts that are cut in another way, how many tokens a prompt has, and the test score of both models, with the paired
-difference to the same model with all its tokens. Nothing is calibrated or searched: each model makes three passes over
-the test split.
+Prints, for the tokens of the calibration split alone (kept where a tolerance is searched), with those of the selection
+split (kept where a pruning ratio is given), and filled up to two sizes: tokens, parameters and bytes that are left, the
+share of the test prompts that are cut in another way, how many tokens a prompt has, and the test score of both models,
+with the paired difference to the same model with all its tokens. Nothing is calibrated or searched.
 """
 
 from __future__ import annotations
@@ -27,7 +26,13 @@ from optimum_sieve.plan import tensor_bytes
 from optimum_sieve.vocabulary import task_vocabulary
 
 
-KEPT = {"calibration": ("calibration",), "calibration and selection": ("calibration", "selection")}
+# The splits whose tokens are kept, and what they are filled up to.
+KEPT = (
+    (("calibration",), None),
+    (("calibration", "selection"), None),
+    (("calibration",), 16384),
+    (("calibration",), 32768),
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,12 +66,17 @@ def measure(name: str, model: Any, tokenizer: Any, task: Task, arguments: argpar
     report(
         arguments, {"model": name, "kept": "all", "tokens": tokens, **size(), **cut(before, before), **scores(whole)}
     )
-    for kept, splits in KEPT.items():
+    for splits, size_asked in KEPT:
         examples = [example for split in splits for example in task.examples(split, tokenizer)]
-        vocabulary = task_vocabulary(model, tokenizer, examples)
+        vocabulary = task_vocabulary(model, tokenizer, examples, size=size_asked)
         rows = vocabulary.rows.rows
         after = [[rows[token] for token in ids] for ids in encode_texts(prompts, vocabulary.tokenizer)]
-        row = {"model": name, "kept": kept, "tokens": vocabulary.sizes["after"], **cut(before, after)}
+        row = {
+            "model": name,
+            "kept": " + ".join([*splits, *(["others"] if size_asked else [])]),
+            "tokens": vocabulary.sizes["after"],
+            **cut(before, after),
+        }
         vocabulary.apply()
         small = score(vocabulary.tokenizer) if scored else None
         report(arguments, {**row, **size(), **scores(small), **differences(whole, small)})

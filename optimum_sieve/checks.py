@@ -62,14 +62,16 @@ def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         check_examples(examples, tokenizer, candidates=task.kind != "generate", inputs=inputs)
 
 
-def check_vocabulary(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskVocabulary:
+def check_vocabulary(
+    task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int | None = None
+) -> TaskVocabulary:
     """Return the vocabulary of the calibration split, as it is known before any label of the model's own.
 
     Raises:
         ValueError: If the tokenizer or the model cannot be reduced to it, or an example, cut into its tokens, cannot be
             scored.
     """
-    vocabulary = task_vocabulary(model, tokenizer, task.examples("calibration", tokenizer))
+    vocabulary = task_vocabulary(model, tokenizer, task.examples("calibration", tokenizer), size=size)
     check_task(task, model, vocabulary.tokenizer)
     return vocabulary
 

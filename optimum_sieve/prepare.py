@@ -43,7 +43,7 @@ def check_inputs(
         )
     check_task(task, model, tokenizer)
     if config.vocabulary == "task":
-        check_vocabulary(task, model, tokenizer)
+        check_vocabulary(task, model, tokenizer, config.vocabulary_size)
     if config.allocation == "genetic":
         if task.kind == "generate":
             raise ValueError(

@@ -120,8 +120,9 @@ class SievePruner:
         """Return what `prune` would do, from the shapes alone. Runs nothing but, to try a vocabulary, one example."""
         self._check_is_dense()
         targets = check_inputs(self.model, self.tokenizer, self.task, config)
-        is_reduced = config.vocabulary == "task"
-        vocabulary = check_vocabulary(self.task, self.model, self.tokenizer) if is_reduced else None
+        vocabulary = None
+        if config.vocabulary == "task":
+            vocabulary = check_vocabulary(self.task, self.model, self.tokenizer, config.vocabulary_size)
         return make_plan(self.model, targets, config, self.task, vocabulary)
 
     def search(

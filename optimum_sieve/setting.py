@@ -117,7 +117,7 @@ def reduce_vocabulary(setting: Setting, calibration: Sequence[Example], selectio
     if setting.config.vocabulary == "whole":
         return setting
     examples = [*calibration, *(selection if setting.config.tolerance is None else ())]
-    vocabulary = task_vocabulary(setting.model, setting.tokenizer, examples)
+    vocabulary = task_vocabulary(setting.model, setting.tokenizer, examples, size=setting.config.vocabulary_size)
     vocabulary.apply()
     return replace(
         setting,

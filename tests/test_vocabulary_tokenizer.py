@@ -146,6 +146,21 @@ def test_parts_of_a_merge_are_the_ones_that_were_used():
     assert needed_tokens(content, {"abc"}) == {"a", "b", "c", "ab", "abc"}
 
 
+def test_filled_up_with_the_first_tokens(kind):
+    whole, small, tokens = reduced(kind)
+    ids = {token for own in whole(KEPT)["input_ids"] for token in own}
+    larger, more = reduce_tokenizer(whole, ids, len(tokens) + 40)
+    assert set(tokens) < set(more)
+    assert len(tokens) + 38 <= len(more) == len(larger) <= len(tokens) + 40
+    others = sorted(set(range(whole.vocab_size)) - set(tokens))
+    # Those first in line, but for some that are parts of others or that no merges make.
+    assert len(set(others[:45]) & set(more)) > 30
+    for text in KEPT:
+        assert [more[number] for number in larger(text)["input_ids"]] == whole(text)["input_ids"]
+    lengths = [sum(map(len, own(OTHERS)["input_ids"])) for own in (whole, larger, small)]
+    assert lengths[0] <= lengths[1] <= lengths[2]
+
+
 def test_a_character_without_a_token_of_its_own_stays_where_it_is():
     vocabulary = ["[UNK]", "a", "##a", "b", "##b", "ac", "##ab", "ba"]
     content = {

@@ -31,12 +31,14 @@ def added_tokens(content: dict[str, Any]) -> dict[str, int]:
     return {token["content"]: token["id"] for token in content["added_tokens"]}
 
 
-def needed_tokens(content: dict[str, Any], used: Iterable[str]) -> set[str]:
+def needed_tokens(content: dict[str, Any], used: Iterable[str], size: int | None = None) -> set[str]:
     """Return the tokens without which a text of `used` tokens would be cut in another way, or some text not at all.
 
     Args:
         content (`dict`): A serialized tokenizer.
         used (`Iterable[str]`): Tokens that its texts are cut into.
+        size (`int`, *optional*): If they are fewer, others are added up to this number, those of lowest id first: the
+            most frequent ones of the texts that the tokenizer was made of.
 
     Returns:
         `set[str]`: `used`; all added tokens; what the merges of a BPE model pass through on the way to `used`; the
@@ -52,11 +54,22 @@ def needed_tokens(content: dict[str, Any], used: Iterable[str]) -> set[str]:
             "have no smaller pieces. Set vocabulary='whole'."
         )
     tokens = model_tokens(content)
+    parts = _Merger(content["model"]).parts if kind == "BPE" else _alone
     kept = set(used) | _smallest_pieces(content["model"], tokens) | _unknown_token(content["model"])
-    if kind == "BPE":
-        merger = _Merger(content["model"])
-        kept |= {part for token in kept for part in merger.parts(token)}
-    return (kept & tokens.keys()) | added_tokens(content).keys()
+    kept |= {part for token in kept for part in parts(token)}
+    kept = (kept & tokens.keys()) | added_tokens(content).keys()
+    for token in sorted(tokens, key=tokens.__getitem__):
+        if len(kept) >= (size or 0):
+            break
+        more = parts(token) - kept
+        if len(kept) + len(more) <= (size or 0):
+            kept |= more
+    return kept
+
+
+def _alone(token: str) -> set[str]:
+    """Return what a token is made of where there are no merges."""
+    return {token}
 
 
 def _smallest_pieces(model: dict[str, Any], tokens: dict[str, int]) -> set[str]:

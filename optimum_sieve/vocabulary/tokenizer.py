@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def reduce_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, used: Iterable[int]
+    tokenizer: PreTrainedTokenizerBase, used: Iterable[int], size: int | None = None
 ) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """Return a tokenizer of the `used` tokens and what else it needs, and the old id of each of its tokens.
 
@@ -29,6 +29,7 @@ def reduce_tokenizer(
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): One that `tokenizers` runs.
         used (`Iterable[int]`): Ids of tokens.
+        size (`int`, *optional*): Number of tokens to fill up to, where there are fewer.
 
     Raises:
         ValueError: If it is not run by `tokenizers`, its kind has no smaller pieces, or its class does not take another
@@ -38,7 +39,8 @@ def reduce_tokenizer(
     old = {**model_tokens(content), **added_tokens(content)}
     named = {number: token for token, number in old.items()}
     wanted = {*used, *tokenizer.all_special_ids, *special_ids(content.get("post_processor"))}
-    tokens = order(content, needed_tokens(content, [named[number] for number in wanted if number in named]))
+    needed = needed_tokens(content, [named[number] for number in wanted if number in named], size)
+    tokens = order(content, needed)
     ids = {token: number for number, token in enumerate(tokens)}
     reduced = _load_as(tokenizer, renumber(content, ids))
     if reduced.get_vocab() != ids:

@@ -70,7 +70,11 @@ class TaskVocabulary:
 
 
 def task_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    size: int | None = None,
 ) -> TaskVocabulary:
     """Return the vocabulary of `examples`: of their prompts, candidates and answers, and all that any text needs.
 
@@ -81,6 +85,7 @@ def task_vocabulary(
         model (`PreTrainedModel`): The model, which is left as it is.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         examples (`Sequence[Example]`): At least one.
+        size (`int`, *optional*): Number of tokens to fill up to with the tokenizer's first ones, where there are fewer.
 
     Raises:
         ValueError: If the tokenizer or the model cannot be reduced, or does not give the same afterwards.
@@ -88,7 +93,7 @@ def task_vocabulary(
     serialized(tokenizer)
     texts = _texts(examples)
     before = encode_texts(texts, tokenizer)
-    reduced, tokens = reduce_tokenizer(tokenizer, {token for ids in before for token in ids})
+    reduced, tokens = reduce_tokenizer(tokenizer, {token for ids in before for token in ids}, size)
     for text, ids, own in zip(texts, before, encode_texts(texts, reduced), strict=True):
         if [tokens[token] for token in own] != ids:
             raise ValueError(
