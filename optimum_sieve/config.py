@@ -17,6 +17,7 @@ ALLOCATIONS = ("uniform", "energy", "genetic")
 STORAGES = ("factors", "pivoted")
 SEARCH_PRESETS = ("fast", "paper")
 LOSSES = ("fisher", "labels", "answer")
+VOCABULARIES = ("whole", "task")
 LABEL_SOURCES = ("data", "model", "sampled")
 
 
@@ -84,6 +85,13 @@ class SieveConfig:
             Of several tasks, how much each counts in the moments and in healing, in the tasks' order: as if so large a
             part of all examples were of that task. Only their ratios matter. `None`: all the same. Each task is held to
             the `tolerance` whatever its weight.
+        vocabulary (`str`):
+            `"whole"` (every token stays) or `"task"`: the tokenizer, the embeddings and the head keep the tokens of the
+            calibration examples (and, without a `tolerance`, of the selection examples), the special ones, and those
+            that any text can be cut into. Other words are cut into smaller pieces.
+        vocabulary_size (`int`, *optional*):
+            With `vocabulary="task"`, number of tokens to fill up to, with the tokenizer's first ones, where the task
+            needs fewer. `None`: none more than it needs.
         heal ([`HealConfig`][optimum_sieve.heal_config.HealConfig], *optional*):
             Settings of healing, a short training of the factors that follows pruning. `None`: the factors stay as they
             were found. With a `tolerance`, every size tried is healed.
@@ -121,6 +129,8 @@ class SieveConfig:
     batch_size: int = 16
     seed: int = 0
     task_weights: tuple[float, ...] | None = None
+    vocabulary: str = "whole"
+    vocabulary_size: int | None = None
     heal: HealConfig | None = None
 
     def __post_init__(self) -> None:
@@ -142,6 +152,11 @@ class SieveConfig:
             if getattr(self, name) is not None or name not in _OPTIONAL:
                 check_integer(name, getattr(self, name), low)
         self._check_healing()
+        if self.vocabulary_size is not None and self.vocabulary != "task":
+            raise ValueError(
+                f"`vocabulary_size` must go with vocabulary='task', got {self.vocabulary_size} and vocabulary="
+                f"{self.vocabulary!r}. Set vocabulary='task'."
+            )
         if self.projection == "learned" and (self.allocation != "uniform" or self.pruning_ratio is None):
             raise ValueError(
                 "`projection='learned'` must go with allocation='uniform' and a `pruning_ratio`, got "
@@ -224,6 +239,7 @@ _CHOICES = {
     "loss": LOSSES,
     "label_source": LABEL_SOURCES,
     "search_preset": SEARCH_PRESETS,
+    "vocabulary": VOCABULARIES,
 }
 # name: (low, high, whether low itself is allowed); high itself never is.
 _FLOAT_RANGES = {
@@ -241,8 +257,9 @@ _LEAST_INTEGERS = {
     "generations": 1,
     "batch_size": 1,
     "seed": 0,
+    "vocabulary_size": 1,
 }
-_OPTIONAL = ("tolerance", "pruning_ratio", "population_size", "generations")
+_OPTIONAL = ("tolerance", "pruning_ratio", "population_size", "generations", "vocabulary_size")
 _HINTS = {"tolerance": " Points are fractions: two points are 0.02."}
 
 

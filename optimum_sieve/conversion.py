@@ -33,6 +33,7 @@ def sieve_model(
     settings: dict[str, Any],
     results: dict[str, Any],
     base_revision: str | None = None,
+    vocabulary: dict[str, int] | None = None,
 ) -> PreTrainedModel:
     """Turn a factorized transformers model into a model of type `sieve`, in place.
 
@@ -44,6 +45,7 @@ def sieve_model(
         settings (`dict`): Settings of the pruning run, as JSON values.
         results (`dict`): What was measured, as JSON values.
         base_revision (`str`, *optional*): Commit of `base_model`.
+        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, where tokens were left out.
 
     Returns:
         [`~transformers.PreTrainedModel`]: The same object with the same weights. Its class and configuration are those
@@ -67,6 +69,8 @@ def sieve_model(
     }
     if base_revision is not None:
         block["base_revision"] = base_revision
+    if vocabulary is not None:
+        block["vocabulary"] = vocabulary
     if experts := separate_names(model.base_model):
         block["separate_experts"] = experts
     sieve_config = config_class(base_config)

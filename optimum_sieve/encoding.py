@@ -119,6 +119,12 @@ def answer_lengths(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
         return [len(ids) for ids in _token_ids(tokenizer, [example.answer for example in examples])]
 
 
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenize whole texts, with all special tokens."""
+    with _restored(tokenizer):
+        return _token_ids(tokenizer, list(texts), special=True)
+
+
 def _encode_as_one_text(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool
 ) -> list[EncodedExample]:

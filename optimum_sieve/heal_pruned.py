@@ -6,7 +6,7 @@ import copy
 import time
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from .checks import check_model, check_task
 from .evaluation import Evaluation, evaluate
@@ -24,6 +24,7 @@ from .rules import check_task_weights
 from .scoring import tokens_fingerprint
 from .targets import find_targets, is_linear, linear_weight
 from .teacher import Lesson, teach
+from .vocabulary.vocabulary import matching_vocabulary
 from .workdir import WorkDir
 
 
@@ -96,8 +97,11 @@ def heal_pruned(
     seconds: dict[str, float] = {}
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
 
-    reference = _Reference(dense, tasks, shares, config, block["settings"], work, {**loading, "gguf_file": gguf_file},
-                           progress)  # fmt: skip
+    reduced = None
+    if "vocabulary" in block:
+        reduced = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    options = {**loading, "gguf_file": gguf_file}
+    reference = _Reference(dense, tasks, shares, config, block["settings"], work, options, progress, reduced)
     pruned, tokenizer, _ = load_model(model, **loading)
     reference.check_fits(pruned, tokenizer, tasks)
     start = time.perf_counter()
@@ -125,6 +129,7 @@ def heal_pruned(
         loading=None,
         base_model=block.get("base_model"),
         base_revision=block.get("base_revision"),
+        vocabulary=block.get("vocabulary"),
         healing={
             **healing.to_dict(),
             "monitored": reference.monitor.count,
@@ -139,7 +144,10 @@ def _weights(task_weights: Sequence[float] | None) -> dict[str, list[float]]:
 
 
 class _Reference:
-    """All that is needed of the dense model, which is let go."""
+    """All that is needed of the dense model, which is let go.
+
+    `reduced` is the pruned model's tokenizer, where it has fewer tokens.
+    """
 
     def __init__(
         self,
@@ -151,28 +159,33 @@ class _Reference:
         work: WorkDir,
         loading: dict[str, Any],
         progress: bool,
+        reduced: PreTrainedTokenizerBase | None,
     ) -> None:
         model, tokenizer, _ = load_model(dense, **loading)
         check_model(model)
         for task in tasks:
             with naming(task, tasks):
                 check_task(task, model, tokenizer)
+                if reduced is not None:
+                    check_task(task, model, reduced)
                 config.monitor_count(task.splits["selection"])
         separate_experts(model)
         self.linears = {name: tuple(linear_weight(m).shape) for name, m in model.named_modules() if is_linear(m)}
         self.targets = find_targets(model, settings.get("target_modules"), settings.get("exclude_modules") or ())
         self.sizes = measure_sizes(model, self.targets)
+        vocabulary = None if reduced is None else matching_vocabulary(model, tokenizer, reduced)
+        monitored = [_monitored(model, tokenizer, task, config, progress) for task in tasks]
+        self.test = [_score(model, tokenizer, task, config) for task in tasks]
+        if vocabulary is not None:
+            # What is taught is about the tokens that the pruned model has.
+            vocabulary.apply()
+            tokenizer = vocabulary.tokenizer
         self.tokens = _tokens(model, tokenizer, tasks)
         self.lessons = [
             _lesson(model, tokenizer, task, share, config, work, progress)
             for task, share in zip(tasks, shares, strict=True)
         ]
-        self.monitor = SelectionMonitor(
-            parts=[_monitored(model, tokenizer, task, config, progress) for task in tasks],
-            tokenizer=tokenizer,
-            batch_size=config.rows_per_pass,
-        )
-        self.test = [_score(model, tokenizer, task, config) for task in tasks]
+        self.monitor = SelectionMonitor(parts=monitored, tokenizer=tokenizer, batch_size=config.rows_per_pass)
 
     def check_fits(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> None:
         """Refuse a pruned model that did not come from this one."""

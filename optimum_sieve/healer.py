@@ -16,7 +16,7 @@ from .factor_training import norm_parameters
 from .healing import Healing, heal
 from .layers import FactorizedLinear
 from .monitor import Monitored, SelectionMonitor
-from .setting import score, timed
+from .setting import score_dense, timed
 from .stages import allocate_ranks, calibrate
 from .surgery import apply_ranks, restore
 from .targets import is_conv1d
@@ -100,7 +100,7 @@ class Healer:
 
     def _monitored(self, task: TaskSetting, count: int) -> Monitored:
         examples = task.selection[:count]
-        dense = score(self.setting, task, examples, f"dense model on {count} monitored examples of selection")
+        dense = score_dense(self.setting, task, examples, f"{count} monitored examples of selection")
         return Monitored(task=task.name, examples=examples, dense=dense)
 
     def apply(self, bases: Mapping[str, FactorBasis], ranks: Ranks) -> None:

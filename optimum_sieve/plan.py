@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .config import SieveConfig
     from .heal_config import HealConfig
     from .tasks import Task
+    from .vocabulary import TaskVocabulary
 
 # Of each trained parameter: its gradient, both moments of AdamW, the weight from before and the best one, in float32.
 _HEAL_BYTES = 5 * 4
@@ -39,6 +41,8 @@ class PrunePlan:
         examples (`dict[str, dict[str, int]]`): Examples of each split of each task.
         heal_bytes (`int`): Bytes of the optimizer's state, gradients and kept weights while the largest size is healed.
         healing (`str`, *optional*): What healing costs at most; `None` without it.
+        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings `"before"` and, at least, `"after"`; `None`
+            where they stay.
     """
 
     num_targets: int
@@ -53,6 +57,7 @@ class PrunePlan:
     examples: dict[str, dict[str, int]]
     heal_bytes: int = 0
     healing: str | None = None
+    vocabulary: dict[str, int] | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -77,6 +82,10 @@ class PrunePlan:
             "activations come on top",
             *self._example_lines(),
         ]
+        if self.vocabulary is not None:
+            lines.append(
+                f"vocabulary             {self.vocabulary['after']:,} of {self.vocabulary['before']:,} tokens or more"
+            )
         if self.healing is not None:
             lines.append(f"healing                {self.healing}; {_megabytes(self.heal_bytes)} of state")
         return "\n".join(lines)
@@ -92,21 +101,28 @@ class PrunePlan:
         return [f"examples               {name}: {text}" for name, text in texts.items()]
 
 
-def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, tasks: Sequence[Task]) -> PrunePlan:
-    """Work out a `PrunePlan`."""
+def make_plan(
+    model: nn.Module,
+    targets: list[Target],
+    config: SieveConfig,
+    tasks: Sequence[Task],
+    vocabulary: TaskVocabulary | None = None,
+) -> PrunePlan:
+    """Work out a `PrunePlan`; `vocabulary` is that of the calibration splits."""
     total = sum(target.num_parameters for target in targets)
     model_bytes = tensor_bytes(model)
     after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
     element = linear_weight(model.get_submodule(targets[0].name)).element_size()
     # A search begins at half of the parameters.
     kept = total // 2 if after is None else after
+    removed = 0 if vocabulary is None else vocabulary.rows.removed_elements
     return PrunePlan(
         num_targets=len(targets),
         targets_parameters=total,
         model_parameters=sum(parameter.numel() for parameter in model.parameters()),
         expected_targets_parameters=after,
         model_bytes=model_bytes,
-        expected_bytes=None if after is None else model_bytes - (total - after) * element,
+        expected_bytes=None if after is None else model_bytes - (total - after + removed) * element,
         # Those of a further task are added to the sum of the ones before it.
         moments_bytes=min(len(tasks), 2) * sum(_moment_elements(target, config.projection) * 4 for target in targets),
         bases_bytes=sum(target.max_rank * (target.out_features + target.in_features + 2) * 4 for target in targets),
@@ -114,6 +130,7 @@ def make_plan(model: nn.Module, targets: list[Target], config: SieveConfig, task
         examples={task.name: task.splits for task in tasks},
         heal_bytes=0 if config.heal is None else _trained(config, kept) * _HEAL_BYTES,
         healing=None if config.heal is None else _describe_healing(config, config.heal),
+        vocabulary=None if vocabulary is None else vocabulary.sizes,
     )
 
 
@@ -149,10 +166,13 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def measure_sizes(model: nn.Module, targets: Sequence[Target]) -> dict[str, int]:
-    """Return the parameters of the targets and of the model, and the model's bytes."""
-    return {
-        "targets": count_target_parameters(model, targets),
-        "model": sum(parameter.numel() for parameter in model.parameters()),
-        "bytes": tensor_bytes(model),
-    }
+def measure_sizes(
+    model: nn.Module, targets: Sequence[Target], vocabulary: TaskVocabulary | None = None
+) -> dict[str, int]:
+    """Return the parameters of the targets and of the model, and its bytes; with all tokens of `vocabulary`."""
+    with nullcontext() if vocabulary is None else vocabulary.undone():
+        return {
+            "targets": count_target_parameters(model, targets),
+            "model": sum(parameter.numel() for parameter in model.parameters()),
+            "bytes": tensor_bytes(model),
+        }

@@ -15,6 +15,7 @@ from .setting import Setting, TaskSetting
 from .targets import find_targets
 from .tasks import Task
 from .tasks.data import SPLITS
+from .vocabulary import task_vocabulary
 from .workdir import WorkDir, architecture, content_key, model_fingerprint
 
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from .config import SieveConfig
     from .targets import Target
+    from .vocabulary import TaskVocabulary
 
 
 def check_inputs(
@@ -43,6 +45,25 @@ def check_inputs(
         with naming(task, tasks):
             _check_one(model, tokenizer, task, config)
     return targets
+
+
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
+) -> TaskVocabulary | None:
+    """Return the vocabulary of the calibration splits, as it is known before any label of the model's own, if any.
+
+    Raises:
+        ValueError: If the tokenizer or the model cannot be reduced to it, or an example, cut into its tokens, cannot be
+            scored.
+    """
+    if config.vocabulary == "whole":
+        return None
+    examples = [example for task in tasks for example in task.examples("calibration", tokenizer)]
+    vocabulary = task_vocabulary(model, tokenizer, examples, size=config.vocabulary_size)
+    for task in tasks:
+        with naming(task, tasks):
+            check_task(task, model, vocabulary.tokenizer)
+    return vocabulary
 
 
 def read_tasks(given: Any) -> tuple[Task, ...]:
@@ -148,13 +169,15 @@ def prepare(
         ValueError: If the settings, the model or the data break a rule.
         OSError: If the work directory cannot be used.
     """
+    targets = check_inputs(model, tokenizer, tasks, config)
+    check_vocabulary(model, tokenizer, tasks, config)
     # Healed sizes are too dear to be forgotten during a search, which takes up the best one again.
     searches_healed = config.heal is not None and config.tolerance is not None
     return Setting(
         model=model,
         tokenizer=tokenizer,
         config=config,
-        targets=check_inputs(model, tokenizer, tasks, config),
+        targets=targets,
         tasks=tuple(
             task_setting(model, tokenizer, task, share)
             for task, share in zip(tasks, task_shares(config.task_weights, len(tasks)), strict=True)

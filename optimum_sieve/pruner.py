@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,11 +14,11 @@ from .healer import hold_ranks, make_healer
 from .hub import push_folder
 from .loading import load_model
 from .plan import PrunePlan, make_plan, measure_sizes
-from .prepare import check_inputs, check_tasks, prepare, read_tasks
+from .prepare import check_inputs, check_tasks, check_vocabulary, prepare, read_tasks
 from .ranks import choose_ranks
 from .result import SieveResult, TaskScores, make_result, save_result
 from .search.stage import join_search, run_search, wait_for_search
-from .setting import Setting, score, timed
+from .setting import Setting, reduce_vocabulary, reduced_vocabulary, restore_vocabulary, score, score_dense, timed
 from .stages import calibrate, with_answers
 from .workdir import WorkDir
 
@@ -38,7 +39,7 @@ class SievePruner:
 
     Args:
         model (`PreTrainedModel`): The dense model. `prune` turns it into the pruned one, in place.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer; with `vocabulary="task"`, `prune` puts a smaller one here.
         task (`Task | Sequence[Task]`): The task, or several of different names: the pruned model is to do each.
         base_model (`str`, *optional*): Name of the dense model, for the card and the configuration.
         loading (`dict[str, str]`, *optional*): Options with which it was loaded, for the card's command.
@@ -117,10 +118,11 @@ class SievePruner:
         return cls(loaded, found, tasks, base_model=name, loading=loading)
 
     def plan(self, config: SieveConfig) -> PrunePlan:
-        """Return what `prune` would do, from the shapes alone. Runs nothing."""
+        """Return what `prune` would do, from the shapes alone. Runs nothing but, to try a vocabulary, one example."""
         self._check_is_dense()
         targets = check_inputs(self.model, self.tokenizer, self.tasks, config)
-        return make_plan(self.model, targets, config, self.tasks)
+        vocabulary = check_vocabulary(self.model, self.tokenizer, self.tasks, config)
+        return make_plan(self.model, targets, config, self.tasks, vocabulary)
 
     def search(
         self,
@@ -148,8 +150,8 @@ class SievePruner:
             RuntimeError: If nothing within the tolerance was found.
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
-        setting = with_answers(setting, "calibration", "selection")
-        return run_search(setting, calibrate(setting, {}), num_bottlenecks=num_bottlenecks)
+        with reduced_vocabulary(with_answers(setting, "calibration", "selection")) as setting:
+            return run_search(setting, calibrate(setting, {}), num_bottlenecks=num_bottlenecks)
 
     def join_search(
         self, config: SieveConfig, *, work_dir: str | Path, study_storage: str | None = None, progress: bool = True
@@ -160,9 +162,9 @@ class SievePruner:
             ValueError: If the bases in `work_dir` are not those of the study.
         """
         setting = self._prepare_search(config, work_dir, study_storage, progress)
-        wait_for_search(setting)
-        setting = with_answers(setting, "calibration", "selection")
-        return join_search(setting, calibrate(setting, {}, must_exist=True))
+        with reduced_vocabulary(with_answers(setting, "calibration", "selection")) as setting:
+            wait_for_search(setting)
+            return join_search(setting, calibrate(setting, {}, must_exist=True))
 
     def _prepare_search(
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
@@ -211,25 +213,26 @@ class SievePruner:
         setting = self._prepare(config, work_dir, study_storage, progress)
         with timed(seconds, "examples"):
             setting = with_answers(setting, "calibration", "selection", "test")
-        bases = calibrate(setting, seconds)
-        healer = make_healer(setting, seconds)
-        with timed(seconds, "ranks"):
-            ranks, trials = choose_ranks(setting, bases, healer)
-        with timed(seconds, "test"):
-            dense = [score(setting, task, task.test, "dense model on test") for task in setting.tasks]
-        before = measure_sizes(self.model, setting.targets)
-        undo = hold_ranks(setting, bases, ranks, healer, seconds)
-        del bases
-        try:
+        with ExitStack() as undo:
+            setting = reduce_vocabulary(setting)
+            undo.callback(restore_vocabulary, setting)
+            bases = calibrate(setting, seconds)
+            healer = make_healer(setting, seconds)
+            with timed(seconds, "ranks"):
+                ranks, trials = choose_ranks(setting, bases, healer)
+            with timed(seconds, "test"):
+                dense = [score_dense(setting, task, task.test, "test") for task in setting.tasks]
+            before = measure_sizes(self.model, setting.targets, setting.vocabulary)
+            undo.callback(hold_ranks(setting, bases, ranks, healer, seconds))
+            del bases
             with timed(seconds, "test"):
                 # Not from the work directory: what is scored here is what will be saved.
                 fresh = replace(setting, work=WorkDir(None))
                 pruned = [score(fresh, task, task.test, "pruned model on test") for task in setting.tasks]
-            after = measure_sizes(self.model, setting.targets)
             self.result = make_result(
                 self.model,
                 scores=[TaskScores.of(*each) for each in zip(setting.tasks, dense, pruned, strict=True)],
-                sizes=(before, after),
+                sizes=(before, measure_sizes(self.model, setting.targets)),
                 trials=trials,
                 settings=config.to_dict(),
                 seconds={stage: round(value, 3) for stage, value in seconds.items()},
@@ -237,11 +240,11 @@ class SievePruner:
                 base_model=public_name(self.base_model),
                 base_revision=self._base_revision(),
                 healing=None if healer is None else healer.report(),
+                vocabulary=None if setting.vocabulary is None else setting.vocabulary.sizes,
             )
-            self.model = self.result.model
-        except BaseException:
-            undo()
-            raise
+            self.model, self.tokenizer = self.result.model, setting.tokenizer
+            # Done: nothing of it is to be undone.
+            undo.pop_all()
         return self.result
 
     def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False) -> Path:

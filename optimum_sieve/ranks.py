@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from .comparison import compare
 from .search.live import LiveRanks
 from .search.stage import run_search
-from .setting import score
+from .setting import score, score_dense
 from .stages import BASIS_SETTINGS, allocate_ranks
 from .tolerance import search_kept_fraction
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from .comparison import Comparison
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .healer import Healer
     from .search.genome import Ranks
     from .setting import Setting, TaskSetting
+    from .tasks import Example
 
 
 logger = logging.getLogger(__name__)
@@ -53,16 +54,8 @@ def choose_ranks(
         return result["ranks"], result["candidates"]
     if config.pruning_ratio is not None:
         return allocate_ranks(setting, bases, 1 - config.pruning_ratio), []
-    deciding = [task.selection for task in setting.tasks] if healer is None else healer.unseen
-
-    def scored(what: str, **key: object) -> list[Evaluation]:
-        part = "selection" if healer is None else "{} unmonitored examples of selection"
-        return [
-            score(setting, task, examples, f"{what} on {part.format(len(examples))}", **key)
-            for task, examples in zip(setting.tasks, deciding, strict=True)
-        ]
-
-    dense = scored("dense model")
+    deciding = _deciding(setting, healer)
+    dense = [score_dense(setting, *each) for each in deciding]
     for task, found in zip(setting.tasks, dense, strict=True):
         warn_of_the_majority(task, found)
     names = (*BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple", *(("heal",) if healer else ()))
@@ -71,7 +64,12 @@ def choose_ranks(
         def compare_at(kept: float) -> dict[str, Comparison]:
             ranks = allocate_ranks(setting, bases, kept)
             with nullcontext(live.hold(ranks)) if healer is None else healer.healed(bases, ranks):
-                pruned = scored(f"kept {kept:.1%}", ranks=ranks, settings=setting.key(*names))
+                pruned = [
+                    score(
+                        setting, task, examples, f"kept {kept:.1%} on {part}", ranks=ranks, settings=setting.key(*names)
+                    )
+                    for task, examples, part in deciding
+                ]
             triples = zip(setting.tasks, dense, pruned, strict=True)
             return {task.name: compare(before, after) for task, before, after in triples}
 
@@ -79,6 +77,14 @@ def choose_ranks(
             compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
         )
     return allocate_ranks(setting, bases, kept), trials
+
+
+def _deciding(setting: Setting, healer: Healer | None) -> list[tuple[TaskSetting, Sequence[Example], str]]:
+    """Return each task with the selection examples that decide on a size, and what they are called."""
+    if healer is None:
+        return [(task, task.selection, "selection") for task in setting.tasks]
+    pairs = zip(setting.tasks, healer.unseen, strict=True)
+    return [(task, unseen, f"{len(unseen)} unmonitored examples of selection") for task, unseen in pairs]
 
 
 def warn_of_the_majority(task: TaskSetting, dense: Evaluation) -> None:

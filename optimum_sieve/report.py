@@ -91,6 +91,7 @@ def build_report(
     largest_coefficient: float | None = None,
     loading: dict[str, str] | None = None,
     healing: dict[str, Any] | None = None,
+    vocabulary: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
 
@@ -105,6 +106,8 @@ def build_report(
         largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery`.
         loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
         healing (`dict[str, Any]`, *optional*): What healing did, see [`Healer.report`][optimum_sieve.healer.Healer].
+        vocabulary (`dict[str, int]`, *optional*):
+            Rows of the embeddings under `"before"` and `"after"`, where tokens were left out.
     """
     report: dict[str, Any] = dict(tasks[0]) if len(tasks) == 1 else {"tasks": list(tasks)}
     for key, value in (
@@ -115,6 +118,7 @@ def build_report(
         ("settings", settings),
         ("loading", loading),
         ("healing", healing),
+        ("vocabulary", vocabulary),
     ):
         if value is not None:
             report[key] = value
@@ -186,7 +190,9 @@ def _title(task: dict[str, Any]) -> str:
 def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
     """List what a report says of sizes as (label, before, after), leaving out what it knows of one model only."""
     parameters, num_bytes = report.get("parameters", {}), report.get("bytes", {})
+    vocabulary = report.get("vocabulary", {})
     pairs = [
+        ("tokens of the vocabulary", vocabulary.get("before"), vocabulary.get("after")),
         ("parameters of the target matrices", parameters.get("targets_before"), parameters.get("targets_after")),
         ("parameters of the model", parameters.get("model_before"), parameters.get("model_after")),
         ("bytes of the weights (safetensors)", num_bytes.get("before"), num_bytes.get("after")),

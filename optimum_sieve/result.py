@@ -90,6 +90,7 @@ def make_result(
     base_model: str | None,
     base_revision: str | None,
     healing: dict[str, Any] | None = None,
+    vocabulary: dict[str, int] | None = None,
 ) -> SieveResult:
     """Turn a factorized model, in place, into one of model type `sieve`, and report on it.
 
@@ -104,6 +105,7 @@ def make_result(
         base_model (`str`, *optional*): Public name of the dense model.
         base_revision (`str`, *optional*): Its commit on the Hub.
         healing (`dict[str, Any]`, *optional*): What healing did.
+        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, where they are fewer.
     """
     named = dict(zip(("before", "after"), sizes, strict=True))
     report = build_report(
@@ -115,6 +117,7 @@ def make_result(
         largest_coefficient=largest_coefficient(model),
         loading=loading,
         healing=healing,
+        vocabulary=vocabulary,
     )
     model = sieve_model(
         model,
@@ -122,6 +125,7 @@ def make_result(
         base_revision=base_revision,
         settings=settings,
         results=_results(report),
+        vocabulary=vocabulary,
     )
     return SieveResult(
         model=model,

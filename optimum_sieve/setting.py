@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .allocation import LossCurve
 from .evaluation import Evaluation, evaluate
+from .vocabulary import task_vocabulary
 from .workdir import WorkDir, content_key
 
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .targets import Target
     from .tasks import Example
     from .tasks.text_metrics import Metric
+    from .vocabulary import TaskVocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,9 @@ class Setting:
         progress (`bool`): Whether progress bars are shown.
         study_storage (`str`, *optional*): URL of the Optuna storage a search keeps its candidates in. `None`: a file
             in the work directory or, without one, memory.
+        vocabulary (`TaskVocabulary`, *optional*): The vocabulary that `model` and `tokenizer` have, where it is not
+            the one they were given with.
+        given (`Setting`, *optional*): The setting from before the vocabulary was reduced.
     """
 
     model: PreTrainedModel
@@ -74,6 +79,8 @@ class Setting:
     work: WorkDir
     progress: bool
     study_storage: str | None = None
+    vocabulary: TaskVocabulary | None = None
+    given: Setting | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -124,3 +131,55 @@ def score(
     if path is not None:
         evaluation.save(path)
     return evaluation
+
+
+def score_dense(setting: Setting, task: TaskSetting, examples: Sequence[Example], part: str) -> Evaluation:
+    """Score the dense model, which `setting` must hold now, with the vocabulary that it was given with."""
+    description = f"dense model on {part}"
+    if setting.vocabulary is None or setting.given is None:
+        return score(setting, task, examples, description)
+    (given,) = (own for own in setting.given.tasks if own.name == task.name)
+    with setting.vocabulary.undone():
+        return score(setting.given, given, examples, description)
+
+
+def reduce_vocabulary(setting: Setting) -> Setting:
+    """Leave out the tokens that no task needs, where the settings ask for it; return the setting from then on.
+
+    Where the selection splits decide how far to prune, their tokens are not kept for their sake: their texts are cut as
+    those will be that nobody has seen, and what that costs counts against the tolerance.
+    """
+    config = setting.config
+    if config.vocabulary == "whole":
+        return setting
+    splits = [[*task.calibration, *(task.selection if config.tolerance is None else ())] for task in setting.tasks]
+    examples = [example for own in splits for example in own]
+    vocabulary = task_vocabulary(setting.model, setting.tokenizer, examples, size=config.vocabulary_size)
+    vocabulary.apply()
+
+    def reduced(task: TaskSetting) -> TaskSetting:
+        return replace(task, fingerprint=content_key(run=task.fingerprint, vocabulary=vocabulary.fingerprint))
+
+    return replace(
+        setting,
+        tokenizer=vocabulary.tokenizer,
+        tasks=tuple(reduced(task) for task in setting.tasks),
+        vocabulary=vocabulary,
+        given=setting,
+    )
+
+
+def restore_vocabulary(setting: Setting) -> None:
+    """Give the model back what `reduce_vocabulary` left out."""
+    if setting.vocabulary is not None:
+        setting.vocabulary.undo()
+
+
+@contextmanager
+def reduced_vocabulary(setting: Setting) -> Iterator[Setting]:
+    """Do as `reduce_vocabulary` inside the context; the model has all its tokens again afterwards."""
+    setting = reduce_vocabulary(setting)
+    try:
+        yield setting
+    finally:
+        restore_vocabulary(setting)

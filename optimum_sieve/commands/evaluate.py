@@ -85,6 +85,7 @@ class EvaluateCommand(SieveSubcommand):
             parameters={f"model_{_WHEN[side]}": one.num_parameters for side, one in scored.items()},
             num_bytes={_WHEN[side]: one.num_bytes for side, one in scored.items() if one.num_bytes} or None,
             seconds={f"evaluate_{side}": one.seconds for side, one in scored.items()},
+            vocabulary=scored["pruned"].vocabulary if "pruned" in scored else None,
         )
         if arguments.json:
             write_report(report, arguments.json)
@@ -101,6 +102,7 @@ class _Scored:
     num_parameters: int
     num_bytes: int
     seconds: float
+    vocabulary: dict[str, int] | None
 
 
 def _score(
@@ -135,4 +137,5 @@ def _score(
         # Of the files, so 0 for a model on the Hub or in another format.
         num_bytes=sum(path.stat().st_size for path in Path(model_name).glob("*.safetensors")),
         seconds=time.perf_counter() - start,
+        vocabulary=(getattr(model.config, "sieve", None) or {}).get("vocabulary"),
     )

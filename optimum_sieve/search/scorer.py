@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from optimum_sieve.scoring import Batch
     from optimum_sieve.tasks import Example
     from optimum_sieve.tasks.text_metrics import Metric
+    from optimum_sieve.vocabulary import TaskVocabulary
 
     from .candidate import Rival
     from .genome import Ranks
@@ -54,6 +55,7 @@ class Scorer:
         batch_size (`int`): Rows per forward pass.
         calibration (`Sequence[Example]`): More labelled examples: the labels are calibrated, and the shares measured,
             on them too, but no candidate is scored on them.
+        vocabulary (`TaskVocabulary`, *optional*): That of the model, where the dense model is to have all its tokens.
     """
 
     def __init__(
@@ -66,12 +68,15 @@ class Scorer:
         metric: Metric,
         batch_size: int,
         calibration: Sequence[Example] = (),
+        vocabulary: TaskVocabulary | None = None,
     ) -> None:
         self._known = [*examples, *calibration]
         check_scorable(self._known, metric)
         self._live = live
         self._examples = examples
         self._metric = metric
+        self._batch_size = batch_size
+        self._vocabulary = vocabulary
         self._ends = list(ends)
         starts = [0, *ends]
         # The last part is that of the calibration examples, which may be empty.
@@ -131,9 +136,18 @@ class Scorer:
         """Score the dense model, once; return the calibrated labels."""
         if self._dense is None or self._labels is None:
             self._live.hold({})
-            self._dense = np.concatenate([self._slice(number) for number in range(len(self._batches))])
+            self._dense = self._score_dense()
             self._labels = calibrated_labels(evaluation_of(self._dense, self._known, self._metric))
         return self._labels
+
+    def _score_dense(self) -> NDArray[np.float64]:
+        if self._vocabulary is None:
+            return np.concatenate([self._slice(number) for number in range(len(self._batches))])
+        model = self._live.model
+        with self._vocabulary.undone() as tokenizer:
+            batches = make_batches(self._known, tokenizer, batch_size=self._batch_size, inputs=input_format(model))
+            self.examples_scored += len(self._known)
+            return candidate_scores(model, batches, self._known)
 
     def _slice(self, number: int) -> NDArray[np.float64]:
         part = self._parts[number]

@@ -171,8 +171,16 @@ def _scorer(
     ends: Sequence[int],
     more: Sequence[Example] = (),
 ) -> Scorer:
-    size = setting.config.batch_size
-    return Scorer(live, examples, ends, setting.tokenizer, metric=task.metric, batch_size=size, calibration=more)
+    return Scorer(
+        live,
+        examples,
+        ends,
+        setting.tokenizer,
+        metric=task.metric,
+        batch_size=setting.config.batch_size,
+        calibration=more,
+        vocabulary=setting.vocabulary,
+    )
 
 
 def open_study(setting: Setting, search: Search, bases: Mapping[str, FactorBasis]) -> SearchStudy:
