@@ -29,7 +29,7 @@ def test_the_package_refuses_what_the_table_calls_refused(tmp_path: Path) -> Non
     config = SieveConfig.from_dict(preset.config("movie", methods["joint-genetic"], 0.02))
     written = load_task(tmp_path, kind="generate", labels=None, max_new_tokens=2)
     with pytest.raises(ValueError, match="patterns are judged by the distribution over an example's candidates"):
-        check_inputs(make_model(), make_tokenizer(), written, config)
+        check_inputs(make_model(), make_tokenizer(), [written], config)
     with pytest.raises(ValueError, match="'learned'"):
         SieveConfig.from_dict(preset.config("movie", methods["learned"], 0.02))
     for method in methods.values():
