@@ -67,24 +67,17 @@ def collect_moments(
     Raises:
         ValueError: If a loss or a moment is not finite, or a target is never called; the message names the layer.
     """
-    modules = {target.name: model.get_submodule(target.name) for target in targets}
-    weights = weights or {name: linear_weight(module) for name, module in modules.items()}
+    if weights is None:
+        weights = {target.name: linear_weight(model.get_submodule(target.name)) for target in targets}
     moments = {name: empty_moments(weight, projection=projection) for name, weight in weights.items()}
-    needs_gradient = projection == "joint"
-    scale = _loss_scale(weights.values()) if needs_gradient else 1.0
 
-    def accumulate(name: str, masks: _Masks, x: torch.Tensor, g: torch.Tensor | None) -> None:
+    def accumulate(name: str, x: torch.Tensor, g: torch.Tensor | None) -> None:
         weight = weights[name]
-        accumulate_moments(
-            moments[name],
-            weight,
-            _token_rows(x, masks),
-            None if g is None else _token_rows(g, masks).float() / scale,
-            on_outputs=watches_outputs(weight, projection),
-            scaling=1 / num_examples,
-        )
+        on_outputs = watches_outputs(weight, projection)
+        accumulate_moments(moments[name], weight, x, g, on_outputs=on_outputs, scaling=1 / num_examples)
 
-    _run(model, modules, batches, loss, accumulate, scale=scale, needs_gradient=needs_gradient)
+    names = [target.name for target in targets]
+    visit_tokens(model, names, batches, loss, accumulate, gradients=projection == "joint")
     for name, collected in moments.items():
         check_finite(name, collected)
     return moments
@@ -111,43 +104,56 @@ def direction_gradients(
     Raises:
         ValueError: If a loss is not finite, or a layer is never called.
     """
-    modules = {name: model.get_submodule(name) for name in factors}
-    scale = _loss_scale(model.parameters())
     sums = {name: torch.zeros(right.shape[0], dtype=torch.float64) for name, (_, right) in factors.items()}
 
-    def accumulate(name: str, masks: _Masks, x: torch.Tensor, g: torch.Tensor) -> None:
+    def accumulate(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         left, right = factors[name]
-        inputs, gradients = _token_rows(x, masks).float(), _token_rows(g, masks).float() / scale
-        sums[name] += ((inputs @ right.T.float()) * (gradients @ left.float())).sum(dim=0).double().cpu()
+        sums[name] += ((x.float() @ right.T.float()) * (g @ left.float())).sum(dim=0).double().cpu()
 
-    _run(model, modules, batches, loss, accumulate, scale=scale, needs_gradient=True)
+    visit_tokens(model, list(factors), batches, loss, accumulate)
     for name, values in sums.items():
         if not torch.isfinite(values).all():
             raise ValueError(f"The gradients of {name!r} must be finite, got infinity or NaN. Load in float32.")
     return sums
 
 
-def _loss_scale(tensors: Iterable[torch.Tensor]) -> float:
-    """Factor of the loss, by which gradients are divided again in float32: below 6e-8, float16 ones underflow."""
-    return 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0
-
-
-def _run(
+def visit_tokens(
     model: nn.Module,
-    modules: dict[str, nn.Module],
+    names: Sequence[str],
     batches: Iterable[BatchT],
     loss: Callable[[nn.Module, BatchT], torch.Tensor],
-    accumulate: Callable[..., None],
+    visit: Callable[..., None],
     *,
-    scale: float,
-    needs_gradient: bool,
+    gradients: bool = True,
 ) -> None:
-    """Run the model over the batches; `accumulate(name, masks, input, gradient)` sees every call of the modules."""
+    """Run the model over `batches`; `visit(name, x, g)` sees the tokens of every call of the named layers.
+
+    `x` (tokens, in) are a layer's inputs in the model's dtype, and `g` (tokens, out), float32, gradients of the loss
+    at its outputs, or `None` without gradients. Padding is left out; tokens are in the order of the batch's mask.
+    Parameters' `requires_grad` and the training mode are restored.
+
+    Args:
+        model (`torch.nn.Module`): The model, on its device; the layers may be pruned.
+        names (`Sequence[str]`): Module names of the layers.
+        batches (`Iterable`): Batches, already on the model's device.
+        loss (`Callable`): Maps `(model, batch)` to the *sum* of the examples' losses.
+        visit (`Callable`): Called as the layers are reached, backward through the model where gradients are taken.
+        gradients (`bool`): Whether gradients are taken.
+
+    Raises:
+        ValueError: If a loss is not finite, or a layer is never called; the message names it.
+    """
+    modules = {name: model.get_submodule(name) for name in names}
+    scale = _loss_scale(model.parameters()) if gradients else 1.0
+
+    def accumulate(name: str, masks: _Masks, x: torch.Tensor, g: torch.Tensor | None) -> None:
+        visit(name, _token_rows(x, masks), None if g is None else _token_rows(g, masks).float() / scale)
+
     # No token may be routed to an expert: it is worthless to the task then.
     reached = {name for name in modules if name.startswith(tuple(f"{experts}." for experts in separate_names(model)))}
-    with _frozen(model), torch.set_grad_enabled(needs_gradient):
+    with _frozen(model), torch.set_grad_enabled(gradients):
         for batch in batches:
-            watch = partial(_dispatch, accumulate, batch.masks, needs_gradient)
+            watch = partial(_dispatch, accumulate, batch.masks, gradients)
             with _watching(modules, watch, reached), _padding_unrouted(model, batch.masks):
                 value = loss(model, batch)
                 _check_reached(modules, reached)
@@ -156,8 +162,13 @@ def _run(
                         f"The calibration loss must be finite, got {value.item()}. "
                         "Check the model's weights for NaN, or load it in bfloat16 or float32 instead of float16."
                     )
-                if needs_gradient:
+                if gradients:
                     (value * scale).backward()  # type: ignore[no-untyped-call]
+
+
+def _loss_scale(tensors: Iterable[torch.Tensor]) -> float:
+    """Factor of the loss, by which gradients are divided again in float32: below 6e-8, float16 ones underflow."""
+    return 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0
 
 
 def _token_rows(values: torch.Tensor, masks: _Masks) -> torch.Tensor:
