@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,7 @@ from search_world import ShareScorer, make_world, play, score
 from optimum_sieve.search.candidate import Candidate
 from optimum_sieve.search.processes import is_dead, this_process
 from optimum_sieve.search.search import lead, score_one, work
-from optimum_sieve.search.storage import public_url
+from optimum_sieve.search.storage import close_storage, open_storage, public_url
 from optimum_sieve.search.study import SearchStudy
 
 
@@ -257,3 +259,16 @@ def test_process_identity_is_not_its_number_alone(monkeypatch):
     assert not is_dead(own)
     assert is_dead([own[0], own[1], own[2] - 100])
     assert not is_dead(["elsewhere", own[1], own[2] - 100])
+
+
+def test_processes_may_make_the_tables_of_a_database_at_once(tmp_path):
+    together = threading.Barrier(4)
+
+    def opened(url):
+        together.wait()
+        close_storage(open_storage(url))
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(5):
+            assert all(pool.map(opened, [f"sqlite:///{tmp_path / str(number)}.db"] * 4))

@@ -28,11 +28,11 @@ SETTINGS = [
 SLOWED = """
 import sys, time
 from optimum_sieve.search import scorer
-plain = scorer.Scorer.score
+plain = scorer.JointScorer.score
 def slow(self, ranks, **options):
     time.sleep(5 * {pause})
     return plain(self, ranks, **options)
-scorer.Scorer.score = slow
+scorer.JointScorer.score = slow
 from optimum.commands.optimum_cli import main
 sys.argv[0] = "optimum-cli"
 main()

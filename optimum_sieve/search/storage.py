@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # How often a worker looks whether the search has begun (seconds).
 _WAIT_SECONDS = 1.0
+# How often a database is opened whose tables another process is making, and the pause between (seconds).
+_ATTEMPTS, _ATTEMPT_SECONDS = 10, 0.3
 # A process shows that it lives once in the first time, and is given up after the second (seconds).
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 
@@ -39,15 +41,28 @@ def open_storage(url: str | None, grace_seconds: int = GRACE_SECONDS) -> optuna.
             if url.startswith("journal:///"):
                 backend = JournalFileBackend(url.removeprefix("journal://"))
                 return optuna.storages.JournalStorage(backend)
-            return optuna.storages.RDBStorage(
-                url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=grace_seconds, engine_kwargs=_engine(url)
-            )
+            return _open_database(url, grace_seconds)
     except Exception as error:
         raise ValueError(
             f"`storage` must be the URL of an Optuna storage, such as sqlite:///search.db, got {public_url(url)}: "
             f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}. Check that the server runs and that its "
             "driver is installed."
         ) from error
+
+
+def _open_database(url: str, grace_seconds: int) -> optuna.storages.RDBStorage:
+    """Open a database; where another process is making its tables at the same moment, open it again."""
+    for attempt in range(1, 1 + _ATTEMPTS):
+        try:
+            return optuna.storages.RDBStorage(
+                url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=grace_seconds, engine_kwargs=_engine(url)
+            )
+        except DBAPIError as error:
+            is_race = isinstance(error, IntegrityError) or "already exists" in str(error)
+            if attempt == _ATTEMPTS or not is_race:
+                raise
+            time.sleep(_ATTEMPT_SECONDS)
+    raise AssertionError("unreachable")
 
 
 def wait_for_study(url: str, name: str) -> None:
