@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,8 @@ def measure(cell: Cell, dense: Dense, work_dir: Path, speed: Mapping[str, int]) 
         figures |= own_figures(cell, dense, result) | {"siblings": sibling_figures(dense, result)}
         speeds = decode_speeds({"dense": dense.model, "pruned": result.model}, dense.tokenizer, **speed)
         figures["tokens_per_second"] = {name: {"median": each[0], "spread": each[1]} for name, each in speeds.items()}
+    # Of the last minutes, this process's own threads among them.
+    figures["load"] = max(os.getloadavg())
     return figures
 
 

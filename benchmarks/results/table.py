@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .suite import Job
 
 MIDDLE = 0.02
-NOT_RUN = "not run"
+NOT_RUN, BUSY = "not run", "busy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,7 @@ dense on the same examples. A dense model counts if its score, two standard erro
 adapter is trained on rows apart from selection and test, and merged; that *tuned* model is then the dense one of all
 rows. "{NOT_RUN}": the preset leaves it out, or it is still to come. "none": no size that was tried is within the
 tolerance. Minutes are those of all cells of a row, without what a row above it had computed already: moments, factors.
+"{BUSY}": the machine had other work, and times say nothing.
 
 {methods}"""
 
@@ -137,8 +138,7 @@ def _base(found: Results) -> str:
     if tuned:
         text += (
             f" Tuned on {tuned['rows']:,} rows, {tuned['epochs']} times each, at a rate of {tuned['learning_rate']:g}: "
-            f"loss of an answer {tuned['first_loss']:.2f} at first, {tuned['last_loss']:.2f} at last, "
-            f"{tuned['seconds'] / 60:.1f} minutes."
+            f"loss of an answer {tuned['first_loss']:.2f} at first, {tuned['last_loss']:.2f} at last."
         )
     if not found.counts:
         text += " That is not clearly above the most frequent answer, so the task carries no result."
@@ -211,14 +211,22 @@ def _more(cell: dict[str, Any], siblings: Sequence[str]) -> list[str]:
         with_error(cell["difference"]),
         *(with_error(cell["siblings"][name]["difference"]) for name in siblings),
         *(f"{with_error(scores)} ({with_error(scores['difference'])})" for scores in cell["also"].values()),
-        f"{speed['dense']['median']:.1f} to {speed['pruned']['median']:.1f}",
+        BUSY if is_busy(cell) else f"{speed['dense']['median']:.1f} to {speed['pruned']['median']:.1f}",
     ]
 
 
 def _cost(cells: Iterable[dict[str, Any]]) -> list[str]:
     cells = list(cells)
     minutes = sum(cell["seconds"]["whole"] for cell in cells) / 60
-    return [f"{minutes:.1f}", f"{max(cell['peak_bytes'] for cell in cells) / 1e9:.1f}"]
+    return [
+        BUSY if any(map(is_busy, cells)) else f"{minutes:.1f}",
+        f"{max(cell['peak_bytes'] for cell in cells) / 1e9:.1f}",
+    ]
+
+
+def is_busy(cell: dict[str, Any]) -> bool:
+    """Tell whether other work was on the machine, so that times say little: one waiting thread more than its own."""
+    return bool(cell["load"] > cell["threads"] + 1)
 
 
 def _refused(job: Job) -> str:
