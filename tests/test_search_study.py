@@ -6,9 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +17,7 @@ from search_world import ShareScorer, make_world, play, score
 from optimum_sieve.search.candidate import Candidate
 from optimum_sieve.search.processes import is_dead, this_process
 from optimum_sieve.search.search import lead, score_one, work
-from optimum_sieve.search.storage import close_storage, open_storage, public_url
+from optimum_sieve.search.storage import public_url
 from optimum_sieve.search.study import SearchStudy
 
 
@@ -261,14 +259,28 @@ def test_process_identity_is_not_its_number_alone(monkeypatch):
     assert not is_dead(["elsewhere", own[1], own[2] - 100])
 
 
+OPENING = """
+import sys
+from optimum_sieve.search.storage import close_storage, open_storage
+print("ready", flush=True)
+for line in sys.stdin:
+    close_storage(open_storage(line.strip()))
+    print("opened", flush=True)
+"""
+
+
 def test_processes_may_make_the_tables_of_a_database_at_once(tmp_path):
-    together = threading.Barrier(4)
-
-    def opened(url):
-        together.wait()
-        close_storage(open_storage(url))
-        return True
-
-    with ThreadPoolExecutor(4) as pool:
+    started = [
+        subprocess.Popen([sys.executable, "-c", OPENING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    try:
+        assert {process.stdout.readline() for process in started} == {"ready\n"}
         for number in range(5):
-            assert all(pool.map(opened, [f"sqlite:///{tmp_path / str(number)}.db"] * 4))
+            for process in started:
+                process.stdin.write(f"sqlite:///{tmp_path / str(number)}.db\n")
+                process.stdin.flush()
+            assert [process.stdout.readline() for process in started] == ["opened\n"] * 4
+    finally:
+        for process in started:
+            process.communicate()
