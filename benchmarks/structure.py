@@ -43,9 +43,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# What is removed with a part of the input of the last projection: (module, dimension of its weight).
-NETWORK = {"mlp.down_proj": 1, "mlp.gate_proj": 0, "mlp.up_proj": 0}
-ATTENTION = {"self_attn.o_proj": 1, "self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0}
+NETWORK_END, ATTENTION_END = "mlp.down_proj", "self_attn.o_proj"
+# What is removed with a part of the input of the last projection: module and dimension of its weight.
+NETWORK = {NETWORK_END: 1, "mlp.gate_proj": 0, "mlp.up_proj": 0}
+ATTENTION = {ATTENTION_END: 1, "self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0}
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ class Bench:
     def measure_units(self) -> list[Unit]:
         """Return every neuron and group of heads with the predicted loss of removing it."""
         groups = self.model.config.num_key_value_heads
-        ends = {name: layer for name, layer in self.model.named_modules() if name.endswith((*NETWORK,)[0])}
-        ends |= {name: layer for name, layer in self.model.named_modules() if name.endswith((*ATTENTION,)[0])}
+        modules = self.model.named_modules()
+        ends = {name: layer for name, layer in modules if name.endswith((NETWORK_END, ATTENTION_END))}
         squares = {name: torch.zeros(()) for name in ends}
         batches = make_batches(
             self.calibration, self.tokenizer, batch_size=16, candidates=True, inputs=input_format(self.model)
@@ -130,7 +131,7 @@ class Bench:
                 loss(self.model, batch).backward()
                 for name, gate in found.items():
                     rows = gate.grad[:, 0]
-                    if name.endswith((*ATTENTION,)[0]):
+                    if name.endswith(ATTENTION_END):
                         rows = rows.unflatten(-1, (groups, -1)).sum(-1)
                     squares[name] = squares[name] + rows.square().sum(0)
         halves = {name: values / (2 * len(self.calibration)) for name, values in squares.items()}
@@ -138,8 +139,8 @@ class Bench:
 
     def units_of(self, end: str, losses: list[float]) -> list[Unit]:
         """Return the units that feed the projection `end`."""
-        kind = NETWORK if end.endswith((*NETWORK,)[0]) else ATTENTION
-        block = end.removesuffix((*kind,)[0])
+        kind = NETWORK if end.endswith(NETWORK_END) else ATTENTION
+        block = end.removesuffix(NETWORK_END).removesuffix(ATTENTION_END)
         weights = {block + name: (self.model.get_submodule(block + name).weight, dim) for name, dim in kind.items()}
         units = []
         for index, loss in enumerate(losses):

@@ -73,8 +73,9 @@ def read_tasks(given: Any) -> tuple[Task, ...]:
         FileNotFoundError: If a task file or its data is not there.
         ValueError: If a task file is wrong; the message names what and, of several, the file.
     """
-    if isinstance(given, str | Path | dict | Task):
-        return (_read_task(given),)
+    given = [given] if isinstance(given, str | Path | dict | Task) else list(given)
+    if len(given) == 1:
+        return (_read_task(given[0]),)
     tasks = []
     for place, one in enumerate(given, start=1):
         try:

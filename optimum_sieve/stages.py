@@ -76,8 +76,11 @@ def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool =
                 bases = factor(setting, weights, moments)
             del moments
             setting.work.save("bases", key, flatten(bases))
-            # As a run that goes on will have them: products of tensors that lie otherwise in memory round otherwise.
-            found = _load_bases(setting, key, weights)
+            if setting.work.path is not None:
+                # As a run that goes on will have them: products of tensors that lie otherwise in memory round
+                # otherwise. Not two sets at once.
+                bases.clear()
+                found = _load_bases(setting, key, weights)
         bases = found or bases
     return bases
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+from typing import TYPE_CHECKING
 
 
 # No test reaches the network or the user's caches. The models are tiny: one thread beats several that wait for
@@ -17,6 +19,10 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
 
@@ -24,3 +30,31 @@ def pytest_unconfigure() -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run `optimum-cli sieve` with these words; return its exit status."""
+    from optimum.commands.optimum_cli import main
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def cli(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run `optimum-cli sieve` with these words; return its exit status, output and error output."""
+
+    def cli(*words: object) -> tuple[int, str, str]:
+        status = run(*words)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return cli

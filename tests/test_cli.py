@@ -26,24 +26,6 @@ RUN_OPTIONS = {
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run `optimum-cli sieve` with these words; return its exit status, output and error output."""
-    from optimum.commands.optimum_cli import main
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", *map(str, words)])
-        status = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            status = exit_.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A directory with a tiny model, `model/`, and a task, `task.json`."""

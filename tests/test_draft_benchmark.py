@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import tiny_models
+from benchmark_module import load_benchmark
 from tiny_models import save
 from toy import make_model, make_tokenizer, write_task
 
@@ -18,23 +16,16 @@ from optimum_sieve.conversion import sieve_model
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import ModuleType
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROUNDS = 2
 NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
 def draft_benchmark() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        specification = importlib.util.spec_from_file_location("draft_benchmark", BENCHMARKS / "draft.py")
-        module = importlib.util.module_from_spec(specification)
-        # A dataclass looks its module up there.
-        patch.setitem(sys.modules, "draft_benchmark", module)
-        specification.loader.exec_module(module)
-    return module
+    return load_benchmark("draft")
 
 
 def measure(draft_benchmark: ModuleType, directory: Path, *, exact: bool) -> list[dict[str, Any]]:

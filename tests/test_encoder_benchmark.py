@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from benchmark_module import load_benchmark
 from toy import VOCABULARY, make_tokenizer, parity_rows, write_rows
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import ModuleType
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TASK = {
     "name": "parity",
     "kind": "labels",
@@ -30,12 +29,7 @@ TASK = {
 
 @pytest.fixture(scope="module")
 def encoder_benchmark() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        specification = importlib.util.spec_from_file_location("encoder_benchmark", BENCHMARKS / "encoder.py")
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-    return module
+    return load_benchmark("encoder")
 
 
 def write_encoder(directory: Path) -> Path:

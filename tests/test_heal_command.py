@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -55,22 +54,6 @@ def test_settings_go_through_json_the_command_line_and_the_card(tmp_path: Path) 
     overridden = settings_from(parser.parse_args(["--config", str(tmp_path / "settings.json"), "--heal-steps", "9"]))
     assert overridden.heal == HealConfig(steps=9, train_norms=True, learning_rate=1e-3)
     assert settings_from(parser.parse_args(["--pruning-ratio", "0.5"])).heal is None
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run `optimum-cli sieve` with these words; return its exit status."""
-    from optimum.commands.optimum_cli import main
-
-    def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", *map(str, words)])
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from benchmark_module import load_benchmark
 from healed_world import learn
 from toy import load_task, make_tokenizer, parity_rows
 
 from optimum_sieve import evaluate
 
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_rows_hold_together(tmp_path: Path, capsys: Any) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        specification = importlib.util.spec_from_file_location("healing_benchmark", BENCHMARKS / "healing.py")
-        assert specification is not None and specification.loader is not None  # noqa: PT018
-        benchmark = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(benchmark)
+    benchmark = load_benchmark("healing")
     task, tokenizer = load_task(tmp_path, parity_rows(600)), make_tokenizer()
     model = learn(task)
     model.save_pretrained(tmp_path / "model")

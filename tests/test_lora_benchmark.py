@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny_models
+from benchmark_module import load_benchmark
 from lora_models import OLD_NAMES
 from toy import make_model, make_tokenizer, parity_rows, write_task
 from transformers import AutoModelForCausalLM
@@ -17,22 +16,17 @@ from optimum_sieve.conversion import sieve_model
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import ModuleType
 
 pytestmark = OLD_NAMES
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = ["pruned", "factors, unmerged", "factors, merged",
          "matrices, unmerged", "matrices, merged", "matrices, old ranks"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def lora_benchmark() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        specification = importlib.util.spec_from_file_location("lora_benchmark", BENCHMARKS / "lora.py")
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-    return module
+    return load_benchmark("lora")
 
 
 def test_rows_hold_together(lora_benchmark: ModuleType, tmp_path: Path, capsys: Any) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny_models
 import torch
+from benchmark_module import load_benchmark
 from tiny_models import logits, save
 from toy import make_model, make_tokenizer, write_task
 from transformers import AutoModelForCausalLM
@@ -20,25 +18,17 @@ from optimum_sieve.layers import FactorizedLinear
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import ModuleType
 
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        specification = importlib.util.spec_from_file_location("quantization_benchmark", BENCHMARKS / "quantization.py")
-        module = importlib.util.module_from_spec(specification)
-        # A dataclass looks its module up there.
-        patch.setitem(sys.modules, "quantization_benchmark", module)
-        specification.loader.exec_module(module)
-    return module
+    return load_benchmark("quantization")
 
 
 @pytest.fixture(scope="module")

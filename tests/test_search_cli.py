@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 
 import pytest
@@ -12,24 +11,6 @@ from toy import make_model, make_tokenizer, parity_rows, write_task
 from optimum_sieve.commands.job import read_job, write_job
 from optimum_sieve.config import SieveConfig
 from optimum_sieve.search.storage import absolute_url, holds_secret, public_url
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run `optimum-cli sieve` with these words; return its exit status, output and error output."""
-    from optimum.commands.optimum_cli import main
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", *map(str, words)])
-        try:
-            main()
-            status = 0
-        except SystemExit as error:
-            status = error.code or 0
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run
 
 
 @pytest.fixture

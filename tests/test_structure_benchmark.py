@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from benchmark_module import load_benchmark
 from healed_world import learn
 from toy import load_task, make_tokenizer, parity_rows
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import ModuleType
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        specification = importlib.util.spec_from_file_location("structure_benchmark", BENCHMARKS / "structure.py")
-        assert specification is not None and specification.loader is not None  # noqa: PT018
-        module = importlib.util.module_from_spec(specification)
-        # Where data classes look up their annotations.
-        patch.setitem(sys.modules, specification.name, module)
-        specification.loader.exec_module(module)
-    return module
+    return load_benchmark("structure")
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from benchmark_module import load_benchmark
 from toy import parity_rows, task_spec, write_rows
 from transformers import AutoModelForCausalLM
 from two_tasks import SIZE, TOKENIZER, learn_both, make_tasks, score
@@ -19,10 +17,9 @@ from optimum_sieve.report import format_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from transformers import PreTrainedModel
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +32,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for spec in (task_spec(), task_spec(**SIZE)):
         (directory / f"{spec['name']}.json").write_text(json.dumps(spec))
     return directory
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run `optimum-cli sieve` with these words; return its exit status."""
-    from optimum.commands.optimum_cli import main
-
-    def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", *map(str, words)])
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return run
 
 
 def tasks_of(world: Path) -> tuple[object, ...]:
@@ -136,12 +117,7 @@ def test_errors_are_one_line_before_any_work(run: Callable[..., int], world: Pat
 
 
 def test_the_benchmark_prunes_for_each_task_and_for_both(world: Path, tmp_path: Path, capsys: Any) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        specification = importlib.util.spec_from_file_location("two_tasks_benchmark", BENCHMARKS / "two_tasks.py")
-        assert specification is not None and specification.loader is not None  # noqa: PT018
-        benchmark = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(benchmark)
+    benchmark = load_benchmark("two_tasks")
     words = ["--model", world / "dense", *tasks_of(world), "--tolerance", 0.1, "--confidence", 0.5, "--search-steps", 3,
              "--rank-multiple", 1, "--test", 40, "--work-dir", tmp_path / "work", "--json",
              tmp_path / "rows.jsonl"]  # fmt: skip

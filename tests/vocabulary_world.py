@@ -175,25 +175,19 @@ def unigram() -> PreTrainedTokenizerBase:
 
 def end_of_word() -> PreTrainedTokenizerBase:
     """Make a BPE of characters whose tokens say whether they end a word."""
-    backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.BPEDecoder(suffix="</w>")
-    trainer = trainers.BpeTrainer(
-        show_progress=False, vocab_size=800, special_tokens=SPECIAL, end_of_word_suffix="</w>"
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_trained(backend, trainer), unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
-    )
+    return _marked(decoders.BPEDecoder(suffix="</w>"), end_of_word_suffix="</w>")
 
 
 def continuing_prefix() -> PreTrainedTokenizerBase:
     """Make a BPE of characters whose tokens say whether they begin a word."""
-    backend = Tokenizer(models.BPE(unk_token="<unk>", continuing_subword_prefix="##"))
+    return _marked(decoders.WordPiece(prefix="##"), continuing_subword_prefix="##")
+
+
+def _marked(decoder: decoders.Decoder, **mark: str) -> PreTrainedTokenizerBase:
+    backend = Tokenizer(models.BPE(unk_token="<unk>", **mark))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.WordPiece(prefix="##")
-    trainer = trainers.BpeTrainer(
-        show_progress=False, vocab_size=800, special_tokens=SPECIAL, continuing_subword_prefix="##"
-    )
+    backend.decoder = decoder
+    trainer = trainers.BpeTrainer(show_progress=False, vocab_size=800, special_tokens=SPECIAL, **mark)
     return PreTrainedTokenizerFast(
         tokenizer_object=_trained(backend, trainer), unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
     )

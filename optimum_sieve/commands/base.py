@@ -67,7 +67,7 @@ def load_pruner(arguments: Namespace) -> SievePruner:
 
     return SievePruner.from_pretrained(
         arguments.model,
-        task=arguments.task[0] if len(arguments.task) == 1 else arguments.task,
+        task=arguments.task,
         dtype=arguments.dtype,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,

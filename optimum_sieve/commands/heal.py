@@ -66,7 +66,7 @@ class HealCommand(SieveSubcommand):
         from optimum_sieve.result import save_result
 
         check_output(Path(arguments.output), arguments.overwrite)
-        tasks = read_tasks(arguments.task[0] if len(arguments.task) == 1 else arguments.task)
+        tasks = read_tasks(arguments.task)
         result, tokenizer = heal_pruned(
             arguments.model,
             arguments.dense,

@@ -56,7 +56,7 @@ class Standings:
 
     @cached_property
     def energy_size(self) -> float:
-        """Kept fraction at which the energy allocation leaves the tolerance on the first task, as it shrinks."""
+        """Kept fraction at which the energy allocation, as it shrinks, leaves the tolerance on some task."""
         return max(task.energy_size for task in self.tasks)
 
     def excesses(self, candidate: Candidate) -> list[float]:

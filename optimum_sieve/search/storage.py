@@ -52,17 +52,18 @@ def open_storage(url: str | None, grace_seconds: int = GRACE_SECONDS) -> optuna.
 
 def _open_database(url: str, grace_seconds: int) -> optuna.storages.RDBStorage:
     """Open a database; where another process is making its tables at the same moment, open it again."""
-    for attempt in range(1, 1 + _ATTEMPTS):
+    attempts = 0
+    while True:
+        attempts += 1
         try:
             return optuna.storages.RDBStorage(
                 url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=grace_seconds, engine_kwargs=_engine(url)
             )
         except DBAPIError as error:
             is_race = isinstance(error, IntegrityError) or "already exists" in str(error)
-            if attempt == _ATTEMPTS or not is_race:
+            if attempts == _ATTEMPTS or not is_race:
                 raise
-            time.sleep(_ATTEMPT_SECONDS)
-    raise AssertionError("unreachable")
+        time.sleep(_ATTEMPT_SECONDS)
 
 
 def wait_for_study(url: str, name: str) -> None:
