@@ -144,11 +144,6 @@ def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task:
         )
     check_task(task, model, tokenizer)
     if config.allocation == "genetic":
-        if task.kind == "generate":
-            raise ValueError(
-                "`allocation='genetic'` must go with a task of the kind labels or choices, got the kind 'generate': "
-                "patterns are judged by the distribution over an example's candidates. Use 'energy' or 'uniform'."
-            )
         config.search_count(task.splits["selection"])
     if config.heal is not None:
         config.heal.monitor_count(task.splits["selection"])

@@ -199,13 +199,6 @@ def test_gold_answers_longer_than_what_may_be_written_are_told(
     assert "30 of 30 gold answers are longer than the 2 tokens of `max_new_tokens`, the longest has 4" in caplog.text
 
 
-def test_a_genetic_search_is_refused_before_any_work(tmp_path: Path) -> None:
-    pruner = SievePruner(make_model(), make_tokenizer(), load_task(tmp_path, **WRITTEN))
-    pruner.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    with pytest.raises(ValueError, match="`allocation='genetic'` must go with a task of the kind labels or choices"):
-        pruner.prune(SieveConfig(tolerance=0.1, allocation="genetic"), progress=False)
-
-
 def test_classifiers_are_refused(tmp_path: Path) -> None:
     pruner = SievePruner(make_kind("bert"), make_tokenizer(), load_task(tmp_path, **WRITTEN))
     with pytest.raises(ValueError, match="`model` must be one that writes for a task of the kind 'generate'"):

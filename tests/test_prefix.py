@@ -11,8 +11,8 @@ from toy import load_task, make_model, make_tokenizer, parity_rows
 from optimum_sieve.likelihoods import candidate_scores
 from optimum_sieve.prefix import LEAST_TOKENS, shared_prefix
 from optimum_sieve.scoring import Batch, make_batches
+from optimum_sieve.search.candidate_scorer import CandidateScorer
 from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import Scorer
 from optimum_sieve.tasks import Example
 
 
@@ -61,7 +61,7 @@ def test_a_scorer_computes_a_shared_prefix_once(tmp_path):
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     with LiveRanks(model, {}) as live:
-        scorer = Scorer(live, examples, [10, 20], make_tokenizer(), metric="accuracy", batch_size=5)
+        scorer = CandidateScorer(live, examples, [10, 20], make_tokenizer(), metric="accuracy", batch_size=5)
         *_, outcome = scorer.slices({})
     assert outcome.kl == pytest.approx(0, abs=1e-9)
     whole = make_batches(examples, make_tokenizer(), batch_size=5)

@@ -13,11 +13,11 @@ from toy import load_task, make_model, make_tokenizer, parity_rows
 from optimum_sieve.calibration import direction_gradients
 from optimum_sieve.factorization import factorize
 from optimum_sieve.scoring import log_likelihoods, make_batches
-from optimum_sieve.search import scorer as scorer_module
+from optimum_sieve.search import candidate_scorer as scorer_module
 from optimum_sieve.search.candidate import SEARCH
+from optimum_sieve.search.candidate_scorer import CandidateScorer
 from optimum_sieve.search.correction import Shares, corrected, measure_shares, windows
 from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import Scorer
 from optimum_sieve.search.search import lead
 from optimum_sieve.search.study import SearchStudy
 from optimum_sieve.targets import find_targets, linear_weight
@@ -157,10 +157,10 @@ def test_shares_add_up_to_the_rise_of_the_loss(world, monkeypatch):
     parts = {name: (rank, None) for name, rank in ranks.items() if rank is not None}
     with LiveRanks(model, bases) as live:
         options = {"metric": "accuracy", "batch_size": 8}
-        scorer = Scorer(live, examples[:20], [10, 20], make_tokenizer(), **options)
+        scorer = CandidateScorer(live, examples[:20], [10, 20], make_tokenizer(), **options)
         rise = list(scorer.slices(ranks))[-1].rise
         shares = scorer.shares(ranks, parts)
-        more = Scorer(live, examples[:10], [10], make_tokenizer(), **options, calibration=examples[10:20])
+        more = CandidateScorer(live, examples[:10], [10], make_tokenizer(), **options, calibration=examples[10:20])
         assert more.shares(ranks, parts) == pytest.approx(shares, rel=1e-3)
         assert list(more.slices(ranks))[-1].count == 10
     assert rise > 0

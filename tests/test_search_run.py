@@ -14,8 +14,9 @@ from optimum_sieve.evaluation import evaluate
 from optimum_sieve.factorization import factorize
 from optimum_sieve.search.calibrated import calibrated_labels, expected_difference
 from optimum_sieve.search.candidate import Rival
+from optimum_sieve.search.candidate_scorer import CandidateScorer
 from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import JointScorer, Scorer
+from optimum_sieve.search.scorer import JointScorer
 from optimum_sieve.surgery import truncated
 from optimum_sieve.targets import find_targets, linear_weight
 
@@ -96,7 +97,7 @@ def test_dense_layers_come_back_after_an_error(model):
 
 def make_scorer(live, tmp_path, ends):
     examples = load_task(tmp_path, parity_rows(160)).examples("selection", make_tokenizer())[: ends[-1]]
-    scorer = Scorer(live, examples, ends, make_tokenizer(), metric="accuracy", batch_size=8)
+    scorer = CandidateScorer(live, examples, ends, make_tokenizer(), metric="accuracy", batch_size=8)
     return scorer, JointScorer([scorer]), examples
 
 

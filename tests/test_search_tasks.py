@@ -17,8 +17,9 @@ from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.commands.search import format_result
 from optimum_sieve.search.bottlenecks import bottleneck_candidates, bottleneck_table
 from optimum_sieve.search.candidate import CONFIRM, JointOutcome, Outcome, Rival, joined, read_outcome
+from optimum_sieve.search.candidate_scorer import CandidateScorer
 from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import JointScorer, Scorer
+from optimum_sieve.search.scorer import JointScorer
 from optimum_sieve.search.standing import Standing
 from optimum_sieve.search.standings import Standings
 from optimum_sieve.search.summary import summarize
@@ -172,11 +173,11 @@ def test_joint_outcomes_are_the_worst_and_survive_json() -> None:
     assert single.parts == (single,)
 
 
-def scorers_of(live: LiveRanks, directory: Path, ends: tuple[list[int], list[int]]) -> list[Scorer]:
+def scorers_of(live: LiveRanks, directory: Path, ends: tuple[list[int], list[int]]) -> list[CandidateScorer]:
     """Make a scorer of each toy task, whose numbers of slices may differ."""
     return [
-        Scorer(live, task.examples("selection", TOKENIZER)[: own[-1]], own, TOKENIZER, metric="accuracy", batch_size=8,
-               calibration=task.examples("calibration", TOKENIZER)[:10])
+        CandidateScorer(live, task.examples("selection", TOKENIZER)[: own[-1]], own, TOKENIZER, metric="accuracy",
+                        batch_size=8, calibration=task.examples("calibration", TOKENIZER)[:10])
         for task, own in zip(make_tasks(directory, 160), ends, strict=True)
     ]  # fmt: skip
 
@@ -244,14 +245,9 @@ def test_pruning_with_a_search_over_two_tasks(tmp_path: Path) -> None:
 
 def test_a_task_that_cannot_be_searched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optimum_sieve.pruner.calibrate", None)
-    written = {"kind": "generate", "labels": None, "max_new_tokens": 3, "answer": "{{ label }}"}
-    for changes, message in (
-        (written, "Task 'size': `allocation='genetic'` must go with a task of the kind labels or choices"),
-        ({"limit": {"selection": 4}}, "Task 'size': `search_fraction` must leave at least 2 selection examples"),
-    ):
-        tasks = make_tasks(tmp_path, 160, **changes)
-        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-            SievePruner(make_model(), TOKENIZER, tasks).prune(SieveConfig(**SETTINGS), **QUIET)
+    tasks = make_tasks(tmp_path, 160, limit={"selection": 4})
+    with pytest.raises(ValueError, match="Task 'size': `search_fraction` must leave at least 2 selection examples"):
+        SievePruner(make_model(), TOKENIZER, tasks).prune(SieveConfig(**SETTINGS), **QUIET)
 
 
 def test_the_summary_of_one_task_has_no_list_of_tasks() -> None:

@@ -22,8 +22,9 @@ from vocabulary_world import byte_level, load_reviews, unigram, wordpiece
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare, evaluate
 from optimum_sieve.export import save_dense
 from optimum_sieve.heal_pruned import heal_pruned
+from optimum_sieve.search.candidate_scorer import CandidateScorer
 from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import JointScorer, Scorer
+from optimum_sieve.search.scorer import JointScorer
 from optimum_sieve.vocabulary import task_vocabulary
 
 
@@ -134,7 +135,7 @@ def test_the_genetic_search_compares_with_the_whole_dense_model(dense, task):
     small = score(model, vocabulary.tokenizer, task)
     assert np.abs(whole.log_probs - small.log_probs).max() > 1e-3
     with LiveRanks(model, {}) as live:
-        scorer = Scorer(
+        scorer = CandidateScorer(
             live,
             examples,
             [len(examples)],

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import zip_longest
 from statistics import NormalDist
-from typing import TYPE_CHECKING
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_sieve.calibration import direction_gradients
-from optimum_sieve.comparison import compare, expected_rises
-from optimum_sieve.evaluation import check_scorable, evaluation_of
+from optimum_sieve.evaluation import check_scorable
 from optimum_sieve.inputs import input_format
-from optimum_sieve.likelihoods import candidate_scores
-from optimum_sieve.prefix import shared_prefix
-from optimum_sieve.scoring import input_device, log_likelihoods, make_batches
+from optimum_sieve.scoring import input_device, make_batches
 from optimum_sieve.tasks.metrics import standard_error
 
-from .calibrated import calibrated_labels, expected_difference
 from .candidate import AnyOutcome, Outcome, joined
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from numpy.typing import NDArray
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from optimum_sieve.scoring import Batch
+    from optimum_sieve.losses import Loss
     from optimum_sieve.tasks import Example
     from optimum_sieve.tasks.text_metrics import Metric
     from optimum_sieve.vocabulary import TaskVocabulary
@@ -43,7 +35,7 @@ if TYPE_CHECKING:
 DROP_CONFIDENCE = 0.95
 
 
-class Scorer:
+class Scorer(ABC):
     """Score rank patterns on one list of examples, of one task, against the dense model.
 
     Args:
@@ -53,10 +45,12 @@ class Scorer:
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
         metric (`str` or `Callable`): The task's metric.
         batch_size (`int`): Rows per forward pass.
-        calibration (`Sequence[Example]`): More labelled examples: the labels are calibrated, and the shares measured,
-            on them too, but no candidate is scored on them.
+        calibration (`Sequence[Example]`): More labelled examples, which help to judge but score no candidate: the
+            shares are measured on them too.
         vocabulary (`TaskVocabulary`, *optional*): That of the model, where the dense model is to have all its tokens.
     """
+
+    by_candidate: ClassVar[bool]
 
     def __init__(
         self,
@@ -74,6 +68,7 @@ class Scorer:
         check_scorable(self._known, metric)
         self._live = live
         self._examples = examples
+        self._tokenizer = tokenizer
         self._metric = metric
         self._batch_size = batch_size
         self._vocabulary = vocabulary
@@ -81,14 +76,13 @@ class Scorer:
         starts = [0, *ends]
         # The last part is that of the calibration examples, which may be empty.
         self._parts = [self._known[start:end] for start, end in zip(starts, [*ends, None], strict=True)]
-        inputs = input_format(live.model)
         self._batches = [
-            make_batches(part, tokenizer, batch_size=batch_size, inputs=inputs) for part in self._parts if part
+            make_batches(
+                part, tokenizer, batch_size=batch_size, candidates=self.by_candidate, inputs=input_format(live.model)
+            )
+            for part in self._parts
+            if part
         ]
-        self._prefix = shared_prefix([batch for batches in self._batches for batch in batches])
-        self._width = max(len(example.candidates) for example in self._known)
-        self._dense: NDArray[np.float64] | None = None
-        self._labels: NDArray[np.float64] | None = None
         self.examples_scored = 0
 
     @property
@@ -96,15 +90,32 @@ class Scorer:
         """Number of examples."""
         return len(self._examples)
 
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Score the dense model, unless that was done."""
+
+    @abstractmethod
+    def _score(self, number: int) -> Any:
+        """Return what the model makes of a slice."""
+
+    @abstractmethod
+    def _outcome(self, scores: list[Any], *, complete: bool) -> Outcome:
+        """Return the outcome on the first slices, from what `_score` returned of each."""
+
+    @abstractmethod
+    def _loss(self, part: int) -> Loss:
+        """Return the loss whose shares are measured, on the batches of a part."""
+
     def slices(self, ranks: Ranks) -> Iterator[Outcome]:
         """Score `ranks` (a rank for every layer) slice by slice; yield the outcome so far after each."""
-        self._calibrated()
-        scores: list[NDArray[np.float64]] = []
+        self._prepare()
+        scores: list[Any] = []
         for number, end in enumerate(self._ends):
             # Another task's scorer may have held the dense model meanwhile.
             self._live.hold(ranks)
-            scores.append(self._slice(number))
-            yield self._outcome(np.concatenate(scores), complete=end == self.count)
+            scores.append(self._score(number))
+            self.examples_scored += len(self._parts[number])
+            yield self._outcome(scores, complete=end == self.count)
 
     def shares(self, ranks: Ranks, windows: Mapping[str, tuple[int, int | None]]) -> dict[str, float]:
         """Return the share of the loss of some dropped directions of each layer, by one backward pass.
@@ -113,66 +124,17 @@ class Scorer:
             ranks (`dict[str, int | None]`): A rank for every layer.
             windows (`Mapping[str, tuple[int, int | None]]`): First direction and the one after the last, by layer.
         """
-        labels = torch.from_numpy(self._calibrated()).float()
-        starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        self._prepare()
         self._live.hold(ranks)
         total: dict[str, float] = dict.fromkeys(windows, 0.0)
         factors = self._live.factors(windows)
         device = input_device(self._live.model)
-        for start, batches in zip(starts, self._batches, strict=False):
-
-            def loss(model: nn.Module, batch: Batch, start: int = int(start)) -> torch.Tensor:
-                scores = log_likelihoods(model, batch)
-                expected = labels[[start + index for index in batch.indices], : scores.shape[1]].to(scores.device)
-                log_probs = scores.log_softmax(dim=-1).masked_fill(~batch.present.to(scores.device), 0.0)
-                return -(expected * log_probs).sum()
-
+        for part, batches in enumerate(self._batches):
             moved = (batch.to(device) for batch in batches)
-            for name, gradients in direction_gradients(self._live.model, factors, moved, loss).items():
+            found = direction_gradients(self._live.model, factors, moved, self._loss(part))
+            for name, gradients in found.items():
                 total[name] -= 0.5 * float(gradients.sum()) / len(self._known)
         return total
-
-    def _calibrated(self) -> NDArray[np.float64]:
-        """Score the dense model, once; return the calibrated labels."""
-        if self._dense is None or self._labels is None:
-            self._live.hold({})
-            self._dense = self._score_dense()
-            self._labels = calibrated_labels(evaluation_of(self._dense, self._known, self._metric))
-        return self._labels
-
-    def _score_dense(self) -> NDArray[np.float64]:
-        if self._vocabulary is None:
-            return np.concatenate([self._slice(number) for number in range(len(self._batches))])
-        model = self._live.model
-        with self._vocabulary.undone() as tokenizer:
-            batches = make_batches(self._known, tokenizer, batch_size=self._batch_size, inputs=input_format(model))
-            self.examples_scored += len(self._known)
-            return candidate_scores(model, batches, self._known)
-
-    def _slice(self, number: int) -> NDArray[np.float64]:
-        part = self._parts[number]
-        scores = candidate_scores(self._live.model, self._batches[number], part, prefix=self._prefix)
-        self.examples_scored += len(part)
-        return np.pad(scores, ((0, 0), (0, self._width - scores.shape[1])), constant_values=-np.inf)
-
-    def _outcome(self, scores: NDArray[np.float64], *, complete: bool) -> Outcome:
-        assert self._dense is not None
-        assert self._labels is not None
-        examples = self._examples[: len(scores)]
-        dense = evaluation_of(self._dense[: len(scores)], examples, self._metric)
-        pruned = evaluation_of(scores, examples, self._metric)
-        labels = self._labels[: len(scores)]
-        comparison = compare(dense, pruned)
-        assert comparison.kl is not None
-        return Outcome(
-            mean=comparison.mean,
-            expected=expected_difference(labels, dense, pruned),
-            differences=pruned.values - dense.values,
-            agreement=comparison.agreement,
-            rises=expected_rises(labels, dense, pruned),
-            kl=comparison.kl,
-            complete=complete,
-        )
 
 
 class JointScorer:

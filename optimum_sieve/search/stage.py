@@ -13,15 +13,17 @@ from optimum_sieve.output import replacing
 from optimum_sieve.tasks.text_metrics import metric_name
 
 from .candidate import BOTTLENECK, CONFIRM, SEARCH
+from .candidate_scorer import CandidateScorer
 from .genome import SearchSpace
 from .live import LiveRanks
 from .presets import PRESETS
-from .scorer import JointScorer, Scorer
+from .scorer import JointScorer
 from .search import Search, lead, work
 from .standing import Goal
 from .storage import wait_for_study
 from .study import SearchStudy
 from .summary import SUMMARY, summarize
+from .written_scorer import WrittenScorer
 
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from .genome import Genome
     from .presets import SearchPreset
+    from .scorer import Scorer
 
 
 # What candidates' scores depend on, beside the model and the task.
@@ -171,7 +174,8 @@ def _scorer(
     ends: Sequence[int],
     more: Sequence[Example] = (),
 ) -> Scorer:
-    return Scorer(
+    kind = CandidateScorer if examples[0].generation is None else WrittenScorer
+    return kind(
         live,
         examples,
         ends,
