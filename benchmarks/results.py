@@ -1,6 +1,7 @@
 """Measure how far each method prunes each task within 1, 2 and 5 points, and write docs/results.md.
 
     python benchmarks/results.py --preset small                   # under an hour on two cores
+    python benchmarks/results.py --preset medium                  # half a day: written answers and healing too
     python benchmarks/results.py --preset full                    # a night or two
     python benchmarks/results.py --preset small --tasks movie snips --methods joint-energy
     python benchmarks/results.py --preset small --render          # the page alone, from what the cache has

@@ -43,7 +43,7 @@ def world(benchmark: ModuleType, learned: Any, tmp_path: Path, monkeypatch: Any)
     rows = part("suite").Rows(file=str(tmp_path / "task.json"), data={"files": "rows.jsonl"})
     sibling = dataclasses.replace(rows, data={"files": {"test": "sibling.jsonl"}})
     job = part("suite").Job(
-        name="parity", title="Parity", kind="labels", rows=rows, siblings={"short rows": sibling}, also=("macro_f1",)
+        name="parity", title="Parity", rows=rows, siblings={"short rows": sibling}, also=("macro_f1",)
     )
     preset = part("methods").Preset(
         name="toy",
@@ -52,7 +52,7 @@ def world(benchmark: ModuleType, learned: Any, tmp_path: Path, monkeypatch: Any)
         search_steps=4,
         ratio_steps=2,
         heal={"parity": {"steps": 8, "eval_steps": 4, "learning_rate": 0.03}},
-        genetic={"population_size": 4, "generations": 2, "rank_multiple": 2},
+        genetic={"parity": {"population_size": 4, "generations": 2, "rank_multiple": 2}},
         speed={"new_tokens": 2, "rounds": 2},
     )
     monkeypatch.setattr(benchmark, "JOBS", (job,))
@@ -201,11 +201,11 @@ def test_a_model_that_cannot_do_the_task_is_tuned_once(benchmark: ModuleType, wo
     save(make_model(initializer_range=0.05), world / "model")
     change_preset(benchmark, monkeypatch, cells={"parity": {}})
     assert "carries no result" in run(benchmark, world)
-    tuning = part("suite").Tuning(rows=300, epochs=10, learning_rate=2e-2, batch_size=16)
+    tuning = part("suite").Tuning(rows=300, epochs=40, learning_rate=3e-3, batch_size=16)
     change_job(benchmark, monkeypatch, tuning=tuning)
     page = run(benchmark, world)
     assert "Tuned dense model: accuracy" in page
-    assert "Tuned on 300 rows, 10 times each" in page
+    assert "Tuned on 300 rows, 40 times each" in page
     (base,) = (
         found for path in (world / "cache").glob("base-*.json") if (found := json.loads(path.read_text()))["tuned"]
     )

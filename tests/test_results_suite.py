@@ -18,28 +18,23 @@ from toy import load_task, make_model, make_tokenizer, write_rows
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SieveConfig, evaluate
-from optimum_sieve.prepare import check_inputs
 
 
-def test_the_package_refuses_what_the_table_calls_refused(tmp_path: Path) -> None:
+def test_the_package_refuses_what_the_table_calls_refused() -> None:
     methods = {method.name: method for method in part("methods").METHODS}
     preset = part("methods").FULL
     with pytest.raises(ValueError, match="whose search does not heal"):
         SieveConfig.from_dict(preset.config("movie", methods["joint-genetic-healed"], 0.02))
-    config = SieveConfig.from_dict(preset.config("movie", methods["joint-genetic"], 0.02))
-    written = load_task(tmp_path, kind="generate", labels=None, max_new_tokens=2)
-    with pytest.raises(ValueError, match="patterns are judged by the distribution over an example's candidates"):
-        check_inputs(make_model(), make_tokenizer(), [written], config)
+    SieveConfig.from_dict(preset.config("movie", methods["joint-genetic"], 0.02))
     with pytest.raises(ValueError, match="'learned'"):
         SieveConfig.from_dict(preset.config("movie", methods["learned"], 0.02))
     for method in methods.values():
-        assert (method.refusal("labels") is not None) == (method.name == "joint-genetic-healed")
-        assert (method.refusal("generate") is not None) == ("genetic" in method.name)
-        if method.refusal("labels") is None and not method.by_ratio:
+        assert (method.refusal is not None) == (method.name == "joint-genetic-healed")
+        if method.refusal is None and not method.by_ratio:
             assert SieveConfig.from_dict(preset.config("movie", method, 0.02)).tolerance == 0.02
 
 
-@pytest.mark.parametrize("name", ["small", "full"])
+@pytest.mark.parametrize("name", ["small", "medium", "full"])
 def test_presets_name_what_there_is(name: str) -> None:
     suite, methods = part("suite"), part("methods")
     preset, jobs = methods.PRESETS[name], {job.name: job for job in suite.JOBS}
@@ -49,8 +44,7 @@ def test_presets_name_what_there_is(name: str) -> None:
         assert {tolerance for each in cells.values() for tolerance in each} <= set(methods.TOLERANCES)
         assert preset.splits(job).keys() == {"calibration", "selection", "test"}
         assert ("sibling" in preset.limits[job]) == bool(jobs[job].siblings)
-        assert all(jobs[job].kind == "generate" or not method.refusal("labels")
-                   for method in methods.METHODS if method.name in cells)  # fmt: skip
+        assert not any(method.refusal for method in methods.METHODS if method.name in cells)
 
 
 @pytest.mark.parametrize(("job", "file"), [("snips", "snips"), ("pubmedqa", "pubmedqa"), ("squad", "squad_xquad_en")])
@@ -68,7 +62,6 @@ def test_rows_of_the_data_sets_fit(job: str, file: str, tmp_path: Path) -> None:
             write_rows(tmp_path / folder / f"{name}.jsonl", made)
     places = part("suite").Places(data=tmp_path, cache=tmp_path / "cache")
     task = places.read(found.rows, {})
-    assert task.kind == found.kind
     assert task.splits == {"calibration": 2, "selection": 2, "test": 2}
     for rows in found.siblings.values():
         assert places.read(rows, {"test": 2}).splits["test"] == 2

@@ -68,7 +68,7 @@ def base_name(job: Job, preset: Preset, model: str) -> str:
 def list_cells(job: Job, methods: tuple[Method, ...], preset: Preset, model: str) -> Iterator[Cell]:
     """Yield the cells that a preset measures on a job, but for those that the package refuses."""
     for method in methods:
-        if method.refusal(job.kind):
+        if method.refusal:
             continue
         for tolerance in preset.cells.get(job.name, {}).get(method.name, ()):
             settings = preset.config(job.name, method, tolerance)

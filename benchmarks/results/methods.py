@@ -38,13 +38,11 @@ class Method:
         """Whether factors are trained for one size, so that each size of a search is a run of its own."""
         return bool(self.settings["projection"] == "learned")
 
-    def refusal(self, kind: str) -> str | None:
-        """Say why the package refuses the method for a kind of task; `None` where it does not."""
-        if self.settings["allocation"] != "genetic":
-            return None
-        if kind == "generate":
-            return "the genetic search judges patterns by the distribution over candidates, which written answers lack"
-        return "the genetic search does not heal its candidates" if self.healed else None
+    @property
+    def refusal(self) -> str | None:
+        """Say why the package refuses the method; `None` where it does not."""
+        searched = self.settings["allocation"] == "genetic"
+        return "the genetic search does not heal its candidates" if searched and self.healed else None
 
 
 def _layerwise(projection: str) -> dict[str, Any]:
@@ -95,7 +93,7 @@ class Preset:
         search_steps (`int`): Steps of the bisection on the size: the size is found to `2 ** -search_steps`.
         ratio_steps (`int`): The same where each size is a run of its own.
         heal (`dict[str, dict[str, Any]]`): Of [`HealConfig`][optimum_sieve.heal_config.HealConfig], by job.
-        genetic (`dict[str, Any]`): Settings of the genetic search.
+        genetic (`dict[str, dict[str, Any]]`): Settings of the genetic search, by job.
         speed (`dict[str, int]`): `new_tokens` and `rounds` of the timing.
     """
 
@@ -105,7 +103,7 @@ class Preset:
     search_steps: int
     ratio_steps: int
     heal: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    genetic: Mapping[str, Any] = field(default_factory=dict)
+    genetic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     speed: Mapping[str, int] = field(default_factory=dict)
 
     def splits(self, job: str) -> dict[str, int]:
@@ -120,7 +118,7 @@ class Preset:
         """Return the settings of a cell, as `SieveConfig` takes them."""
         settings = {**method.settings, "tolerance": tolerance, "search_steps": self.search_steps}
         if method.settings["allocation"] == "genetic":
-            settings |= self.genetic
+            settings |= self.genetic.get(job, {})
         if method.healed:
             settings["heal"] = HealConfig(**self.heal.get(job, {})).to_dict()
         if method.by_ratio:
@@ -131,6 +129,9 @@ class Preset:
 _TWO, _ONE = (0.02, 0.05), (0.02,)
 _UCI = ("uci-amazon", "uci-imdb", "uci-yelp")
 _JOINT = ("joint-uniform", "joint-energy")
+# Tasks of long texts: an example costs ten times what a sentence does.
+_LONG = ("pubmedqa", "squad")
+_SHORT_SEARCH = {"population_size": 8, "generations": 4}
 
 SMALL = Preset(
     name="small",
@@ -153,8 +154,40 @@ SMALL = Preset(
     search_steps=5,
     ratio_steps=3,
     heal={"movie": {"steps": 32, "eval_steps": 16}},
-    genetic={"population_size": 8, "generations": 4},
+    genetic={"movie": _SHORT_SEARCH},
     speed={"new_tokens": 24, "rounds": 3},
+)
+
+# What `SMALL` has, and each kind of task.
+MEDIUM = Preset(
+    name="medium",
+    limits={
+        **SMALL.limits,
+        "pubmedqa": {"calibration": 192, "selection": 100, "test": 500},
+        "squad": {"calibration": 192, "selection": 193, "test": 200, "sibling": 100},
+    },
+    cells={
+        **SMALL.cells,
+        "snips": dict.fromkeys(("activation", *_JOINT, "joint-genetic", "joint-energy-healed"), _TWO),
+        "pubmedqa": dict.fromkeys(("activation", *_JOINT, "joint-genetic", "joint-energy-healed"), _TWO),
+        "squad": {
+            **dict.fromkeys(("activation", *_JOINT), _TWO),
+            **dict.fromkeys(("joint-genetic", "joint-energy-healed"), (0.05,)),
+        },
+    },
+    search_steps=SMALL.search_steps,
+    ratio_steps=SMALL.ratio_steps,
+    heal={
+        **SMALL.heal,
+        "snips": {"steps": 32, "eval_steps": 16},
+        **{job: {"steps": 16, "eval_steps": 8, "batch_size": 8} for job in _LONG},
+    },
+    genetic={
+        **SMALL.genetic,
+        "snips": _SHORT_SEARCH,
+        **{job: {"population_size": 6, "generations": 2} for job in _LONG},
+    },
+    speed=SMALL.speed,
 )
 
 FULL = Preset(
@@ -178,13 +211,12 @@ FULL = Preset(
             **dict.fromkeys(("activation-healed", "joint-uniform-healed"), _ONE),
         },
         "pubmedqa": dict.fromkeys(("activation", *_JOINT, "joint-genetic", "joint-energy-healed"), _TWO),
-        "squad": {**dict.fromkeys(("activation", *_JOINT), _TWO), "joint-energy-healed": _ONE},
+        "squad": dict.fromkeys(("activation", *_JOINT, "joint-genetic", "joint-energy-healed"), _TWO),
     },
-    # An example of long texts costs ten times what a sentence does.
-    heal={job: {"steps": 32, "eval_steps": 16} for job in ("pubmedqa", "squad")},
+    heal={job: {"steps": 32, "eval_steps": 16} for job in _LONG},
     search_steps=6,
     ratio_steps=3,
     speed={"new_tokens": 48, "rounds": 5},
 )
 
-PRESETS = {preset.name: preset for preset in (SMALL, FULL)}
+PRESETS = {preset.name: preset for preset in (SMALL, MEDIUM, FULL)}

@@ -68,7 +68,6 @@ class Job:
     Args:
         name (`str`): Its name on the command line.
         title (`str`): Its name in the table.
-        kind (`str`): Kind of the task.
         rows (`Rows`): The task.
         siblings (`dict[str, Rows]`): Data of the same kind that is neither calibrated nor selected on, by name.
         also (`tuple[str, ...]`): Metrics that are reported beside the task's own, which decides.
@@ -78,7 +77,6 @@ class Job:
 
     name: str
     title: str
-    kind: str
     rows: Rows
     siblings: dict[str, Rows] = field(default_factory=dict)
     also: tuple[str, ...] = ()
@@ -141,14 +139,13 @@ def uci_job(source: str) -> Job:
         for other in SOURCES
         if other != source
     }
-    return Job(name=f"uci-{source}", title=f"Sentences of {source}", kind="labels", rows=own, siblings=siblings)
+    return Job(name=f"uci-{source}", title=f"Sentences of {source}", rows=own, siblings=siblings)
 
 
 JOBS = (
     Job(
         name="movie",
         title="Movie reviews",
-        kind="labels",
         rows=Rows(
             file="examples/demo/movie.yaml",
             place="demo",
@@ -164,7 +161,6 @@ JOBS = (
     Job(
         name="snips",
         title="Snips, 7 intents",
-        kind="labels",
         rows=Rows(
             file="examples/tasks/snips.yaml",
             data=split_files("snips"),
@@ -187,7 +183,6 @@ JOBS = (
     Job(
         name="pubmedqa",
         title="PubMedQA, yes, no or maybe",
-        kind="labels",
         rows=Rows(
             file="examples/tasks/pubmedqa.yaml",
             data=split_files("pubmedqa"),
@@ -205,7 +200,6 @@ JOBS = (
     Job(
         name="squad",
         title="SQuAD, written answers",
-        kind="generate",
         rows=Rows(
             file="examples/tasks/squad_xquad_en.yaml",
             data=split_files("squad_xquad_en"),

@@ -161,7 +161,7 @@ def _cell(found: Results, method: Method, tolerance: float) -> str:
 def _kept(found: Results, method: Method, tolerance: float) -> str:
     cell = found.cells.get((method.name, tolerance))
     if cell is None:
-        return "refused" if method.refusal(found.job.kind) else NOT_RUN
+        return "refused" if method.refusal else NOT_RUN
     return number(cell["kept"]) if "kept" in cell else "none"
 
 
@@ -230,7 +230,7 @@ def is_busy(cell: dict[str, Any]) -> bool:
 
 
 def _refused(job: Job) -> str:
-    reasons = {m.title: reason for m in METHODS if (reason := m.refusal(job.kind))}
+    reasons = {m.title: reason for m in METHODS if (reason := m.refusal)}
     return " ".join(f"`{title}` is refused: {reason}." for title, reason in reasons.items())
 
 
