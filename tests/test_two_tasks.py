@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 TWO_TASKS_TOLERANCE = 0.1
 SEARCH: dict[str, Any] = {"tolerance": TWO_TASKS_TOLERANCE, "rank_multiple": 1, "rounds": 1, "confidence": 0.5}
 HALF: dict[str, Any] = {"pruning_ratio": 0.5, "rank_multiple": 1}
-FAR: dict[str, Any] = {"pruning_ratio": 0.9, "rank_multiple": 1, "rounds": 1}
-HEALED: dict[str, Any] = {"heal": HealConfig(steps=24, learning_rate=3e-2, eval_steps=6)}
+# So far that much is lost on any machine: rounding decides how well the toy model has learned.
+FAR: dict[str, Any] = {"pruning_ratio": 0.95, "rank_multiple": 1, "rounds": 1}
+HEALED: dict[str, Any] = {"heal": HealConfig(steps=48, learning_rate=1e-2, eval_steps=6)}
 
 
 @pytest.fixture(scope="module")
