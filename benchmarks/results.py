@@ -1,8 +1,8 @@
 """Measure how far each method prunes each task within 1, 2 and 5 points, and write docs/results.md.
 
     python benchmarks/results.py --preset small                   # under an hour on two cores
-    python benchmarks/results.py --preset medium                  # half a day: written answers and healing too
-    python benchmarks/results.py --preset full                    # a night or two
+    python benchmarks/results.py --preset medium                  # a night; on a GPU, minutes
+    python benchmarks/results.py --preset full                    # several nights
     python benchmarks/results.py --preset small --tasks movie snips --methods joint-energy
     python benchmarks/results.py --preset small --render          # the page alone, from what the cache has
     python benchmarks/results.py --preset small --list            # what the cache has, and what is still to come
@@ -54,6 +54,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "docs" / "results.md", help="the page, pictures beside it"
     )
+    parser.add_argument("--batch-size", type=int, default=16, help="rows per forward pass; 32 or more suit a GPU")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--list", action="store_true", help="measure and write nothing")
     chosen = parser.parse_args(words)
@@ -71,6 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
         source=Source(model=chosen.model),
         places=Places(data=chosen.data, cache=chosen.cache),
         cache=Cache(chosen.cache),
+        batch_size=chosen.batch_size,
     )
     jobs = [job for job in JOBS if job.name in (chosen.tasks or setup.preset.limits)]
     methods = tuple(method for method in METHODS if chosen.methods is None or method.name in chosen.methods)
@@ -138,6 +140,7 @@ def describe(cell: Cell) -> str:
 
 def write_page(output: Path, setup: Setup) -> None:
     """Write the page and its pictures from what the cache has."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     results = collect(JOBS, setup.preset, setup.source.name, setup.cache)
     pictures = write_pictures(results, output.parent)
     text = render(results, setup.preset, setup.source.name, {title: path.name for title, path in pictures.items()})

@@ -47,13 +47,15 @@ def test_presets_name_what_there_is(name: str) -> None:
         assert not any(method.refusal for method in methods.METHODS if method.name in cells)
 
 
-@pytest.mark.parametrize(("job", "file"), [("snips", "snips"), ("pubmedqa", "pubmedqa"), ("squad", "squad_xquad_en")])
+@pytest.mark.parametrize(("job", "file"), [
+    ("snips", "snips"), ("pubmedqa", "pubmedqa"), ("squad", "squad_xquad_en"), ("nq", "nq_open_oracle"),
+])  # fmt: skip
 def test_rows_of_the_data_sets_fit(job: str, file: str, tmp_path: Path) -> None:
     (found,) = (each for each in part("suite").JOBS if each.name == job)
-    for folder in {Path(name).parent for rows in (found.rows, *found.siblings.values())
-                   for name in rows.data["files"].values()}:  # fmt: skip
+    others = (name for rows in found.siblings.values() for name in rows.data["files"].values())
+    for folder in {file, *(Path(name).parent.name for name in others)}:
         (tmp_path / folder).mkdir()
-        own = ROWS[folder.name][0]
+        own = ROWS[folder][0]
         field = "question" if "question" in own[0] else "text"
         for name in ("train", "validation", "test"):
             made = [{**row, field: f"{name} {row[field]}", "title": f"{name} {row.get('title')}"} for row in own]
@@ -62,7 +64,8 @@ def test_rows_of_the_data_sets_fit(job: str, file: str, tmp_path: Path) -> None:
             write_rows(tmp_path / folder / f"{name}.jsonl", made)
     places = part("suite").Places(data=tmp_path, cache=tmp_path / "cache")
     task = places.read(found.rows, {})
-    assert task.splits == {"calibration": 2, "selection": 2, "test": 2}
+    assert sum(task.splits.values()) == 6
+    assert min(task.splits.values()) > 0
     for rows in found.siblings.values():
         assert places.read(rows, {"test": 2}).splits["test"] == 2
     assert str(tmp_path) not in json.dumps(found.rows.spec({}))
@@ -116,9 +119,9 @@ def test_clear_means_above_the_largest_tolerance(tmp_path: Path) -> None:
 
 def test_peak_memory_sees_what_is_let_go() -> None:
     measure = part("measure")
-    with measure.peak_memory() as before:
+    with measure.peak_memory(torch.device("cpu")) as before:
         pass
-    with measure.peak_memory() as peak:
+    with measure.peak_memory(torch.device("cpu")) as peak:
         block = np.ones(50_000_000)
         time.sleep(3 * measure.MEMORY_SECONDS)
         del block

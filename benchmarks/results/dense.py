@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .setup import Setup
     from .suite import Job
 
-BATCH_SIZE = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
@@ -41,6 +39,7 @@ class Dense:
         siblings (`dict[str, list[Example]]`): Examples of the sibling data by name.
         evaluations (`dict[str, Evaluation]`): The model's on each of them.
         figures (`dict[str, Any]`): What the table shows of it.
+        batch_size (`int`): Rows per forward pass.
     """
 
     model: Any
@@ -49,6 +48,11 @@ class Dense:
     siblings: dict[str, list[Example]]
     evaluations: dict[str, Evaluation]
     figures: dict[str, Any]
+    batch_size: int
+
+    def score(self, model: Any, examples: Sequence[Example]) -> Evaluation:
+        """Score a model by the task's metric."""
+        return score(model, examples, tokenizer=self.tokenizer, task=self.task, batch_size=self.batch_size)
 
 
 def load_dense(job: Job, setup: Setup) -> Dense:
@@ -67,7 +71,7 @@ def load_dense(job: Job, setup: Setup) -> Dense:
     tasks = [each.fingerprint() for each in (task, *sibling_tasks.values())]
     fingerprint = content_key(model=model_fingerprint(model), tasks=tasks)
     siblings = {name: each.examples("test", tokenizer) for name, each in sibling_tasks.items()}
-    scored = partial(score, model, tokenizer=tokenizer, task=task)
+    scored = partial(score, model, tokenizer=tokenizer, task=task, batch_size=setup.batch_size)
     name = base_name(job, preset, setup.source.name)
     figures = setup.cache.read(name, fingerprint)
     evaluations = score_siblings(scored, siblings, setup.cache.directory / name, again=figures is None)
@@ -78,7 +82,13 @@ def load_dense(job: Job, setup: Setup) -> Dense:
         figures["siblings"] = {each: found.to_dict() for each, found in evaluations.items()}
         setup.cache.write(name, figures)
     return Dense(
-        model=model, tokenizer=tokenizer, task=task, siblings=siblings, evaluations=evaluations, figures=figures
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        siblings=siblings,
+        evaluations=evaluations,
+        figures=figures,
+        batch_size=setup.batch_size,
     )
 
 
@@ -109,9 +119,9 @@ def own_figures(job: Job, own: Evaluation, examples: Sequence[Example]) -> dict[
     }
 
 
-def score(model: Any, examples: Sequence[Example], *, tokenizer: Any, task: Task) -> Evaluation:
+def score(model: Any, examples: Sequence[Example], *, tokenizer: Any, task: Task, batch_size: int) -> Evaluation:
     """Score a model by the task's metric."""
-    return evaluate(model, examples, tokenizer, metric=task.metric, batch_size=BATCH_SIZE, progress=False)
+    return evaluate(model, examples, tokenizer, metric=task.metric, batch_size=batch_size, progress=False)
 
 
 def is_clear(dense: Evaluation) -> bool:

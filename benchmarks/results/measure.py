@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import threading
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from optimum_sieve.setting import timed
 from optimum_sieve.tasks.metrics import standard_error
 from optimum_sieve.tolerance import ToleranceError, search_kept_fraction
 
-from .dense import rescore, score, scored_by
+from .dense import rescore, scored_by
 
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def measure(cell: Cell, dense: Dense, work_dir: Path, speed: Mapping[str, int]) 
         "settings": cell.settings,
         "fingerprint": dense.figures["fingerprint"],
         "threads": torch.get_num_threads(),
+        "machine": machine_name(dense.model.device),
     }
     seconds: dict[str, float] = {}
-    with peak_memory() as peak, timed(seconds, "whole"):
+    with peak_memory(dense.model.device) as peak, timed(seconds, "whole"):
         try:
             result = prune(cell, dense, work_dir)
         except ToleranceError as error:
@@ -80,6 +82,7 @@ def prune(cell: Cell, dense: Dense, work_dir: Path) -> SieveResult:
 def prune_copy(dense: Dense, config: SieveConfig, work_dir: Path) -> SieveResult:
     """Prune a copy of the dense model."""
     pruner = SievePruner(copy.deepcopy(dense.model), tokenizer=dense.tokenizer, task=dense.task)
+    config = dataclasses.replace(config, batch_size=dense.batch_size)
     return pruner.prune(config, work_dir=work_dir, progress=False)
 
 
@@ -91,13 +94,13 @@ def prune_by_ratio(cell: Cell, dense: Dense, work_dir: Path) -> SieveResult:
     """
     settings = {name: value for name, value in cell.settings.items() if name != "tolerance"}
     examples = dense.task.examples("selection", dense.tokenizer)
-    before = score(dense.model, examples, tokenizer=dense.tokenizer, task=dense.task)
+    before = dense.score(dense.model, examples)
     results: dict[float, SieveResult] = {}
 
     def compare_at(kept: float) -> dict[str, Comparison]:
         config = SieveConfig.from_dict({**settings, "pruning_ratio": 1 - kept})
         results[kept] = prune_copy(dense, config, work_dir)
-        after = score(results[kept].model, examples, tokenizer=dense.tokenizer, task=dense.task)
+        after = dense.score(results[kept].model, examples)
         return {dense.task.name: compare(before, after)}
 
     found, _ = search_kept_fraction(
@@ -141,7 +144,7 @@ def sibling_figures(dense: Dense, result: SieveResult) -> dict[str, Any]:
     """Score the pruned model on the sibling data, beside the dense one."""
     figures = {}
     for name, before in dense.evaluations.items():
-        after = score(result.model, dense.siblings[name], tokenizer=dense.tokenizer, task=dense.task)
+        after = dense.score(result.model, dense.siblings[name])
         difference = compare(before, after)
         figures[name] = {
             "score": after.score,
@@ -151,8 +154,31 @@ def sibling_figures(dense: Dense, result: SieveResult) -> dict[str, Any]:
     return figures
 
 
+def machine_name(device: torch.device) -> str:
+    """Name what computes: an accelerator, or the number of threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+
+
 @contextmanager
-def peak_memory() -> Iterator[dict[str, int]]:
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Give the most memory that was used meanwhile, as `bytes`, when it ends.
+
+    On a GPU it is that of this process's tensors, else what was resident of it.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        peak = {"bytes": 0}
+        try:
+            yield peak
+        finally:
+            peak["bytes"] = torch.cuda.max_memory_allocated(device)
+    else:
+        with peak_resident() as peak:
+            yield peak
+
+
+@contextmanager
+def peak_resident() -> Iterator[dict[str, int]]:
     """Watch the memory of this process, and give the most that was resident, as `bytes`, when it ends."""
     process, done = psutil.Process(), threading.Event()
     peak = {"bytes": process.memory_info().rss}

@@ -129,8 +129,10 @@ class Preset:
 _TWO, _ONE = (0.02, 0.05), (0.02,)
 _UCI = ("uci-amazon", "uci-imdb", "uci-yelp")
 _JOINT = ("joint-uniform", "joint-energy")
+# What a task is reported by: the layer-wise baseline, every allocation, and healing.
+_EACH = ("activation", *_JOINT, "joint-genetic", "joint-energy-healed")
 # Tasks of long texts: an example costs ten times what a sentence does.
-_LONG = ("pubmedqa", "squad")
+_LONG = ("pubmedqa", "squad", "nq")
 _SHORT_SEARCH = {"population_size": 8, "generations": 4}
 
 SMALL = Preset(
@@ -158,34 +160,27 @@ SMALL = Preset(
     speed={"new_tokens": 24, "rounds": 3},
 )
 
-# What `SMALL` has, and each kind of task.
+# Each kind of task, by each method that it is reported by.
 MEDIUM = Preset(
     name="medium",
     limits={
-        **SMALL.limits,
+        "movie": {"calibration": 256, "selection": 1000, "test": 1000, "sibling": 600},
+        "snips": SMALL.limits["snips"],
+        **dict.fromkeys(_UCI, SMALL.limits["uci-amazon"]),
         "pubmedqa": {"calibration": 192, "selection": 100, "test": 500},
-        "squad": {"calibration": 192, "selection": 193, "test": 200, "sibling": 100},
+        "squad": {"calibration": 192, "selection": 400, "test": 280, "sibling": 300},
+        "nq": {"calibration": 192, "selection": 400, "test": 600, "sibling": 298},
     },
     cells={
-        **SMALL.cells,
-        "snips": dict.fromkeys(("activation", *_JOINT, "joint-genetic", "joint-energy-healed"), _TWO),
-        "pubmedqa": dict.fromkeys(("activation", *_JOINT, "joint-genetic", "joint-energy-healed"), _TWO),
-        "squad": {
-            **dict.fromkeys(("activation", *_JOINT), _TWO),
-            **dict.fromkeys(("joint-genetic", "joint-energy-healed"), (0.05,)),
-        },
+        **dict.fromkeys(_UCI, SMALL.cells["uci-amazon"]),
+        **dict.fromkeys(("movie", "snips", *_LONG), dict.fromkeys(_EACH, _TWO)),
     },
     search_steps=SMALL.search_steps,
     ratio_steps=SMALL.ratio_steps,
-    heal={
-        **SMALL.heal,
-        "snips": {"steps": 32, "eval_steps": 16},
-        **{job: {"steps": 16, "eval_steps": 8, "batch_size": 8} for job in _LONG},
-    },
+    heal={job: {"steps": 32, "eval_steps": 16} for job in ("movie", "snips", *_LONG)},
     genetic={
-        **SMALL.genetic,
-        "snips": _SHORT_SEARCH,
-        **{job: {"population_size": 6, "generations": 2} for job in _LONG},
+        **dict.fromkeys(("movie", "snips"), _SHORT_SEARCH),
+        **dict.fromkeys(_LONG, {"population_size": 6, "generations": 3}),
     },
     speed=SMALL.speed,
 )
@@ -197,21 +192,21 @@ FULL = Preset(
         **{job: {"calibration": 256, "selection": 410, "test": 310, "sibling": 600} for job in _UCI},
         "snips": {"calibration": 512, "selection": 1000, "test": 695},
         "pubmedqa": {"calibration": 256, "selection": 100, "test": 500},
-        "squad": {"calibration": 256, "selection": 193, "test": 298, "sibling": 200},
+        "squad": {"calibration": 256, "selection": 450, "test": 280, "sibling": 600},
+        "nq": {"calibration": 256, "selection": 400, "test": 600, "sibling": 298},
     },
     cells={
         "movie": {
-            **dict.fromkeys(("svd", "activation", *_JOINT, "joint-genetic", "joint-energy-healed"), TOLERANCES),
+            **dict.fromkeys(("svd", *_EACH), TOLERANCES),
             "learned": _TWO,
             **dict.fromkeys(("activation-healed", "joint-uniform-healed"), _ONE),
         },
         **{job: dict.fromkeys(("activation", "joint-energy"), _TWO) for job in _UCI},
         "snips": {
-            **dict.fromkeys(("svd", "activation", *_JOINT, "joint-genetic", "joint-energy-healed"), TOLERANCES),
+            **dict.fromkeys(("svd", *_EACH), TOLERANCES),
             **dict.fromkeys(("activation-healed", "joint-uniform-healed"), _ONE),
         },
-        "pubmedqa": dict.fromkeys(("activation", *_JOINT, "joint-genetic", "joint-energy-healed"), _TWO),
-        "squad": dict.fromkeys(("activation", *_JOINT, "joint-genetic", "joint-energy-healed"), _TWO),
+        **{job: dict.fromkeys(_EACH, _TWO) for job in _LONG},
     },
     heal={job: {"steps": 32, "eval_steps": 16} for job in _LONG},
     search_steps=6,

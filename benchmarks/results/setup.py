@@ -47,9 +47,11 @@ class Setup:
         source (`Source`): The model.
         places (`Places`): Where rows are read from.
         cache (`Cache`): Where figures are kept.
+        batch_size (`int`): Rows per forward pass. Figures depend on it by rounding alone, so no key holds it.
     """
 
     preset: Preset
     source: Source
     places: Places
     cache: Cache
+    batch_size: int = 16

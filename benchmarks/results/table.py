@@ -92,7 +92,8 @@ dense on the same examples. A dense model counts if its score, two standard erro
 adapter is trained on rows apart from selection and test, and merged; that *tuned* model is then the dense one of all
 rows. "{NOT_RUN}": the preset leaves it out, or it is still to come. "none": no size that was tried is within the
 tolerance. Minutes are those of all cells of a row, without what a row above it had computed already: moments, factors.
-"{BUSY}": the machine had other work, and times say nothing.
+"{BUSY}": the machine had other work, and times say nothing. Peak memory is that of the process, or of its tensors on
+the GPU where there is one.
 
 {methods}"""
 
@@ -199,8 +200,8 @@ def _middle(found: Results) -> str:
         sized = [tolerance for tolerance in sorted(own) if tolerance >= MIDDLE and "kept" in own[tolerance]]
         if sized:
             rows.append([method.title, *_more(own[sized[0]], names), *_cost(own.values())])
-    threads = " or ".join(map(str, sorted({cell["threads"] for cell in found.cells.values()})))
-    cost = ("tokens/s, dense to pruned", f"minutes, {threads} threads", "peak GB")
+    machines = " or ".join(sorted({cell["machine"] for cell in found.cells.values()}))
+    cost = ("tokens/s, dense to pruned", f"minutes, {machines}", "peak GB")
     return table(["method", "within", "own data", *names, *found.job.also, *cost], rows) if rows else ""
 
 

@@ -16,13 +16,14 @@ def decode_speeds(
 
     The weights must lie in ordinary memory, see `optimum_sieve.loading.copy_parameters`.
     """
-    inputs = tokenizer("The film begins with", return_tensors="pt")
+    texts = tokenizer("The film begins with", return_tensors="pt")
+    inputs = {name: texts.to(model.device) for name, model in models.items()}
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
         for name, model in models.items():
             start = time.perf_counter()
             with torch.no_grad():
-                model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+                model.generate(**inputs[name], max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
             if number > 0:  # the first round warms up
                 speeds[name].append(new_tokens / (time.perf_counter() - start))
     return {name: (statistics.median(x), (max(x) - min(x)) / statistics.median(x)) for name, x in speeds.items()}
