@@ -24,13 +24,15 @@ SETTINGS = [
     *("--allocation", "genetic", "--pruning-ratio", "0.5", "--rank-multiple", "2", "--rounds", "1"),
     *("--population-size", "6", "--generations", "4", "--device", "cpu", "--dtype", "float32"),
 ]
-# A candidate takes this long (seconds), so that a process can be killed while it scores one.
+# A candidate takes this long (seconds), and as long as a file is there: a process can be killed while it scores.
 SLOWED = """
-import sys, time
+import os, sys, time
 from optimum_sieve.search import scorer
 plain = scorer.JointScorer.score
 def slow(self, ranks, **options):
-    time.sleep(5 * {pause})
+    while os.path.exists({hold!r}):
+        time.sleep(0.05)
+    time.sleep({pause})
     return plain(self, ranks, **options)
 scorer.JointScorer.score = slow
 from optimum.commands.optimum_cli import main
@@ -51,13 +53,13 @@ def job(tmp_path):
     return {"lead": lead, "work": ["sieve", "search", "--worker", "--work-dir", work, "--device", "cpu"], "dir": work}
 
 
-def start(words, log, pause=0.02, url=None):
-    """Start `optimum-cli` with slowed scoring."""
+def start(words, log, pause=0.1, url=None, hold=""):
+    """Start `optimum-cli` with slowed scoring; no candidate is done while the file `hold` is there."""
     extra = ["--study-storage", url] if url else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with Path(log).open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-c", SLOWED.format(pause=pause), *map(str, [*words, *extra])],
+            [sys.executable, "-c", SLOWED.format(pause=pause, hold=str(hold)), *map(str, [*words, *extra])],
             stdout=file, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
 
@@ -109,14 +111,15 @@ def by_place(study):
 
 def run_two_workers(job, tmp_path, url):
     """Lead a search with two helpers, one of which is killed while it scores."""
-    # The leader is slow, so that both helpers come in time; the one to be killed never ends its first candidate.
-    leader = start(job["lead"], tmp_path / "lead.log", pause=0.4, url=url)
+    # However slow the machine, nothing is done before both helpers have come.
+    hold = tmp_path / "hold"
+    hold.touch()
+    leader = start(job["lead"], tmp_path / "lead.log", url=url, hold=hold)
     with open_study(url) as study:
-        helpers = [
-            start(job["work"], tmp_path / f"work{i}.log", pause=pause, url=url) for i, pause in enumerate((1000, 0.05))
-        ]
+        helpers = [start(job["work"], tmp_path / f"work{i}.log", url=url, hold=hold) for i in range(2)]
         try:
-            kill_while_scoring(helpers[0], study, leader, tmp_path / "lead.log")
+            kill_while_scoring(helpers, study, leader, tmp_path / "lead.log")
+            hold.unlink()
             wait(leader, tmp_path / "lead.log")
             wait(helpers[1], tmp_path / "work1.log")
         finally:
@@ -130,15 +133,16 @@ def run_two_workers(job, tmp_path, url):
         by_place(study)
 
 
-def kill_while_scoring(victim, study, leader, log):
-    deadline, looks = time.monotonic() + 120, 0
+def kill_while_scoring(helpers, study, leader, log):
+    """Kill the first of the helpers once each has a candidate."""
+    deadline, looks, wanted = time.monotonic() + 240, 0, {helper.pid for helper in helpers}
     # SQLite may let two processes claim one candidate, which then is the second's: look again before the kill.
     while looks < 10:
-        looks = looks + 1 if victim.pid in processes(study, TrialState.RUNNING) else 0
-        assert time.monotonic() < deadline, "the helper never claimed a candidate"
+        looks = looks + 1 if wanted <= set(processes(study, TrialState.RUNNING)) else 0
+        assert time.monotonic() < deadline, "a helper never claimed a candidate"
         assert leader.poll() is None, f"the search ended too early: {log.read_text()}"
         time.sleep(0.05)
-    victim.kill()
+    helpers[0].kill()
 
 
 def alone(tmp_path):
@@ -211,7 +215,7 @@ def test_a_search_killed_again_and_again_ends_as_if_it_had_not_been(job, tmp_pat
     url = f"sqlite:///{job['dir'] / 'search.db'}"
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
     for number in range(3):
-        leader = start(job["lead"], tmp_path / "lead.log", pause=0.05)
+        leader = start(job["lead"], tmp_path / "lead.log", pause=0.25)
         with open_study(url) as study:
             done = len(study.get_trials(states=ended))
             while leader.poll() is None and len(study.get_trials(states=ended)) < done + 3:
