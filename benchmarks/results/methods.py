@@ -180,7 +180,7 @@ MEDIUM = Preset(
     heal={job: {"steps": 32, "eval_steps": 16} for job in ("movie", "snips", *_LONG)},
     genetic={
         **dict.fromkeys(("movie", "snips"), _SHORT_SEARCH),
-        **dict.fromkeys(_LONG, {"population_size": 6, "generations": 3}),
+        **{job: {"population_size": 6, "generations": 3} for job in _LONG},
     },
     speed=SMALL.speed,
 )

@@ -195,13 +195,15 @@ JOBS = (
             # The results stand at the abstract's end.
             changes={
                 "prompt": "Abstract: {{ context[-900:] }}\nQuestion: {{ question }}\nAnswer (yes, no or maybe):",
-                "metric": "accuracy",
             },
         ),
-        also=("macro_f1",),
-        tuning=Tuning(rows=400, epochs=2, learning_rate=5e-4),
-        note="The related MedMCQA has four choices of its own for each question in place of yes, no and maybe. Nothing "
-        "of this prompt carries over to that one, so it is no sibling data.",
+        also=("accuracy",),
+        # Of six, the one with the best sum of accuracy and macro-F1 on the selection split.
+        tuning=Tuning(rows=400, epochs=6, learning_rate=2e-4),
+        note="Macro-F1 decides: always yes is right in over half of the rows, a guess by the classes' shares has a "
+        "macro-F1 of a third. Its 100 rows for selection tell no loss of two points from one of five. The related "
+        "MedMCQA has four choices of its own for each question in place of yes, no and maybe. Nothing of this prompt "
+        "carries over to that one, so it is no sibling data.",
     ),
     Job(
         name="squad",
