@@ -57,15 +57,16 @@ def candidate_scores(
             found = sums.double().cpu().numpy()
             scores[list(batch.indices), : found.shape[1]] = found
             on_batch(batch.num_examples)
-    _check_finite(scores, examples)
+    present = np.array([[c < len(example.candidates) for c in range(scores.shape[1])] for example in examples])
+    check_finite((np.isfinite(scores) | ~present).all(axis=1))
     return scores
 
 
-def _check_finite(scores: NDArray[np.float64], examples: Sequence[Example]) -> None:
-    present = np.array([[c < len(example.candidates) for c in range(scores.shape[1])] for example in examples])
-    broken = int((~np.isfinite(scores) & present).any(axis=1).sum())
+def check_finite(finite: NDArray[np.bool_]) -> None:
+    """Raise a `ValueError` that counts the examples (count,) whose values are not finite, if there are any."""
+    broken = int((~finite).sum())
     if broken:
         raise ValueError(
-            f"`model` must return finite logits, got NaN or infinity for {broken} of {len(examples)} examples. "
+            f"`model` must return finite logits, got NaN or infinity for {broken} of {len(finite)} examples. "
             "Load it with dtype=torch.bfloat16 or torch.float32, and check that its weights are finite."
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from healed_world import learn
-from tiny_models import make_tiny_model
+from test_search_written import ANSWER, WRITTEN, byte_model
 from toy import load_task, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
 from vocabulary_world import byte_level
@@ -32,10 +32,7 @@ pytestmark = [
     pytest.mark.skipif(DEVICE.type == "cpu", reason="this machine has no accelerator"),
 ]
 
-KINDS: dict[str, dict[str, Any]] = {
-    "labels": {},
-    "generate": {"kind": "generate", "labels": None, "max_new_tokens": 4, "metric": "f1", "answer": "very {{ label }}"},
-}
+KINDS: dict[str, dict[str, Any]] = {"labels": {}, "generate": {**WRITTEN, **ANSWER}}
 HALF: dict[str, Any] = {"pruning_ratio": 0.5, "rank_multiple": 2}
 WITHIN: dict[str, Any] = {"tolerance": 0.2, "rank_multiple": 2, "confidence": 0.5, "rounds": 1}
 GENETIC: dict[str, Any] = {"allocation": "genetic", "population_size": 4, "generations": 2}
@@ -105,8 +102,7 @@ def test_within_the_tolerance_saved_and_loaded(
 
 def test_two_tasks_and_their_vocabulary(tmp_path: Path) -> None:
     tasks = [load_task(tmp_path, parity_rows(160), name=name, **KINDS[name]) for name in KINDS]
-    model = make_tiny_model("llama", vocab_size=960, initializer_range=0.3, max_position_embeddings=128).to(DEVICE)
-    pruner = SievePruner(model, byte_level(), tasks, base_model="toy/base")
+    pruner = SievePruner(byte_model().to(DEVICE), byte_level(), tasks, base_model="toy/base")
     config = SieveConfig(**{**WITHIN, **GENETIC, "tolerance": 0.9, "vocabulary": "task"})
     result = pruner.prune(config, **QUIET)
     assert result.model.config.vocab_size < 960

@@ -39,6 +39,7 @@ class Dense:
         siblings (`dict[str, list[Example]]`): Examples of the sibling data by name.
         evaluations (`dict[str, Evaluation]`): The model's on each of them.
         figures (`dict[str, Any]`): What the table shows of it.
+        score (`Callable`): Maps a model and examples to an `Evaluation` by the task's metric.
         batch_size (`int`): Rows per forward pass.
     """
 
@@ -48,11 +49,8 @@ class Dense:
     siblings: dict[str, list[Example]]
     evaluations: dict[str, Evaluation]
     figures: dict[str, Any]
+    score: Callable[[Any, Sequence[Example]], Evaluation]
     batch_size: int
-
-    def score(self, model: Any, examples: Sequence[Example]) -> Evaluation:
-        """Score a model by the task's metric."""
-        return score(model, examples, tokenizer=self.tokenizer, task=self.task, batch_size=self.batch_size)
 
 
 def load_dense(job: Job, setup: Setup) -> Dense:
@@ -71,7 +69,10 @@ def load_dense(job: Job, setup: Setup) -> Dense:
     tasks = [each.fingerprint() for each in (task, *sibling_tasks.values())]
     fingerprint = content_key(model=model_fingerprint(model), tasks=tasks)
     siblings = {name: each.examples("test", tokenizer) for name, each in sibling_tasks.items()}
-    scored = partial(score, model, tokenizer=tokenizer, task=task, batch_size=setup.batch_size)
+    score: Callable[[Any, Sequence[Example]], Evaluation] = partial(
+        evaluate, tokenizer=tokenizer, metric=task.metric, batch_size=setup.batch_size, progress=False
+    )
+    scored = partial(score, model)
     name = base_name(job, preset, setup.source.name)
     figures = setup.cache.read(name, fingerprint)
     evaluations = score_siblings(scored, siblings, setup.cache.directory / name, again=figures is None)
@@ -88,6 +89,7 @@ def load_dense(job: Job, setup: Setup) -> Dense:
         siblings=siblings,
         evaluations=evaluations,
         figures=figures,
+        score=score,
         batch_size=setup.batch_size,
     )
 
@@ -117,11 +119,6 @@ def own_figures(job: Job, own: Evaluation, examples: Sequence[Example]) -> dict[
         "also": {metric: scored_by(own, metric, examples) for metric in job.also},
         "clear": is_clear(own),
     }
-
-
-def score(model: Any, examples: Sequence[Example], *, tokenizer: Any, task: Task, batch_size: int) -> Evaluation:
-    """Score a model by the task's metric."""
-    return evaluate(model, examples, tokenizer, metric=task.metric, batch_size=batch_size, progress=False)
 
 
 def is_clear(dense: Evaluation) -> bool:

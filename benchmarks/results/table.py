@@ -120,7 +120,7 @@ def _section(found: Results) -> str:
         return f"{title}\n\nNot run."
     lines = [title, _base(found)]
     if found.counts:
-        lines += [_within(found), _winner(found), _middle(found), _refused(job)]
+        lines += [_within(found), _winner(found), _middle(found), _refused()]
     lines.append(job.note)
     return "\n\n".join(line for line in lines if line)
 
@@ -230,7 +230,7 @@ def is_busy(cell: dict[str, Any]) -> bool:
     return bool(cell["load"] > cell["threads"] + 1)
 
 
-def _refused(job: Job) -> str:
+def _refused() -> str:
     reasons = {m.title: reason for m in METHODS if (reason := m.refusal)}
     return " ".join(f"`{title}` is refused: {reason}." for title, reason in reasons.items())
 

@@ -10,6 +10,7 @@ import numpy as np
 from optimum_sieve.comparison import compare
 from optimum_sieve.evaluation import evaluation_of_texts
 from optimum_sieve.generation import write_answers
+from optimum_sieve.likelihoods import check_finite
 from optimum_sieve.modes import evaluating
 from optimum_sieve.scoring import input_device
 from optimum_sieve.teacher import teach
@@ -69,14 +70,7 @@ class WrittenScorer(Scorer):
         model = cast("PreTrainedModel", self._live.model)
         # Losses and divergences are those from the dense model with this vocabulary, texts are from that with all.
         self._teachers = [
-            teach(
-                model,
-                part,
-                self._tokenizer,
-                loss="vocabulary",
-                batch_size=self._batch_size,
-                progress=False,
-            )
+            teach(model, part, self._tokenizer, loss="vocabulary", batch_size=self._batch_size, progress=False)
             for part in self._parts
             if part
         ]
@@ -112,12 +106,7 @@ class WrittenScorer(Scorer):
                 places = list(batch.indices)
                 divergence, loss = teacher.losses(model, batch.to(device))
                 losses[places], divergences[places] = loss.double().cpu().numpy(), divergence.double().cpu().numpy()
-        broken = int((~np.isfinite(losses)).sum())
-        if broken:
-            raise ValueError(
-                f"`model` must return finite logits, got NaN or infinity for {broken} of {count} examples. Load it in "
-                "bfloat16 or float32."
-            )
+        check_finite(np.isfinite(losses))
         return losses, divergences
 
     def _score(self, number: int) -> _Scores:
