@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,17 @@ class SieveConfig:
             `"pivoted"` (fewest parameters) or `"factors"`.
         loss (`str`):
             What the output gradients are taken of: `"fisher"` (the model's own distribution over the task's candidate
-            texts; exact, and gold answers are not used), `"labels"` (cross-entropy of the gold candidate in that
-            distribution) or `"answer"` (likelihood of the gold answer among all texts). A task without candidates
-            always takes `"answer"`.
+            texts, or over the vocabulary at each token of a written answer; which one is right does not count),
+            `"labels"` (cross-entropy of the gold candidate in that distribution) or `"answer"` (likelihood of the gold
+            answer among all texts). A task without candidates takes `"answer"` for `"labels"`.
         label_source (`str`):
             Whose answers calibration takes for gold, where the loss uses them: `"data"` (the task's), `"model"` (the
             dense model's likeliest) or `"sampled"` (drawn from the dense model, for the Fisher information of all it
             might write). A task without answers needs one of the latter two, and is scored against the dense model's
             likeliest answers.
+        prompt_weight (`float`):
+            Of written answers and `loss="fisher"`: how much the prompt's own next tokens count in calibration, all
+            together, beside the answer's tokens. 0: not at all, which leaves the moments of short answers ill-defined.
         rounds (`int`):
             How often moments are taken: first on the dense model, then on the model pruned part of the way with the
             factors so far. `"svd"` and `"learned"` always take one.
@@ -115,6 +119,7 @@ class SieveConfig:
     storage: str = "pivoted"
     loss: str = "fisher"
     label_source: str = "data"
+    prompt_weight: float = 1.0
     rounds: int = 2
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
@@ -245,6 +250,7 @@ _CHOICES = {
 _FLOAT_RANGES = {
     "tolerance": (0.0, 1.0, True),
     "pruning_ratio": (0.0, 1.0, False),
+    "prompt_weight": (0.0, math.inf, True),
     "damping": (0.0, 1.0, True),
     "confidence": (0.5, 1.0, True),
     "search_fraction": (0.0, 1.0, False),

@@ -3,13 +3,14 @@ r"""What the output gradients of calibration are taken of; each loss is a sum ov
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from .scoring import Batch, log_likelihoods
+from .scoring import Batch, log_likelihoods, site_logits
 
 
 if TYPE_CHECKING:
@@ -18,20 +19,28 @@ if TYPE_CHECKING:
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
+# Positions of each prompt whose next tokens are looked at.
+PROMPT_SITES = 32
 
-def calibration_loss(name: str, examples: Sequence[Example], seed: int = 0) -> tuple[Loss, bool]:
+
+def calibration_loss(
+    name: str, examples: Sequence[Example], seed: int = 0, *, prompt_weight: float = 0.0
+) -> tuple[Loss, bool]:
     """Return the loss called `name` for these examples, and whether its batches hold every candidate.
 
     Args:
-        name (`str`): `"fisher"`, `"labels"` or `"answer"`; the first two need candidates and are `"answer"` without.
+        name (`str`): `"fisher"`, `"labels"` or `"answer"`. Without candidates, `"fisher"` is that of the tokens
+            written, and `"labels"` is `"answer"`.
         examples (`Sequence[Example]`): The calibration examples, in the order of the batches' indices.
-        seed (`int`): Seed of the Fisher root's random signs.
+        seed (`int`): Seed of the Fisher roots' random signs.
+        prompt_weight (`float`): Of `"fisher"` without candidates, what the prompt's tokens count.
     """
-    if name == "answer" or not all(example.candidates for example in examples):
-        return answer_loss, False
-    if name == "labels":
+    candidates = all(example.candidates for example in examples)
+    if name == "fisher":
+        return (fisher_root(seed), True) if candidates else (token_fisher_root(seed, prompt_weight), False)
+    if name == "labels" and candidates:
         return label_loss([example.target or 0 for example in examples]), True
-    return fisher_root(seed), True
+    return answer_loss, False
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -82,3 +91,54 @@ def _signs(indices: Sequence[int], counts: Sequence[int], width: int, seed: int)
     for row, (index, count) in enumerate(zip(indices, counts, strict=True)):
         signs[row, width - count :] = np.random.default_rng((seed, index)).choice((-1.0, 1.0), size=count)
     return torch.from_numpy(signs)
+
+
+def token_fisher_root(seed: int = 0, prompt_weight: float = 0.0) -> Loss:
+    r"""Return a function whose gradient's second moment is the Fisher information of the tokens written.
+
+    At each token of the gold answer, with logits \(z\) and \(p = \mathrm{softmax}(z)\) over the vocabulary, the Fisher
+    information is that of [`fisher_root`] with \(z\) in place of the scores. The function is the sum of \(a^\top z\)
+    over the tokens, with \(a = \sqrt{p} \circ \epsilon - p\,(\sqrt{p}^\top \epsilon)\) and random signs \(\epsilon\),
+    for which \(E[a a^\top] = F\) without any eigenvalues. The signs depend on each example alone, not on its batch.
+
+    Args:
+        seed (`int`): Seed of the signs.
+        prompt_weight (`float`): The prompt's own next tokens are looked at likewise, at [`PROMPT_SITES`] random
+            positions of each example, and count together so many times what the answer's tokens do. Answers are few
+            tokens whose gradients span few directions; without prompts, all others seem to be free. Encoder-decoders
+            write no prompt, and take the answer's tokens alone.
+    """
+
+    def root(model: nn.Module, batch: Batch) -> torch.Tensor:
+        weights = torch.ones(len(batch.sites))
+        if prompt_weight and batch.kind == "causal":
+            batch, shares = _with_prompts(batch, seed)
+            weights = torch.cat([weights, prompt_weight * shares])
+        logits = site_logits(model, batch)
+        probabilities = logits.detach().softmax(dim=-1)
+        roots = probabilities.sqrt() * _token_signs(batch, logits.shape[1], seed).to(logits)
+        directions = roots - probabilities * roots.sum(dim=-1, keepdim=True)
+        return ((directions * logits).sum(dim=-1) * weights.sqrt().to(logits)).sum()
+
+    return root
+
+
+def _with_prompts(batch: Batch, seed: int) -> tuple[Batch, torch.Tensor]:
+    """Add positions before each answer to the sites; return how many of the answer's tokens each of them stands for."""
+    rows, positions = batch.sites.cpu().unbind(dim=1)
+    sites, shares = [], []
+    for row, index in enumerate(batch.indices):
+        own = positions[rows == row]
+        chosen = np.random.default_rng((seed, index)).permutation(int(own.min()))[:PROMPT_SITES]
+        sites += [(row, position) for position in sorted(chosen.tolist())]
+        shares += [len(own) / max(1, len(chosen))] * len(chosen)
+    added = torch.tensor(sites, dtype=torch.long).reshape(-1, 2).to(batch.sites)
+    return replace(batch, sites=torch.cat([batch.sites, added])), torch.tensor(shares)
+
+
+def _token_signs(batch: Batch, width: int, seed: int) -> torch.Tensor:
+    """Random signs (sites, width); rows are examples, as each has its gold answer alone."""
+    signs = np.empty((len(batch.sites), width), dtype=np.int8)
+    for place, (row, position) in enumerate(batch.sites.tolist()):
+        signs[place] = np.random.default_rng((seed, batch.indices[row], position)).integers(0, 2, size=width)
+    return torch.from_numpy(2 * signs - 1)

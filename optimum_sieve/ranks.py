@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from .comparison import compare
 from .search.live import LiveRanks
 from .search.stage import run_search
-from .setting import score, score_dense
-from .stages import BASIS_SETTINGS, allocate_ranks
+from .setting import BASIS_SETTINGS, score, score_dense
+from .stages import allocate_ranks
 from .tolerance import search_kept_fraction
 
 

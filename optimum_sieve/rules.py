@@ -15,11 +15,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def check_float(name: str, value: Any, low: float, high: float, includes_low: bool, hint: str = "") -> None:
-    """Raise unless `value` is a number from `low` (itself allowed or not) to below `high`."""
+    """Raise unless `value` is a finite number from `low` (itself allowed or not) to below `high`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if not math.isfinite(value) or not (low <= value < high if includes_low else low < value < high):
-        rule = f"{'at least' if includes_low else 'above'} {low:g} and below {high:g}"
+        upper = f"below {high:g}" if math.isfinite(high) else "finite"
+        rule = f"{'at least' if includes_low else 'above'} {low:g} and {upper}"
         raise ValueError(f"`{name}` must be {rule}, got {value!r}.{hint}")
 
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from .tasks.text_metrics import Metric
     from .vocabulary import TaskVocabulary
 
+# Settings that moments and factor bases depend on, beside the model, the tasks and the rounds before.
+MOMENT_SETTINGS = ("projection", "loss", "label_source", "prompt_weight", "seed")
+BASIS_SETTINGS = (*MOMENT_SETTINGS, "damping")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSetting:

@@ -17,7 +17,7 @@ from .labelling import label_by_model
 from .losses import calibration_loss
 from .moments import Moments, weighted_sum
 from .scoring import input_device, make_batches
-from .setting import timed
+from .setting import BASIS_SETTINGS, MOMENT_SETTINGS, timed
 from .surgery import truncated
 from .targets import linear_weight
 from .workdir import flatten, on_device, unflatten
@@ -93,9 +93,6 @@ def _load_bases(setting: Setting, key: str, weights: Mapping[str, torch.Tensor])
     return {name: FactorBasis(**on_device(tensors, weights[name].device)) for name, tensors in unflatten(found).items()}
 
 
-BASIS_SETTINGS = ("projection", "loss", "label_source", "seed", "damping")
-
-
 def with_answers(setting: Setting, *splits: str) -> Setting:
     """Return the run with the dense model's likeliest answers for gold in these splits of tasks without labels."""
 
@@ -164,7 +161,7 @@ def collect_task(
 ) -> dict[str, Moments]:
     """Collect the moments of every target over one task's calibration examples, or read them."""
     config = setting.config
-    settings = ("projection", "loss", "label_source", "seed", *(("damping",) if history else ()))
+    settings = BASIS_SETTINGS if history else MOMENT_SETTINGS
     # A model that is pruned part of the way depends on all tasks of the run.
     shared = {"together": setting.fingerprint} if history and len(setting.tasks) > 1 else {}
     key = setting.key(*settings, task=task, names=list(weights), history=list(history), **shared)
@@ -174,7 +171,7 @@ def collect_task(
             name: Moments.from_tensors(on_device(tensors, weights[name].device))
             for name, tensors in unflatten(kept).items()
         }
-    loss, by_candidate = calibration_loss(config.loss, examples, config.seed)
+    loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=config.prompt_weight)
     device = input_device(setting.model)
     batches = make_batches(
         examples,

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         ({"pruning_ratio": 0.0}, r"`pruning_ratio` must be above 0 and below 1, got 0\.0"),
         ({"pruning_ratio": 1.0}, r"`pruning_ratio` must be above 0 and below 1, got 1\.0"),
         ({"damping": 1.0}, "`damping` must be at least 0 and below 1"),
+        ({"prompt_weight": -0.5}, "`prompt_weight` must be at least 0 and finite, got -0.5"),
+        ({"prompt_weight": float("inf")}, "`prompt_weight` must be at least 0 and finite, got inf"),
         ({"confidence": 0.4}, r"`confidence` must be at least 0\.5 and below 1, got 0\.4"),
         ({"confidence": 1.0}, r"`confidence` must be at least 0\.5 and below 1, got 1\.0"),
         ({"projection": "pca"}, "`projection` must be one of 'svd', 'activation', 'joint', 'learned', got 'pca'"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from toy import load_task, make_model, make_tokenizer
 
-from optimum_sieve.losses import answer_loss, calibration_loss, fisher_root
+from optimum_sieve.losses import _with_prompts, answer_loss, calibration_loss, fisher_root
 from optimum_sieve.scoring import Batch, log_likelihoods, make_batches
 
 
@@ -100,9 +101,69 @@ def test_answer_is_the_likelihood_of_the_gold_texts(examples):
     torch.testing.assert_close(loss(model, batch), expected)
 
 
-@pytest.mark.parametrize("name", ["fisher", "labels"])
-def test_without_candidates_every_loss_is_answer(name, examples):
-    from dataclasses import replace
+def test_labels_without_candidates_is_answer(written):
+    assert calibration_loss("labels", written) == (answer_loss, False)
 
-    bare = [replace(example, candidates=(), target=None) for example in examples]
-    assert calibration_loss(name, bare) == (answer_loss, False)
+
+@pytest.fixture
+def written(examples):
+    """The examples, with answers that are written."""
+    return [replace(example, candidates=(), target=None) for example in examples]
+
+
+class Table(nn.Module):
+    """A model whose logits are a parameter for each position of the longest row, whatever the tokens are."""
+
+    def __init__(self, rows: int, length: int, vocabulary: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.randn(rows, length, vocabulary, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits[: len(input_ids), : input_ids.shape[1]])
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.5])
+def test_written_answers_give_the_fisher_information_of_their_tokens(prompt_weight, written):
+    batch = batch_of(written[:1], False)
+    length, answer = batch.input_ids.shape[1], batch.sites[:, 1]
+    model = Table(1, length, 5)
+    p = model.logits.detach()[0].softmax(-1)
+    expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    # Prompts of the toy are shorter than the positions that are looked at, so each is.
+    first = int(answer.min())
+    scale = torch.zeros(length)
+    scale[answer] = 1.0
+    scale[:first] = prompt_weight * len(answer) / first
+    found = torch.zeros(length, 5, 5)
+    for seed in range(3000):
+        model.zero_grad()
+        loss, by_candidate = calibration_loss("fisher", written[:1], seed, prompt_weight=prompt_weight)
+        loss(model, batch).backward()
+        assert not by_candidate
+        found += model.logits.grad[0][:, :, None] * model.logits.grad[0][:, None, :] / 3000
+    torch.testing.assert_close(found, expected * scale[:, None, None], atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("candidates", [True, False])
+def test_the_fisher_root_does_not_depend_on_batches(candidates, examples, written):
+    model = make_model()
+    chosen = examples if candidates else written
+    loss, _ = calibration_loss("fisher", chosen, prompt_weight=1.0)
+    whole = loss(model, batch_of(chosen, candidates))
+    parts = make_batches(chosen, make_tokenizer(), batch_size=3, candidates=candidates)
+    assert len(parts) > 1
+    torch.testing.assert_close(sum(loss(model, part) for part in parts), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_a_long_prompt_is_looked_at_in_places(monkeypatch, written):
+    monkeypatch.setattr("optimum_sieve.losses.PROMPT_SITES", 2)
+    batch = batch_of(written, False)
+    wide, shares = _with_prompts(batch, 0)
+    other, _ = _with_prompts(batch, 1)
+    rows = wide.sites[len(batch.sites) :, 0]
+    assert torch.equal(rows.bincount(), torch.full((len(written),), 2))
+    assert not torch.equal(wide.sites, other.sites)
+    assert all(
+        position < batch.sites[batch.sites[:, 0] == row, 1].min() for row, position in wide.sites[len(batch.sites) :]
+    )
+    torch.testing.assert_close(shares.sum(), torch.tensor(float(len(batch.sites))))

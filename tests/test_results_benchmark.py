@@ -108,6 +108,9 @@ def test_a_cell_holds_what_pruning_finds(benchmark: ModuleType, world: Path, lea
     predicted = result.scores[0].pruned
     macro = f1_score(predicted.targets, predicted.predictions, average="macro")
     assert cell["also"]["macro_f1"]["score"] == pytest.approx(macro)
+    # A row of written answers alone.
+    assert "\n| joint, energy |" in page
+    assert "\n| joint, energy, answers alone |" not in page
     assert cell["seconds"]["whole"] > 0
     assert cell["peak_bytes"] > 50e6
     assert {"dense", "pruned"} == set(cell["tokens_per_second"])

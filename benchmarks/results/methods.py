@@ -24,6 +24,7 @@ class Method:
         title (`str`): Its name in the table.
         settings (`dict[str, Any]`): Of [`SieveConfig`][optimum_sieve.config.SieveConfig].
         healed (`bool`): Whether every size is healed.
+        written (`bool`): Whether it is for tasks of written answers alone, the same as another for the rest.
         note (`str`): What a reader has to know of it.
     """
 
@@ -31,6 +32,7 @@ class Method:
     title: str
     settings: dict[str, Any]
     healed: bool = False
+    written: bool = False
     note: str = ""
 
     @property
@@ -69,6 +71,13 @@ METHODS = (
     ),
     Method(name="joint-uniform", title="joint, uniform", settings=_joint("uniform")),
     Method(name="joint-energy", title="joint, energy", settings=_joint("energy"), note="the defaults"),
+    Method(
+        name="joint-energy-answer",
+        title="joint, energy, answers alone",
+        settings={**_joint("energy"), "loss": "answer"},
+        written=True,
+        note="written answers calibrated on the likelihood of the gold answers",
+    ),
     Method(name="joint-genetic", title="joint, genetic", settings=_joint("genetic"), note="the search"),
     Method(
         name="activation-healed", title="activation, uniform, healed", settings=_layerwise("activation"), healed=True
@@ -132,7 +141,9 @@ _JOINT = ("joint-uniform", "joint-energy")
 # What a task is reported by: the layer-wise baseline, every allocation, and healing.
 _EACH = ("activation", *_JOINT, "joint-genetic", "joint-energy-healed")
 # Tasks of long texts: an example costs ten times what a sentence does.
-_LONG = ("pubmedqa", "squad", "nq")
+_WRITTEN = ("squad", "nq")
+_LONG = ("pubmedqa", *_WRITTEN)
+_WRITTEN_CELLS = dict.fromkeys((*_EACH, "joint-energy-answer"), _TWO)
 _SHORT_SEARCH = {"population_size": 8, "generations": 4}
 
 SMALL = Preset(
@@ -168,12 +179,13 @@ MEDIUM = Preset(
         "snips": SMALL.limits["snips"],
         **dict.fromkeys(_UCI, SMALL.limits["uci-amazon"]),
         "pubmedqa": {"calibration": 192, "selection": 100, "test": 500},
-        "squad": {"calibration": 192, "selection": 400, "test": 280, "sibling": 300},
-        "nq": {"calibration": 192, "selection": 400, "test": 600, "sibling": 298},
+        "squad": {"calibration": 384, "selection": 400, "test": 280, "sibling": 300},
+        "nq": {"calibration": 384, "selection": 400, "test": 600, "sibling": 298},
     },
     cells={
         **dict.fromkeys(_UCI, SMALL.cells["uci-amazon"]),
-        **dict.fromkeys(("movie", "snips", *_LONG), dict.fromkeys(_EACH, _TWO)),
+        **dict.fromkeys(("movie", "snips", "pubmedqa"), dict.fromkeys(_EACH, _TWO)),
+        **dict.fromkeys(_WRITTEN, _WRITTEN_CELLS),
     },
     search_steps=SMALL.search_steps,
     ratio_steps=SMALL.ratio_steps,
@@ -192,8 +204,8 @@ FULL = Preset(
         **{job: {"calibration": 256, "selection": 410, "test": 310, "sibling": 600} for job in _UCI},
         "snips": {"calibration": 512, "selection": 1000, "test": 695},
         "pubmedqa": {"calibration": 256, "selection": 100, "test": 500},
-        "squad": {"calibration": 256, "selection": 450, "test": 280, "sibling": 600},
-        "nq": {"calibration": 256, "selection": 400, "test": 600, "sibling": 298},
+        "squad": {"calibration": 384, "selection": 450, "test": 280, "sibling": 600},
+        "nq": {"calibration": 384, "selection": 400, "test": 600, "sibling": 298},
     },
     cells={
         "movie": {
@@ -206,7 +218,8 @@ FULL = Preset(
             **dict.fromkeys(("svd", *_EACH), TOLERANCES),
             **dict.fromkeys(("activation-healed", "joint-uniform-healed"), _ONE),
         },
-        **{job: dict.fromkeys(_EACH, _TWO) for job in _LONG},
+        "pubmedqa": dict.fromkeys(_EACH, _TWO),
+        **dict.fromkeys(_WRITTEN, _WRITTEN_CELLS),
     },
     heal={job: {"steps": 32, "eval_steps": 16} for job in _LONG},
     search_steps=6,

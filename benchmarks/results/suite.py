@@ -84,6 +84,11 @@ class Job:
     tuning: Tuning | None = None
     note: str = ""
 
+    @property
+    def written(self) -> bool:
+        """Whether answers are written, in place of being chosen."""
+        return self.rows.spec({}).get("kind") == "generate"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Places:

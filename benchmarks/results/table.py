@@ -148,7 +148,8 @@ def _base(found: Results) -> str:
 
 def _within(found: Results) -> str:
     header = ["method", *(f"within {_points(tolerance)}" for tolerance in TOLERANCES)]
-    return table(header, [[m.title, *(_cell(found, m, tolerance) for tolerance in TOLERANCES)] for m in METHODS])
+    methods = [method for method in METHODS if found.job.written or not method.written]
+    return table(header, [[m.title, *(_cell(found, m, tolerance) for tolerance in TOLERANCES)] for m in methods])
 
 
 def _cell(found: Results, method: Method, tolerance: float) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation import allocate
 from optimum_sieve.output import replacing
+from optimum_sieve.setting import BASIS_SETTINGS
 from optimum_sieve.tasks.text_metrics import metric_name
 
 from .candidate import BOTTLENECK, CONFIRM, SEARCH
@@ -40,18 +41,7 @@ if TYPE_CHECKING:
 
 # What candidates' scores depend on, beside the model and the task.
 _SETTINGS = (
-    *(
-        "projection",
-        "loss",
-        "label_source",
-        "seed",
-        "damping",
-        "rounds",
-        "storage",
-        "rank_multiple",
-        "tolerance",
-        "pruning_ratio",
-    ),
+    *(*BASIS_SETTINGS, "rounds", "storage", "rank_multiple", "tolerance", "pruning_ratio"),
     *("confidence", "search_preset", "population_size", "generations", "search_fraction", "batch_size"),
 )
 # Raised when candidates are judged in another way, so that studies made before are left alone.
