@@ -50,11 +50,11 @@ class Sums:
         """Return moments in the package's unit: of one trace over `x` and over `g`, whatever unit the weights have."""
         inputs, gradients, total = (self.totals / num_examples).tolist()
         if not (inputs > 0 and gradients > 0):
-            return Moments(self.activation * 0, self.gradient * 0, torch.zeros(()))
+            return Moments(self.activation * 0, self.gradient * 0, *torch.zeros(3))
         return Moments(
-            activation=self.activation * (total / inputs / num_examples),
-            gradient=self.gradient * (total / gradients / num_examples),
-            scale=torch.tensor(total),
+            self.activation * (total / inputs / num_examples),
+            self.gradient * (total / gradients / num_examples),
+            *torch.full((3,), total),
         )
 
 

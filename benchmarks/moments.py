@@ -28,6 +28,7 @@ from moment_variants import (
     ExampleEstimate,
     Norms,
     Sums,
+    Weighting,
     add_sums,
     clipped,
     likelihood,
@@ -103,6 +104,7 @@ class Rows:
             "alternated, likelihood": lambda: self.factor(add_sums([self.second("likelihood")])),
             f"{arguments.groups} groups of blocks in sequence": partial(self.sequential, arguments.groups),
             "2 rounds": self.second_round,
+            "2 rounds, alternated": partial(self.second_round, alternated=True),
             "shared weights of siblings": lambda: self.factor(self.first("shared", self.count)),
             **{f"{size} examples": partial(self.sized, size) for size in arguments.sizes},
             "measured losses, by token": partial(self.measured, "tokens"),
@@ -171,26 +173,39 @@ class Rows:
             bases |= self.factor(self.pruned_pass("sequence", bases, before, parts[number]))
         return bases
 
-    def second_round(self) -> Bases:
-        """Moments of all layers with all of them pruned."""
-        ranks = allocate_ranks(self.passes.setting, self.default(), KEPT_MEANWHILE)
-        return self.factor(self.pruned_pass("second round", self.default(), ranks, list(ranks)))
+    def second_round(self, *, alternated: bool = False) -> Bases:
+        """Moments of all layers with all of them pruned; alternated: towards the likelihood, from the first round's."""
+        ranks, name, weighting = (
+            allocate_ranks(self.passes.setting, self.default(), KEPT_MEANWHILE),
+            "second round",
+            plain,
+        )
+        if alternated:
+            first = self.first("plain", self.count)
+            moments = {layer: own.moments(self.count) for layer, own in first.items()}
+            name, weighting = "second round, alternated", likelihood(moments, DAMPING)
+        return self.factor(self.pruned_pass(name, self.default(), ranks, list(ranks), weighting))
 
     def pruned_pass(
-        self, name: str, bases: Bases, ranks: dict[str, int | None], layers: Sequence[str]
+        self,
+        name: str,
+        bases: Bases,
+        ranks: dict[str, int | None],
+        layers: Sequence[str],
+        weighting: Weighting = plain,
     ) -> dict[str, Sums]:
-        """Return the plain sums of some layers while `ranks` are held."""
+        """Return the sums of some layers while `ranks` are held."""
         with truncated(self.passes.model, bases, ranks, storage="factors"):
-            return self.plain(name, layers=layers, ranks=ranks)
+            return self.summed(name, weighting, layers=layers, ranks=ranks)
 
-    def plain(self, name: str, **options: Any) -> dict[str, Sums]:
-        """Return the plain sums of a pass with a loss, or at layers, of its own."""
-        make = partial(dict, plain=Estimate(plain))
+    def summed(self, name: str, weighting: Weighting = plain, **options: Any) -> dict[str, Sums]:
+        """Return the sums of a pass with a loss, a weighting, or layers, of its own."""
+        make = partial(dict, plain=Estimate(weighting))
         return add_sums([self.passes.found("plain", name, make, 0, self.count, **options)])
 
     def all_positions(self) -> dict[str, Sums]:
         """Return the sums of the next-token loss at all positions of the prompts."""
-        return self.plain("all positions", loss=next_token_loss)
+        return self.summed("all positions", loss=next_token_loss)
 
     def mixed(self) -> Bases:
         """The moments at the answer and at all positions, in parts of equal loss over all layers together."""
@@ -206,7 +221,7 @@ class Rows:
                 self.passes.model, examples, self.passes.tokenizer, batch_size=32, seed=0, progress=False
             )
         loss = label_loss([example.target or 0 for example in examples])
-        return self.factor(self.plain("labels", loss=loss, sampled=sampled))
+        return self.factor(self.summed("labels", loss=loss, sampled=sampled))
 
 
 def measures(dense: Evaluation, pruned: Evaluation) -> dict[str, np.ndarray]:

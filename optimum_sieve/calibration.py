@@ -21,6 +21,8 @@ from .targets import Target, linear_weight
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from .moments import TokenWeights
+
 
 class CalibrationBatch(Protocol):
     """What calibration reads of a batch: the masks that tell tokens from padding, and the number of examples."""
@@ -47,6 +49,7 @@ def collect_moments(
     projection: str = "joint",
     num_examples: int,
     weights: Mapping[str, torch.Tensor] | None = None,
+    token_weights: Mapping[str, TokenWeights] | None = None,
 ) -> dict[str, Moments]:
     """Run the model over `batches` and return the moments of each target by name.
 
@@ -63,6 +66,8 @@ def collect_moments(
         num_examples (`int`): Examples in all batches, by which the sums are divided.
         weights (`Mapping[str, torch.Tensor]`, *optional*): Weight (out, in) of each target that the moments are for;
             `None`: the one it has now.
+        token_weights (`Mapping[str, Callable]`, *optional*): How the tokens of each target are weighted in joint
+            moments, see [`accumulate_moments`][optimum_sieve.moments.accumulate_moments].
 
     Raises:
         ValueError: If a loss or a moment is not finite, or a target is never called; the message names the layer.
@@ -73,8 +78,15 @@ def collect_moments(
 
     def accumulate(name: str, x: torch.Tensor, g: torch.Tensor | None) -> None:
         weight = weights[name]
-        on_outputs = watches_outputs(weight, projection)
-        accumulate_moments(moments[name], weight, x, g, on_outputs=on_outputs, scaling=1 / num_examples)
+        accumulate_moments(
+            moments[name],
+            weight,
+            x,
+            g,
+            on_outputs=watches_outputs(weight, projection),
+            scaling=1 / num_examples,
+            token_weights=None if token_weights is None else token_weights[name],
+        )
 
     names = [target.name for target in targets]
     visit_tokens(model, names, batches, loss, accumulate, gradients=projection == "joint")

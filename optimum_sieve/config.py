@@ -20,6 +20,7 @@ SEARCH_PRESETS = ("fast", "paper")
 LOSSES = ("fisher", "labels", "answer")
 VOCABULARIES = ("whole", "task")
 LABEL_SOURCES = ("data", "model", "sampled")
+WEIGHTINGS = ("norms", "likelihood")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,9 @@ class SieveConfig:
         rounds (`int`):
             How often moments are taken: first on the dense model, then on the model pruned part of the way with the
             factors so far. `"svd"` and `"learned"` always take one.
+        weighting (`str`):
+            How tokens count in the joint moments of the rounds after the first: `"norms"` (as large as they are, as in
+            the first round) or `"likelihood"` (as unusual as they are under the moments of the round before).
         target_modules (`tuple[str, ...]`, *optional*):
             `fnmatch` patterns of the linears to prune. `None`: every linear of the transformer blocks.
         exclude_modules (`tuple[str, ...]`):
@@ -121,6 +125,7 @@ class SieveConfig:
     label_source: str = "data"
     prompt_weight: float = 1.0
     rounds: int = 2
+    weighting: str = "norms"
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
     rank_multiple: int = 8
@@ -243,6 +248,7 @@ _CHOICES = {
     "storage": STORAGES,
     "loss": LOSSES,
     "label_source": LABEL_SOURCES,
+    "weighting": WEIGHTINGS,
     "search_preset": SEARCH_PRESETS,
     "vocabulary": VOCABULARIES,
 }

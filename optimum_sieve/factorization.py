@@ -15,6 +15,10 @@ import torch
 from .moments import Moments, watches_outputs
 
 
+# Of the largest: less is lost in float32 factors.
+_LEAST_ENERGY = 1e-10
+
+
 @dataclass
 class FactorBasis:
     r"""Factors of one weight, ordered so that the first `r` directions are the best approximation of rank `r`.
@@ -25,11 +29,14 @@ class FactorBasis:
         energy (`torch.Tensor` of shape `(max_rank,)`):
             Predicted rise of the loss when a direction is dropped, descending, float64. In nats per example for the
             joint projection, comparable between layers; a fraction of the layer's own output energy otherwise.
+        output_scale (`torch.Tensor` of shape `(max_rank,)`, *optional*):
+            Of the joint projection, the second moment of the gradients along each left factor, \(l_j^\top G l_j\).
     """
 
     left: torch.Tensor
     right: torch.Tensor
     energy: torch.Tensor
+    output_scale: torch.Tensor | None = None
 
     @property
     def max_rank(self) -> int:
@@ -42,7 +49,33 @@ class FactorBasis:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that are present, by field name."""
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def token_weights(self, x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""Return the weights of tokens in the next round's moments, \(g^\top G^{-1} g\) and \(x^\top C^{-1} x\).
+
+        It is one step of alternation towards the Kronecker product of the greatest likelihood, under which a token of
+        large norm counts only as far as it is unusual. The factors diagonalize both moments, \(l_i^\top G l_j\) and
+        \(r_i^\top C r_j\) being 0 for \(i \ne j\), so no inverse is needed. Without `output_scale` the weights are
+        \(|g|^2\) and \(|x|^2\).
+
+        Args:
+            x (`torch.Tensor` of shape `(tokens, in_features)`): Inputs.
+            g (`torch.Tensor` of shape `(tokens, out_features)`): Output gradients.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Both (tokens,), up to a constant factor.
+
+        Reference: Dutilleul (1999), *The MLE algorithm for the matrix normal distribution*.
+        """
+        if self.output_scale is None:
+            return g.square().sum(dim=1), x.square().sum(dim=1)
+        of_outputs = self.output_scale.to(g.device, g.dtype)
+        # Directions that are worth nothing are seen as rounding errors alone.
+        relative = self.energy / self.energy.max()
+        of_inputs = (relative.clamp_min(_LEAST_ENERGY) / self.output_scale).to(x.device, x.dtype)
+        outputs, inputs = g @ self.left.to(g), x @ self.right.T.to(x)
+        return outputs.square() @ of_outputs.reciprocal(), inputs.square() @ of_inputs.reciprocal()
 
 
 def factorize(
@@ -106,8 +139,11 @@ def factorize(
 def _basis(weight: torch.Tensor, moments: Moments, damping: float, *, on_outputs: bool) -> FactorBasis:
     """Factor `weight` (float64) by one symmetric eigendecomposition of the smaller side."""
     rows, columns = weight.shape
-    activation, scale = moments.activation.double(), float(moments.scale)
-    gradient = None if moments.gradient is None else moments.gradient.double()
+    scale = float(moments.scale)
+    activation = moments.activation.double() * (scale / float(moments.activation_trace))
+    gradient = None
+    if moments.gradient is not None:
+        gradient = moments.gradient.double() * (scale / float(moments.gradient_trace))
     if on_outputs:
         # M M^T for M = L_G^T W L_C; the damping of C reaches this side as W W^T.
         root = _identity(weight, rows) if gradient is None else _cholesky(gradient, damping)
@@ -115,6 +151,7 @@ def _basis(weight: torch.Tensor, moments: Moments, damping: float, *, on_outputs
         values, vectors = _descending_eigh(root.T @ inner @ root)
         left = torch.linalg.solve_triangular(root.T, vectors, upper=True)
         right = vectors.T @ root.T @ weight
+        output_scale = torch.ones_like(values)
     else:
         # M^T M; the damping of G reaches this side as W^T W.
         root = _cholesky(activation, damping)
@@ -123,9 +160,10 @@ def _basis(weight: torch.Tensor, moments: Moments, damping: float, *, on_outputs
         values, vectors = _descending_eigh(root.T @ inner @ root)
         left = weight @ root @ vectors
         right = torch.linalg.solve_triangular(root.T, vectors, upper=True).T
+        output_scale = values
     if gradient is None:
         return _balanced(left, right, _share(values))
-    return _balanced(left, right, values / (2 * scale))
+    return _balanced(left, right, values / (2 * scale), output_scale)
 
 
 def _plain_basis(weight: torch.Tensor) -> FactorBasis:
@@ -161,9 +199,13 @@ def _cholesky(moment: torch.Tensor, damping: float) -> torch.Tensor:
         damping = max(damping * 10, 1e-12)
 
 
-def _balanced(left: torch.Tensor, right: torch.Tensor, energy: torch.Tensor) -> FactorBasis:
+def _balanced(
+    left: torch.Tensor, right: torch.Tensor, energy: torch.Tensor, output_scale: torch.Tensor | None = None
+) -> FactorBasis:
     """Give column i of `left` and row i of `right` the same norm, which suits low-precision dtypes; to float32."""
     left_norm, right_norm = left.norm(dim=0), right.norm(dim=1)
     usable = (left_norm > 0) & (right_norm > 0)
     ratio = torch.where(usable, (right_norm / left_norm.clamp_min(1e-300)).sqrt(), torch.ones_like(left_norm))
-    return FactorBasis((left * ratio).float(), (right / ratio[:, None]).float(), energy)
+    if output_scale is not None:
+        output_scale = output_scale * ratio.square()
+    return FactorBasis((left * ratio).float(), (right / ratio[:, None]).float(), energy, output_scale)

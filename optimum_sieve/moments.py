@@ -10,7 +10,9 @@ import torch
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+    TokenWeights = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -22,20 +24,26 @@ class Moments:
 
     | | `m <= n` (wide, square) | `m > n` (tall) |
     |---|---|---|
-    | `activation` (k, k) | \(E[w\, y y^\top]\) | \(E[w\, x x^\top]\) |
-    | `gradient` (k, k) | \(E[|x|^2 g g^\top]\) | \(E[|x|^2 (W^\top g)(W^\top g)^\top]\) |
+    | `activation` (k, k) | \(E[a\, y y^\top]\) | \(E[a\, x x^\top]\) |
+    | `gradient` (k, k) | \(E[b\, g g^\top]\) | \(E[b\, (W^\top g)(W^\top g)^\top]\) |
 
-    where the token weight \(w\) is \(|g|^2\) for the joint projection and 1 without gradients. \(y\) excludes the bias.
+    with weights \(a\) and \(b\) of each token: \(|g|^2\) and \(|x|^2\), or those of an earlier round's factors, see
+    [`FactorBasis.token_weights`][optimum_sieve.factorization.FactorBasis.token_weights]. Without gradients \(a = 1\).
+    \(y\) excludes the bias.
 
     Args:
         activation (`torch.Tensor`): Second moment of the activations; always (n, n) for the learned projection.
         gradient (`torch.Tensor`, *optional*): Second moment of the output gradients.
-        scale (`torch.Tensor`, 0-d): \(E[w\,|x|^2]\).
+        scale (`torch.Tensor`, 0-d): \(E[|g|^2 |x|^2]\), or \(E[|x|^2]\) without gradients.
+        activation_trace (`torch.Tensor`, 0-d): \(E[a\,|x|^2]\).
+        gradient_trace (`torch.Tensor`, 0-d): \(E[b\,|g|^2]\); 0 without gradients.
     """
 
     activation: torch.Tensor
     gradient: torch.Tensor | None
     scale: torch.Tensor
+    activation_trace: torch.Tensor
+    gradient_trace: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that are present, by field name."""
@@ -79,7 +87,7 @@ def empty_moments(weight: torch.Tensor, *, projection: str, dtype: torch.dtype =
     size = weight.shape[0] if watches_outputs(weight, projection) else weight.shape[1]
     zeros = partial(torch.zeros, dtype=dtype, device=weight.device)
     gradient = zeros(size, size) if projection == "joint" else None
-    return Moments(zeros(size, size), gradient, zeros(()))
+    return Moments(zeros(size, size), gradient, zeros(()), zeros(()), zeros(()))
 
 
 def accumulate_moments(
@@ -90,6 +98,7 @@ def accumulate_moments(
     *,
     on_outputs: bool,
     scaling: float = 1.0,
+    token_weights: TokenWeights | None = None,
 ) -> None:
     """Add tokens to `moments`, in place.
 
@@ -100,18 +109,32 @@ def accumulate_moments(
         g (`torch.Tensor` of shape `(tokens, out_features)`, *optional*): Gradients of the loss at the outputs.
         on_outputs (`bool`): Whether the moments are those of the outputs; see `watches_outputs`.
         scaling (`float`): Factor on everything added (one over the number of examples).
+        token_weights (`Callable`, *optional*): Maps `x` and `g`, of the sums' dtype, to the tokens' weights in the
+            `activation` and in the `gradient`, both (tokens,). `None`: the squares of each other's norms.
     """
     dtype = moments.activation.dtype
     x, weight = x.to(dtype), weight.to(dtype)
     side = x @ weight.T if on_outputs else x
     x_square = x.square().sum(dim=1)
-    token_weight = torch.ones_like(x_square) if g is None else g.to(dtype).square().sum(dim=1)
-    weighted = side * token_weight[:, None]
-    moments.activation.addmm_(weighted.T, side, alpha=scaling)
-    moments.scale.add_((token_weight * x_square).sum(), alpha=scaling)
-    if g is not None and moments.gradient is not None:
-        back = g.to(dtype) if on_outputs else g.to(dtype) @ weight
-        moments.gradient.addmm_((back * x_square[:, None]).T, back, alpha=scaling)
+    if g is None or moments.gradient is None:
+        _add(moments.activation, side, None, scaling)
+        for sums in (moments.scale, moments.activation_trace):
+            sums.add_(x_square.sum(), alpha=scaling)
+        return
+    g = g.to(dtype)
+    g_square = g.square().sum(dim=1)
+    of_activation, of_gradient = (g_square, x_square) if token_weights is None else token_weights(x, g)
+    _add(moments.activation, side, of_activation, scaling)
+    _add(moments.gradient, g if on_outputs else g @ weight, of_gradient, scaling)
+    moments.scale.add_(g_square @ x_square, alpha=scaling)
+    moments.activation_trace.add_(of_activation @ x_square, alpha=scaling)
+    moments.gradient_trace.add_(of_gradient @ g_square, alpha=scaling)
+
+
+def _add(moment: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, scaling: float) -> None:
+    """Add the weighted products of rows (tokens, k) with themselves."""
+    weighted = rows if weights is None else rows * weights[:, None]
+    moment.addmm_(weighted.T, rows, alpha=scaling)
 
 
 def check_finite(name: str, moments: Moments) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Settings that moments and factor bases depend on, beside the model, the tasks and the rounds before.
 MOMENT_SETTINGS = ("projection", "loss", "label_source", "prompt_weight", "seed")
-BASIS_SETTINGS = (*MOMENT_SETTINGS, "damping")
+BASIS_SETTINGS = (*MOMENT_SETTINGS, "damping", "weighting")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool =
     Moments are taken on the calibration examples of every task and summed with the tasks' weights.
 
     The first round's moments are the dense model's. Each later round takes them on the model pruned part of the way
-    with the bases so far, where inputs and gradients are what the pruned layers will really meet.
+    with the bases so far, where inputs and gradients are what the pruned layers will really meet. Of joint moments it
+    weights the tokens by those bases.
 
     Args:
         setting (`Setting`): The run.
@@ -71,7 +72,7 @@ def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool =
                 timed(seconds, "moments"),
                 truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
             ):
-                moments = collect(setting, gold, weights, history, number)
+                moments = collect(setting, gold, weights, history, number, bases)
             with timed(seconds, "factors"):
                 bases = factor(setting, weights, moments)
             del moments
@@ -141,13 +142,15 @@ def collect(
     weights: Mapping[str, torch.Tensor],
     history: Sequence[Ranks] = (),
     number: int = 0,
+    bases: Mapping[str, FactorBasis] | None = None,
 ) -> dict[str, Moments]:
     """Collect the moments of every target, the weighted sum of the tasks' own; none for the `svd` projection."""
     if setting.config.projection == "svd":
         return {}
     pairs = zip(setting.tasks, gold, strict=True)
     return weighted_sum(
-        (task.weight, collect_task(setting, task, examples, weights, history, number)) for task, examples in pairs
+        (task.weight, collect_task(setting, task, examples, weights, history, number, bases or {}))
+        for task, examples in pairs
     )
 
 
@@ -158,8 +161,12 @@ def collect_task(
     weights: Mapping[str, torch.Tensor],
     history: Sequence[Ranks],
     number: int,
+    bases: Mapping[str, FactorBasis],
 ) -> dict[str, Moments]:
-    """Collect the moments of every target over one task's calibration examples, or read them."""
+    """Collect the moments of every target over one task's calibration examples, or read them.
+
+    Tokens are weighted by the bases of the round before, where there are any.
+    """
     config = setting.config
     settings = BASIS_SETTINGS if history else MOMENT_SETTINGS
     # A model that is pruned part of the way depends on all tasks of the run.
@@ -180,6 +187,8 @@ def collect_task(
         candidates=by_candidate,
         inputs=input_format(setting.model),
     )
+    likelihood = bases and config.weighting == "likelihood"
+    token_weights = {name: basis.token_weights for name, basis in bases.items()} if likelihood else None
     description = f"moments, round {number + 1}" + (f", {task.name}" if len(setting.tasks) > 1 else "")
     with tqdm(batches, desc=description, unit="batch", disable=not setting.progress) as bar:
         moments = collect_moments(
@@ -190,6 +199,7 @@ def collect_task(
             projection=config.projection,
             num_examples=len(examples),
             weights=weights,
+            token_weights=token_weights,
         )
     setting.work.save("moments", key, flatten(moments))
     return moments

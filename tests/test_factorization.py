@@ -89,6 +89,64 @@ def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @each_shape
+def test_token_weights_are_the_forms_of_the_inverse_moments(shape: tuple[int, int]) -> None:
+    weight, x, g = layer(shape)
+    moments = moments_of(weight, x, g, "joint")
+    basis = factorize(weight, moments, damping=0.0)
+    a, b = basis.token_weights(x, g)
+    wide = shape[0] <= shape[1]
+    sides = (g if wide else g @ weight, x @ weight.T if wide else x)
+    for found, rows, moment in zip((a, b), sides, (moments.gradient, moments.activation), strict=True):
+        expected = torch.einsum("ti,ij,tj->t", rows, torch.linalg.inv(moment), rows)
+        torch.testing.assert_close(found / found.mean(), expected / expected.mean(), rtol=1e-3, atol=1e-3)
+        assert expected.std() / expected.mean() > 0.2
+
+
+@each_shape
+def test_rounds_of_alternation_raise_the_likelihood(shape: tuple[int, int]) -> None:
+    weight, x, g = layer(shape)
+    # Tokens of ten times the size, in a direction of their own, which a fit by norms sees alone.
+    x[:4] = 10 * x[:4].flip(1)
+
+    def moments_by(basis: FactorBasis | None) -> Moments:
+        moments = empty_moments(weight, projection="joint", dtype=torch.float64)
+        token_weights = None if basis is None else basis.token_weights
+        on_outputs = watches_outputs(weight, "joint")
+        accumulate_moments(moments, weight, x, g, on_outputs=on_outputs, token_weights=token_weights)
+        return moments
+
+    def log_likelihood(moments: Moments) -> float:
+        """Log-density of all h s^T under the Kronecker product, at the best factor on it, up to a constant."""
+        wide = shape[0] <= shape[1]
+        h, s = (g, x @ weight.T) if wide else (g @ weight, x)
+        inverses = [torch.linalg.inv(moment) for moment in (moments.gradient, moments.activation)]
+        forms = [((rows @ inverse) * rows).sum(1) for rows, inverse in zip((h, s), inverses, strict=True)]
+        k = min(shape)
+        logdet = -sum(torch.linalg.slogdet(inverse).logabsdet for inverse in inverses)
+        return float(-len(x) * k * (logdet + k * (forms[0] * forms[1]).mean().log()) / 2)
+
+    found = [moments_by(None)]
+    for _ in range(3):
+        found.append(moments_by(factorize(weight, found[-1], damping=0.0)))
+    # Both sides move at once, so a single step need not raise it.
+    assert log_likelihood(found[0]) < log_likelihood(found[-1]) - 100
+
+
+@each_shape
+def test_moments_have_one_trace_whatever_the_weights(shape: tuple[int, int]) -> None:
+    weight, x, g = layer(shape)
+    energies = []
+    for factor in (1.0, 7.0):
+        moments = empty_moments(weight, projection="joint", dtype=torch.float64)
+        weights = (factor * g.square().sum(1), x.square().sum(1) / factor)
+        on_outputs = watches_outputs(weight, "joint")
+        accumulate_moments(moments, weight, x, g, on_outputs=on_outputs, token_weights=lambda x, g, w=weights: w)
+        energies.append(factorize(weight, moments).energy)
+    torch.testing.assert_close(energies[0], energies[1])
+    torch.testing.assert_close(energies[0], factorize(weight, moments_of(weight, x, g, "joint")).energy * len(x))
+
+
+@each_shape
 @each_projection
 def test_no_other_matrix_of_the_rank_is_better(shape: tuple[int, int], projection: str) -> None:
     weight, x, g = layer(shape)

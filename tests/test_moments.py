@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,9 +18,7 @@ def tokens(rows: int, columns: int, count: int = 9) -> tuple[torch.Tensor, torch
     return torch.randn(rows, columns), torch.randn(count, columns), torch.randn(count, rows)
 
 
-def collect(
-    weight: torch.Tensor, x: torch.Tensor, g: torch.Tensor | None, projection: str, **options: float
-) -> Moments:
+def collect(weight: torch.Tensor, x: torch.Tensor, g: torch.Tensor | None, projection: str, **options: Any) -> Moments:
     moments = empty_moments(weight, projection=projection, dtype=torch.float64)
     on_outputs = watches_outputs(weight, projection)
     accumulate_moments(moments, weight, x, g, on_outputs=on_outputs, **options)
@@ -37,9 +37,24 @@ def test_joint_moments_are_on_the_smaller_side(shape: tuple[int, int]) -> None:
         expected["activation"] += gradient @ gradient * torch.outer(side, side)
         expected["gradient"] += token @ token * torch.outer(back, back)
         expected["scale"] += (gradient @ gradient) * (token @ token)
+    expected |= dict.fromkeys(("activation_trace", "gradient_trace"), expected["scale"])
     assert moments.activation.shape == (min(shape), min(shape))
     for name, tensor in moments.tensors().items():
         torch.testing.assert_close(tensor, expected[name])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_are_weighted_as_asked_for(shape: tuple[int, int]) -> None:
+    weight, x, g = (tensor.double() for tensor in tokens(*shape))
+    a, b = torch.arange(9).double(), torch.arange(9).double().flip(0) / 7
+    moments = collect(weight, x, g, "joint", token_weights=lambda x, g: (a, b))
+    side = x @ weight.T if shape[0] <= shape[1] else x
+    back = g if shape[0] <= shape[1] else g @ weight
+    torch.testing.assert_close(moments.activation, side.T @ torch.diag(a) @ side)
+    torch.testing.assert_close(moments.gradient, back.T @ torch.diag(b) @ back)
+    torch.testing.assert_close(moments.activation_trace, (a * x.square().sum(1)).sum())
+    torch.testing.assert_close(moments.gradient_trace, (b * g.square().sum(1)).sum())
+    torch.testing.assert_close(moments.scale, (g.square().sum(1) * x.square().sum(1)).sum())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -49,6 +64,7 @@ def test_activation_moments_weigh_every_token_the_same(shape: tuple[int, int]) -
     side = x @ weight.T if shape[0] <= shape[1] else x
     torch.testing.assert_close(moments.activation, side.T @ side)
     torch.testing.assert_close(moments.scale, x.square().sum())
+    torch.testing.assert_close(moments.activation_trace, moments.scale)
     assert moments.gradient is None
 
 

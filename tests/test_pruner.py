@@ -99,6 +99,7 @@ def test_joint_with_energy_keeps_more_than_the_baselines(learned, task):
     {"loss": "labels", "storage": "factors"},
     {"loss": "answer", "allocation": "uniform"},
     {"rank_multiple": 8, "rounds": 3},
+    {"weighting": "likelihood", "rounds": 3},
 ])  # fmt: skip
 def test_every_setting_gives_a_model_of_the_size_asked(pruner, settings):
     parameters = pruner.prune(SieveConfig(**{"pruning_ratio": 0.4, **settings}), **QUIET).report["parameters"]
@@ -296,6 +297,25 @@ def test_later_rounds_watch_the_pruned_model(learned, task, monkeypatch):
     SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
     assert ranks[0] == 0
     assert ranks[1] > 0
+
+
+def test_later_rounds_weight_tokens_by_the_factors_before(learned, task, tmp_path, monkeypatch):
+    weighted, logits = [], []
+
+    def watching(*args, token_weights=None, **options):
+        weighted.append(token_weights is not None)
+        return collect_moments(*args, token_weights=token_weights, **options)
+
+    monkeypatch.setattr("optimum_sieve.stages.collect_moments", watching)
+    for weighting in ("norms", "likelihood"):
+        config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, weighting=weighting)
+        pruner = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)
+        model = pruner.prune(config, work_dir=tmp_path, **QUIET).model
+        with torch.no_grad():
+            logits.append(model(torch.tensor([[1, 2, 3]])).logits)
+    # The first round's moments are the same and lie in the work directory.
+    assert weighted == [False, False, True]
+    assert not torch.allclose(*logits)
 
 
 def test_bfloat16_model_is_pruned_in_bfloat16(learned, task):
