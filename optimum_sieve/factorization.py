@@ -70,12 +70,11 @@ class FactorBasis:
         """
         if self.output_scale is None:
             return g.square().sum(dim=1), x.square().sum(dim=1)
-        of_outputs = self.output_scale.to(g.device, g.dtype)
-        # Directions that are worth nothing are seen as rounding errors alone.
-        relative = self.energy / self.energy.max()
-        of_inputs = (relative.clamp_min(_LEAST_ENERGY) / self.output_scale).to(x.device, x.dtype)
-        outputs, inputs = g @ self.left.to(g), x @ self.right.T.to(x)
-        return outputs.square() @ of_outputs.reciprocal(), inputs.square() @ of_inputs.reciprocal()
+        # What runs along directions that are worth nothing are rounding errors.
+        relative = (self.energy / self.energy.max().clamp_min(1e-300)).clamp_min(_LEAST_ENERGY)
+        of_outputs, of_inputs = self.output_scale, relative / self.output_scale
+        outputs, inputs = (g @ self.left.to(g)).square(), (x @ self.right.T.to(x)).square()
+        return outputs @ (of_outputs.mean() / of_outputs).to(g), inputs @ (of_inputs.mean() / of_inputs).to(x)
 
 
 def factorize(
@@ -129,7 +128,8 @@ def factorize(
         raise ValueError(f"`moments` must be collected with projection={projection!r}. Collect them again.")
     if not all(torch.isfinite(tensor).all() for tensor in moments.tensors().values()):
         raise ValueError("`moments` must be finite, got NaN or infinity. Calibrate in float32.")
-    if not moments.scale > 0:
+    traces = (moments.scale, moments.activation_trace, *(() if moments.gradient is None else (moments.gradient_trace,)))
+    if not all(trace > 0 for trace in traces):
         # The layer met no input, or the loss does not depend on it: any order of directions is as good.
         plain = _plain_basis(weight.double())
         return FactorBasis(plain.left, plain.right, torch.zeros_like(plain.energy))
@@ -160,7 +160,8 @@ def _basis(weight: torch.Tensor, moments: Moments, damping: float, *, on_outputs
         values, vectors = _descending_eigh(root.T @ inner @ root)
         left = weight @ root @ vectors
         right = torch.linalg.solve_triangular(root.T, vectors, upper=True).T
-        output_scale = values
+        least = _LEAST_ENERGY * float(values.max())
+        output_scale = values.clamp_min(least) if least > 0 else torch.ones_like(values)
     if gradient is None:
         return _balanced(left, right, _share(values))
     return _balanced(left, right, values / (2 * scale), output_scale)

@@ -103,6 +103,22 @@ def test_token_weights_are_the_forms_of_the_inverse_moments(shape: tuple[int, in
 
 
 @each_shape
+@pytest.mark.parametrize("rank", [0, 2])
+def test_token_weights_of_degenerate_layers_are_finite(shape: tuple[int, int], rank: int) -> None:
+    weight, x, g = layer(shape)
+    weight = weight[:, :rank] @ torch.randn(rank, shape[1]).double()
+    for inputs, gradients in ((x, g), (x[:2], g[:2]), (x, 0 * g), (0 * x, g)):
+        basis = None
+        for _ in range(3):
+            moments = empty_moments(weight, projection="joint", dtype=torch.float64)
+            token_weights = None if basis is None else basis.token_weights
+            on_outputs = watches_outputs(weight, "joint")
+            accumulate_moments(moments, weight, inputs, gradients, on_outputs=on_outputs, token_weights=token_weights)
+            basis = factorize(weight, moments)
+            assert all(torch.isfinite(tensor).all() for tensor in (*moments.tensors().values(), basis.energy))
+
+
+@each_shape
 def test_rounds_of_alternation_raise_the_likelihood(shape: tuple[int, int]) -> None:
     weight, x, g = layer(shape)
     # Tokens of ten times the size, in a direction of their own, which a fit by norms sees alone.

@@ -72,6 +72,12 @@ METHODS = (
     Method(name="joint-uniform", title="joint, uniform", settings=_joint("uniform")),
     Method(name="joint-energy", title="joint, energy", settings=_joint("energy"), note="the defaults"),
     Method(
+        name="joint-energy-likelihood",
+        title="joint, energy, likelihood",
+        settings={**_joint("energy"), "weighting": "likelihood"},
+        note="tokens of the second round weighted by the factors of the first",
+    ),
+    Method(
         name="joint-energy-answer",
         title="joint, energy, answers alone",
         settings={**_joint("energy"), "loss": "answer"},
@@ -139,7 +145,7 @@ _TWO, _ONE = (0.02, 0.05), (0.02,)
 _UCI = ("uci-amazon", "uci-imdb", "uci-yelp")
 _JOINT = ("joint-uniform", "joint-energy")
 # What a task is reported by: the layer-wise baseline, every allocation, and healing.
-_EACH = ("activation", *_JOINT, "joint-genetic", "joint-energy-healed")
+_EACH = ("activation", *_JOINT, "joint-energy-likelihood", "joint-genetic", "joint-energy-healed")
 # Tasks of long texts: an example costs ten times what a sentence does.
 _WRITTEN = ("squad", "nq")
 _LONG = ("pubmedqa", *_WRITTEN)
