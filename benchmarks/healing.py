@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
+from records import append_json
 from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
@@ -138,8 +138,7 @@ class Bench:
                   flush=True)  # fmt: skip
         if self.arguments.json is not None:
             row |= {"dense": self.dense.score, "healing": healing, "settings": vars(self.arguments)}
-            with self.arguments.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, default=str) + "\n")
+            append_json(self.arguments.json, row, default=str)
 
 
 def main(words: list[str] | None = None) -> None:

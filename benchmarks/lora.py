@@ -16,12 +16,12 @@ An adapter around whole matrices is merged twice: exactly, with wider factors, a
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from records import append_json
 from source import choose_source
 from training import train_on_answers
 
@@ -138,8 +138,7 @@ class Bench:
         )
         if self.chosen.json is not None:
             row = {"name": name, **scored.to_dict(), "difference": change.to_dict(), "removed": removed, **more}
-            with self.chosen.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_json(self.chosen.json, row)
 
 
 def adapter_config(model: Any, way: str, rank: int) -> LoraConfig:

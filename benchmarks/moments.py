@@ -12,7 +12,6 @@ kept, and a stopped run goes on.
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from itertools import pairwise
@@ -38,6 +37,7 @@ from moment_variants import (
     shared,
     with_tails,
 )
+from records import append_json
 
 from optimum_sieve import Evaluation, SieveConfig
 from optimum_sieve.comparison import divergences
@@ -175,11 +175,8 @@ class Rows:
 
     def second_round(self, *, alternated: bool = False) -> Bases:
         """Moments of all layers with all of them pruned; alternated: towards the likelihood, from the first round's."""
-        ranks, name, weighting = (
-            allocate_ranks(self.passes.setting, self.default(), KEPT_MEANWHILE),
-            "second round",
-            plain,
-        )
+        ranks = allocate_ranks(self.passes.setting, self.default(), KEPT_MEANWHILE)
+        name, weighting = "second round", plain
         if alternated:
             first = self.first("plain", self.count)
             moments = {layer: own.moments(self.count) for layer, own in first.items()}
@@ -286,8 +283,7 @@ def main(words: list[str] | None = None) -> None:
             print(table_line(row, kept, found, defaults.setdefault(kept, found)), flush=True)
             if arguments.json is not None:
                 record = {"row": row, "kept": kept, **{name: own.tolist() for name, own in found.items()}}
-                with arguments.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                append_json(arguments.json, record)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ LLM-Sieve's adapters at .6: some minutes of training on a CPU. Other tasks: `ben
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
+from records import append_json
 from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
@@ -127,8 +127,7 @@ class Bench:
             row = {"method": name, "allocation": allocation, "storage": storage, "kept": fraction}
             row |= {"score": pruned.score, "score_standard_error": pruned.standard_error}
             row |= {**against.to_dict(), "seconds": seconds}
-            with self.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_json(self.json, row)
 
 
 def main() -> None:

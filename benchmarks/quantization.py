@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from records import append_json
 from source import choose_source
 from torch import nn
 from torchao.quantization import (
@@ -281,8 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for side, variant in (("pruned", ""), ("dense", ""), *plain, *mixed):
             rows.append(bench.measure(side, variant))
             if chosen.json is not None:
-                with chosen.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(rows[-1])) + "\n")
+                append_json(chosen.json, asdict(rows[-1]))
     print_table(rows, chosen.dtype)
 
 

@@ -18,19 +18,18 @@ set with train.jsonl, validation.jsonl and test.jsonl (see examples/tasks/); `SI
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from results.cells import Cache, Cell, base_key, list_cells
+from results.cells import Cell, base_key, list_cells
 from results.dense import load_dense
 from results.measure import measure
 from results.methods import METHODS, PRESETS, Method
 from results.plots import write_pictures
-from results.setup import Setup, Source
-from results.suite import JOBS, ROOT, Job, Places
+from results.setup import Setup, add_options
+from results.suite import JOBS, ROOT, Job
 from results.table import collect, number, render
 
 from optimum_sieve.output import replacing
@@ -39,8 +38,6 @@ from optimum_sieve.output import replacing
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-DATA = os.environ.get("SIEVE_DATA", str(ROOT.parent / "shared" / "data"))
-
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -48,9 +45,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--tasks", nargs="+", choices=[job.name for job in JOBS], help="default: all of the preset")
     parser.add_argument("--methods", nargs="+", choices=[method.name for method in METHODS], help="default: all")
-    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
-    parser.add_argument("--data", type=Path, default=Path(DATA), help="directory with a folder for each data set")
-    parser.add_argument("--cache", type=Path, default=ROOT / "results-cache", help="of figures, weights and moments")
+    add_options(parser)
     parser.add_argument(
         "--output", type=Path, default=ROOT / "docs" / "results.md", help="the page, pictures beside it"
     )
@@ -67,13 +62,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Measure what is missing and write the page."""
     chosen = parse_arguments(words)
-    setup = Setup(
-        preset=PRESETS[chosen.preset],
-        source=Source(model=chosen.model),
-        places=Places(data=chosen.data, cache=chosen.cache),
-        cache=Cache(chosen.cache),
-        batch_size=chosen.batch_size,
-    )
+    setup = Setup.from_options(chosen, PRESETS[chosen.preset])
     jobs = [job for job in JOBS if job.name in (chosen.tasks or setup.preset.limits)]
     methods = tuple(method for method in METHODS if chosen.methods is None or method.name in chosen.methods)
     if chosen.list:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
+from records import append_json
 from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
@@ -253,8 +253,7 @@ def main() -> None:
                 flush=True,
             )
             if arguments.json is not None:
-                with arguments.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_json(arguments.json, row)
     summarize(rows)
 
 

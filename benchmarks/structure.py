@@ -16,13 +16,13 @@ like Llama's.
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from records import append_json
 from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
@@ -212,8 +212,7 @@ class Bench:
         )
         if self.arguments.json is not None:
             row = {"kept": kept, "structure": share, "score": pruned.score, **against.to_dict()}
-            with self.arguments.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_json(self.arguments.json, row)
 
 
 def main() -> None:

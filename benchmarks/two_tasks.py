@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
+from records import append_json
 from source import choose_source, prepare_subjects
 
 from optimum_sieve import Evaluation, HealConfig, SieveConfig, SievePruner, Task, compare, evaluate
@@ -125,8 +125,7 @@ class Bench:
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to the JSON lines."""
         if self.arguments.json is not None:
-            with self.arguments.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_json(self.arguments.json, row)
 
     def summarize(self, alone: list[dict[str, Any]], together: dict[str, Any]) -> None:
         """Print the sizes of single sieves added up beside that of the one for all."""

@@ -13,10 +13,10 @@ with the paired difference to the same model with all its tokens. Nothing is cal
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from records import append_json
 from source import DEMO, choose_source
 
 from optimum_sieve import Task, compare, evaluate
@@ -119,8 +119,7 @@ def report(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
         line += f"  agreement {row['agreement']:.3f}" + ("" if row["kl"] is None else f"  KL {row['kl']:.4f}")
     print(line, flush=True)
     if arguments.json is not None:
-        with arguments.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_json(arguments.json, row)
 
 
 def main() -> None:

@@ -13,18 +13,17 @@ the paired difference of the task's metric to the dense model's.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from results.cells import Cache
+from records import append_json
 from results.dense import load_dense
 from results.methods import PRESETS
-from results.setup import Setup, Source
-from results.suite import JOBS, ROOT, Places
+from results.setup import Setup, add_options
+from results.suite import JOBS
 from tqdm.auto import tqdm
 
 from optimum_sieve import SieveConfig, compare
@@ -78,14 +77,12 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     written = [job.name for job in JOBS if job.written]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=written, default=written[0])
-    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    add_options(parser)
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], help="default: all")
     parser.add_argument("--kept", type=float, nargs="+", default=[0.9, 0.8, 0.7])
     parser.add_argument("--examples", type=int, default=192, help="calibration examples")
     parser.add_argument("--selection", type=int, default=200, help="selection examples scored")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
-    parser.add_argument("--cache", type=Path, default=ROOT / "results-cache", help="of benchmarks/results.py")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="of benchmarks/results.py")
     parser.add_argument("--json", type=Path, help="where the figures go as JSON lines")
     return parser.parse_args(words)
 
@@ -93,15 +90,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Print the figures of each row at each size."""
     chosen = parse_arguments(words)
-    places = Places(data=chosen.data, cache=chosen.cache)
     (job,) = [job for job in JOBS if job.name == chosen.task]
-    setup = Setup(
-        preset=PRESETS["medium"],
-        source=Source(model=chosen.model),
-        places=places,
-        cache=Cache(chosen.cache),
-        batch_size=chosen.batch_size,
-    )
+    setup = Setup.from_options(chosen, PRESETS["medium"])
     dense = load_dense(job, setup)
     comparison = Comparison(dense, dense.task.examples("selection", dense.tokenizer)[: chosen.selection])
     print("| calibrated on | kept | divergence, nats | score - dense |\n| --- | --- | --- | --- |")
@@ -109,7 +99,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if chosen.rows is not None and row.name not in chosen.rows:
             continue
         rows = {**setup.preset.splits(job.name), "calibration": row.examples or chosen.examples}
-        dense = replace(dense, task=places.read(job.rows, rows))
+        dense = replace(dense, task=setup.places.read(job.rows, rows))
         for found in prune(row, dense, comparison, chosen):
             print(
                 f"| {row.name} | {found['kept']:.2f} | {found['divergence']:.3f} ± {found['divergence_se']:.3f} | "
@@ -117,8 +107,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 flush=True,
             )
             if chosen.json is not None:
-                with chosen.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"task": job.name, "row": row.name, **found}) + "\n")
+                append_json(chosen.json, {"task": job.name, "row": row.name, **found})
 
 
 class Comparison:

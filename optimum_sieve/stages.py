@@ -72,7 +72,7 @@ def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool =
                 timed(seconds, "moments"),
                 truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
             ):
-                moments = collect(setting, gold, weights, history, number, bases)
+                moments = collect(setting, gold, weights, history, bases)
             with timed(seconds, "factors"):
                 bases = factor(setting, weights, moments)
             del moments
@@ -141,7 +141,6 @@ def collect(
     gold: Sequence[Sequence[Example]],
     weights: Mapping[str, torch.Tensor],
     history: Sequence[Ranks] = (),
-    number: int = 0,
     bases: Mapping[str, FactorBasis] | None = None,
 ) -> dict[str, Moments]:
     """Collect the moments of every target, the weighted sum of the tasks' own; none for the `svd` projection."""
@@ -149,8 +148,7 @@ def collect(
         return {}
     pairs = zip(setting.tasks, gold, strict=True)
     return weighted_sum(
-        (task.weight, collect_task(setting, task, examples, weights, history, number, bases or {}))
-        for task, examples in pairs
+        (task.weight, collect_task(setting, task, examples, weights, history, bases or {})) for task, examples in pairs
     )
 
 
@@ -160,7 +158,6 @@ def collect_task(
     examples: Sequence[Example],
     weights: Mapping[str, torch.Tensor],
     history: Sequence[Ranks],
-    number: int,
     bases: Mapping[str, FactorBasis],
 ) -> dict[str, Moments]:
     """Collect the moments of every target over one task's calibration examples, or read them.
@@ -189,7 +186,7 @@ def collect_task(
     )
     likelihood = bases and config.weighting == "likelihood"
     token_weights = {name: basis.token_weights for name, basis in bases.items()} if likelihood else None
-    description = f"moments, round {number + 1}" + (f", {task.name}" if len(setting.tasks) > 1 else "")
+    description = f"moments, round {len(history) + 1}" + (f", {task.name}" if len(setting.tasks) > 1 else "")
     with tqdm(batches, desc=description, unit="batch", disable=not setting.progress) as bar:
         moments = collect_moments(
             setting.model,

@@ -25,13 +25,21 @@ def layer(shape: tuple[int, int], count: int = 40, seed: int = 0) -> tuple[torch
     return weight, x * torch.logspace(0, -2, shape[1]).double(), g * torch.logspace(0, -1.5, shape[0]).double()
 
 
-def moments_of(weight: torch.Tensor, x: torch.Tensor, g: torch.Tensor, projection: str) -> Moments | None:
+def moments_of(
+    weight: torch.Tensor, x: torch.Tensor, g: torch.Tensor, projection: str, basis: FactorBasis | None = None
+) -> Moments | None:
     if projection == "svd":
         return None
     moments = empty_moments(weight, projection=projection, dtype=torch.float64)
     gradients = g if projection == "joint" else None
     accumulate_moments(
-        moments, weight, x, gradients, on_outputs=watches_outputs(weight, projection), scaling=1 / len(x)
+        moments,
+        weight,
+        x,
+        gradients,
+        on_outputs=watches_outputs(weight, projection),
+        scaling=1 / len(x),
+        token_weights=None if basis is None else basis.token_weights,
     )
     return moments
 
@@ -110,10 +118,7 @@ def test_token_weights_of_degenerate_layers_are_finite(shape: tuple[int, int], r
     for inputs, gradients in ((x, g), (x[:2], g[:2]), (x, 0 * g), (0 * x, g)):
         basis = None
         for _ in range(3):
-            moments = empty_moments(weight, projection="joint", dtype=torch.float64)
-            token_weights = None if basis is None else basis.token_weights
-            on_outputs = watches_outputs(weight, "joint")
-            accumulate_moments(moments, weight, inputs, gradients, on_outputs=on_outputs, token_weights=token_weights)
+            moments = moments_of(weight, inputs, gradients, "joint", basis)
             basis = factorize(weight, moments)
             assert all(torch.isfinite(tensor).all() for tensor in (*moments.tensors().values(), basis.energy))
 
@@ -123,13 +128,6 @@ def test_rounds_of_alternation_raise_the_likelihood(shape: tuple[int, int]) -> N
     weight, x, g = layer(shape)
     # Tokens of ten times the size, in a direction of their own, which a fit by norms sees alone.
     x[:4] = 10 * x[:4].flip(1)
-
-    def moments_by(basis: FactorBasis | None) -> Moments:
-        moments = empty_moments(weight, projection="joint", dtype=torch.float64)
-        token_weights = None if basis is None else basis.token_weights
-        on_outputs = watches_outputs(weight, "joint")
-        accumulate_moments(moments, weight, x, g, on_outputs=on_outputs, token_weights=token_weights)
-        return moments
 
     def log_likelihood(moments: Moments) -> float:
         """Log-density of all h s^T under the Kronecker product, at the best factor on it, up to a constant."""
@@ -141,9 +139,9 @@ def test_rounds_of_alternation_raise_the_likelihood(shape: tuple[int, int]) -> N
         logdet = -sum(torch.linalg.slogdet(inverse).logabsdet for inverse in inverses)
         return float(-len(x) * k * (logdet + k * (forms[0] * forms[1]).mean().log()) / 2)
 
-    found = [moments_by(None)]
+    found = [moments_of(weight, x, g, "joint")]
     for _ in range(3):
-        found.append(moments_by(factorize(weight, found[-1], damping=0.0)))
+        found.append(moments_of(weight, x, g, "joint", factorize(weight, found[-1], damping=0.0)))
     # Both sides move at once, so a single step need not raise it.
     assert log_likelihood(found[0]) < log_likelihood(found[-1]) - 100
 

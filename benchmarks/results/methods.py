@@ -146,8 +146,8 @@ _UCI = ("uci-amazon", "uci-imdb", "uci-yelp")
 _JOINT = ("joint-uniform", "joint-energy")
 # What a task is reported by: the layer-wise baseline, every allocation, and healing.
 _EACH = ("activation", *_JOINT, "joint-energy-likelihood", "joint-genetic", "joint-energy-healed")
-# Tasks of long texts: an example costs ten times what a sentence does.
 _WRITTEN = ("squad", "nq")
+# Tasks of long texts: an example costs ten times what a sentence does.
 _LONG = ("pubmedqa", *_WRITTEN)
 _WRITTEN_CELLS = dict.fromkeys((*_EACH, "joint-energy-answer"), _TWO)
 _SHORT_SEARCH = {"population_size": 8, "generations": 4}

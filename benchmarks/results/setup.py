@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from source import MODEL_NAME, choose_source
 
 from optimum_sieve.loading import load_model
 
+from .cells import Cache
+from .suite import ROOT, Places
+
 
 if TYPE_CHECKING:
-    from .cells import Cache
+    import argparse
+
     from .methods import Preset
-    from .suite import Places
+
+DATA = os.environ.get("SIEVE_DATA", str(ROOT.parent / "shared" / "data"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +62,21 @@ class Setup:
     places: Places
     cache: Cache
     batch_size: int = 16
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace, preset: Preset) -> Setup:
+        """Make it of what [`add_options`] has read, and `batch_size`."""
+        return cls(
+            preset=preset,
+            source=Source(model=options.model),
+            places=Places(data=options.data, cache=options.cache),
+            cache=Cache(options.cache),
+            batch_size=options.batch_size,
+        )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where model, rows and figures lie."""
+    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    parser.add_argument("--data", type=Path, default=Path(DATA), help="directory with a folder for each data set")
+    parser.add_argument("--cache", type=Path, default=ROOT / "results-cache", help="of figures, weights and moments")
