@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-# What a script has to say is in its files by now. Taken down in order, gloo's threads now and then abort the process:
-# the groups of a device mesh outlive the one that is destroyed.
+# What a script has to say is in its files by now. Processes that took the group down before they ended aborted now
+# and then.
 _LAST_LINES = """
 torch.distributed.barrier()
 import os
