@@ -4,12 +4,13 @@
     python benchmarks/results.py --preset medium                  # a night; on a GPU, minutes
     python benchmarks/results.py --preset full                    # several nights
     python benchmarks/results.py --preset small --tasks movie snips --methods joint-energy
-    python benchmarks/results.py --preset small --render          # the page alone, from what the cache has
-    python benchmarks/results.py --preset small --list            # what the cache has, and what is still to come
+    python benchmarks/results.py --preset small --render          # the page alone, from the figures that are there
+    python benchmarks/results.py --preset small --list            # what is there, and what is still to come
 
-A cell is a method on a task within a tolerance. Each is kept in `--cache` under a hash of its settings, the task file,
-the numbers of rows, the model and the version of this package; a run that was killed goes on, and other weights or rows
-are measured anew. Several processes may share the cache if their `--tasks` differ; tokens per second then say little.
+A cell is a method on a task within a tolerance. Each is kept in `--figures` under a hash of its settings, the task
+file, the numbers of rows, the model, its dtype and the version of this package; a run that was killed goes on, and
+other weights or rows are measured anew. Several processes may share both directories if their `--tasks` differ; tokens per
+second then say little. bfloat16 is three times as fast as float32 where the processor has instructions for it.
 
 The rows of the demo's task come from the package index. Those of the others lie in `--data`, one folder for each data
 set with train.jsonl, validation.jsonl and test.jsonl (see examples/tasks/); `SIEVE_DATA` names it without the option.
@@ -76,10 +77,10 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def print_cells(jobs: Sequence[Job], methods: tuple[Method, ...], setup: Setup) -> None:
-    """Print which cells the cache has."""
+    """Print which cells are there."""
     for job in jobs:
         for cell in list_cells(job, methods, setup.preset, setup.source.name):
-            print(f"{'done' if setup.cache.read(cell.name) else 'to do':5} {describe(cell)}")
+            print(f"{'done' if setup.figures.read(cell.name) else 'to do':5} {describe(cell)}")
 
 
 def check_rows(jobs: Sequence[Job], setup: Setup) -> None:
@@ -101,8 +102,8 @@ def check_rows(jobs: Sequence[Job], setup: Setup) -> None:
 
 
 def run_job(job: Job, methods: tuple[Method, ...], setup: Setup) -> None:
-    """Measure the cells of a task that the cache lacks, and let its work directory go once it has all."""
-    preset, cache, name = setup.preset, setup.cache, setup.source.name
+    """Measure the cells of a task that are not there, and let its work directory go once it has all."""
+    preset, figures, name = setup.preset, setup.figures, setup.source.name
     dense = load_dense(job, setup)
     test = dense.figures["test"]
     print(
@@ -111,14 +112,14 @@ def run_job(job: Job, methods: tuple[Method, ...], setup: Setup) -> None:
     if not dense.figures["clear"]:
         print(f"{job.name}: not clearly above the most frequent answer, nothing is pruned", flush=True)
         return
-    work_dir = cache.directory / f"work-{job.name}-{base_key(job, preset, name)}"
+    work_dir = setup.places.cache / f"work-{job.name}-{base_key(job, preset, name)}"
     for cell in list_cells(job, methods, preset, name):
-        if cache.read(cell.name, dense.figures["fingerprint"]) is None:
+        if figures.read(cell.name, dense.figures["fingerprint"]) is None:
             found = measure(cell, dense, work_dir, preset.speed)
-            cache.write(cell.name, found)
+            figures.write(cell.name, found)
             kept = f"kept {number(found['kept'])}" if "kept" in found else "no size is within it"
             print(f"{describe(cell)}: {kept}, {found['seconds']['whole']:.0f} s", flush=True)
-    if all(cache.read(cell.name, dense.figures["fingerprint"]) for cell in list_cells(job, METHODS, preset, name)):
+    if all(figures.read(cell.name, dense.figures["fingerprint"]) for cell in list_cells(job, METHODS, preset, name)):
         shutil.rmtree(work_dir, ignore_errors=True)
 
 
@@ -128,9 +129,9 @@ def describe(cell: Cell) -> str:
 
 
 def write_page(output: Path, setup: Setup) -> None:
-    """Write the page and its pictures from what the cache has."""
+    """Write the page and its pictures from the figures that are there."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    results = collect(JOBS, setup.preset, setup.source.name, setup.cache)
+    results = collect(JOBS, setup.preset, setup.source.name, setup.figures)
     pictures = write_pictures(results, output.parent)
     text = render(results, setup.preset, setup.source.name, {title: path.name for title, path in pictures.items()})
     with replacing(output) as temporary:

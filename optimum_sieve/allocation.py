@@ -11,7 +11,7 @@ from .budget import largest_rank, rank_choices, rank_parameters
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ def allocate(
     if allocation == "uniform":
         return allocate_uniform(curves, budget, storage=storage, multiple=multiple)
     return allocate_energy(curves, budget, storage=storage, multiple=multiple)
+
+
+def predicted_loss(curves: Sequence[LossCurve], ranks: Mapping[str, int | None]) -> float:
+    """Return the predicted loss of all layers together at these ranks (`None` = dense)."""
+    rises = (curve.energy[rank:].sum() for curve in curves if (rank := ranks[curve.name]) is not None)
+    return float(sum(rises))
 
 
 def allocate_uniform(

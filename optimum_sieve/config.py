@@ -58,10 +58,10 @@ class SieveConfig:
             together, beside the answer's tokens. 0: not at all, which leaves the moments of short answers ill-defined.
         rounds (`int`):
             How often moments are taken: first on the dense model, then on the model pruned part of the way with the
-            factors so far. `"svd"` and `"learned"` always take one.
+            factors so far, as far as the loss is hardly predicted to rise. `"svd"` and `"learned"` always take one.
         weighting (`str`):
-            How tokens count in the joint moments of the rounds after the first: `"norms"` (as large as they are, as in
-            the first round) or `"likelihood"` (as unusual as they are under the moments of the round before).
+            How tokens count in the joint moments of the rounds after the first: `"likelihood"` (as unusual as they are
+            under the moments of the round before) or `"norms"` (as large as they are, as in the first round).
         target_modules (`tuple[str, ...]`, *optional*):
             `fnmatch` patterns of the linears to prune. `None`: every linear of the transformer blocks.
         exclude_modules (`tuple[str, ...]`):
@@ -125,7 +125,7 @@ class SieveConfig:
     label_source: str = "data"
     prompt_weight: float = 1.0
     rounds: int = 2
-    weighting: str = "norms"
+    weighting: str = "likelihood"
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
     rank_multiple: int = 8

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .adapters import learn_adapter
-from .allocation import allocate
+from .allocation import allocate, predicted_loss
 from .calibration import collect_moments
 from .factorization import FactorBasis, factorize
 from .inputs import input_format
@@ -33,14 +33,18 @@ if TYPE_CHECKING:
     from .tasks import Example
 
 
+# Predicted rise of the loss, in nats per example, of the model on which a later round takes its moments.
+_ROUND_RISE = 0.01
+
+
 def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool = False) -> dict[str, FactorBasis]:
     """Return a factor basis of every target's dense weight, from moments taken in one or more rounds.
 
     Moments are taken on the calibration examples of every task and summed with the tasks' weights.
 
     The first round's moments are the dense model's. Each later round takes them on the model pruned part of the way
-    with the bases so far, where inputs and gradients are what the pruned layers will really meet. Of joint moments it
-    weights the tokens by those bases.
+    with the bases so far (see [`ranks_in_round`]), where inputs and gradients are what the pruned layers will really
+    meet. Of joint moments it weights the tokens by those bases.
 
     Args:
         setting (`Setting`): The run.
@@ -57,7 +61,7 @@ def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool =
     gold: list[Sequence[Example]] | None = None
     for number in range(rounds):
         if number:
-            history.append(allocate_ranks(setting, bases, kept_in_round(setting.config, number)))
+            history.append(ranks_in_round(setting, bases, number))
         key = setting.key(*BASIS_SETTINGS, names=list(weights), history=history, learned=_learned(setting.config))
         found = _load_bases(setting, key, weights)
         if found is None and must_exist:
@@ -134,6 +138,23 @@ def kept_in_round(config: SieveConfig, number: int) -> float:
     """
     goal = 0.25 if config.pruning_ratio is None else 1 - config.pruning_ratio
     return float(goal ** (number / config.rounds))
+
+
+def ranks_in_round(setting: Setting, bases: Mapping[str, FactorBasis], number: int) -> Ranks:
+    """Ranks at which round `number` (from 1) takes its moments: those of [`kept_in_round`], or of less pruning.
+
+    A model that is much worse than the dense one has other inputs and gradients than the one that will be accepted, and
+    moments of it lead to a worse one than the dense model's. So what is removed is halved until the predicted rise of
+    the loss is within `_ROUND_RISE`. Only the joint projection predicts it.
+    """
+    kept = kept_in_round(setting.config, number)
+    ranks = allocate_ranks(setting, bases, kept)
+    if setting.config.projection == "joint":
+        curves = setting.loss_curves(bases)
+        while predicted_loss(curves, ranks) > _ROUND_RISE:
+            kept = (1 + kept) / 2
+            ranks = allocate_ranks(setting, bases, kept)
+    return ranks
 
 
 def collect(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from toy import load_task, make_model, make_tokenizer, parity_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve.allocation import predicted_loss
 from optimum_sieve.calibration import collect_moments
 from optimum_sieve.losses import answer_loss
 from optimum_sieve.prepare import prepare
 from optimum_sieve.scoring import make_batches
-from optimum_sieve.stages import calibrate
+from optimum_sieve.stages import allocate_ranks, calibrate, kept_in_round, ranks_in_round
 
 
 QUIET = {"progress": False}
@@ -99,7 +101,7 @@ def test_joint_with_energy_keeps_more_than_the_baselines(learned, task):
     {"loss": "labels", "storage": "factors"},
     {"loss": "answer", "allocation": "uniform"},
     {"rank_multiple": 8, "rounds": 3},
-    {"weighting": "likelihood", "rounds": 3},
+    {"weighting": "norms", "rounds": 3},
 ])  # fmt: skip
 def test_every_setting_gives_a_model_of_the_size_asked(pruner, settings):
     parameters = pruner.prune(SieveConfig(**{"pruning_ratio": 0.4, **settings}), **QUIET).report["parameters"]
@@ -293,10 +295,42 @@ def test_later_rounds_watch_the_pruned_model(learned, task, monkeypatch):
         return collect_moments(model, targets, *args, **options)
 
     monkeypatch.setattr("optimum_sieve.stages.collect_moments", watching)
+    monkeypatch.setattr("optimum_sieve.stages._ROUND_RISE", math.inf)
     config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, rounds=2)
     SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
     assert ranks[0] == 0
     assert ranks[1] > 0
+
+
+@pytest.mark.parametrize("allocation", ["energy", "uniform"])
+def test_later_rounds_watch_no_model_that_is_much_worse(learned, task, monkeypatch, allocation):
+    taken = []
+
+    def watching(setting, bases, number):
+        ranks = ranks_in_round(setting, bases, number)
+        curves = setting.loss_curves(bases)
+        goal = allocate_ranks(setting, bases, kept_in_round(setting.config, number))
+        taken.append((predicted_loss(curves, ranks), predicted_loss(curves, goal)))
+        return ranks
+
+    monkeypatch.setattr("optimum_sieve.stages.ranks_in_round", watching)
+    config = SieveConfig(pruning_ratio=0.9, rank_multiple=1, rounds=2, allocation=allocation)
+    for part in (math.inf, 0.5, 0.0):
+        rise = part * taken[0][1] if taken else math.inf
+        monkeypatch.setattr("optimum_sieve.stages._ROUND_RISE", rise)
+        SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
+    (free, goal), (held, _), (dense, _) = taken
+    assert free == goal
+    assert goal / 2 >= held > 0
+    assert dense == 0
+
+
+def test_later_rounds_of_other_projections_go_the_whole_way(learned, task, monkeypatch):
+    monkeypatch.setattr("optimum_sieve.stages._ROUND_RISE", 0.0)
+    monkeypatch.setattr("optimum_sieve.stages.predicted_loss", None)
+    config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, projection="activation")
+    result = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
+    assert result.report["parameters"]["targets_after"] < result.report["parameters"]["targets_before"]
 
 
 def test_later_rounds_weight_tokens_by_the_factors_before(learned, task, tmp_path, monkeypatch):

@@ -67,7 +67,18 @@ def save(model: Any, directory: Path) -> None:
 
 def run(benchmark: ModuleType, world: Path, *words: str) -> str:
     """Run the benchmark; return the page."""
-    paths = ("--model", world / "model", "--data", world, "--cache", world / "cache", "--output", world / "page.md")
+    paths = (
+        "--model",
+        world / "model",
+        "--data",
+        world,
+        "--cache",
+        world / "cache",
+        "--figures",
+        world / "cache",
+        "--output",
+        world / "page.md",
+    )
     benchmark.main(["--preset", "toy", *map(str, paths), *words])
     return (world / "page.md").read_text(encoding="utf-8")
 

@@ -58,13 +58,17 @@ def test_rows_of_the_data_sets_fit(job: str, file: str, tmp_path: Path) -> None:
         own = ROWS[folder][0]
         field = "question" if "question" in own[0] else "text"
         for name in ("train", "validation", "test"):
-            made = [{**row, field: f"{name} {row[field]}", "title": f"{name} {row.get('title')}"} for row in own]
             if job == "snips":
-                made = [{**row, "label": label} for row, label in zip(made, ("RateBook", "GetWeather"), strict=True)]
+                own = [{**row, "label": label} for row, label in zip(own, ("RateBook", "GetWeather"), strict=True)]
+            made = [
+                {**row, field: f"{name} {row[field]} {copy}", "title": f"{name} {row.get('title')} {copy}"}
+                for row in own
+                for copy in range(4)
+            ]
             write_rows(tmp_path / folder / f"{name}.jsonl", made)
     places = part("suite").Places(data=tmp_path, cache=tmp_path / "cache")
     task = places.read(found.rows, {})
-    assert sum(task.splits.values()) == 6
+    assert sum(task.splits.values()) == 24
     assert min(task.splits.values()) > 0
     for rows in found.siblings.values():
         assert places.read(rows, {"test": 2}).splits["test"] == 2

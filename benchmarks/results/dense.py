@@ -74,14 +74,14 @@ def load_dense(job: Job, setup: Setup) -> Dense:
     )
     scored = partial(score, model)
     name = base_name(job, preset, setup.source.name)
-    figures = setup.cache.read(name, fingerprint)
-    evaluations = score_siblings(scored, siblings, setup.cache.directory / name, again=figures is None)
+    figures = setup.figures.read(name, fingerprint)
+    evaluations = score_siblings(scored, siblings, setup.places.cache / name, again=figures is None)
     if figures is None:
         examples = task.examples("test", tokenizer)
         figures = {"fingerprint": fingerprint, "splits": task.splits, "tuned": tuned}
         figures |= own_figures(job, scored(examples), examples)
         figures["siblings"] = {each: found.to_dict() for each, found in evaluations.items()}
-        setup.cache.write(name, figures)
+        setup.figures.write(name, figures)
     return Dense(
         model=model,
         tokenizer=tokenizer,

@@ -81,8 +81,9 @@ def _head(preset: Preset, model: str) -> str:
     methods = "\n".join(f"- `{method.title}`: {method.note}." for method in METHODS if method.note)
     return f"""# Results
 
-How far {model}, in float32, can be pruned within one, two and five points of each task's metric. Written by
-`python benchmarks/results.py --preset {preset.name}`, and from its cache alone with `--render` added.
+How far {model} can be pruned within one, two and five points of each task's metric. Written by
+`python benchmarks/results.py --preset {preset.name}`, and from the figures in benchmarks/results/figures/ alone with
+`--render` added.
 
 **Kept** is the part of the parameters of the blocks' matrices that is left: the least, of a bisection in
 {preset.search_steps} steps, that is within the tolerance on the selection split with {100 * SieveConfig.confidence:g} %

@@ -39,13 +39,13 @@ def tuned_model(job: Job, tuning: Tuning, model: Any, tokenizer: Any, setup: Set
         setup (`Setup`): Model, rows and cache.
     """
     name = f"tuned-{job.name}-{weights_key(job, setup.source.name)}"
-    directory = setup.cache.directory / name
+    directory = setup.places.cache / name
     # More rows of the split that calibration is taken from; selection and test are cut off before.
-    training = setup.places.read(job.rows, {"calibration": tuning.rows})
+    training = setup.places.read(job.rows, {"calibration": tuning.skip + tuning.rows})
     fingerprint = content_key(model=model_fingerprint(model), task=training.fingerprint())
-    record = setup.cache.read(name, fingerprint)
+    record = setup.figures.read(name, fingerprint)
     if record is None or not directory.exists():
-        examples = training.examples("calibration", tokenizer)
+        examples = training.examples("calibration", tokenizer)[tuning.skip :]
         start = time.perf_counter()
         model, losses = tune(model, tokenizer, examples, tuning)
         part = max(1, len(losses) // 10)
@@ -59,12 +59,12 @@ def tuned_model(job: Job, tuning: Tuning, model: Any, tokenizer: Any, setup: Set
             "first_loss": sum(losses[:part]) / part,
             "last_loss": sum(losses[-part:]) / part,
         }
-        setup.cache.directory.mkdir(parents=True, exist_ok=True)
+        setup.places.cache.mkdir(parents=True, exist_ok=True)
         with whole_directory(directory) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        setup.cache.write(name, record)
-    return load_model(directory, dtype="float32")[0], record
+        setup.figures.write(name, record)
+    return load_model(directory, dtype=setup.source.dtype)[0], record
 
 
 def tune(model: Any, tokenizer: Any, examples: Sequence[Example], tuning: Tuning) -> tuple[Any, list[float]]:
