@@ -9,8 +9,8 @@
 
 A cell is a method on a task within a tolerance. Each is kept in `--figures` under a hash of its settings, the task
 file, the numbers of rows, the model, its dtype and the version of this package; a run that was killed goes on, and
-other weights or rows are measured anew. Several processes may share both directories if their `--tasks` differ; tokens per
-second then say little. bfloat16 is three times as fast as float32 where the processor has instructions for it.
+other weights or rows are measured anew. Several processes may share both directories if their `--tasks` differ;
+tokens per second then say little. bfloat16 is three times as fast as float32 where the processor knows it.
 
 The rows of the demo's task come from the package index. Those of the others lie in `--data`, one folder for each data
 set with train.jsonl, validation.jsonl and test.jsonl (see examples/tasks/); `SIEVE_DATA` names it without the option.
