@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -183,7 +185,8 @@ def postgresql(tmp_path):
         if shutil.which("runuser") is None:
             pytest.skip("PostgreSQL does not run as root, and there is no runuser to become another user with")
         prefix = ["runuser", "-u", "postgres", "--"]
-        for parent in [directory, *list(directory.parents)[:3]]:
+        directory.chmod(0o755)
+        for parent in itertools.takewhile(lambda parent: parent != Path(tempfile.gettempdir()), directory.parents):
             parent.chmod(0o755)
         shutil.chown(directory, "postgres")
     control = str(Path(initdb).with_name("pg_ctl"))
