@@ -68,7 +68,8 @@ ROWS = (
     Row(name="answers alone, 400 examples", settings={"prompt_weight": 0.0}, examples=400),
     Row(name="damping 0.01", settings={"damping": 0.01}),
     Row(name="2 rounds", settings={"rounds": 2, "weighting": "norms"}),
-    Row(name="2 rounds, likelihood", settings={"rounds": 2}),
+    Row(name="2 rounds, balanced", settings={"rounds": 2, "weighting": "balanced"}),
+    Row(name="2 rounds, likelihood", settings={"rounds": 2, "weighting": "likelihood"}),
 )
 
 

@@ -1,25 +1,23 @@
 r"""Collect the moments of every target layer while the model reads the calibration examples.
 
-Hooks and the pass over the data are here; the arithmetic is in `moments`. Needs torch alone: what a batch is and how
-its loss is computed are arguments.
+The pass over the data is here; the hooks are in `watching`, the arithmetic in `moments`. Needs torch alone: what a
+batch is and how its loss is computed are arguments.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from .experts import SeparateExperts, separate_names
 from .moments import Moments, accumulate_moments, check_finite, empty_moments, watches_outputs
 from .targets import Target, linear_weight
+from .watching import Watch, check_loss, frozen
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from .moments import TokenWeights
 
@@ -37,7 +35,6 @@ class CalibrationBatch(Protocol):
 
 
 BatchT = TypeVar("BatchT", bound=CalibrationBatch)
-_Masks = tuple[torch.Tensor, ...]
 
 
 def collect_moments(
@@ -155,124 +152,11 @@ def visit_tokens(
     Raises:
         ValueError: If a loss is not finite, or a layer is never called; the message names it.
     """
-    modules = {name: model.get_submodule(name) for name in names}
-    scale = _loss_scale(model.parameters()) if gradients else 1.0
-
-    def accumulate(name: str, masks: _Masks, x: torch.Tensor, g: torch.Tensor | None) -> None:
-        visit(name, _token_rows(x, masks), None if g is None else _token_rows(g, masks).float() / scale)
-
-    # No token may be routed to an expert: it is worthless to the task then.
-    reached = {name for name in modules if name.startswith(tuple(f"{experts}." for experts in separate_names(model)))}
-    with _frozen(model), torch.set_grad_enabled(gradients):
+    watch = Watch(model, names, visit, gradients=gradients)
+    with frozen(model), torch.set_grad_enabled(gradients):
         for batch in batches:
-            watch = partial(_dispatch, accumulate, batch.masks, gradients)
-            with _watching(modules, watch, reached), _padding_unrouted(model, batch.masks):
+            with watch.batch(batch.masks):
                 value = loss(model, batch)
-                _check_reached(modules, reached)
-                if not torch.isfinite(value):
-                    raise ValueError(
-                        f"The calibration loss must be finite, got {value.item()}. "
-                        "Check the model's weights for NaN, or load it in bfloat16 or float32 instead of float16."
-                    )
-                if gradients:
-                    (value * scale).backward()  # type: ignore[no-untyped-call]
-
-
-def _loss_scale(tensors: Iterable[torch.Tensor]) -> float:
-    """Factor of the loss, by which gradients are divided again in float32: below 6e-8, float16 ones underflow."""
-    return 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0
-
-
-def _token_rows(values: torch.Tensor, masks: _Masks) -> torch.Tensor:
-    """Flatten `values` (..., features) to the rows of tokens; all rows where the shape follows no mask."""
-    rows = values.detach().reshape(-1, values.shape[-1])
-    mask = next((mask for mask in masks if mask.numel() == rows.shape[0]), None)
-    return rows if mask is None else rows[mask.reshape(-1).bool().to(rows.device)]
-
-
-def _dispatch(
-    accumulate: Callable[..., None],
-    masks: _Masks,
-    needs_gradient: bool,
-    name: str,
-    x: torch.Tensor,
-    y: torch.Tensor,
-) -> torch.Tensor:
-    """Watch one call of a layer; return what takes the place of its output."""
-    if not needs_gradient:
-        accumulate(name, masks, x, None)
-        return y
-    starts = not y.requires_grad
-    if starts:
-        # Parameters are frozen, so the first layers' outputs start the graph.
-        y = y.detach().requires_grad_(True)
-    y.register_hook(lambda g: accumulate(name, masks, x, g))  # type: ignore[no-untyped-call]
-    # Some models change it in place, which autograd forbids for the start of a graph.
-    return y.clone() if starts else y
-
-
-def _check_reached(modules: Mapping[str, nn.Module], reached: set[str]) -> None:
-    """Refuse layers that the examples do not run through: they would look worthless and be removed."""
-    missing = [name for name in modules if name not in reached]
-    if missing:
-        raise ValueError(
-            f"`target_modules` must be layers that the examples run through, got {len(missing)} that were not called, "
-            f"such as {missing[0]!r}. Name them in `exclude_modules`."
-        )
-
-
-@contextmanager
-def _watching(
-    modules: dict[str, nn.Module], callback: Callable[[str, Any, Any], torch.Tensor], reached: set[str]
-) -> Iterator[None]:
-    """Put `callback(name, input, output)` in place of each module's output, and note the names in `reached`."""
-
-    def make_hook(name: str) -> Callable[..., torch.Tensor]:
-        def hook(module: nn.Module, args: Any, output: Any) -> torch.Tensor:
-            reached.add(name)
-            return callback(name, args[0].detach(), output)
-
-        return hook
-
-    handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _padding_unrouted(model: nn.Module, masks: _Masks) -> Iterator[None]:
-    """Route padding to no expert: which rows of an expert's input were tokens cannot be told afterwards."""
-
-    def hook(module: SeparateExperts, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        states, index, weights = args
-        mask = next((mask for mask in masks if mask.numel() == len(states)), None)
-        if mask is not None:
-            index = index.masked_fill(~mask.reshape(-1, 1).bool().to(index.device), len(module))
-        return states, index, weights
-
-    experts = [module for module in model.modules() if isinstance(module, SeparateExperts)]
-    handles = [module.register_forward_pre_hook(hook) for module in experts]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode without parameter gradients, and restore both."""
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.requires_grad_(False)
-        model.eval()
-        yield
-    finally:
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-        for module, mode in training:
-            module.training = mode
+            check_loss(value)
+            if gradients:
+                (value * watch.scale).backward()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .heal_config import HealConfig
-from .rules import check_choice, check_float, check_integer, check_known, check_task_weights
+from .rules import check_choice, check_float, check_integer, check_known, check_task_weights, parse_bytes
 
 
 PROJECTIONS = ("svd", "activation", "joint", "learned")
@@ -20,7 +20,7 @@ SEARCH_PRESETS = ("fast", "paper")
 LOSSES = ("fisher", "labels", "answer")
 VOCABULARIES = ("whole", "task")
 LABEL_SOURCES = ("data", "model", "sampled")
-WEIGHTINGS = ("norms", "likelihood")
+WEIGHTINGS = ("norms", "balanced", "likelihood")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,9 @@ class SieveConfig:
             How often moments are taken: first on the dense model, then on the model pruned part of the way with the
             factors so far, as far as the loss is hardly predicted to rise. `"svd"` and `"learned"` always take one.
         weighting (`str`):
-            How tokens count in the joint moments of the rounds after the first: `"likelihood"` (as unusual as they are
-            under the moments of the round before) or `"norms"` (as large as they are, as in the first round).
+            How tokens count in the joint moments of the rounds after the first: `"norms"` (as large as they are, as in
+            the first round), `"likelihood"` (as unusual as they are under the moments of the round before) or
+            `"balanced"` (the geometric mean of the two).
         target_modules (`tuple[str, ...]`, *optional*):
             `fnmatch` patterns of the linears to prune. `None`: every linear of the transformer blocks.
         exclude_modules (`tuple[str, ...]`):
@@ -87,6 +88,10 @@ class SieveConfig:
             Part of the selection split the genetic search scores candidates on; the rest confirms the result.
         batch_size (`int`):
             Rows per forward pass. An example takes one, or one for each label of several tokens; it is never divided.
+        memory_limit (`int` or `str`, *optional*):
+            Bytes that the model and everything made of it may take, such as `"24GB"` or `"700MB"`; of an accelerator if
+            it computes there. Where the whole run would take more, one block of the model is held at a time, and the
+            rest lies on disk. Python and its libraries come on top. `None`: no limit.
         seed (`int`):
             Seed of everything random.
         task_weights (`tuple[float, ...]`, *optional*):
@@ -125,7 +130,7 @@ class SieveConfig:
     label_source: str = "data"
     prompt_weight: float = 1.0
     rounds: int = 2
-    weighting: str = "likelihood"
+    weighting: str = "balanced"
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
     rank_multiple: int = 8
@@ -137,6 +142,7 @@ class SieveConfig:
     generations: int | None = None
     search_fraction: float = 0.25
     batch_size: int = 16
+    memory_limit: str | int | None = None
     seed: int = 0
     task_weights: tuple[float, ...] | None = None
     vocabulary: str = "whole"
@@ -161,6 +167,7 @@ class SieveConfig:
         for name, low in _LEAST_INTEGERS.items():
             if getattr(self, name) is not None or name not in _OPTIONAL:
                 check_integer(name, getattr(self, name), low)
+        object.__setattr__(self, "memory_limit", parse_bytes("memory_limit", self.memory_limit))
         self._check_healing()
         if self.vocabulary_size is not None and self.vocabulary != "task":
             raise ValueError(
@@ -189,6 +196,11 @@ class SieveConfig:
                 f"`heal.rounds` must be 1 with projection='learned', got {self.heal.rounds}: adapters are trained for "
                 "one size."
             )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory_limit` as a number of bytes."""
+        return parse_bytes("memory_limit", self.memory_limit)
 
     def search_count(self, num_examples: int) -> int:
         """Return how many of the selection split's examples the genetic search scores candidates on.

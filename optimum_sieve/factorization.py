@@ -51,7 +51,9 @@ class FactorBasis:
         """Return the tensors that are present, by field name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
-    def token_weights(self, x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def token_weights(
+        self, x: torch.Tensor, g: torch.Tensor, *, power: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""Return the weights of tokens in the next round's moments, \(g^\top G^{-1} g\) and \(x^\top C^{-1} x\).
 
         It is one step of alternation towards the Kronecker product of the greatest likelihood, under which a token of
@@ -62,19 +64,26 @@ class FactorBasis:
         Args:
             x (`torch.Tensor` of shape `(tokens, in_features)`): Inputs.
             g (`torch.Tensor` of shape `(tokens, out_features)`): Output gradients.
+            power (`float`): Exponent of the weights above in a geometric mean with \(|g|^2\) and \(|x|^2\). 1: they
+                alone.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Both (tokens,), up to a constant factor.
 
         Reference: Dutilleul (1999), *The MLE algorithm for the matrix normal distribution*.
         """
+        g_square, x_square = g.square().sum(dim=1), x.square().sum(dim=1)
         if self.output_scale is None:
-            return g.square().sum(dim=1), x.square().sum(dim=1)
+            return g_square, x_square
         # What runs along directions that are worth nothing are rounding errors.
         relative = (self.energy / self.energy.max().clamp_min(1e-300)).clamp_min(_LEAST_ENERGY)
         of_outputs, of_inputs = self.output_scale, relative / self.output_scale
         outputs, inputs = (g @ self.left.to(g)).square(), (x @ self.right.T.to(x)).square()
-        return outputs @ (of_outputs.mean() / of_outputs).to(g), inputs @ (of_inputs.mean() / of_inputs).to(x)
+        of_activation = outputs @ (of_outputs.mean() / of_outputs).to(g)
+        of_gradient = inputs @ (of_inputs.mean() / of_inputs).to(x)
+        if power == 1:
+            return of_activation, of_gradient
+        return of_activation**power * g_square ** (1 - power), of_gradient**power * x_square ** (1 - power)
 
 
 def factorize(

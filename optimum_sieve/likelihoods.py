@@ -12,8 +12,9 @@ from optimum_sieve.scoring import input_device, log_likelihoods
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    import torch
     from numpy.typing import NDArray
     from torch import nn
 
@@ -44,19 +45,35 @@ def candidate_scores(
     Raises:
         ValueError: If the model returns values that are not finite.
     """
-    scores = np.full((len(examples), max(len(example.candidates) for example in examples)), -np.inf)
     device = input_device(model)
     with evaluating(model):
         cache = prefill(model, batches[0].to(device), prefix) if prefix else None
-        for batch in (batch.to(device) for batch in batches):
+
+        def read(batch: Batch) -> torch.Tensor:
             if cache is None:
-                sums = log_likelihoods(model, batch)
-            else:
-                past = repeated(cache, batch.input_ids.shape[0])
-                sums = log_likelihoods(model, without_prefix(batch, prefix), past)
-            found = sums.double().cpu().numpy()
-            scores[list(batch.indices), : found.shape[1]] = found
-            on_batch(batch.num_examples)
+                return log_likelihoods(model, batch)
+            past = repeated(cache, batch.input_ids.shape[0])
+            return log_likelihoods(model, without_prefix(batch, prefix), past)
+
+        return gather_scores(batches, (read(batch.to(device)) for batch in batches), examples, on_batch)
+
+
+def gather_scores(
+    batches: Sequence[Batch],
+    sums: Iterable[torch.Tensor],
+    examples: Sequence[Example],
+    on_batch: Callable[[int], object] = lambda count: None,
+) -> NDArray[np.float64]:
+    """Put each batch's log-likelihoods in the order of the examples; see [`candidate_scores`].
+
+    Raises:
+        ValueError: If the model returned values that are not finite.
+    """
+    scores = np.full((len(examples), max(len(example.candidates) for example in examples)), -np.inf)
+    for batch, own in zip(batches, sums, strict=True):
+        found = own.double().cpu().numpy()
+        scores[list(batch.indices), : found.shape[1]] = found
+        on_batch(batch.num_examples)
     present = np.array([[c < len(example.candidates) for c in range(scores.shape[1])] for example in examples])
     check_finite((np.isfinite(scores) | ~present).all(axis=1))
     return scores

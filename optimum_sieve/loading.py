@@ -8,11 +8,18 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .blockwise import find_blocks
 from .inputs import auto_class_name
+from .memory import calibration_bytes
+from .targets import find_targets
 
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from transformers import PretrainedConfig
+
+    from .config import SieveConfig
 
 
 def load_model(
@@ -24,6 +31,7 @@ def load_model(
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
     revision: str | None = None,
+    offload_dir: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
     """Return model, tokenizer and the model's name; a model that is loaded already is taken as it is.
 
@@ -35,9 +43,12 @@ def load_model(
         trust_remote_code (`bool`): Whether code that lies with the model may run.
         gguf_file (`str`, *optional*): Name of a GGUF file beside the model.
         revision (`str`, *optional*): Revision on the Hub.
+        offload_dir (`str | Path`, *optional*): Leave the weights of the blocks on disk until a block is called: where
+            they lie, or in this directory if they have to be converted.
 
     Raises:
-        ValueError: If `dtype` is no floating-point type, or a loaded model comes without a tokenizer.
+        ValueError: If `dtype` is no floating-point type, a loaded model comes without a tokenizer, or the model cannot
+            be offloaded.
         OSError: If the model is not found or damaged.
     """
     if isinstance(model, PreTrainedModel):
@@ -52,10 +63,71 @@ def load_model(
     # GGUF files hold causal language models.
     config = None if gguf_file else AutoConfig.from_pretrained(name, **options)
     auto_class = getattr(transformers, auto_class_name(config))
+    place = torch.device(device) if device is not None else default_device()
+    if offload_dir is not None:
+        if config is None:
+            raise ValueError(
+                f"`memory_limit` must go with a model in safetensors files, got the GGUF file {gguf_file!r}, which is "
+                "unpacked in memory as a whole. Save the unpacked model with `save_pretrained` and prune that."
+            )
+        options |= {"device_map": offload_map(auto_class, config, place), "offload_folder": str(offload_dir)}
     loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=_dtype(dtype), **options)
     copy_parameters(loaded)
-    loaded.to(torch.device(device) if device is not None else default_device())  # type: ignore[arg-type]
+    if offload_dir is None:
+        loaded.to(place)  # type: ignore[arg-type]
     return loaded, tokenizer, name
+
+
+def offload_map(auto_class: Any, config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
+    """Return a `device_map` that leaves the blocks on disk and puts everything else on `device`.
+
+    Raises:
+        ValueError: If the model has not one sequence of blocks.
+    """
+    model = empty_model(auto_class, config)
+    blocks = find_blocks(model)
+    place: dict[str, Any] = dict.fromkeys(blocks, "disk")
+
+    def add(prefix: str, module: torch.nn.Module) -> None:
+        for name, child in module.named_children():
+            own = f"{prefix}{name}"
+            if any(block.startswith(f"{own}.") for block in blocks):
+                add(f"{own}.", child)
+            elif own not in place:
+                place[own] = str(device)
+        for name, _ in module.named_parameters(recurse=False):
+            place[f"{prefix}{name}"] = str(device)
+
+    add("", model)
+    return place
+
+
+def empty_model(auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """Make a model without weights, from its configuration alone."""
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(config)
+    return model
+
+
+def fits(model: str | Path, settings: SieveConfig, *, dtype: str | torch.dtype | None = None, **options: Any) -> bool:
+    """Tell whether a run on a model that is not loaded yet can keep all of it in memory.
+
+    Args:
+        model (`str | Path`): Hub id or directory.
+        settings (`SieveConfig`): The run's settings.
+        dtype (`str | torch.dtype`, *optional*): As of [`load_model`].
+        options (`Any`): Other options of transformers' `from_pretrained`.
+    """
+    limit = settings.memory_bytes
+    if limit is None:
+        return True
+    config = AutoConfig.from_pretrained(str(model), **options)
+    empty = empty_model(getattr(transformers, auto_class_name(config)), config)
+    targets = find_targets(empty, settings.target_modules, settings.exclude_modules)
+    asked = _dtype(dtype)
+    size = (asked if isinstance(asked, torch.dtype) else getattr(config, "dtype", None) or torch.float32).itemsize
+    weights = sum(parameter.numel() for parameter in empty.parameters()) * size
+    return weights + calibration_bytes(targets, settings) <= limit
 
 
 def default_device() -> torch.device:
@@ -75,7 +147,8 @@ def copy_parameters(model: torch.nn.Module) -> None:
     """
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+            if not parameter.is_meta:
+                parameter.data = parameter.data.clone()
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:

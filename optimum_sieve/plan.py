@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .blockwise import find_blocks
+from .memory import BlockSizes, bases_at_once, basis_bytes, by_block_bytes, moments_bytes, whole_activation_bytes
+from .offloading import is_offloaded
 from .surgery import count_target_parameters
-from .targets import Target, linear_weight
 
 
 if TYPE_CHECKING:
@@ -17,11 +19,30 @@ if TYPE_CHECKING:
 
     from .config import SieveConfig
     from .heal_config import HealConfig
+    from .memory import BatchSizes
+    from .targets import Target
     from .tasks import Task
     from .vocabulary import TaskVocabulary
 
 # Of each trained parameter: its gradient, both moments of AdamW, the weight from before and the best one, in float32.
 _HEAL_BYTES = 5 * 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """What a run takes that holds one block of the model at a time.
+
+    Args:
+        count (`int`): Blocks of the model.
+        passes (`int`): Times that the calibration examples are gone through.
+        peak_bytes (`int`): Bytes held at most.
+        disk_bytes (`int`): Bytes in the work directory at most: bases, and the states between the blocks.
+    """
+
+    count: int
+    passes: int
+    peak_bytes: int
+    disk_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +59,14 @@ class PrunePlan:
         moments_bytes (`int`): Bytes of the moments, on the model's device.
         bases_bytes (`int`): Bytes of the factor bases.
         bases_at_once (`int`): Sets of bases held at most: two where a later round makes new ones from the old.
+        activation_bytes (`int`): Bytes of what the model computes with one batch of examples at most.
         examples (`dict[str, dict[str, int]]`): Examples of each split of each task.
         heal_bytes (`int`): Bytes of the optimizer's state, gradients and kept weights while the largest size is healed.
         healing (`str`, *optional*): What healing costs at most; `None` without it.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings `"before"` and, at least, `"after"`; `None`
             where they stay.
+        blocks (`BlockPlan`, *optional*): What the run takes one block at a time, where it is made so: its model is
+            offloaded, or a `memory_limit` leaves no room for all of it.
     """
 
     num_targets: int
@@ -54,16 +78,24 @@ class PrunePlan:
     moments_bytes: int
     bases_bytes: int
     bases_at_once: int
+    activation_bytes: int
     examples: dict[str, dict[str, int]]
     heal_bytes: int = 0
     healing: str | None = None
     vocabulary: dict[str, int] | None = None
+    blocks: BlockPlan | None = None
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of a run as a whole: model, bases and activations, with the moments or what healing needs."""
+        while_calibrating = self.moments_bytes + self.bases_at_once * self.bases_bytes
+        held = self.model_bytes + max(while_calibrating, self.bases_bytes + self.heal_bytes)
+        return held + self.activation_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes held at most beside the activations: model and bases, with the moments or what healing needs."""
-        while_calibrating = self.moments_bytes + self.bases_at_once * self.bases_bytes
-        return self.model_bytes + max(while_calibrating, self.bases_bytes + self.heal_bytes)
+        """Bytes that the model and everything made of it take at most. Python and its libraries come on top."""
+        return self.whole_bytes if self.blocks is None else self.blocks.peak_bytes
 
     def format(self) -> str:
         """Return the plan as lines for a terminal."""
@@ -76,10 +108,7 @@ class PrunePlan:
             + (f"about {after:,} of the matrices' parameters" if after is not None else "decided by the search"),
             f"weights on disk        {_megabytes(self.model_bytes)} dense"
             + (f", about {_megabytes(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
-            f"memory                 {_megabytes(self.peak_bytes)} at most: model {_megabytes(self.model_bytes)}, "
-            f"moments {_megabytes(self.moments_bytes)}, factor bases {self.bases_at_once} x "
-            f"{_megabytes(self.bases_bytes)}; "
-            "activations come on top",
+            *self._memory_lines(),
             *self._example_lines(),
         ]
         if self.vocabulary is not None:
@@ -89,6 +118,20 @@ class PrunePlan:
         if self.healing is not None:
             lines.append(f"healing                {self.healing}; {_megabytes(self.heal_bytes)} of state")
         return "\n".join(lines)
+
+    def _memory_lines(self) -> list[str]:
+        found = f"memory                 {_megabytes(self.peak_bytes)} at most: "
+        if self.blocks is None:
+            return [
+                f"{found}model {_megabytes(self.model_bytes)}, moments {_megabytes(self.moments_bytes)}, factor bases "
+                f"{self.bases_at_once} x {_megabytes(self.bases_bytes)}, activations "
+                f"{_megabytes(self.activation_bytes)}"
+            ]
+        return [
+            f"{found}one block of {self.blocks.count} at a time; as a whole {_megabytes(self.whole_bytes)}",
+            f"passes                 {self.blocks.passes} over the calibration examples, with two forward passes each",
+            f"disk                   {_megabytes(self.blocks.disk_bytes)} in the work directory",
+        ]
 
     def _example_lines(self) -> list[str]:
         """Return one line of examples for each task, which names it where there are several."""
@@ -106,32 +149,94 @@ def make_plan(
     targets: list[Target],
     config: SieveConfig,
     tasks: Sequence[Task],
+    batch: BatchSizes,
     vocabulary: TaskVocabulary | None = None,
 ) -> PrunePlan:
-    """Work out a `PrunePlan`; `vocabulary` is that of the calibration splits."""
+    """Work out a `PrunePlan`; `batch` is of all examples, `vocabulary` that of the calibration splits.
+
+    Raises:
+        ValueError: If the `memory_limit` cannot be kept; the message says what can.
+    """
     total = sum(target.num_parameters for target in targets)
     model_bytes = tensor_bytes(model)
     after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
-    element = linear_weight(model.get_submodule(targets[0].name)).element_size()
+    first: Any = model.get_submodule(targets[0].name)
+    element = first.weight.element_size()
     # A search begins at half of the parameters.
     kept = total // 2 if after is None else after
     removed = 0 if vocabulary is None else vocabulary.rows.removed_elements
-    return PrunePlan(
+    plan = PrunePlan(
         num_targets=len(targets),
         targets_parameters=total,
         model_parameters=sum(parameter.numel() for parameter in model.parameters()),
         expected_targets_parameters=after,
         model_bytes=model_bytes,
         expected_bytes=None if after is None else model_bytes - (total - after + removed) * element,
-        # Those of a further task are added to the sum of the ones before it.
-        moments_bytes=min(len(tasks), 2) * sum(_moment_elements(target, config.projection) * 4 for target in targets),
-        bases_bytes=sum(target.max_rank * (target.out_features + target.in_features + 2) * 4 for target in targets),
-        bases_at_once=2 if config.rounds > 1 and config.projection in ("joint", "activation") else 1,
+        moments_bytes=moments_bytes(targets, config, len(tasks)),
+        bases_bytes=sum(map(basis_bytes, targets)),
+        bases_at_once=bases_at_once(config),
+        activation_bytes=whole_activation_bytes(targets, batch),
         examples={task.name: task.splits for task in tasks},
         heal_bytes=0 if config.heal is None else _trained(config, kept) * _HEAL_BYTES,
         healing=None if config.heal is None else _describe_healing(config, config.heal),
         vocabulary=None if vocabulary is None else vocabulary.sizes,
     )
+    return replace(plan, blocks=_plan_blocks(plan, model, targets, config, batch))
+
+
+def _plan_blocks(
+    plan: PrunePlan, model: nn.Module, targets: list[Target], config: SieveConfig, batch: BatchSizes
+) -> BlockPlan | None:
+    """Plan a run by blocks where it has to be one."""
+    limit = config.memory_bytes
+    offloaded = any(is_offloaded(module) for module in model.modules())
+    if not offloaded and (limit is None or plan.whole_bytes <= limit):
+        return None
+    _refuse_whole_runs(plan, config, limit)
+    first: Any = model.get_submodule(targets[0].name)
+    element = first.weight.element_size()
+    sizes = BlockSizes.of(model, targets, config.projection)
+    # A search may end near the dense model.
+    kept = plan.targets_parameters if config.pruning_ratio is None else plan.expected_targets_parameters or 0
+    peak = by_block_bytes(sizes, batch, config, kept * element)
+    if limit is not None and peak > limit:
+        raise ValueError(
+            f"`memory_limit` must be at least {_megabytes(peak)} here, of which {_megabytes(sizes.resident)} are "
+            f"weights that stay in memory, got {_megabytes(limit)}. Raise it, or lower `batch_size`."
+        )
+    hidden = max(target.in_features for target in targets)
+    blocks = find_blocks(model)
+    return BlockPlan(
+        count=len(blocks),
+        passes=config.rounds if config.projection in ("joint", "activation") else 1,
+        peak_bytes=peak,
+        disk_bytes=plan.bases_at_once * plan.bases_bytes + (len(blocks) + 1) * batch.states * hidden * element,
+    )
+
+
+def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) -> None:
+    """Refuse settings that need the whole model in memory.
+
+    Raises:
+        ValueError: The message names the setting.
+    """
+    wrong = [
+        name
+        for name, whole in (
+            ("projection='learned'", config.projection == "learned"),
+            ("allocation='genetic'", config.allocation == "genetic"),
+            ("heal", config.heal is not None),
+            ("vocabulary='task'", config.vocabulary == "task"),
+        )
+        if whole
+    ]
+    if wrong:
+        room = "a model in memory" if limit is None else f"a `memory_limit` of {_megabytes(plan.whole_bytes)} or more"
+        given = "an offloaded model" if limit is None else _megabytes(limit)
+        raise ValueError(
+            f"`{wrong[0]}` must go with {room}, got {given}: with less, one block of the model is held at a time. "
+            "Prune without it; `optimum-cli sieve heal` heals the result."
+        )
 
 
 def _trained(config: SieveConfig, kept: int) -> int:
@@ -152,14 +257,6 @@ def tensor_bytes(model: nn.Module) -> int:
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     distinct = {id(tensor): tensor for tensor in state.values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
-
-
-def _moment_elements(target: Target, projection: str) -> int:
-    if projection == "svd":
-        return 0
-    if projection == "learned":
-        return target.in_features**2
-    return target.max_rank**2 * (2 if projection == "joint" else 1)
 
 
 def _megabytes(count: int) -> str:

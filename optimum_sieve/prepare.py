@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ from . import __version__
 from .checks import check_task, check_weights
 from .experts import separate_experts
 from .inputs import input_format
-from .scoring import tokens_fingerprint
+from .memory import BatchSizes
+from .plan import make_plan
+from .scoring import make_batches, tokens_fingerprint
 from .setting import Setting, TaskSetting
 from .targets import find_targets
 from .tasks import Task
@@ -166,7 +169,9 @@ def prepare(
         OSError: If the work directory cannot be used.
     """
     targets = check_inputs(model, tokenizer, tasks, config)
-    check_vocabulary(model, tokenizer, tasks, config)
+    vocabulary = check_vocabulary(model, tokenizer, tasks, config)
+    batch = batch_sizes(model, tokenizer, tasks, config)
+    by_block = make_plan(model, targets, config, tasks, batch, vocabulary).blocks is not None
     # Healed sizes are too dear to be forgotten during a search, which takes up the best one again.
     searches_healed = config.heal is not None and config.tolerance is not None
     return Setting(
@@ -178,9 +183,33 @@ def prepare(
             task_setting(model, tokenizer, task, share)
             for task, share in zip(tasks, task_shares(config.task_weights, len(tasks)), strict=True)
         ),
-        work=WorkDir.temporary() if work_dir is None and searches_healed else WorkDir(work_dir),
+        work=WorkDir.temporary() if work_dir is None and (searches_healed or by_block) else WorkDir(work_dir),
+        by_block=by_block,
         progress=progress,
         study_storage=study_storage,
+    )
+
+
+def batch_sizes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
+) -> BatchSizes:
+    """Measure the batches of all splits of all tasks."""
+    inputs, rows = input_format(model), getattr(model.config.get_text_config(), "vocab_size", 0)
+    found = []
+    for task in tasks:
+        written = task.kind == "generate"
+        for split in SPLITS[:1] if written else SPLITS:
+            examples = task.examples(split, tokenizer)
+            batches = make_batches(
+                examples, tokenizer, batch_size=config.batch_size, candidates=not written, inputs=inputs
+            )
+            own = BatchSizes.of(batches, rows)
+            # Of written answers, the prompt's own next tokens are looked at, too.
+            found.append(replace(own, logits=own.tokens * rows) if written else own)
+    return BatchSizes(
+        tokens=max(own.tokens for own in found),
+        logits=max(own.logits for own in found),
+        states=max(own.states for own in found),
     )
 
 

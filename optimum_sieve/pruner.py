@@ -13,8 +13,9 @@ from .checks import check_model
 from .healer import hold_ranks, make_healer
 from .hub import push_folder
 from .loading import load_model
+from .offloading import bring_in
 from .plan import PrunePlan, make_plan, measure_sizes
-from .prepare import check_inputs, check_tasks, check_vocabulary, prepare, read_tasks
+from .prepare import batch_sizes, check_inputs, check_tasks, check_vocabulary, prepare, read_tasks
 from .ranks import choose_ranks
 from .result import SieveResult, TaskScores, make_result, save_result
 from .search.stage import join_search, run_search, wait_for_search
@@ -84,6 +85,7 @@ class SievePruner:
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
         revision: str | None = None,
+        offload_dir: str | Path | None = None,
     ) -> SievePruner:
         """Load a model and a task.
 
@@ -96,6 +98,9 @@ class SievePruner:
             trust_remote_code (`bool`): Whether code that lies with the model may run.
             gguf_file (`str`, *optional*): Name of a GGUF file in the model's repository or directory.
             revision (`str`, *optional*): Revision on the Hub.
+            offload_dir (`str | Path`, *optional*): Leave the weights of the model's blocks on disk until they are
+                needed: where they lie, or in this directory if they have to be converted. For models that are larger
+                than the memory, with a `memory_limit`.
 
         Raises:
             FileNotFoundError: If the task file or its data is not there.
@@ -112,6 +117,7 @@ class SievePruner:
             trust_remote_code=trust_remote_code,
             gguf_file=gguf_file,
             revision=revision,
+            offload_dir=offload_dir,
         )
         options = {"dtype": dtype and str(dtype).removeprefix("torch."), "gguf_file": gguf_file, "revision": revision}
         loading = {key: value for key, value in options.items() if value}
@@ -122,7 +128,8 @@ class SievePruner:
         self._check_is_dense()
         targets = check_inputs(self.model, self.tokenizer, self.tasks, config)
         vocabulary = check_vocabulary(self.model, self.tokenizer, self.tasks, config)
-        return make_plan(self.model, targets, config, self.tasks, vocabulary)
+        batch = batch_sizes(self.model, self.tokenizer, self.tasks, config)
+        return make_plan(self.model, targets, config, self.tasks, batch, vocabulary)
 
     def search(
         self,
@@ -229,6 +236,7 @@ class SievePruner:
                 # Not from the work directory: what is scored here is what will be saved.
                 fresh = replace(setting, work=WorkDir(None))
                 pruned = [score(fresh, task, task.test, "pruned model on test") for task in setting.tasks]
+            bring_in(self.model)
             self.result = make_result(
                 self.model,
                 scores=[TaskScores.of(*each) for each in zip(setting.tasks, dense, pruned, strict=True)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .comparison import compare
 from .search.live import LiveRanks
@@ -16,7 +16,7 @@ from .tolerance import search_kept_fraction
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any
+    from contextlib import AbstractContextManager
 
     from .comparison import Comparison
     from .evaluation import Evaluation
@@ -59,15 +59,17 @@ def choose_ranks(
     for task, found in zip(setting.tasks, dense, strict=True):
         warn_of_the_majority(task, found)
     names = (*BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple", *(("heal",) if healer else ()))
+    by_block = setting.by_block and all(examples[0].generation is None for _, examples, _ in deciding)
     with LiveRanks(setting.model, bases) as live:
 
         def compare_at(kept: float) -> dict[str, Comparison]:
             ranks = allocate_ranks(setting, bases, kept)
-            with nullcontext(live.hold(ranks)) if healer is None else healer.healed(bases, ranks):
+            key: dict[str, Any] = {"ranks": ranks, "settings": setting.key(*names)}
+            if by_block:
+                key["held"] = (bases, ranks)
+            with _held(live, bases, ranks, healer, by_block=by_block):
                 pruned = [
-                    score(
-                        setting, task, examples, f"kept {kept:.1%} on {part}", ranks=ranks, settings=setting.key(*names)
-                    )
+                    score(setting, task, examples, f"kept {kept:.1%} on {part}", **key)
                     for task, examples, part in deciding
                 ]
             triples = zip(setting.tasks, dense, pruned, strict=True)
@@ -77,6 +79,15 @@ def choose_ranks(
             compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
         )
     return allocate_ranks(setting, bases, kept), trials
+
+
+def _held(
+    live: LiveRanks, bases: Mapping[str, FactorBasis], ranks: Ranks, healer: Healer | None, *, by_block: bool
+) -> AbstractContextManager[object]:
+    """Hold ranks in the model, healed where there is a healer; nothing where each block is to hold its own in turn."""
+    if healer is not None:
+        return healer.healed(bases, ranks)
+    return nullcontext() if by_block else nullcontext(live.hold(ranks))
 
 
 def _deciding(setting: Setting, healer: Healer | None) -> list[tuple[TaskSetting, Sequence[Example], str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,27 @@ def check_integer(name: str, value: Any, low: int) -> None:
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+
+
+def parse_bytes(name: str, value: Any) -> int | None:
+    """Return a number of bytes, given as one or as a text such as `"700MB"` or `"24 GiB"`; `None` stays.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is not above 0, or its unit is unknown.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"`{name}` must be a number of bytes or a text such as '24GB', got {value!r}.")
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), flags=re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"`{name}` must be a number of bytes or a text such as '700MB' or '24GiB', got {value!r}.")
+    number, unit, binary = found.groups()
+    size: int = round(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if size < 1:
+        raise ValueError(f"`{name}` must be above 0, got {value!r}.")
+    return size
 
 
 def check_flag(name: str, value: Any) -> None:

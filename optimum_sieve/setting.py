@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .allocation import LossCurve
+from .block_scoring import evaluate_by_block
 from .evaluation import Evaluation, evaluate
 from .vocabulary import task_vocabulary
 from .workdir import WorkDir, content_key
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     from .tasks.text_metrics import Metric
     from .vocabulary import TaskVocabulary
 
+    Held = tuple[Mapping[str, FactorBasis], Mapping[str, int | None]]
+
 # Settings that moments and factor bases depend on, beside the model, the tasks and the rounds before.
 MOMENT_SETTINGS = ("projection", "loss", "label_source", "prompt_weight", "seed")
+# See `FactorBasis.token_weights`; 0: tokens count by their norms.
+WEIGHTING_POWERS = {"norms": 0.0, "balanced": 0.5, "likelihood": 1.0}
 BASIS_SETTINGS = (*MOMENT_SETTINGS, "damping", "weighting")
 
 
@@ -73,6 +78,7 @@ class Setting:
         vocabulary (`TaskVocabulary`, *optional*): The vocabulary that `model` and `tokenizer` have, where it is not
             the one they were given with.
         given (`Setting`, *optional*): The setting from before the vocabulary was reduced.
+        by_block (`bool`): Whether one block of the model is held at a time; the work directory has a path then.
     """
 
     model: PreTrainedModel
@@ -85,6 +91,7 @@ class Setting:
     study_storage: str | None = None
     vocabulary: TaskVocabulary | None = None
     given: Setting | None = None
+    by_block: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -116,22 +123,36 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def score(
-    setting: Setting, task: TaskSetting, examples: Sequence[Example], description: str, **key: object
+    setting: Setting,
+    task: TaskSetting,
+    examples: Sequence[Example],
+    description: str,
+    *,
+    held: Held | None = None,
+    **key: object,
 ) -> Evaluation:
-    """Score the model as it is now on examples of a task, or take the score from the work directory."""
+    """Score the model as it is now on examples of a task, or take the score from the work directory.
+
+    Args:
+        setting (`Setting`): The run.
+        task (`TaskSetting`): The task.
+        examples (`Sequence[Example]`): Examples of it.
+        description (`str`): What is scored on what.
+        held (`tuple`, *optional*): Bases and ranks that the model is to have meanwhile, block by block.
+        key (`object`): What the score depends on beside the run and the description.
+    """
     name = setting.key(task=task, description=description, **key)
     path = None if setting.work.path is None else setting.work.path / f"evaluation-{name}.safetensors"
     if path is not None and path.exists():
         return Evaluation.load(path)
-    evaluation = evaluate(
-        setting.model,
-        examples,
-        setting.tokenizer,
-        metric=task.metric,
-        batch_size=setting.config.batch_size,
-        progress=setting.progress,
-        description=description,
-    )
+    options: dict[str, Any] = {"metric": task.metric, "batch_size": setting.config.batch_size}
+    options |= {"progress": setting.progress, "description": description}
+    if setting.by_block and examples[0].generation is None:
+        bases, ranks = held or ({}, {})
+        options |= {"bases": bases, "ranks": ranks, "directory": setting.work.path}
+        evaluation = evaluate_by_block(setting.model, examples, setting.tokenizer, **options)
+    else:
+        evaluation = evaluate(setting.model, examples, setting.tokenizer, **options)
     if path is not None:
         evaluation.save(path)
     return evaluation

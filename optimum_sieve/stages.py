@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +11,16 @@ from tqdm.auto import tqdm
 
 from .adapters import learn_adapter
 from .allocation import allocate, predicted_loss
+from .block_calibration import BlockCalibration, stored_bases
 from .calibration import collect_moments
 from .factorization import FactorBasis, factorize
 from .inputs import input_format
 from .labelling import label_by_model
 from .losses import calibration_loss
 from .moments import Moments, weighted_sum
+from .offloading import execution_device
 from .scoring import input_device, make_batches
-from .setting import BASIS_SETTINGS, MOMENT_SETTINGS, timed
+from .setting import BASIS_SETTINGS, MOMENT_SETTINGS, WEIGHTING_POWERS, timed
 from .surgery import truncated
 from .targets import linear_weight
 from .workdir import flatten, on_device, unflatten
@@ -54,7 +57,7 @@ def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool =
     Raises:
         ValueError: If it must exist and does not.
     """
-    weights = {target.name: linear_weight(setting.model.get_submodule(target.name)) for target in setting.targets}
+    names = [target.name for target in setting.targets]
     rounds = setting.config.rounds if setting.config.projection in ("joint", "activation") else 1
     bases: dict[str, FactorBasis] = {}
     history: list[Ranks] = []
@@ -62,8 +65,8 @@ def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool =
     for number in range(rounds):
         if number:
             history.append(ranks_in_round(setting, bases, number))
-        key = setting.key(*BASIS_SETTINGS, names=list(weights), history=history, learned=_learned(setting.config))
-        found = _load_bases(setting, key, weights)
+        key = setting.key(*BASIS_SETTINGS, names=names, history=history, learned=_learned(setting.config))
+        found = _load_bases(setting, key)
         if found is None and must_exist:
             raise ValueError(
                 f"`work_dir` must hold the bases of the search, got {setting.work.path} without bases-{key}. Give the "
@@ -72,30 +75,47 @@ def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool =
         if found is None:
             with timed(seconds, "moments"):
                 gold = gold or [gold_examples(setting, task) for task in setting.tasks]
-            with (
-                timed(seconds, "moments"),
-                truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
-            ):
-                moments = collect(setting, gold, weights, history, bases)
-            with timed(seconds, "factors"):
-                bases = factor(setting, weights, moments)
-            del moments
-            setting.work.save("bases", key, flatten(bases))
-            if setting.work.path is not None:
-                # As a run that goes on will have them: products of tensors that lie otherwise in memory round
-                # otherwise. Not two sets at once.
-                bases.clear()
-                found = _load_bases(setting, key, weights)
+            if setting.by_block:
+                found = BlockCalibration(setting, gold, history[-1] if history else {}, bases).run(key, seconds)
+            else:
+                bases = _calibrate_once(setting, gold, history, bases, seconds)
+                setting.work.save("bases", key, flatten(bases))
+                if setting.work.path is not None:
+                    # As a run that goes on will have them: products of tensors that lie otherwise in memory round
+                    # otherwise. Not two sets at once.
+                    bases.clear()
+                    found = _load_bases(setting, key)
         bases = found or bases
     return bases
 
 
-def _load_bases(setting: Setting, key: str, weights: Mapping[str, torch.Tensor]) -> dict[str, FactorBasis] | None:
+def _calibrate_once(
+    setting: Setting,
+    gold: Sequence[Sequence[Example]],
+    history: Sequence[Ranks],
+    bases: Mapping[str, FactorBasis],
+    seconds: dict[str, float],
+) -> dict[str, FactorBasis]:
+    """Take the moments of one round, on the model pruned to the last ranks of `history`, and factor every weight."""
+    weights = {target.name: linear_weight(setting.model.get_submodule(target.name)) for target in setting.targets}
+    with (
+        timed(seconds, "moments"),
+        truncated(setting.model, bases, history[-1] if history else {}, storage="factors"),
+    ):
+        moments = collect(setting, gold, weights, history, bases)
+    with timed(seconds, "factors"):
+        return factor(setting, weights, moments)
+
+
+def _load_bases(setting: Setting, key: str) -> dict[str, FactorBasis] | None:
     """Take bases from the work directory, if they are there."""
+    if setting.by_block:
+        return stored_bases(setting, key)
     found = setting.work.load("bases", key)
     if found is None:
         return None
-    return {name: FactorBasis(**on_device(tensors, weights[name].device)) for name, tensors in unflatten(found).items()}
+    devices = {name: execution_device(setting.model.get_submodule(name)) for name in unflatten(found)}
+    return {name: FactorBasis(**on_device(tensors, devices[name])) for name, tensors in unflatten(found).items()}
 
 
 def with_answers(setting: Setting, *splits: str) -> Setting:
@@ -205,8 +225,8 @@ def collect_task(
         candidates=by_candidate,
         inputs=input_format(setting.model),
     )
-    likelihood = bases and config.weighting == "likelihood"
-    token_weights = {name: basis.token_weights for name, basis in bases.items()} if likelihood else None
+    power = WEIGHTING_POWERS[config.weighting]
+    token_weights = {name: partial(basis.token_weights, power=power) for name, basis in bases.items()}
     description = f"moments, round {len(history) + 1}" + (f", {task.name}" if len(setting.tasks) > 1 else "")
     with tqdm(batches, desc=description, unit="batch", disable=not setting.progress) as bar:
         moments = collect_moments(
@@ -217,7 +237,7 @@ def collect_task(
             projection=config.projection,
             num_examples=len(examples),
             weights=weights,
-            token_weights=token_weights,
+            token_weights=token_weights if power and bases else None,
         )
     setting.work.save("moments", key, flatten(moments))
     return moments

@@ -13,6 +13,7 @@ from torch import nn
 
 from .budget import rank_parameters
 from .layers import FactorizedLinear
+from .offloading import loaded
 from .targets import Target, linear_weight
 
 
@@ -130,8 +131,9 @@ def apply_ranks(
 
 
 def _replacement(dense: nn.Module, basis: FactorBasis, rank: int, storage: str) -> FactorizedLinear | None:
-    weight = linear_weight(dense)
-    bias = dense.bias if isinstance(dense.bias, torch.Tensor) else None
+    with loaded(dense):
+        weight = linear_weight(dense)
+        bias = dense.bias if isinstance(dense.bias, torch.Tensor) else None
     layer = factorized_layer(basis, rank, storage=storage, bias=bias, dtype=weight.dtype)
     return None if layer is None else layer.to(weight.device).train(dense.training)
 

@@ -1,13 +1,15 @@
-"""Which linear layers of a model are pruned, and what their weights are. Needs torch alone."""
+"""Which linear layers of a model are pruned, and what their weights are. Needs torch and accelerate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from .offloading import loaded
 
 
 if TYPE_CHECKING:
@@ -52,14 +54,15 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:
-    """Return the weight (out, in) of an `nn.Linear` or `Conv1D`, detached; a view, not a copy."""
-    weight = module.weight
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"`module` must have a weight tensor, got {type(module).__name__}.")
-    return weight.detach().T if is_conv1d(module) else weight.detach()
+    """Return the weight (out, in) of an `nn.Linear` or `Conv1D`, detached: a view or, if it is offloaded, read."""
+    with loaded(module):
+        weight = module.weight
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"`module` must have a weight tensor, got {type(module).__name__}.")
+        return weight.detach().T if is_conv1d(module) else weight.detach()
 
 
-def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
+def block_lists(model: nn.Module) -> tuple[str, ...]:
     """Names of the lists of transformer blocks: every `nn.ModuleList` that holds linear layers, outermost first."""
     prefixes: list[str] = []
     for name, module in model.named_modules():
@@ -90,7 +93,7 @@ def find_targets(
         ValueError: If a pattern of `target_modules` or `exclude_modules` matches no linear layer, or none is left.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    blocks = _block_prefixes(model)
+    blocks = block_lists(model)
     for argument, patterns in (("target_modules", target_modules or ()), ("exclude_modules", exclude_modules)):
         for pattern in patterns:
             if not any(_matches(name, (pattern,)) for name in linears):
@@ -112,7 +115,8 @@ def find_targets(
 
 
 def _target(name: str, module: nn.Module) -> Target:
-    out_features, in_features = linear_weight(module).shape
+    linear: Any = module
+    out_features, in_features = linear.weight.T.shape if is_conv1d(module) else linear.weight.shape
     return Target(name, out_features, in_features, has_bias=module.bias is not None)
 
 

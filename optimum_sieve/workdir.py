@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .offloading import loaded
 from .output import replacing
 
 
@@ -36,11 +37,16 @@ def content_key(**parts: Any) -> str:
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Hash every parameter's name, shape, dtype and a strided sample of its values."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+    # A shared one counts once, under its first name.
+    names = {name for name, _ in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        with loaded(module):
+            own = [each for each in module.named_parameters(prefix, recurse=False) if each[0] in names]
+        for name, parameter in own:
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -97,7 +103,7 @@ class WorkDir:
         Raises:
             ValueError: If the file is damaged; the message names it.
         """
-        path = self._file(stage, key)
+        path = self.file(stage, key)
         if path is None or not path.exists():
             return None
         try:
@@ -111,7 +117,7 @@ class WorkDir:
 
     def remove(self, stage: str, key: str) -> None:
         """Remove the file of a stage, if there is one."""
-        path = self._file(stage, key)
+        path = self.file(stage, key)
         if path is not None:
             path.unlink(missing_ok=True)
 
@@ -123,7 +129,7 @@ class WorkDir:
         Raises:
             OSError: If the disk is full or the directory cannot be written.
         """
-        path = self._file(stage, key)
+        path = self.file(stage, key)
         if path is None:
             return
         try:
@@ -137,7 +143,8 @@ class WorkDir:
                 "are kept: make room and run again."
             ) from error
 
-    def _file(self, stage: str, key: str) -> Path | None:
+    def file(self, stage: str, key: str) -> Path | None:
+        """Return where the tensors of a stage lie, or will; `None` where nothing is kept."""
         return None if self.path is None else self.path / f"{stage}-{key}.safetensors"
 
 

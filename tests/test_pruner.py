@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 
@@ -341,15 +342,15 @@ def test_later_rounds_weight_tokens_by_the_factors_before(learned, task, tmp_pat
         return collect_moments(*args, token_weights=token_weights, **options)
 
     monkeypatch.setattr("optimum_sieve.stages.collect_moments", watching)
-    for weighting in ("norms", "likelihood"):
+    for weighting in ("norms", "likelihood", "balanced"):
         config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, weighting=weighting)
         pruner = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)
         model = pruner.prune(config, work_dir=tmp_path, **QUIET).model
         with torch.no_grad():
             logits.append(model(torch.tensor([[1, 2, 3]])).logits)
     # The first round's moments are the same and lie in the work directory.
-    assert weighted == [False, False, True]
-    assert not torch.allclose(*logits)
+    assert weighted == [False, False, True, True]
+    assert not any(torch.allclose(*pair) for pair in itertools.combinations(logits, 2))
 
 
 def test_bfloat16_model_is_pruned_in_bfloat16(learned, task):

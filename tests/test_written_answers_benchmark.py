@@ -41,7 +41,16 @@ def benchmark(tmp_path: Path, monkeypatch: Any) -> ModuleType:
 
 
 def run(benchmark: ModuleType, tmp_path: Path, *words: str) -> dict[tuple[str, float], dict[str, float]]:
-    paths = ("--model", tmp_path / "model", "--data", tmp_path, "--cache", tmp_path / "cache")
+    paths = (
+        "--model",
+        tmp_path / "model",
+        "--data",
+        tmp_path,
+        "--cache",
+        tmp_path / "cache",
+        "--figures",
+        tmp_path / "cache",
+    )
     sizes = ("--kept", "0.7", "0.4", "--examples", "24", "--selection", "20")
     benchmark.main([*map(str, paths), *sizes, "--json", str(tmp_path / "found.jsonl"), *words])
     found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]

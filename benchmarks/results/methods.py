@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve import HealConfig
+from optimum_sieve import HealConfig, SieveConfig
 
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def _layerwise(projection: str) -> dict[str, Any]:
 
 
 def _joint(allocation: str) -> dict[str, Any]:
-    return {"projection": "joint", "allocation": allocation}
+    # Named, so that a cell's key changes with the default.
+    return {"projection": "joint", "allocation": allocation, "weighting": SieveConfig.weighting}
 
 
 METHODS = (

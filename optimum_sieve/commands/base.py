@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from abc import abstractmethod
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from collections.abc import Iterator
 
+    from optimum_sieve.config import SieveConfig
     from optimum_sieve.pruner import SievePruner
 
 _REPORTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
@@ -61,10 +64,18 @@ def add_source(parser: ArgumentParser, *, required: bool = True, several: bool =
     add_debug(parser)
 
 
-def load_pruner(arguments: Namespace) -> SievePruner:
-    """Load the model and the tasks that the options of `add_source` name."""
+def load_pruner(arguments: Namespace, config: SieveConfig | None = None) -> SievePruner:
+    """Load the model and the tasks that the options of `add_source` name.
+
+    Where the settings limit the memory and leave no room for the model, its blocks stay on disk.
+    """
+    from optimum_sieve.loading import fits
     from optimum_sieve.pruner import SievePruner
 
+    options = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    offload = config is not None and not (
+        arguments.gguf_file or fits(arguments.model, config, dtype=arguments.dtype, **options)
+    )
     return SievePruner.from_pretrained(
         arguments.model,
         task=arguments.task,
@@ -73,6 +84,7 @@ def load_pruner(arguments: Namespace) -> SievePruner:
         trust_remote_code=arguments.trust_remote_code,
         gguf_file=arguments.gguf_file,
         revision=arguments.revision,
+        offload_dir=Path(arguments.work_dir or tempfile.gettempdir()) / "offloaded" if offload else None,
     )
 
 

@@ -57,7 +57,7 @@ class PruneCommand(SieveSubcommand):
 
         if arguments.output is not None:
             check_output(Path(arguments.output), arguments.overwrite)
-        pruner = load_pruner(arguments)
+        pruner = load_pruner(arguments, config)
         if arguments.output is not None:
             check_output(Path(arguments.output), arguments.overwrite, needed_bytes=tensor_bytes(pruner.model))
         if arguments.dry_run:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.offloading import loaded
 from optimum_sieve.surgery import restore
 from optimum_sieve.targets import linear_weight
 
@@ -83,7 +84,9 @@ class LiveRanks:
         dense = self._dense[name]
         if rank is None:
             return dense
-        left, right = (factor.to(linear_weight(dense).dtype) for factor in self._bases[name].truncate(rank))
+        with loaded(dense):
+            bias, dtype = dense.bias, linear_weight(dense).dtype
+        left, right = (factor.to(dtype) for factor in self._bases[name].truncate(rank))
         rows, columns = left.shape[0], right.shape[1]
         layer: nn.Module
         if rank * (rows + columns) > rows * columns:
@@ -94,5 +97,5 @@ class LiveRanks:
             layer.right.weight = nn.Parameter(right, requires_grad=False)
             layer.left.weight = nn.Parameter(left, requires_grad=False)
             last = layer.left
-        last.register_parameter("bias", dense.bias if isinstance(dense.bias, nn.Parameter) else None)
+        last.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
         return layer.train(dense.training)

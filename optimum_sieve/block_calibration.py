@@ -1,0 +1,186 @@
+"""One round of moments and factor bases, one block at a time: weights, moments and bases of one block in memory."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+from .block_scoring import block_held
+from .blockwise import BlockRun, Spool, check_blocks, find_blocks
+from .factorization import factorize
+from .inputs import input_format
+from .losses import calibration_loss
+from .moments import accumulate_moments, check_finite, empty_moments, watches_outputs
+from .offloading import execution_device
+from .scoring import input_device, make_batches
+from .setting import WEIGHTING_POWERS, timed
+from .stored_basis import StoredBasis
+from .targets import linear_weight
+from .watching import Watch, frozen
+from .workdir import flatten
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from .factorization import FactorBasis
+    from .moments import Moments
+    from .scoring import Batch
+    from .search.genome import Ranks
+    from .setting import Setting, TaskSetting
+    from .tasks import Example
+
+
+def targets_by_block(setting: Setting) -> dict[str, list[str]]:
+    """Return the names of the targets in each block, the blocks in order.
+
+    Raises:
+        ValueError: If the model has not one sequence of blocks, or a target lies outside.
+    """
+    blocks = find_blocks(setting.model)
+    owned: dict[str, list[str]] = {block: [] for block in blocks}
+    for target in setting.targets:
+        block = next((block for block in blocks if target.name.startswith(f"{block}.")), None)
+        if block is None:
+            raise ValueError(
+                f"`target_modules` must lie in the model's blocks where `memory_limit` is set, got {target.name!r}. "
+                "Name it in `exclude_modules`, or prune without a limit."
+            )
+        owned[block].append(target.name)
+    return owned
+
+
+class BlockCalibration:
+    """One round of moments and bases.
+
+    Args:
+        setting (`Setting`): The run, whose work directory has a path.
+        gold (`Sequence[Sequence[Example]]`): The calibration examples of each task, with the answers that count.
+        ranks (`Mapping[str, int | None]`): Ranks at which the moments are taken; none: of the dense model.
+        bases (`Mapping[str, FactorBasis]`): Bases of the round before, where there was one.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        gold: Sequence[Sequence[Example]],
+        ranks: Ranks,
+        bases: Mapping[str, FactorBasis],
+    ) -> None:
+        self.setting, self.ranks, self.bases = setting, ranks, bases
+        self.owned = targets_by_block(setting)
+        self.blocks = list(self.owned)
+        self.gold = gold
+
+    def run(self, key: str, seconds: dict[str, float]) -> dict[str, FactorBasis]:
+        """Write the bases of every block to the work directory, and return them as they lie there."""
+        model, joint = self.setting.model, self.setting.config.projection == "joint"
+        order = list(enumerate(self.blocks))
+        steps = len(order) * (2 if joint else 1)
+        with ExitStack() as stack:
+            directory = stack.enter_context(TemporaryDirectory(prefix="states-", dir=self.setting.work.path))
+            stack.enter_context(frozen(model))
+            description = "moments" if joint else "moments and factors"
+            bar = stack.enter_context(
+                tqdm(total=steps, desc=description, unit="block", disable=not self.setting.progress)
+            )
+            with timed(seconds, "moments"):
+                runs = [
+                    self._start(task, examples, Path(directory), place)
+                    for place, (task, examples) in enumerate(zip(self.setting.tasks, self.gold, strict=True))
+                ]
+            for place, block in order if joint else ():
+                with timed(seconds, "moments"), block_held(model, block, self.bases, self.ranks):
+                    for run in runs:
+                        run.forward(place)
+                bar.update()
+            with timed(seconds, "moments"):
+                for run in runs if joint else ():
+                    run.start_backward()
+            for place, block in reversed(order) if joint else order:
+                with timed(seconds, "moments"):
+                    weights, moments = self._moments(runs, place, block, joint=joint)
+                with timed(seconds, "factors"):
+                    self._factor(key, place, weights, moments)
+                bar.update()
+        found = stored_bases(self.setting, key)
+        assert found is not None
+        return found
+
+    def _start(self, task: TaskSetting, examples: Sequence[Example], directory: Path, place: int) -> BlockRun[Batch]:
+        config, model = self.setting.config, self.setting.model
+        loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=config.prompt_weight)
+        inputs, tokenizer = input_format(model), self.setting.tokenizer
+        batches = make_batches(
+            examples, tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs
+        )
+        device = input_device(model)
+        if not self.ranks:
+            check_blocks(model, self.blocks, partial(loss, model, batches[-1].to(device)))
+        own = directory / str(place)
+        own.mkdir()
+        return BlockRun(model, self.blocks, batches, loss, device=device, spool=Spool(own))
+
+    def _moments(
+        self, runs: Sequence[BlockRun[Batch]], place: int, block: str, *, joint: bool
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Moments]]:
+        """Return the dense weights and the moments of a block's targets, the weighted sum of the tasks'."""
+        config, model, names = self.setting.config, self.setting.model, self.owned[block]
+        # Read before the block is pruned.
+        weights = {name: linear_weight(model.get_submodule(name)) for name in names}
+        moments = {name: empty_moments(weight, projection=config.projection) for name, weight in weights.items()}
+        power = WEIGHTING_POWERS[config.weighting]
+        before = {name: _in_memory(self.bases[name]) for name in names} if power and self.bases else {}
+
+        def accumulate(scaling: float, name: str, x: torch.Tensor, g: torch.Tensor | None) -> None:
+            accumulate_moments(
+                moments[name],
+                weights[name],
+                x,
+                g,
+                on_outputs=watches_outputs(weights[name], config.projection),
+                scaling=scaling,
+                token_weights=partial(before[name].token_weights, power=power) if before else None,
+            )
+
+        with block_held(model, block, self.bases, self.ranks):
+            for run, task, examples in zip(runs, self.setting.tasks, self.gold, strict=True):
+                visit = partial(accumulate, task.weight / len(examples))
+                if joint:
+                    run.backward(place, Watch(model, names, visit, gradients=True))
+                else:
+                    run.forward(place, Watch(model, names, visit, gradients=False), keep_inputs=False)
+        return weights, moments
+
+    def _factor(
+        self, key: str, place: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]
+    ) -> None:
+        config = self.setting.config
+        bases = {}
+        for name, weight in weights.items():
+            check_finite(name, moments[name])
+            bases[name] = factorize(weight, moments[name], projection=config.projection, damping=config.damping)
+        self.setting.work.save("bases", f"{key}-{place}", flatten(bases))
+
+
+def _in_memory(basis: FactorBasis) -> FactorBasis:
+    return basis.in_memory() if isinstance(basis, StoredBasis) else basis
+
+
+def stored_bases(setting: Setting, key: str) -> dict[str, FactorBasis] | None:
+    """Return the bases of a round as they lie in the work directory; `None` where it was not finished."""
+    found: dict[str, FactorBasis] = {}
+    for place, names in enumerate(targets_by_block(setting).values()):
+        path = setting.work.file("bases", f"{key}-{place}")
+        if path is None or not path.exists():
+            return None
+        for name in names:
+            found[name] = StoredBasis(path, name, execution_device(setting.model.get_submodule(name)))
+    return found
