@@ -128,7 +128,8 @@ class PrunePlan:
                 f"{_megabytes(self.activation_bytes)}"
             ]
         return [
-            f"{found}one block of {self.blocks.count} at a time; as a whole {_megabytes(self.whole_bytes)}",
+            f"{found}one block of {self.blocks.count} at a time; as a whole {_megabytes(self.whole_bytes)}; "
+            "Python and its libraries come on top",
             f"passes                 {self.blocks.passes} over the calibration examples, with two forward passes each",
             f"disk                   {_megabytes(self.blocks.disk_bytes)} in the work directory",
         ]

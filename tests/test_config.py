@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         ({"rounds": 0}, "`rounds` must be at least 1, got 0"),
         ({"search_steps": 0}, "`search_steps` must be at least 1, got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"memory_limit": "12 apples"}, "`memory_limit` must be a number of bytes or a text .* got '12 apples'"),
+        ({"memory_limit": 0}, "`memory_limit` must be above 0, got 0"),
         ({"vocabulary": "small"}, "`vocabulary` must be one of 'whole', 'task', got 'small'"),
         ({"vocabulary": "task", "vocabulary_size": 0}, "`vocabulary_size` must be at least 1, got 0"),
         ({"vocabulary_size": 9}, "`vocabulary_size` must go with vocabulary='task', got 9 and vocabulary='whole'"),
@@ -62,6 +64,7 @@ def test_values_that_break_a_rule(settings: dict[str, Any], message: str) -> Non
         ({"damping": "1e-3"}, "`damping` must be a number, got '1e-3'"),
         ({"damping": True}, "`damping` must be a number, got True"),
         ({"rounds": 2.0}, r"`rounds` must be an integer, got 2\.0"),
+        ({"memory_limit": 1.5}, r"`memory_limit` must be a number of bytes .* got 1\.5"),
         ({"seed": True}, "`seed` must be an integer, got True"),
         ({"target_modules": "q_proj"}, r"`target_modules` must be a sequence .*Write \('\*\.q_proj',\) for one"),
         ({"exclude_modules": [""]}, "`exclude_modules` must be a sequence of name patterns"),
@@ -70,6 +73,23 @@ def test_values_that_break_a_rule(settings: dict[str, Any], message: str) -> Non
 def test_values_of_the_wrong_type(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         SieveConfig(pruning_ratio=0.5, **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (7, 7),
+        ("7", 7),
+        ("24GB", 24 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("700mb", 7 * 10**8),
+        ("2T", 2 * 10**12),
+        ("8B", 8),
+    ],
+)
+def test_memory_is_given_in_bytes_or_with_a_unit(given: int | str, size: int) -> None:
+    config = SieveConfig(pruning_ratio=0.5, memory_limit=given)
+    assert config.memory_limit == config.memory_bytes == size
 
 
 def test_settings_cannot_be_changed() -> None:
