@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .blockwise import find_blocks
-from .offloading import is_offloaded
 
 
 if TYPE_CHECKING:
@@ -156,4 +155,4 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _offloads(block: nn.Module) -> bool:
-    return any(is_offloaded(module) for module in block.modules())
+    return any(parameter.is_meta for parameter in block.parameters())

@@ -13,7 +13,7 @@ from .surgery import count_target_parameters
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .heal_config import HealConfig
     from .memory import BatchSizes
     from .targets import Target
-    from .tasks import Task
     from .vocabulary import TaskVocabulary
 
 # Of each trained parameter: its gradient, both moments of AdamW, the weight from before and the best one, in float32.
@@ -106,8 +105,8 @@ class PrunePlan:
             f"parameters of the model {self.model_parameters:,}",
             "kept after pruning     "
             + (f"about {after:,} of the matrices' parameters" if after is not None else "decided by the search"),
-            f"weights on disk        {_megabytes(self.model_bytes)} dense"
-            + (f", about {_megabytes(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
+            f"weights on disk        {_size(self.model_bytes)} dense"
+            + (f", about {_size(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
             *self._memory_lines(),
             *self._example_lines(),
         ]
@@ -116,22 +115,22 @@ class PrunePlan:
                 f"vocabulary             {self.vocabulary['after']:,} of {self.vocabulary['before']:,} tokens or more"
             )
         if self.healing is not None:
-            lines.append(f"healing                {self.healing}; {_megabytes(self.heal_bytes)} of state")
+            lines.append(f"healing                {self.healing}; {_size(self.heal_bytes)} of state")
         return "\n".join(lines)
 
     def _memory_lines(self) -> list[str]:
-        found = f"memory                 {_megabytes(self.peak_bytes)} at most: "
+        found = f"memory                 {_size(self.peak_bytes)} at most: "
         if self.blocks is None:
             return [
-                f"{found}model {_megabytes(self.model_bytes)}, moments {_megabytes(self.moments_bytes)}, factor bases "
-                f"{self.bases_at_once} x {_megabytes(self.bases_bytes)}, activations "
-                f"{_megabytes(self.activation_bytes)}"
+                f"{found}model {_size(self.model_bytes)}, moments {_size(self.moments_bytes)}, factor bases "
+                f"{self.bases_at_once} x {_size(self.bases_bytes)}, activations "
+                f"{_size(self.activation_bytes)}"
             ]
         return [
-            f"{found}one block of {self.blocks.count} at a time; as a whole {_megabytes(self.whole_bytes)}; "
+            f"{found}one block of {self.blocks.count} at a time; as a whole {_size(self.whole_bytes)}; "
             "Python and its libraries come on top",
             f"passes                 {self.blocks.passes} over the calibration examples, with two forward passes each",
-            f"disk                   {_megabytes(self.blocks.disk_bytes)} in the work directory",
+            f"disk                   {_size(self.blocks.disk_bytes)} in the work directory",
         ]
 
     def _example_lines(self) -> list[str]:
@@ -149,11 +148,19 @@ def make_plan(
     model: nn.Module,
     targets: list[Target],
     config: SieveConfig,
-    tasks: Sequence[Task],
+    splits: Mapping[str, dict[str, int]],
     batch: BatchSizes,
     vocabulary: TaskVocabulary | None = None,
 ) -> PrunePlan:
-    """Work out a `PrunePlan`; `batch` is of all examples, `vocabulary` that of the calibration splits.
+    """Work out a `PrunePlan`. A model without weights is taken for one whose blocks would be offloaded.
+
+    Args:
+        model (`torch.nn.Module`): The dense model.
+        targets (`list[Target]`): The matrices to prune.
+        config (`SieveConfig`): The settings.
+        splits (`Mapping[str, dict[str, int]]`): Examples of each split of each task.
+        batch (`BatchSizes`): Of all examples.
+        vocabulary (`TaskVocabulary`, *optional*): That of the calibration splits.
 
     Raises:
         ValueError: If the `memory_limit` cannot be kept; the message says what can.
@@ -173,11 +180,11 @@ def make_plan(
         expected_targets_parameters=after,
         model_bytes=model_bytes,
         expected_bytes=None if after is None else model_bytes - (total - after + removed) * element,
-        moments_bytes=moments_bytes(targets, config, len(tasks)),
+        moments_bytes=moments_bytes(targets, config, len(splits)),
         bases_bytes=sum(map(basis_bytes, targets)),
         bases_at_once=bases_at_once(config),
         activation_bytes=whole_activation_bytes(targets, batch),
-        examples={task.name: task.splits for task in tasks},
+        examples=dict(splits),
         heal_bytes=0 if config.heal is None else _trained(config, kept) * _HEAL_BYTES,
         healing=None if config.heal is None else _describe_healing(config, config.heal),
         vocabulary=None if vocabulary is None else vocabulary.sizes,
@@ -202,8 +209,8 @@ def _plan_blocks(
     peak = by_block_bytes(sizes, batch, config, kept * element)
     if limit is not None and peak > limit:
         raise ValueError(
-            f"`memory_limit` must be at least {_megabytes(peak)} here, of which {_megabytes(sizes.resident)} are "
-            f"weights that stay in memory, got {_megabytes(limit)}. Raise it, or lower `batch_size`."
+            f"`memory_limit` must be at least {_size(peak)} here, of which {_size(sizes.resident)} are "
+            f"weights that stay in memory, got {_size(limit)}. Raise it, or lower `batch_size`."
         )
     hidden = max(target.in_features for target in targets)
     blocks = find_blocks(model)
@@ -232,8 +239,8 @@ def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) 
         if whole
     ]
     if wrong:
-        room = "a model in memory" if limit is None else f"a `memory_limit` of {_megabytes(plan.whole_bytes)} or more"
-        given = "an offloaded model" if limit is None else _megabytes(limit)
+        room = "a model in memory" if limit is None else f"a `memory_limit` of {_size(plan.whole_bytes)} or more"
+        given = "an offloaded model" if limit is None else _size(limit)
         raise ValueError(
             f"`{wrong[0]}` must go with {room}, got {given}: with less, one block of the model is held at a time. "
             "Prune without it; `optimum-cli sieve heal` heals the result."
@@ -260,8 +267,8 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
 
 
 def measure_sizes(

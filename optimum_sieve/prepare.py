@@ -171,7 +171,7 @@ def prepare(
     targets = check_inputs(model, tokenizer, tasks, config)
     vocabulary = check_vocabulary(model, tokenizer, tasks, config)
     batch = batch_sizes(model, tokenizer, tasks, config)
-    by_block = make_plan(model, targets, config, tasks, batch, vocabulary).blocks is not None
+    by_block = make_plan(model, targets, config, task_splits(tasks), batch, vocabulary).blocks is not None
     # Healed sizes are too dear to be forgotten during a search, which takes up the best one again.
     searches_healed = config.heal is not None and config.tolerance is not None
     return Setting(
@@ -188,6 +188,11 @@ def prepare(
         progress=progress,
         study_storage=study_storage,
     )
+
+
+def task_splits(tasks: Sequence[Task]) -> dict[str, dict[str, int]]:
+    """Return the number of examples in each split of each task."""
+    return {task.name: task.splits for task in tasks}
 
 
 def batch_sizes(

@@ -8,6 +8,7 @@ from optimum_sieve.commands.evaluate import EvaluateCommand
 from optimum_sieve.commands.export import ExportCommand
 from optimum_sieve.commands.heal import HealCommand
 from optimum_sieve.commands.merge import MergeCommand
+from optimum_sieve.commands.plan import PlanCommand
 from optimum_sieve.commands.prune import PruneCommand
 from optimum_sieve.commands.push import PushCommand
 from optimum_sieve.commands.report import ReportCommand
@@ -23,6 +24,11 @@ class SieveCommand(BaseOptimumCLICommand):
             name="prune",
             help="Prune a model for a task and save it with its report and card.",
             subcommand_class=PruneCommand,
+        ),
+        CommandInfo(
+            name="plan",
+            help="Say what memory, disk and time pruning would take, from a model's configuration alone.",
+            subcommand_class=PlanCommand,
         ),
         CommandInfo(
             name="evaluate",

@@ -1,0 +1,64 @@
+"""How fast a machine computes: measured here in seconds, or as its maker says."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Operations a second by the makers' data sheets, without sparsity: matrices in bfloat16, float32 and float64.
+_SHEETS = {
+    "a100": (312e12, 19.5e12, 19.5e12),
+    "h100": (989e12, 67e12, 67e12),
+    "h200": (989e12, 67e12, 67e12),
+}
+# Part of them that large products reach, and eigendecompositions, whose steps depend on each other.
+_REACHED, _REACHED_BY_EIGENVECTORS = 0.4, 0.02
+HARDWARE = ("this", *_SHEETS)
+_SIZE, _SECONDS = 1024, 0.3
+
+
+def rates_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Return operations a second: `"model"` (products in `dtype`), `"float32"`, `"float64"` and `"eigenvectors"`.
+
+    Args:
+        name (`str`): `"this"` measures, some two seconds; or one of `HARDWARE`.
+        dtype (`torch.dtype`): What the model computes in.
+    """
+    if name == "this":
+        return _measured(dtype)
+    half, single, double = _SHEETS[name]
+    model = half if dtype.itemsize == 2 else single
+    rates = {"model": model * _REACHED, "float32": single * _REACHED, "float64": double * _REACHED}
+    return {**rates, "eigenvectors": double * _REACHED_BY_EIGENVECTORS}
+
+
+def _measured(dtype: torch.dtype) -> dict[str, float]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+    def product(kind: torch.dtype) -> float:
+        matrix = torch.ones(_SIZE, _SIZE, dtype=kind, device=device)
+        return 2 * _SIZE**3 / _time(lambda: matrix @ matrix)
+
+    generator = torch.Generator().manual_seed(0)
+    symmetric = torch.randn(_SIZE // 2, _SIZE // 2, dtype=torch.float64, generator=generator).to(device)
+    symmetric = symmetric @ symmetric.T
+    eigenvectors = 9 * (_SIZE // 2) ** 3 / _time(lambda: torch.linalg.eigh(symmetric)[0])
+    rates = {str(kind).removeprefix("torch."): product(kind) for kind in (torch.float32, torch.float64)}
+    return {"model": product(dtype), **rates, "eigenvectors": eigenvectors}
+
+
+def _time(run: Callable[[], torch.Tensor]) -> float:
+    """Return the seconds of one run, over some tenths of a second after a first one."""
+    run().sum().item()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < _SECONDS:
+        # Reading a number waits for an accelerator.
+        run()[:1].sum().item()
+        count += 1
+    return (time.perf_counter() - start) / count
