@@ -43,10 +43,11 @@ class BatchSizes:
     def of(cls, batches: Sequence[Batch], vocabulary_size: int) -> BatchSizes:
         """Measure batches."""
         tokens = [batch.input_ids.numel() for batch in batches]
-        columns = [len(set(batch.sites[:, 1].tolist())) for batch in batches]
-        rows = [batch.input_ids.shape[0] for batch in batches]
-        logits = [own * count * vocabulary_size for own, count in zip(rows, columns, strict=True)]
-        return cls(tokens=max(tokens), logits=max(logits), states=sum(tokens))
+        return cls(
+            tokens=max(tokens),
+            logits=max(len(batch.sites) for batch in batches) * vocabulary_size,
+            states=sum(tokens),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

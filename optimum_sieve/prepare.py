@@ -11,6 +11,7 @@ from . import __version__
 from .checks import check_task, check_weights
 from .experts import separate_experts
 from .inputs import input_format
+from .losses import PROMPT_SITES
 from .memory import BatchSizes
 from .plan import make_plan
 from .scoring import make_batches, tokens_fingerprint
@@ -199,7 +200,7 @@ def batch_sizes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
 ) -> BatchSizes:
     """Measure the batches of all splits of all tasks."""
-    inputs, rows = input_format(model), getattr(model.config.get_text_config(), "vocab_size", 0)
+    inputs, vocabulary = input_format(model), getattr(model.config.get_text_config(), "vocab_size", 0)
     found = []
     for task in tasks:
         written = task.kind == "generate"
@@ -208,9 +209,10 @@ def batch_sizes(
             batches = make_batches(
                 examples, tokenizer, batch_size=config.batch_size, candidates=not written, inputs=inputs
             )
-            own = BatchSizes.of(batches, rows)
+            own = BatchSizes.of(batches, vocabulary)
             # Of written answers, the prompt's own next tokens are looked at, too.
-            found.append(replace(own, logits=own.tokens * rows) if written else own)
+            prompts = config.batch_size * PROMPT_SITES * vocabulary if written else 0
+            found.append(replace(own, logits=own.logits + prompts))
     return BatchSizes(
         tokens=max(own.tokens for own in found),
         logits=max(own.logits for own in found),

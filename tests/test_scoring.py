@@ -108,13 +108,13 @@ def test_a_model_that_keeps_all_logits_scores_the_same() -> None:
     torch.testing.assert_close(score(FullLogits(), examples, tokenizer), score(make_model(), examples, tokenizer))
 
 
-def test_a_model_that_ignores_logits_to_keep_scores_the_same() -> None:
+def test_a_model_whose_head_is_not_known_scores_the_same() -> None:
     class Ignoring(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = make_model()
 
-        def forward(self, logits_to_keep: Any = 0, **inputs: Any) -> Any:
+        def forward(self, **inputs: Any) -> Any:
             return self.inner(**inputs)
 
     examples, tokenizer = make_examples(LONG_LABELS), make_tokenizer()
@@ -131,11 +131,12 @@ def test_scores_do_not_depend_on_batching_or_padding(labels: tuple[str, ...], ba
 
 def test_only_needed_logits_are_computed() -> None:
     model, kept = make_model(), []
-    model.lm_head.register_forward_hook(lambda _, inputs, __: kept.append(inputs[0].shape[1]))
+    model.lm_head.register_forward_hook(lambda _, inputs, __: kept.append(inputs[0].shape[:-1].numel()))
     (batch,) = make_batches(make_examples(), make_tokenizer(), batch_size=8)
     log_likelihoods(model, batch)
-    assert kept == [len(batch.sites[:, 1].unique())]
-    assert kept[0] < batch.input_ids.shape[1]
+    assert kept == [len(batch.sites)]
+    assert kept[0] < batch.input_ids.numel()
+    assert not model.lm_head._forward_pre_hooks
 
 
 def test_one_token_candidates_share_one_row() -> None:

@@ -186,7 +186,7 @@ MEDIUM = Preset(
         **dict.fromkeys(_UCI, SMALL.limits["uci-amazon"]),
         "pubmedqa": {"calibration": 192, "selection": 100, "test": 500},
         "squad": {"calibration": 384, "selection": 400, "test": 280, "sibling": 300},
-        "nq": {"calibration": 384, "selection": 700, "test": 600, "sibling": 298},
+        "nq": {"calibration": 128, "selection": 350, "test": 400, "sibling": 200},
     },
     cells={
         **dict.fromkeys(_UCI, SMALL.cells["uci-amazon"]),
