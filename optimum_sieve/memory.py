@@ -110,10 +110,10 @@ def by_block_bytes(sizes: BlockSizes, batch: BatchSizes, config: SieveConfig, pr
     return sizes.resident + max(calibrating, logits, pruned + max(activations // 2, logits // 2))
 
 
-def whole_activation_bytes(targets: Sequence[Target], batch: BatchSizes) -> int:
-    """Return the bytes of what the whole model's backward pass over one batch keeps."""
+def whole_activation_bytes(targets: Sequence[Target], batch: BatchSizes, element: int) -> int:
+    """Return the bytes of what the whole model's backward pass over one batch keeps, in elements of `element` bytes."""
     features = sum(target.in_features + target.out_features for target in targets)
-    return (batch.tokens * features + batch.logits * _LOGIT_COPIES) * _FLOAT32
+    return batch.tokens * features * element + batch.logits * _LOGIT_COPIES * _FLOAT32
 
 
 def moments_bytes(targets: Sequence[Target], config: SieveConfig, num_tasks: int = 1) -> int:
