@@ -8,11 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm.auto import tqdm
 
+from . import team
 from .block_scoring import block_held
 from .blockwise import BlockRun, Spool, check_blocks, find_blocks
-from .factorization import factorize
+from .factorization import FactorBasis, factorize
 from .inputs import input_format
 from .losses import calibration_loss
 from .moments import accumulate_moments, check_finite, empty_moments, watches_outputs
@@ -26,11 +28,8 @@ from .workdir import flatten
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    import torch
-
-    from .factorization import FactorBasis
     from .moments import Moments
     from .scoring import Batch
     from .search.genome import Ranks
@@ -126,7 +125,7 @@ class BlockCalibration:
             check_blocks(model, self.blocks, partial(loss, model, batches[-1].to(device)))
         own = directory / str(place)
         own.mkdir()
-        return BlockRun(model, self.blocks, batches, loss, device=device, spool=Spool(own))
+        return BlockRun(model, self.blocks, team.share(batches), loss, device=device, spool=Spool(own))
 
     def _moments(
         self, runs: Sequence[BlockRun[Batch]], place: int, block: str, *, joint: bool
@@ -157,17 +156,52 @@ class BlockCalibration:
                     run.backward(place, Watch(model, names, visit, gradients=True))
                 else:
                     run.forward(place, Watch(model, names, visit, gradients=False), keep_inputs=False)
+        team.add_up(tensor for own in moments.values() for tensor in own.tensors().values())
         return weights, moments
 
     def _factor(
         self, key: str, place: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]
     ) -> None:
         config = self.setting.config
-        bases = {}
-        for name, weight in weights.items():
-            check_finite(name, moments[name])
-            bases[name] = factorize(weight, moments[name], projection=config.projection, damping=config.damping)
+        for name, own in moments.items():
+            check_finite(name, own)
+
+        def one(name: str, weight: torch.Tensor) -> FactorBasis:
+            return factorize(weight, moments[name], projection=config.projection, damping=config.damping)
+
+        bases = factor_together(weights, one, progress=False)
         self.setting.work.save("bases", f"{key}-{place}", flatten(bases))
+
+
+def factor_together(
+    weights: Mapping[str, torch.Tensor], factor: Callable[[str, torch.Tensor], FactorBasis], *, progress: bool
+) -> dict[str, FactorBasis]:
+    """Factor every weight (out, in), each in one of the processes that work together; return all bases in each."""
+    bases: dict[str, FactorBasis] = {}
+    names = list(weights)
+    for name in tqdm(team.share(names), desc="factors", unit="matrix", disable=not progress):
+        bases[name] = factor(name, weights[name])
+    if team.size() > 1:
+        for number, name in enumerate(names):
+            bases[name] = _handed_out(bases.get(name), weights[name], number % team.size())
+    return {name: bases[name] for name in names}
+
+
+def _handed_out(basis: FactorBasis | None, weight: torch.Tensor, owner: int) -> FactorBasis:
+    """Return the basis that the process at `owner` has made of a weight."""
+    rows, columns = weight.shape
+    rank = torch.tensor(
+        [0 if basis is None else basis.max_rank, int(basis is not None and basis.output_scale is not None)],
+        device=weight.device,
+    )
+    team.hand_out([rank], owner)
+    count, scaled = rank.tolist()
+    if basis is None:
+        vector = partial(torch.empty, count, dtype=torch.float64, device=weight.device)
+        left, right = weight.new_empty(rows, count).float(), weight.new_empty(count, columns).float()
+        basis = FactorBasis(left, right, vector(), vector() if scaled else None)
+    team.hand_out([tensor.contiguous() for tensor in basis.tensors().values()], owner)
+    return basis
 
 
 def _in_memory(basis: FactorBasis) -> FactorBasis:

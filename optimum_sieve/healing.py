@@ -207,8 +207,7 @@ class _Run:
         else:
             self.healing.best_step = self.healing.steps
         self._save(_RESULT, self.training.values())
-        if self.processes.is_main_process:
-            self.work.remove(_STATE, self.key)
+        self.work.remove(_STATE, self.key)
         self.processes.wait_for_everyone()
 
     def _resume(self) -> None:
@@ -277,8 +276,7 @@ class _Run:
         return self.monitor is not None and len(since) >= self.config.patience
 
     def _save(self, stage: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        if self.processes.is_main_process:
-            self.work.save(stage, self.key, tensors, record=vars(self.healing))
+        self.work.save(stage, self.key, tensors, record=vars(self.healing))
 
 
 def _merit(record: Mapping[str, Any]) -> tuple[float, float]:

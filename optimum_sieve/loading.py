@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from . import team
 from .blockwise import find_blocks
 from .inputs import auto_class_name
 from .memory import calibration_bytes
@@ -131,7 +132,9 @@ def fits(model: str | Path, settings: SieveConfig, *, dtype: str | torch.dtype |
 
 
 def default_device() -> torch.device:
-    """Return the current accelerator, or the CPU; never `mps`, which has no float64."""
+    """Return the current accelerator, of several processes this one's, or the CPU; never `mps`: it has no float64."""
+    if team.size() > 1:
+        return team.device()
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is not None and accelerator.type != "mps":

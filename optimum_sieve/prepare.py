@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, team
 from .checks import check_task, check_weights
 from .experts import separate_experts
 from .inputs import input_format
@@ -148,6 +148,11 @@ def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task:
         )
     check_task(task, model, tokenizer)
     if config.allocation == "genetic":
+        if team.size() > 1:
+            raise ValueError(
+                f"`allocation='genetic'` must be run in one process, got {team.size()}. Share the search with workers: "
+                "`optimum-cli sieve search --worker`."
+            )
         config.search_count(task.splits["selection"])
     if config.heal is not None:
         config.heal.monitor_count(task.splits["selection"])
@@ -186,7 +191,7 @@ def prepare(
         ),
         work=WorkDir.temporary() if work_dir is None and (searches_healed or by_block) else WorkDir(work_dir),
         by_block=by_block,
-        progress=progress,
+        progress=progress and team.is_first(),
         study_storage=study_storage,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import team
 from .card import base_license, build_card
 from .comparison import compare
 from .conversion import sieve_model
@@ -159,6 +160,9 @@ def save_result(
         FileExistsError: If `output` holds files and `overwrite` is false.
         OSError: If the disk is full or the directory cannot be written.
     """
+    if not team.is_first():
+        team.wait()
+        return output
     check_output(output, overwrite, needed_bytes=result.report["bytes"]["after"])
     with whole_directory(output) as partial:
         result.model.save_pretrained(partial)
@@ -176,4 +180,5 @@ def save_result(
             license_id=base_license(base_model),
         )
         card.save(partial / "README.md")
+    team.wait()
     return output

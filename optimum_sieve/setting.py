@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from . import team
 from .allocation import LossCurve
 from .block_scoring import evaluate_by_block
 from .evaluation import Evaluation, evaluate
@@ -143,7 +144,7 @@ def score(
     """
     name = setting.key(task=task, description=description, **key)
     path = None if setting.work.path is None else setting.work.path / f"evaluation-{name}.safetensors"
-    if path is not None and path.exists():
+    if path is not None and team.agree(path.exists()):
         return Evaluation.load(path)
     options: dict[str, Any] = {"metric": task.metric, "batch_size": setting.config.batch_size}
     options |= {"progress": setting.progress, "description": description}
@@ -153,8 +154,9 @@ def score(
         evaluation = evaluate_by_block(setting.model, examples, setting.tokenizer, **options)
     else:
         evaluation = evaluate(setting.model, examples, setting.tokenizer, **options)
-    if path is not None:
+    if path is not None and team.is_first():
         evaluation.save(path)
+    team.wait()
     return evaluation
 
 

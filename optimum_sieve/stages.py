@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from . import team
 from .adapters import learn_adapter
 from .allocation import allocate, predicted_loss
-from .block_calibration import BlockCalibration, stored_bases
+from .block_calibration import BlockCalibration, factor_together, stored_bases
 from .calibration import collect_moments
 from .factorization import FactorBasis, factorize
 from .inputs import input_format
@@ -218,12 +219,14 @@ def collect_task(
         }
     loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=config.prompt_weight)
     device = input_device(setting.model)
-    batches = make_batches(
-        examples,
-        setting.tokenizer,
-        batch_size=config.batch_size,
-        candidates=by_candidate,
-        inputs=input_format(setting.model),
+    batches = team.share(
+        make_batches(
+            examples,
+            setting.tokenizer,
+            batch_size=config.batch_size,
+            candidates=by_candidate,
+            inputs=input_format(setting.model),
+        )
     )
     power = WEIGHTING_POWERS[config.weighting]
     token_weights = {name: partial(basis.token_weights, power=power) for name, basis in bases.items()}
@@ -239,6 +242,7 @@ def collect_task(
             weights=weights,
             token_weights=token_weights if power and bases else None,
         )
+    team.add_up(tensor for own in moments.values() for tensor in own.tensors().values())
     setting.work.save("moments", key, flatten(moments))
     return moments
 
@@ -249,14 +253,14 @@ def factor(
     """Factor every weight; one basis serves every rank, but for `learned`, which is trained for its rank."""
     config = setting.config
     ranks = _ranks_to_learn(setting) if config.projection == "learned" else {}
-    bases: dict[str, FactorBasis] = {}
-    for name, weight in tqdm(weights.items(), desc="factors", unit="matrix", disable=not setting.progress):
+
+    def one(name: str, weight: torch.Tensor) -> FactorBasis:
         if config.projection == "learned":
             rank = ranks[name]
-            bases[name] = learn_adapter(weight, moments[name], min(weight.shape) if rank is None else rank)
-        else:
-            bases[name] = factorize(weight, moments.get(name), projection=config.projection, damping=config.damping)
-    return bases
+            return learn_adapter(weight, moments[name], min(weight.shape) if rank is None else rank)
+        return factorize(weight, moments.get(name), projection=config.projection, damping=config.damping)
+
+    return factor_together(weights, one, progress=setting.progress)
 
 
 def _ranks_to_learn(setting: Setting) -> Ranks:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from . import team
 from .offloading import loaded
 from .output import replacing
 
@@ -84,8 +85,9 @@ class WorkDir:
     @classmethod
     def temporary(cls) -> WorkDir:
         """Make a directory that goes away with the object."""
-        work = cls(tempfile.mkdtemp(prefix="optimum-sieve-"))
-        weakref.finalize(work, shutil.rmtree, str(work.path), ignore_errors=True)
+        work = cls(team.agree(tempfile.mkdtemp(prefix="optimum-sieve-") if team.is_first() else ""))
+        if team.is_first():
+            weakref.finalize(work, shutil.rmtree, str(work.path), ignore_errors=True)
         return work
 
     def load(self, stage: str, key: str) -> dict[str, torch.Tensor] | None:
@@ -104,7 +106,7 @@ class WorkDir:
             ValueError: If the file is damaged; the message names it.
         """
         path = self.file(stage, key)
-        if path is None or not path.exists():
+        if path is None or not team.agree(path.exists()):
             return None
         try:
             with safe_open(path, framework="pt") as file:
@@ -118,7 +120,7 @@ class WorkDir:
     def remove(self, stage: str, key: str) -> None:
         """Remove the file of a stage, if there is one."""
         path = self.file(stage, key)
-        if path is not None:
+        if path is not None and team.is_first():
             path.unlink(missing_ok=True)
 
     def save(
@@ -132,6 +134,13 @@ class WorkDir:
         path = self.file(stage, key)
         if path is None:
             return
+        if team.is_first():
+            self._write(path, stage, tensors, record)
+        team.wait()
+
+    def _write(
+        self, path: Path, stage: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any] | None
+    ) -> None:
         try:
             with replacing(path) as temporary:
                 metadata = None if record is None else {"record": json.dumps(record)}

@@ -51,6 +51,7 @@ class PruneCommand(SieveSubcommand):
             self.parser.error("the following arguments are required: --output (or --dry-run)")
         config = settings_from(arguments)
 
+        from optimum_sieve import team
         from optimum_sieve.output import check_output
         from optimum_sieve.plan import tensor_bytes
         from optimum_sieve.report import format_table
@@ -61,11 +62,13 @@ class PruneCommand(SieveSubcommand):
         if arguments.output is not None:
             check_output(Path(arguments.output), arguments.overwrite, needed_bytes=tensor_bytes(pruner.model))
         if arguments.dry_run:
-            print(pruner.plan(config).format())
+            if team.is_first():
+                print(pruner.plan(config).format())
             return
         if config.allocation == "genetic" and arguments.work_dir is not None:
             write_job(arguments, config)
         result = pruner.prune(config, work_dir=arguments.work_dir, study_storage=arguments.study_storage)
         pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite)
-        print(format_table(result.report))
-        print(f"\nsaved in {arguments.output}")
+        if team.is_first():
+            print(format_table(result.report))
+            print(f"\nsaved in {arguments.output}")
