@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,6 +31,14 @@ from optimum_sieve.loading import load_model
 
 
 IMPORTS = "import optimum_sieve.pruner, optimum_sieve.commands.prune; from transformers import LlamaForCausalLM"
+# Of a process of its own, as a child is counted with what its parent had when it was started, and this one has models.
+WAIT = """
+import resource, subprocess, sys
+with open(sys.argv[1], "w") as log:
+    status = subprocess.call(sys.argv[2:], stdout=log, stderr=subprocess.STDOUT)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
 
 
 @dataclass(frozen=True)
@@ -150,14 +157,12 @@ def spawn(words: list[object], directory: Path) -> int:
     Raises:
         SystemExit: If it fails; its output is printed.
     """
-    with (directory / "log").open("w") as log:
-        process = subprocess.Popen(list(map(str, words)), stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    command = [sys.executable, "-S", "-c", WAIT, str(directory / "log"), *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
         raise SystemExit((directory / "log").read_text()[-3000:])
     # Kilobytes, but for macOS.
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(result.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
 def difference(task: Path, first: Path, second: Path) -> Comparison:

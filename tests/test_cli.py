@@ -61,7 +61,7 @@ def fresh_process(*words: str) -> subprocess.CompletedProcess[str]:
     ("words", "status", "shown"),
     [
         (["--help"], 0, "Prune a language model for one task."),
-        (["sieve"], 0, "{prune,evaluate,search,heal,report,push,export,merge}"),
+        (["sieve"], 0, "{prune,plan,evaluate,search,heal,report,push,export,merge}"),
         (["sieve", "prune", "--help"], 0, "--pruning-ratio"),
         (["sieve", "evaluate", "--help"], 0, "--compare-to"),
         (["sieve", "search", "--help"], 0, "--worker"),
