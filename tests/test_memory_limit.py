@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from test_search_written import ANSWER, WRITTEN
 from torch import nn
 from toy import load_task, make_model, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
@@ -79,6 +80,34 @@ def test_the_result_is_that_without_a_limit(base: Path, settings: dict[str, Any]
         torch.testing.assert_close(reloaded(ids).logits, expected.model(ids).logits, rtol=1e-4, atol=1e-5)
     # The states between the blocks are gone; the bases stay.
     assert {path.name.split("-")[0] for path in (tmp_path / "work").iterdir()} <= {"bases", "evaluation"}
+
+
+def test_a_model_in_memory_is_held_to_a_limit_too(base: Path, tmp_path: Path) -> None:
+    config = {**SETTINGS, "pruning_ratio": 0.5}
+    expected = load(base).prune(SieveConfig(**config), progress=False)
+    pruner = load(base)
+    limit = pruner.plan(SieveConfig(**config)).whole_bytes - 1
+    plan = pruner.plan(SieveConfig(**config, memory_limit=limit))
+    assert plan.blocks is not None
+    found = pruner.prune(SieveConfig(**config, memory_limit=limit), progress=False)
+    assert found.rank_pattern == expected.rank_pattern
+    ids = torch.tensor([[1, 5, 9, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(ids).logits, expected.model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"pruning_ratio": 0.5}, {"tolerance": 0.4}])
+def test_a_model_that_writes_is_pruned_within_a_limit(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = {**SETTINGS, **settings}
+    (tmp_path / "written").mkdir()
+    task = load_task(tmp_path / "written", parity_rows(120), **WRITTEN, **ANSWER)
+    found = []
+    for options in ({}, {"offload_dir": tmp_path / "o"}):
+        model = SievePruner.from_pretrained(base, task=task, device="cpu", **options)
+        found.append(model.prune(SieveConfig(**config), progress=False))
+    whole, limited = found
+    assert limited.rank_pattern == whole.rank_pattern
+    assert limited.report["pruned"] == whole.report["pruned"]
 
 
 def test_a_round_that_lies_in_the_work_directory_is_not_run_again(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
