@@ -10,23 +10,19 @@ import transformers
 from transformers import AutoConfig
 
 from .arithmetic import Work, count_work
-from .experts import separate_experts, separate_names
+from .experts import separate_experts
 from .hardware import rates_of
 from .inputs import auto_class_name
 from .loading import empty_model
-from .memory import BatchSizes
+from .memory import BatchSizes, expert_shares
 from .plan import PrunePlan, make_plan
 from .targets import find_targets
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from transformers import PretrainedConfig
-
     from .config import SieveConfig
-    from .targets import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +94,9 @@ def forecast(
         config,
         tokens=examples * tokens,
         by_block=plan.blocks is not None,
-        shares=expert_shares(described, targets, separate_names(empty)),
+        shares=expert_shares(empty, targets),
     )
     return Forecast(plan=plan, work=work, seconds=work.seconds(rates_of(hardware, kind)), hardware=hardware)
-
-
-def expert_shares(config: PretrainedConfig, targets: Sequence[Target], experts: Sequence[str]) -> Mapping[str, float]:
-    """Return the part of the tokens that is routed to each expert's matrices, all experts being equal."""
-    text = config.get_text_config()
-    chosen = getattr(text, "num_experts_per_tok", None)
-    count = next((found for name in ("num_local_experts", "num_experts") if (found := getattr(text, name, None))), None)
-    if not experts or not chosen or not count:
-        return {}
-    inside = tuple(f"{name}." for name in experts)
-    return {target.name: chosen / count for target in targets if target.name.startswith(inside)}
 
 
 def _time(seconds: float) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .blockwise import find_blocks
+from .experts import separate_names
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -60,7 +61,7 @@ class BlockSizes:
         moments (`int`): Its moments.
         bases (`int`): Its factor bases.
         workspace (`int`): What the factorization of its largest matrix takes beside weight and moments.
-        features (`int`): Inputs and outputs of its layers, for each token.
+        features (`float`): Inputs and outputs of its layers, for each token.
     """
 
     resident: int
@@ -68,7 +69,7 @@ class BlockSizes:
     moments: int
     bases: int
     workspace: int
-    features: int
+    features: float
 
     @classmethod
     def of(cls, model: nn.Module, targets: Sequence[Target], projection: str) -> BlockSizes:
@@ -81,6 +82,7 @@ class BlockSizes:
         total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         own = {block: _bytes(model.get_submodule(block)) for block in blocks}
         offloaded = sum(size for block, size in own.items() if _offloads(model.get_submodule(block)))
+        shares = expert_shares(model, targets)
         in_block = {block: [t for t in targets if t.name.startswith(f"{block}.")] for block in blocks}
         return cls(
             resident=total - offloaded,
@@ -88,7 +90,7 @@ class BlockSizes:
             moments=max(sum(moment_elements(t, projection) for t in found) for found in in_block.values()) * _FLOAT32,
             bases=max(sum(map(basis_bytes, found)) for found in in_block.values()),
             workspace=max(_workspace(target) for target in targets),
-            features=max(sum(t.in_features + t.out_features for t in found) for found in in_block.values()),
+            features=max(_features(found, shares) for found in in_block.values()),
         )
 
 
@@ -102,7 +104,7 @@ def by_block_bytes(sizes: BlockSizes, batch: BatchSizes, config: SieveConfig, pr
         pruned (`int`): Bytes of the pruned targets, which are in memory together at the end.
     """
     later = config.rounds > 1 and config.projection != "svd"
-    activations = batch.tokens * sizes.features * _FLOAT32 * _ACTIVATION_COPIES
+    activations = round(batch.tokens * sizes.features) * _FLOAT32 * _ACTIVATION_COPIES
     # A later round holds the block's factors beside its dense weights, and its bases, which weight the tokens.
     held = sizes.weights * (2 if later else 1) + sizes.moments
     calibrating = held + max(activations + (sizes.bases if later else 0), sizes.bases + sizes.workspace)
@@ -110,10 +112,27 @@ def by_block_bytes(sizes: BlockSizes, batch: BatchSizes, config: SieveConfig, pr
     return sizes.resident + max(calibrating, logits, pruned + max(activations // 2, logits // 2))
 
 
-def whole_activation_bytes(targets: Sequence[Target], batch: BatchSizes, element: int) -> int:
+def whole_activation_bytes(model: nn.Module, targets: Sequence[Target], batch: BatchSizes, element: int) -> int:
     """Return the bytes of what the whole model's backward pass over one batch keeps, in elements of `element` bytes."""
-    features = sum(target.in_features + target.out_features for target in targets)
-    return batch.tokens * features * element + batch.logits * _LOGIT_COPIES * _FLOAT32
+    features = _features(targets, expert_shares(model, targets))
+    return round(batch.tokens * features) * element + batch.logits * _LOGIT_COPIES * _FLOAT32
+
+
+def expert_shares(model: nn.Module, targets: Sequence[Target]) -> dict[str, float]:
+    """Return the part of the tokens that is routed to each expert's matrices, were all experts equal."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inside = tuple(f"{name}." for name in separate_names(model))
+    chosen = getattr(text, "num_experts_per_tok", None)
+    count = next((found for name in ("num_local_experts", "num_experts") if (found := getattr(text, name, None))), None)
+    if not inside or not chosen or not count:
+        return {}
+    return {target.name: chosen / count for target in targets if target.name.startswith(inside)}
+
+
+def _features(targets: Iterable[Target], shares: Mapping[str, float]) -> float:
+    """Count inputs and outputs of layers for each token, those of experts by their share of the tokens."""
+    return sum((target.in_features + target.out_features) * shares.get(target.name, 1.0) for target in targets)
 
 
 def moments_bytes(targets: Sequence[Target], config: SieveConfig, num_tasks: int = 1) -> int:

@@ -183,7 +183,7 @@ def make_plan(
         moments_bytes=moments_bytes(targets, config, len(splits)),
         bases_bytes=sum(map(basis_bytes, targets)),
         bases_at_once=bases_at_once(config),
-        activation_bytes=whole_activation_bytes(targets, batch, element),
+        activation_bytes=whole_activation_bytes(model, targets, batch, element),
         examples=dict(splits),
         heal_bytes=0 if config.heal is None else _trained(config, kept) * _HEAL_BYTES,
         healing=None if config.heal is None else _describe_healing(config, config.heal),
