@@ -46,7 +46,6 @@ def count_work(
     config: SieveConfig,
     *,
     tokens: int,
-    head: int = 0,
     by_block: bool = False,
     shares: Mapping[str, float] | None = None,
 ) -> Work:
@@ -59,13 +58,12 @@ def count_work(
         targets (`Sequence[Target]`): The matrices; what else the blocks have is neglected.
         config (`SieveConfig`): The settings.
         tokens (`int`): Tokens of all calibration examples.
-        head (`int`): Parameters of the head, which is computed at one token of each example and not counted so.
         by_block (`bool`): Whether one block is held at a time, and run forward twice.
         shares (`Mapping[str, float]`, *optional*): Part of the tokens that reaches a matrix, of experts.
     """
     joint = config.projection == "joint"
-    rounds = config.rounds if config.projection in ("joint", "activation") else 1
-    passes, sums, products, eigenvectors = float(head), 0.0, 0.0, 0.0
+    rounds = config.num_rounds
+    passes, sums, products, eigenvectors = 0.0, 0.0, 0.0, 0.0
     for target in targets:
         rows, columns, rank = target.out_features, target.in_features, target.max_rank
         own = tokens * (shares or {}).get(target.name, 1.0)

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from . import team
 from .block_scoring import block_held
 from .blockwise import BlockRun, Spool, check_blocks, find_blocks
+from .calibration import accumulator
 from .factorization import FactorBasis, factorize
 from .inputs import input_format
 from .losses import calibration_loss
-from .moments import accumulate_moments, check_finite, empty_moments, watches_outputs
+from .moments import check_finite, empty_moments
 from .offloading import execution_device
 from .scoring import input_device, make_batches
 from .setting import WEIGHTING_POWERS, timed
@@ -30,10 +31,12 @@ from .workdir import flatten
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from .moments import Moments
+    from .config import SieveConfig
+    from .losses import Loss
+    from .moments import Moments, TokenWeights
     from .scoring import Batch
     from .search.genome import Ranks
-    from .setting import Setting, TaskSetting
+    from .setting import Setting
     from .tasks import Example
 
 
@@ -91,10 +94,9 @@ class BlockCalibration:
                 tqdm(total=steps, desc=description, unit="block", disable=not self.setting.progress)
             )
             with timed(seconds, "moments"):
-                runs = [
-                    self._start(task, examples, Path(directory), place)
-                    for place, (task, examples) in enumerate(zip(self.setting.tasks, self.gold, strict=True))
-                ]
+                # `svd` looks at no example.
+                gold = () if self.setting.config.projection == "svd" else self.gold
+                runs = [self._start(examples, Path(directory) / str(place)) for place, examples in enumerate(gold)]
             for place, block in order if joint else ():
                 with timed(seconds, "moments"), block_held(model, block, self.bases, self.ranks):
                     for run in runs:
@@ -113,19 +115,15 @@ class BlockCalibration:
         assert found is not None
         return found
 
-    def _start(self, task: TaskSetting, examples: Sequence[Example], directory: Path, place: int) -> BlockRun[Batch]:
-        config, model = self.setting.config, self.setting.model
-        loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=config.prompt_weight)
-        inputs, tokenizer = input_format(model), self.setting.tokenizer
-        batches = make_batches(
-            examples, tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs
-        )
+    def _start(self, examples: Sequence[Example], directory: Path) -> BlockRun[Batch]:
+        """Begin the run over a task's examples, whose states go to a new directory."""
+        model = self.setting.model
+        batches, loss = calibration_batches(self.setting, examples)
         device = input_device(model)
         if not self.ranks:
             check_blocks(model, self.blocks, partial(loss, model, batches[-1].to(device)))
-        own = directory / str(place)
-        own.mkdir()
-        return BlockRun(model, self.blocks, team.share(batches), loss, device=device, spool=Spool(own))
+        directory.mkdir()
+        return BlockRun(model, self.blocks, team.share(batches), loss, device=device, spool=Spool(directory))
 
     def _moments(
         self, runs: Sequence[BlockRun[Batch]], place: int, block: str, *, joint: bool
@@ -135,23 +133,12 @@ class BlockCalibration:
         # Read before the block is pruned.
         weights = {name: linear_weight(model.get_submodule(name)) for name in names}
         moments = {name: empty_moments(weight, projection=config.projection) for name, weight in weights.items()}
-        power = WEIGHTING_POWERS[config.weighting]
-        before = {name: _in_memory(self.bases[name]) for name in names} if power and self.bases else {}
-
-        def accumulate(scaling: float, name: str, x: torch.Tensor, g: torch.Tensor | None) -> None:
-            accumulate_moments(
-                moments[name],
-                weights[name],
-                x,
-                g,
-                on_outputs=watches_outputs(weights[name], config.projection),
-                scaling=scaling,
-                token_weights=partial(before[name].token_weights, power=power) if before else None,
-            )
-
+        before = {name: _in_memory(self.bases[name]) for name in names if name in self.bases}
+        weigh = token_weights(config, before)
         with block_held(model, block, self.bases, self.ranks):
-            for run, task, examples in zip(runs, self.setting.tasks, self.gold, strict=True):
-                visit = partial(accumulate, task.weight / len(examples))
+            for run, task, examples in zip(runs, self.setting.tasks, self.gold, strict=False):
+                scaling = task.weight / len(examples)
+                visit = accumulator(moments, weights, config.projection, scaling=scaling, token_weights=weigh)
                 if joint:
                     run.backward(place, Watch(model, names, visit, gradients=True))
                 else:
@@ -171,6 +158,25 @@ class BlockCalibration:
 
         bases = factor_together(weights, one, progress=False)
         self.setting.work.save("bases", f"{key}-{place}", flatten(bases))
+
+
+def calibration_batches(setting: Setting, examples: Sequence[Example]) -> tuple[list[Batch], Loss]:
+    """Return the batches of a task's calibration examples, all processes' together, and their loss."""
+    config = setting.config
+    loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=config.prompt_weight)
+    inputs = input_format(setting.model)
+    batches = make_batches(
+        examples, setting.tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs
+    )
+    return batches, loss
+
+
+def token_weights(config: SieveConfig, bases: Mapping[str, FactorBasis]) -> dict[str, TokenWeights] | None:
+    """Return how tokens are weighted by the bases of the round before; `None`: by their norms alone."""
+    power = WEIGHTING_POWERS[config.weighting]
+    if not (power and bases):
+        return None
+    return {name: partial(basis.token_weights, power=power) for name, basis in bases.items()}
 
 
 def factor_together(
@@ -212,8 +218,8 @@ def stored_bases(setting: Setting, key: str) -> dict[str, FactorBasis] | None:
     """Return the bases of a round as they lie in the work directory; `None` where it was not finished."""
     found: dict[str, FactorBasis] = {}
     for place, names in enumerate(targets_by_block(setting).values()):
-        path = setting.work.file("bases", f"{key}-{place}")
-        if path is None or not path.exists():
+        path = setting.work.find("bases", f"{key}-{place}")
+        if path is None:
             return None
         for name in names:
             found[name] = StoredBasis(path, name, execution_device(setting.model.get_submodule(name)))

@@ -72,6 +72,31 @@ def collect_moments(
     if weights is None:
         weights = {target.name: linear_weight(model.get_submodule(target.name)) for target in targets}
     moments = {name: empty_moments(weight, projection=projection) for name, weight in weights.items()}
+    accumulate = accumulator(moments, weights, projection, scaling=1 / num_examples, token_weights=token_weights)
+    names = [target.name for target in targets]
+    visit_tokens(model, names, batches, loss, accumulate, gradients=projection == "joint")
+    for name, collected in moments.items():
+        check_finite(name, collected)
+    return moments
+
+
+def accumulator(
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, torch.Tensor],
+    projection: str,
+    *,
+    scaling: float,
+    token_weights: Mapping[str, TokenWeights] | None = None,
+) -> Callable[..., None]:
+    """Return what a [`Watch`][optimum_sieve.watching.Watch] calls to add tokens to the moments of their layer.
+
+    Args:
+        moments (`Mapping[str, Moments]`): What is added to, by layer.
+        weights (`Mapping[str, torch.Tensor]`): Weight (out, in) of each layer that the moments are for.
+        projection (`str`): `"joint"`, `"activation"` or `"learned"`.
+        scaling (`float`): Factor on everything that is added.
+        token_weights (`Mapping[str, Callable]`, *optional*): How the tokens of each layer are weighted.
+    """
 
     def accumulate(name: str, x: torch.Tensor, g: torch.Tensor | None) -> None:
         weight = weights[name]
@@ -81,15 +106,11 @@ def collect_moments(
             x,
             g,
             on_outputs=watches_outputs(weight, projection),
-            scaling=1 / num_examples,
+            scaling=scaling,
             token_weights=None if token_weights is None else token_weights[name],
         )
 
-    names = [target.name for target in targets]
-    visit_tokens(model, names, batches, loss, accumulate, gradients=projection == "joint")
-    for name, collected in moments.items():
-        check_finite(name, collected)
-    return moments
+    return accumulate
 
 
 def direction_gradients(

@@ -202,6 +202,11 @@ class SieveConfig:
         """`memory_limit` as a number of bytes."""
         return parse_bytes("memory_limit", self.memory_limit)
 
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of moments that are taken: `rounds`, or one where the projection takes no more."""
+        return self.rounds if self.projection in ("joint", "activation") else 1
+
     def search_count(self, num_examples: int) -> int:
         """Return how many of the selection split's examples the genetic search scores candidates on.
 

@@ -103,7 +103,7 @@ def by_block_bytes(sizes: BlockSizes, batch: BatchSizes, config: SieveConfig, pr
         config (`SieveConfig`): The settings.
         pruned (`int`): Bytes of the pruned targets, which are in memory together at the end.
     """
-    later = config.rounds > 1 and config.projection != "svd"
+    later = config.num_rounds > 1
     activations = round(batch.tokens * sizes.features) * _FLOAT32 * _ACTIVATION_COPIES
     # A later round holds the block's factors beside its dense weights, and its bases, which weight the tokens.
     held = sizes.weights * (2 if later else 1) + sizes.moments
@@ -142,7 +142,7 @@ def moments_bytes(targets: Sequence[Target], config: SieveConfig, num_tasks: int
 
 def bases_at_once(config: SieveConfig) -> int:
     """Return how many sets of bases are there at most: a later round makes new ones from the old."""
-    return 2 if config.rounds > 1 and config.projection in ("joint", "activation") else 1
+    return 2 if config.num_rounds > 1 else 1
 
 
 def calibration_bytes(targets: Sequence[Target], config: SieveConfig) -> int:

@@ -21,6 +21,11 @@ def is_offloaded(module: nn.Module) -> bool:
     return bool(has_offloaded_params(module))
 
 
+def holds_offloaded(model: nn.Module) -> bool:
+    """Tell whether any part of a model is offloaded."""
+    return any(is_offloaded(module) for module in model.modules())
+
+
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[nn.Module]:
     """Hold a module's own parameters in memory inside the context; tensors taken out of it stay."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .blockwise import find_blocks
 from .memory import BlockSizes, bases_at_once, basis_bytes, by_block_bytes, moments_bytes, whole_activation_bytes
-from .offloading import is_offloaded
+from .offloading import holds_offloaded
 from .surgery import count_target_parameters
 
 
@@ -168,8 +168,7 @@ def make_plan(
     total = sum(target.num_parameters for target in targets)
     model_bytes = tensor_bytes(model)
     after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
-    first: Any = model.get_submodule(targets[0].name)
-    element = first.weight.element_size()
+    element = _element_size(model, targets)
     # A search begins at half of the parameters.
     kept = total // 2 if after is None else after
     removed = 0 if vocabulary is None else vocabulary.rows.removed_elements
@@ -197,12 +196,10 @@ def _plan_blocks(
 ) -> BlockPlan | None:
     """Plan a run by blocks where it has to be one."""
     limit = config.memory_bytes
-    offloaded = any(is_offloaded(module) for module in model.modules())
-    if not offloaded and (limit is None or plan.whole_bytes <= limit):
+    if not holds_offloaded(model) and (limit is None or plan.whole_bytes <= limit):
         return None
     _refuse_whole_runs(plan, config, limit)
-    first: Any = model.get_submodule(targets[0].name)
-    element = first.weight.element_size()
+    element = _element_size(model, targets)
     sizes = BlockSizes.of(model, targets, config.projection)
     # A search may end near the dense model.
     kept = plan.targets_parameters if config.pruning_ratio is None else plan.expected_targets_parameters or 0
@@ -216,7 +213,7 @@ def _plan_blocks(
     blocks = find_blocks(model)
     return BlockPlan(
         count=len(blocks),
-        passes=config.rounds if config.projection in ("joint", "activation") else 1,
+        passes=config.num_rounds,
         peak_bytes=peak,
         disk_bytes=plan.bases_at_once * plan.bases_bytes + (len(blocks) + 1) * batch.states * hidden * element,
     )
@@ -245,6 +242,12 @@ def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) 
             f"`{wrong[0]}` must go with {room}, got {given}: with less, one block of the model is held at a time. "
             "Prune without it; `optimum-cli sieve heal` heals the result."
         )
+
+
+def _element_size(model: nn.Module, targets: Sequence[Target]) -> int:
+    """Return the bytes of one number of the targets' weights."""
+    first: Any = model.get_submodule(targets[0].name)
+    return int(first.weight.element_size())
 
 
 def _trained(config: SieveConfig, kept: int) -> int:

@@ -13,6 +13,7 @@ from .experts import separate_experts
 from .inputs import input_format
 from .losses import PROMPT_SITES
 from .memory import BatchSizes
+from .offloading import holds_offloaded
 from .plan import make_plan
 from .scoring import make_batches, tokens_fingerprint
 from .setting import Setting, TaskSetting
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
+    from .plan import PrunePlan
     from .targets import Target
     from .vocabulary import TaskVocabulary
 
@@ -176,8 +178,9 @@ def prepare(
     """
     targets = check_inputs(model, tokenizer, tasks, config)
     vocabulary = check_vocabulary(model, tokenizer, tasks, config)
-    batch = batch_sizes(model, tokenizer, tasks, config)
-    by_block = make_plan(model, targets, config, task_splits(tasks), batch, vocabulary).blocks is not None
+    # Only then is it worth to tokenize all examples for a plan.
+    limited = config.memory_limit is not None or holds_offloaded(model)
+    by_block = limited and plan_run(model, tokenizer, tasks, config, targets, vocabulary).blocks is not None
     # Healed sizes are too dear to be forgotten during a search, which takes up the best one again.
     searches_healed = config.heal is not None and config.tolerance is not None
     return Setting(
@@ -196,9 +199,21 @@ def prepare(
     )
 
 
-def task_splits(tasks: Sequence[Task]) -> dict[str, dict[str, int]]:
-    """Return the number of examples in each split of each task."""
-    return {task.name: task.splits for task in tasks}
+def plan_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    config: SieveConfig,
+    targets: list[Target],
+    vocabulary: TaskVocabulary | None,
+) -> PrunePlan:
+    """Work out the plan of a run whose inputs were checked.
+
+    Raises:
+        ValueError: If the `memory_limit` cannot be kept; the message says what can.
+    """
+    splits = {task.name: task.splits for task in tasks}
+    return make_plan(model, targets, config, splits, batch_sizes(model, tokenizer, tasks, config), vocabulary)
 
 
 def batch_sizes(

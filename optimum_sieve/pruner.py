@@ -14,8 +14,8 @@ from .healer import hold_ranks, make_healer
 from .hub import push_folder
 from .loading import load_model
 from .offloading import bring_in
-from .plan import PrunePlan, make_plan, measure_sizes
-from .prepare import batch_sizes, check_inputs, check_tasks, check_vocabulary, prepare, read_tasks, task_splits
+from .plan import PrunePlan, measure_sizes
+from .prepare import check_inputs, check_tasks, check_vocabulary, plan_run, prepare, read_tasks
 from .ranks import choose_ranks
 from .result import SieveResult, TaskScores, make_result, save_result
 from .search.stage import join_search, run_search, wait_for_search
@@ -128,8 +128,7 @@ class SievePruner:
         self._check_is_dense()
         targets = check_inputs(self.model, self.tokenizer, self.tasks, config)
         vocabulary = check_vocabulary(self.model, self.tokenizer, self.tasks, config)
-        batch = batch_sizes(self.model, self.tokenizer, self.tasks, config)
-        return make_plan(self.model, targets, config, task_splits(self.tasks), batch, vocabulary)
+        return plan_run(self.model, self.tokenizer, self.tasks, config, targets, vocabulary)
 
     def search(
         self,

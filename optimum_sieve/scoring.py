@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,12 @@ import torch
 from torch import nn
 
 from optimum_sieve.encoding import EncodedExample, encode_examples
+from optimum_sieve.head import head_at
 from optimum_sieve.inputs import InputFormat, Kind
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from transformers import Cache, PreTrainedTokenizerBase
 
@@ -228,7 +228,7 @@ def site_logits(model: nn.Module, batch: Batch, past: Cache | None = None) -> to
     if batch.decoder_input_ids is not None:
         scored = batch.decoder_input_ids
         arguments |= {"decoder_input_ids": scored, "decoder_attention_mask": batch.decoder_attention_mask}
-    with _head_at(model, batch.sites, scored.shape) as chosen:
+    with head_at(model, batch.sites, scored.shape) as chosen:
         logits = model(**arguments).logits
     if chosen:
         return logits[0].float()  # type: ignore[no-any-return]
@@ -237,37 +237,6 @@ def site_logits(model: nn.Module, batch: Batch, past: Cache | None = None) -> to
         logits, positions = logits[:, None], torch.zeros_like(rows)
     at_sites: torch.Tensor = logits[rows.to(logits.device), positions.to(logits.device)].float()
     return at_sites
-
-
-@contextmanager
-def _head_at(model: nn.Module, sites: torch.Tensor, shape: torch.Size) -> Iterator[list[bool]]:
-    """Let a model's head see the hidden states at some sites alone, (1, sites, features), inside the context.
-
-    A vocabulary is many times as wide as the states: logits at all positions would be the largest tensor of a run.
-
-    Returns:
-        `list[bool]`: Holds something afterwards where the head was called as expected.
-    """
-    owner: Any = model
-    head = owner.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    chosen: list[bool] = []
-
-    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        states = args[0] if args else None
-        if not isinstance(states, torch.Tensor) or states.dim() != 3 or states.shape[:2] != shape:
-            return None
-        rows, positions = sites.to(states.device).unbind(dim=1)
-        chosen.append(True)
-        return (states[rows, positions][None], *args[1:])
-
-    if not isinstance(head, nn.Module):
-        yield chosen
-        return
-    handle = head.register_forward_pre_hook(choose)
-    try:
-        yield chosen
-    finally:
-        handle.remove()
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -143,9 +143,8 @@ def score(
         key (`object`): What the score depends on beside the run and the description.
     """
     name = setting.key(task=task, description=description, **key)
-    path = None if setting.work.path is None else setting.work.path / f"evaluation-{name}.safetensors"
-    if path is not None and team.agree(path.exists()):
-        return Evaluation.load(path)
+    if (found := setting.work.find("evaluation", name)) is not None:
+        return Evaluation.load(found)
     options: dict[str, Any] = {"metric": task.metric, "batch_size": setting.config.batch_size}
     options |= {"progress": setting.progress, "description": description}
     if setting.by_block and examples[0].generation is None:
@@ -154,6 +153,7 @@ def score(
         evaluation = evaluate_by_block(setting.model, examples, setting.tokenizer, **options)
     else:
         evaluation = evaluate(setting.model, examples, setting.tokenizer, **options)
+    path = setting.work.file("evaluation", name)
     if path is not None and team.is_first():
         evaluation.save(path)
     team.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,16 +11,14 @@ from tqdm.auto import tqdm
 from . import team
 from .adapters import learn_adapter
 from .allocation import allocate, predicted_loss
-from .block_calibration import BlockCalibration, factor_together, stored_bases
+from .block_calibration import BlockCalibration, calibration_batches, factor_together, stored_bases, token_weights
 from .calibration import collect_moments
 from .factorization import FactorBasis, factorize
-from .inputs import input_format
 from .labelling import label_by_model
-from .losses import calibration_loss
 from .moments import Moments, weighted_sum
 from .offloading import execution_device
-from .scoring import input_device, make_batches
-from .setting import BASIS_SETTINGS, MOMENT_SETTINGS, WEIGHTING_POWERS, timed
+from .scoring import input_device
+from .setting import BASIS_SETTINGS, MOMENT_SETTINGS, timed
 from .surgery import truncated
 from .targets import linear_weight
 from .workdir import flatten, on_device, unflatten
@@ -59,11 +56,10 @@ def calibrate(setting: Setting, seconds: dict[str, float], *, must_exist: bool =
         ValueError: If it must exist and does not.
     """
     names = [target.name for target in setting.targets]
-    rounds = setting.config.rounds if setting.config.projection in ("joint", "activation") else 1
     bases: dict[str, FactorBasis] = {}
     history: list[Ranks] = []
     gold: list[Sequence[Example]] | None = None
-    for number in range(rounds):
+    for number in range(setting.config.num_rounds):
         if number:
             history.append(ranks_in_round(setting, bases, number))
         key = setting.key(*BASIS_SETTINGS, names=names, history=history, learned=_learned(setting.config))
@@ -115,8 +111,10 @@ def _load_bases(setting: Setting, key: str) -> dict[str, FactorBasis] | None:
     found = setting.work.load("bases", key)
     if found is None:
         return None
-    devices = {name: execution_device(setting.model.get_submodule(name)) for name in unflatten(found)}
-    return {name: FactorBasis(**on_device(tensors, devices[name])) for name, tensors in unflatten(found).items()}
+    return {
+        name: FactorBasis(**on_device(tensors, execution_device(setting.model.get_submodule(name))))
+        for name, tensors in unflatten(found).items()
+    }
 
 
 def with_answers(setting: Setting, *splits: str) -> Setting:
@@ -217,21 +215,10 @@ def collect_task(
             name: Moments.from_tensors(on_device(tensors, weights[name].device))
             for name, tensors in unflatten(kept).items()
         }
-    loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=config.prompt_weight)
+    batches, loss = calibration_batches(setting, examples)
     device = input_device(setting.model)
-    batches = team.share(
-        make_batches(
-            examples,
-            setting.tokenizer,
-            batch_size=config.batch_size,
-            candidates=by_candidate,
-            inputs=input_format(setting.model),
-        )
-    )
-    power = WEIGHTING_POWERS[config.weighting]
-    token_weights = {name: partial(basis.token_weights, power=power) for name, basis in bases.items()}
     description = f"moments, round {len(history) + 1}" + (f", {task.name}" if len(setting.tasks) > 1 else "")
-    with tqdm(batches, desc=description, unit="batch", disable=not setting.progress) as bar:
+    with tqdm(team.share(batches), desc=description, unit="batch", disable=not setting.progress) as bar:
         moments = collect_moments(
             setting.model,
             setting.targets,
@@ -240,7 +227,7 @@ def collect_task(
             projection=config.projection,
             num_examples=len(examples),
             weights=weights,
-            token_weights=token_weights if power and bases else None,
+            token_weights=token_weights(config, bases),
         )
     team.add_up(tensor for own in moments.values() for tensor in own.tensors().values())
     setting.work.save("moments", key, flatten(moments))

@@ -105,8 +105,8 @@ class WorkDir:
         Raises:
             ValueError: If the file is damaged; the message names it.
         """
-        path = self.file(stage, key)
-        if path is None or not team.agree(path.exists()):
+        path = self.find(stage, key)
+        if path is None:
             return None
         try:
             with safe_open(path, framework="pt") as file:
@@ -151,6 +151,11 @@ class WorkDir:
                 f"`work_dir` must be writable and have room for the {stage}, got {self.path}: {error}. Finished stages "
                 "are kept: make room and run again."
             ) from error
+
+    def find(self, stage: str, key: str) -> Path | None:
+        """Return where the tensors of a finished stage lie, or `None`; the same in all processes of a run."""
+        path = self.file(stage, key)
+        return path if path is not None and team.agree(path.exists()) else None
 
     def file(self, stage: str, key: str) -> Path | None:
         """Return where the tensors of a stage lie, or will; `None` where nothing is kept."""
