@@ -62,6 +62,7 @@ class BlockSizes:
         bases (`int`): Its factor bases.
         workspace (`int`): What the factorization of its largest matrix takes beside weight and moments.
         features (`float`): Inputs and outputs of its layers, for each token.
+        shard (`int`): A shard of the saved model, see [`shard_bytes`].
     """
 
     resident: int
@@ -70,6 +71,7 @@ class BlockSizes:
     bases: int
     workspace: int
     features: float
+    shard: int
 
     @classmethod
     def of(cls, model: nn.Module, targets: Sequence[Target], projection: str) -> BlockSizes:
@@ -91,6 +93,7 @@ class BlockSizes:
             bases=max(sum(map(basis_bytes, found)) for found in in_block.values()),
             workspace=max(_workspace(target) for target in targets),
             features=max(_features(found, shares) for found in in_block.values()),
+            shard=shard_bytes(model),
         )
 
 
@@ -109,7 +112,15 @@ def by_block_bytes(sizes: BlockSizes, batch: BatchSizes, config: SieveConfig, pr
     held = sizes.weights * (2 if later else 1) + sizes.moments
     calibrating = held + max(activations + (sizes.bases if later else 0), sizes.bases + sizes.workspace)
     logits = batch.logits * _FLOAT32 * _LOGIT_COPIES
-    return sizes.resident + max(calibrating, logits, pruned + max(activations // 2, logits // 2))
+    return sizes.resident + max(calibrating, logits, pruned + max(activations // 2, logits // 2, sizes.shard))
+
+
+def shard_bytes(model: nn.Module) -> int:
+    """Return the size of a shard, in bytes, that saves a model in the least memory: that of its largest tensor.
+
+    safetensors copies what it writes, and no tensor is in two shards.
+    """
+    return max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def whole_activation_bytes(model: nn.Module, targets: Sequence[Target], batch: BatchSizes, element: int) -> int:

@@ -10,6 +10,7 @@ from .card import base_license, build_card
 from .comparison import compare
 from .conversion import sieve_model
 from .inputs import model_kind
+from .memory import shard_bytes
 from .modeling_sieve import read_rank_pattern
 from .output import check_output, whole_directory
 from .report import REPORT_NAME, build_report, task_block, task_blocks, write_report
@@ -164,10 +165,12 @@ def save_result(
         team.wait()
         return output
     check_output(output, overwrite, needed_bytes=result.report["bytes"]["after"])
+    report = result.report
+    limited = report["settings"]["memory_limit"] is not None
+    options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
     with whole_directory(output) as partial:
-        result.model.save_pretrained(partial)
+        result.model.save_pretrained(partial, **options)
         tokenizer.save_pretrained(partial)
-        report = result.report
         report["bytes"]["after"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
         write_report(report, partial / REPORT_NAME)
         card = build_card(

@@ -74,6 +74,10 @@ def test_the_result_is_that_without_a_limit(base: Path, settings: dict[str, Any]
     assert found.report["pruned"] == expected.report["pruned"]
     assert found.report["parameters"] == expected.report["parameters"]
     directory = limited.save_pretrained(tmp_path / "out")
+    # A shard is copied before it is written: none is larger than the tensor that is the largest anyhow, and its header.
+    shards = [path.stat().st_size for path in directory.glob("*.safetensors")]
+    assert len(shards) > 1
+    assert max(shards) <= max(p.numel() * p.element_size() for p in limited.model.parameters()) + 8192
     reloaded = AutoModelForCausalLM.from_pretrained(directory)
     ids = torch.tensor([[1, 5, 9, 3]])
     with torch.no_grad():
