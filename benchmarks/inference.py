@@ -1,0 +1,260 @@
+"""Time prefill and decoding of a pruned model beside the dense one, and compare with what its bytes allow.
+
+    python benchmarks/inference.py                                      # SmolLM2's shape, float32
+    python benchmarks/inference.py --compile --threads 1
+    python benchmarks/inference.py --config benchmarks/configs/llama-3.1-8b --dtype bfloat16 --device cuda --compile
+
+Weights are random, as time does not depend on them, and lie in ordinary memory. Each pruned model has the same part of
+every matrix of its blocks; the two models of a row take turns, so that a noisy machine treats them alike. A ratio above
+1 says that the pruned model is faster; beside it, the largest ratio of a round less the smallest. Decoding reads every
+weight once for each token, an untied embedding apart: the byte limit is the ratio of those bytes, which no layout can
+exceed where memory is what bounds. Decoding uses a static cache that holds 128 tokens before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from records import append_json
+from source import choose_source
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+
+from optimum_sieve.budget import largest_rank, rank_parameters
+from optimum_sieve.conversion import sieve_model
+from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.loading import copy_parameters
+from optimum_sieve.targets import find_targets
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+# Tokens that lie in the cache when decoding begins.
+CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one kind of step takes.
+
+    Args:
+        dense (`float`): Seconds of a step of the dense model, median over the rounds.
+        pruned (`float`): The same of the pruned model.
+        ratio (`float`): Dense over pruned, median of the rounds' ratios.
+        spread (`float`): Largest less smallest ratio of a round.
+    """
+
+    dense: float
+    pruned: float
+    ratio: float
+    spread: float
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="directory with a config.json; default: the demo's model")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: all")
+    parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.5, 0.3])
+    parser.add_argument("--storages", nargs="+", choices=("factors", "pivoted"), default=["factors", "pivoted"])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[128, 1024], help="tokens of one row")
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 8, 64], help="rows that decode together")
+    parser.add_argument("--steps", type=int, default=8, help="tokens decoded in a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="both models, with torch.compile")
+    parser.add_argument("--json", type=Path, help="append the rows to this file, as JSON lines")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print one row for each size, storage and kind of step."""
+    options = parse_arguments(words)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    dense = make_dense(read_config(options.config), options.dtype, options.device)
+    print(f"{machine(options.device)}, {options.dtype}, {'compiled' if options.compile else 'eager'}")
+    print(f"dense: {megabytes(dense):,.0f} MB, loaded in {load_seconds(dense):.1f} s\n")
+    print("| kept | storage | MB | load s | step | dense ms | pruned ms | ratio | byte limit | of the limit |")
+    print("| ---: | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for kept in options.kept:
+        for storage in options.storages:
+            pruned = make_pruned(dense, kept, storage)
+            limit = decode_bytes(dense) / decode_bytes(pruned)
+            size, seconds = megabytes(pruned), load_seconds(pruned)
+            for step, timing in time_pair(dense, pruned, options):
+                bound = limit if step.startswith("decode") else None
+                print_row(kept, storage, size, seconds, step, timing, bound)
+                if options.json:
+                    row = {"kept": kept, "storage": storage, "step": step, "limit": bound, **vars(timing)}
+                    append_json(options.json, {**row, "machine": machine(options.device), "compiled": options.compile})
+            del pruned
+            torch.compiler.reset()
+
+
+def print_row(
+    kept: float, storage: str, size: float, seconds: float, step: str, timing: Timing, bound: float | None
+) -> None:
+    """Print a row of the table."""
+    limit = " | " if bound is None else f"{bound:.2f} | {timing.ratio / bound:.2f}"
+    times = f"{1e3 * timing.dense:.1f} | {1e3 * timing.pruned:.1f} | {timing.ratio:.2f} ({timing.spread:.2f})"
+    print(f"| {kept:g} | {storage} | {size:,.0f} | {seconds:.1f} | {step} | {times} | {limit} |", flush=True)
+
+
+def machine(device: str) -> str:
+    """Name what computes."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+
+
+def read_config(directory: Path | None) -> Any:
+    """Return the configuration in a directory, or that of the demo's model."""
+    if directory is not None:
+        return AutoConfig.from_pretrained(directory)
+    path, _, gguf_file = choose_source(None, None)
+    config = AutoConfig.from_pretrained(path, gguf_file=gguf_file)
+    # Of the file that the configuration was read from; the weights here are plain.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def make_dense(config: Any, dtype: str, device: str) -> Any:
+    """Make the dense model, of random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def make_pruned(dense: Any, kept: float, storage: str) -> Any:
+    """Copy a model with the part `kept` of every matrix of its blocks, in new random factors."""
+    model = copy.deepcopy(dense)
+    for target in find_targets(model):
+        shape = (target.out_features, target.in_features)
+        rank = largest_rank(round(kept * target.num_parameters), *shape, storage)
+        assert rank_parameters(rank, *shape, storage) <= kept * target.num_parameters + 1
+        parent, _, name = target.name.rpartition(".")
+        weight = model.get_submodule(target.name).weight
+        layer = FactorizedLinear(
+            target.in_features,
+            target.out_features,
+            rank,
+            storage=storage,  # type: ignore[arg-type]
+            bias=target.has_bias,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        setattr(model.get_submodule(parent), name, layer.eval())
+    return sieve_model(model, base_model=None, settings={}, results={})
+
+
+def megabytes(model: Any) -> float:
+    """Return the size of all weights, tied ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1e6
+
+
+def decode_bytes(model: Any) -> int:
+    """Return the bytes that decoding one token reads: all weights but an embedding that is not the head too."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+        if parameter is head or parameter is not embedding
+    )
+
+
+def load_seconds(model: Any) -> float:
+    """Return how long loading takes, with the copy into ordinary memory; the file is in the page cache."""
+    with tempfile.TemporaryDirectory(prefix="inference-") as directory:
+        model.save_pretrained(directory)
+        start = time.perf_counter()
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=model.dtype, device_map=str(model.device))
+        copy_parameters(loaded)
+        return time.perf_counter() - start
+
+
+def time_pair(dense: Any, pruned: Any, options: argparse.Namespace) -> list[tuple[str, Timing]]:
+    """Time every kind of step of two models."""
+    rows = []
+    for length in options.prefill:
+        runs = [prefill(model, length, options) for model in (dense, pruned)]
+        rows.append((f"prefill {length}", take_turns(*runs, rounds=options.rounds, steps=1)))
+    for batch in options.decode:
+        runs = [Decoding(model, batch, options) for model in (dense, pruned)]
+        rows.append((f"decode {batch}", take_turns(*runs, rounds=options.rounds, steps=options.steps)))
+    return rows
+
+
+def take_turns(dense: Callable[[], Any], pruned: Callable[[], Any], *, rounds: int, steps: int) -> Timing:
+    """Time two functions of `steps` steps in turns; the first two rounds warm up."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with torch.inference_mode():
+        for number in range(rounds + 2):
+            for run, own in zip((dense, pruned), seconds, strict=True):
+                start = time.perf_counter()
+                run()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if number >= 2:
+                    own.append((time.perf_counter() - start) / steps)
+    ratios = [before / after for before, after in zip(*seconds, strict=True)]
+    before, after = map(statistics.median, seconds)
+    return Timing(before, after, statistics.median(ratios), max(ratios) - min(ratios))
+
+
+def forward(model: Any, options: argparse.Namespace) -> Any:
+    """Return the model's forward pass, compiled where asked for: with CUDA graphs on a GPU."""
+    if not options.compile:
+        return model
+    mode = "reduce-overhead" if options.device.startswith("cuda") else "default"
+    return torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
+
+
+def prefill(model: Any, length: int, options: argparse.Namespace) -> Callable[[], Any]:
+    """Return a function that runs `length` tokens, the last one's logits alone, as generation does."""
+    ids = torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
+    run = forward(model, options)
+    return lambda: run(ids, use_cache=False, logits_to_keep=1)
+
+
+class Decoding:
+    """Decode `options.steps` tokens at each call, greedily, from a static cache that is filled to `CONTEXT` tokens.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        batch (`int`): Rows that decode together.
+        options (`argparse.Namespace`): Of the command line.
+    """
+
+    def __init__(self, model: Any, batch: int, options: argparse.Namespace) -> None:
+        self.steps, self.position = options.steps, CONTEXT
+        length = CONTEXT + options.steps * (options.rounds + 2)
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.run = forward(model, options)
+        ids = torch.randint(0, model.config.vocab_size, (batch, CONTEXT), device=model.device)
+        with torch.inference_mode():
+            self.token = self._step(model, ids, torch.arange(CONTEXT, device=model.device))
+
+    def _step(self, run: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output = run(ids, past_key_values=self.cache, position_ids=positions[None], logits_to_keep=1)
+        # CUDA graphs use their outputs' memory again.
+        return output.logits[:, -1:].argmax(-1).clone()  # type: ignore[no-any-return]
+
+    def __call__(self) -> None:
+        """Decode."""
+        for _ in range(self.steps):
+            position = torch.tensor([self.position], device=self.token.device)
+            self.token = self._step(self.run, self.token, position)
+            self.position += 1
+
+
+if __name__ == "__main__":
+    main()
