@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from records import append_json
+from results.measure import machine_name
 from source import choose_source
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
@@ -31,6 +32,7 @@ from optimum_sieve.budget import largest_rank, rank_parameters
 from optimum_sieve.conversion import sieve_model
 from optimum_sieve.layers import FactorizedLinear
 from optimum_sieve.loading import copy_parameters
+from optimum_sieve.plan import tensor_bytes
 from optimum_sieve.targets import find_targets
 
 
@@ -82,21 +84,22 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     dense = make_dense(read_config(options.config), options.dtype, options.device)
-    print(f"{machine(options.device)}, {options.dtype}, {'compiled' if options.compile else 'eager'}")
-    print(f"dense: {megabytes(dense):,.0f} MB, loaded in {load_seconds(dense):.1f} s\n")
+    machine = machine_name(torch.device(options.device))
+    print(f"{machine}, {options.dtype}, {'compiled' if options.compile else 'eager'}")
+    print(f"dense: {tensor_bytes(dense) / 1e6:,.0f} MB, loaded in {load_seconds(dense):.1f} s\n")
     print("| kept | storage | MB | load s | step | dense ms | pruned ms | ratio | byte limit | of the limit |")
     print("| ---: | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for kept in options.kept:
         for storage in options.storages:
             pruned = make_pruned(dense, kept, storage)
             limit = decode_bytes(dense) / decode_bytes(pruned)
-            size, seconds = megabytes(pruned), load_seconds(pruned)
+            size, seconds = tensor_bytes(pruned) / 1e6, load_seconds(pruned)
             for step, timing in time_pair(dense, pruned, options):
                 bound = limit if step.startswith("decode") else None
                 print_row(kept, storage, size, seconds, step, timing, bound)
                 if options.json:
                     row = {"kept": kept, "storage": storage, "step": step, "limit": bound, **vars(timing)}
-                    append_json(options.json, {**row, "machine": machine(options.device), "compiled": options.compile})
+                    append_json(options.json, {**row, "machine": machine, "compiled": options.compile})
             del pruned
             torch.compiler.reset()
 
@@ -108,11 +111,6 @@ def print_row(
     limit = " | " if bound is None else f"{bound:.2f} | {timing.ratio / bound:.2f}"
     times = f"{1e3 * timing.dense:.1f} | {1e3 * timing.pruned:.1f} | {timing.ratio:.2f} ({timing.spread:.2f})"
     print(f"| {kept:g} | {storage} | {size:,.0f} | {seconds:.1f} | {step} | {times} | {limit} |", flush=True)
-
-
-def machine(device: str) -> str:
-    """Name what computes."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
 
 
 def read_config(directory: Path | None) -> Any:
@@ -156,19 +154,10 @@ def make_pruned(dense: Any, kept: float, storage: str) -> Any:
     return sieve_model(model, base_model=None, settings={}, results={})
 
 
-def megabytes(model: Any) -> float:
-    """Return the size of all weights, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1e6
-
-
 def decode_bytes(model: Any) -> int:
     """Return the bytes that decoding one token reads: all weights but an embedding that is not the head too."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(
-        parameter.numel() * parameter.element_size()
-        for parameter in model.parameters()
-        if parameter is head or parameter is not embedding
-    )
+    return tensor_bytes(model) - (0 if embedding is head else embedding.numel() * embedding.element_size())
 
 
 def load_seconds(model: Any) -> float:
