@@ -31,7 +31,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 
 from optimum_sieve import SieveConfig, SievePruner, Task
 from optimum_sieve.inputs import input_format
-from optimum_sieve.loading import copy_parameters, default_device
+from optimum_sieve.layout import copy_parameters
+from optimum_sieve.loading import default_device
 from optimum_sieve.output import replacing, whole_directory
 from optimum_sieve.report import format_table
 

@@ -2,11 +2,12 @@
 
     python benchmarks/inference.py                                      # SmolLM2's shape, float32
     python benchmarks/inference.py --compile --threads 1
+    python benchmarks/inference.py --columns pruned                     # laid out for generation; both: the dense one too
     python benchmarks/inference.py --config benchmarks/configs/llama-3.1-8b --dtype bfloat16 --device cuda --compile
 
-Weights are random, as time does not depend on them, and lie in ordinary memory. Each pruned model has the same part of
-every matrix of its blocks; the two models of a row take turns, so that a noisy machine treats them alike. A ratio above
-1 says that the pruned model is faster; beside it, the largest ratio of a round less the smallest. Decoding reads every
+Weights are random, as time does not depend on them. Both models come from `from_pretrained`; the dense one's parameters
+are copied into ordinary memory, as a pruned one's are when it is loaded. Each pruned model has the same part of every
+matrix of its blocks; the two models of a row take turns, so that a noisy machine treats them alike. A ratio above 1 says that the pruned model is faster; beside it, the largest ratio of a round less the smallest. Decoding reads every
 weight once for each token, an untied embedding apart: the byte limit is the ratio of those bytes, which no layout can
 exceed where memory is what bounds. Decoding uses a static cache that holds 128 tokens before.
 """
@@ -31,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 from optimum_sieve.budget import largest_rank, rank_parameters
 from optimum_sieve.conversion import sieve_model
 from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.loading import copy_parameters
+from optimum_sieve.layout import copy_parameters, lay_out_for_generation
 from optimum_sieve.plan import tensor_bytes
 from optimum_sieve.targets import find_targets
 
@@ -74,6 +75,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="both models, with torch.compile")
+    parser.add_argument("--columns", choices=("pruned", "both"), help="which models to lay out for generation")
     parser.add_argument("--json", type=Path, help="append the rows to this file, as JSON lines")
     return parser.parse_args(words)
 
@@ -83,23 +85,29 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parse_arguments(words)
     if options.threads:
         torch.set_num_threads(options.threads)
-    dense = make_dense(read_config(options.config), options.dtype, options.device)
+    dense, seconds = reload(make_dense(read_config(options.config), options.dtype, options.device))
+    copy_parameters(dense)
+    if options.columns == "both":
+        lay_out_for_generation(dense)
     machine = machine_name(torch.device(options.device))
     print(f"{machine}, {options.dtype}, {'compiled' if options.compile else 'eager'}")
-    print(f"dense: {tensor_bytes(dense) / 1e6:,.0f} MB, loaded in {load_seconds(dense):.1f} s\n")
+    print(f"dense: {tensor_bytes(dense) / 1e6:,.0f} MB, loaded in {seconds:.1f} s\n")
     print("| kept | storage | MB | load s | step | dense ms | pruned ms | ratio | byte limit | of the limit |")
     print("| ---: | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for kept in options.kept:
         for storage in options.storages:
-            pruned = make_pruned(dense, kept, storage)
+            pruned, seconds = reload(make_pruned(dense, kept, storage))
+            if options.columns:
+                lay_out_for_generation(pruned)
             limit = decode_bytes(dense) / decode_bytes(pruned)
-            size, seconds = tensor_bytes(pruned) / 1e6, load_seconds(pruned)
+            size = tensor_bytes(pruned) / 1e6
             for step, timing in time_pair(dense, pruned, options):
                 bound = limit if step.startswith("decode") else None
                 print_row(kept, storage, size, seconds, step, timing, bound)
                 if options.json:
                     row = {"kept": kept, "storage": storage, "step": step, "limit": bound, **vars(timing)}
-                    append_json(options.json, {**row, "machine": machine, "compiled": options.compile})
+                    settings = {"machine": machine, "compiled": options.compile, "columns": options.columns}
+                    append_json(options.json, {**row, **settings})
             del pruned
             torch.compiler.reset()
 
@@ -135,6 +143,9 @@ def make_dense(config: Any, dtype: str, device: str) -> Any:
 def make_pruned(dense: Any, kept: float, storage: str) -> Any:
     """Copy a model with the part `kept` of every matrix of its blocks, in new random factors."""
     model = copy.deepcopy(dense)
+    for parameter in model.parameters():
+        # To be saved: the dense model may be laid out for generation.
+        parameter.data = parameter.data.contiguous()
     for target in find_targets(model):
         shape = (target.out_features, target.in_features)
         rank = largest_rank(round(kept * target.num_parameters), *shape, storage)
@@ -160,14 +171,13 @@ def decode_bytes(model: Any) -> int:
     return tensor_bytes(model) - (0 if embedding is head else embedding.numel() * embedding.element_size())
 
 
-def load_seconds(model: Any) -> float:
-    """Return how long loading takes, with the copy into ordinary memory; the file is in the page cache."""
+def reload(model: Any) -> tuple[Any, float]:
+    """Return a model as `from_pretrained` gives it, and the seconds that took; the file is in the page cache."""
     with tempfile.TemporaryDirectory(prefix="inference-") as directory:
         model.save_pretrained(directory)
         start = time.perf_counter()
         loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=model.dtype, device_map=str(model.device))
-        copy_parameters(loaded)
-        return time.perf_counter() - start
+        return loaded.eval(), time.perf_counter() - start
 
 
 def time_pair(dense: Any, pruned: Any, options: argparse.Namespace) -> list[tuple[str, Timing]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from optimum_sieve.evaluation import Evaluation, evaluate
     from optimum_sieve.heal_config import HealConfig
     from optimum_sieve.layers import FactorizedLinear
+    from optimum_sieve.layout import lay_out_for_generation
     from optimum_sieve.pruner import SievePruner
     from optimum_sieve.result import SieveResult
     from optimum_sieve.tasks import Task
@@ -35,6 +36,7 @@ _MODULES = {
     "Task": "tasks",
     "compare": "comparison",
     "evaluate": "evaluation",
+    "lay_out_for_generation": "layout",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "Task",
     "compare",
     "evaluate",
+    "lay_out_for_generation",
 ]
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from . import team
 from .blockwise import find_blocks
 from .inputs import auto_class_name
+from .layout import copy_parameters
 from .memory import calibration_bytes
 from .targets import find_targets
 
@@ -140,18 +141,6 @@ def default_device() -> torch.device:
         if accelerator is not None and accelerator.type != "mps":
             return accelerator
     return torch.device("cpu")
-
-
-def copy_parameters(model: torch.nn.Module) -> None:
-    """Copy the parameters into memory of their own, in place.
-
-    `from_pretrained` leaves them in the memory-mapped file, where they are not aligned; a matrix-vector product on the
-    CPU is several times slower there, which would make every pruned model look faster than it is.
-    """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.is_meta:
-                parameter.data = parameter.data.clone()
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:

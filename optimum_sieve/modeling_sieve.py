@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from .experts import separate_experts
 from .fusion import keep_apart
 from .layers import FactorizedLinear
+from .layout import copy_parameters
 from .tensor_parallel import factor_plan
 
 
@@ -119,6 +120,8 @@ class SievePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
                 "The checkpoint must hold exactly the tensors that `rank_pattern` in config.json describes, got "
                 f"{'; '.join(problems)}. Download or save the model again."
             )
+        # The last step of `from_pretrained`.
+        copy_parameters(self)
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
         """Keep rules for dense layers off the factorized layers that share their wildcard name."""

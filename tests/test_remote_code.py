@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import optimum_sieve
 
 
-CODE = ("experts.py", "fusion.py", "layers.py", "modeling_sieve.py", "tensor_parallel.py")
+CODE = ("experts.py", "fusion.py", "layers.py", "layout.py", "modeling_sieve.py", "tensor_parallel.py")
 PACKAGE = Path(optimum_sieve.__file__).parent
 
 SCRIPT = '''
