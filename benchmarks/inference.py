@@ -2,12 +2,13 @@
 
     python benchmarks/inference.py                                      # SmolLM2's shape, float32
     python benchmarks/inference.py --compile --threads 1
-    python benchmarks/inference.py --columns pruned                     # laid out for generation; both: the dense one too
+    python benchmarks/inference.py --columns both                       # laid out for generation
     python benchmarks/inference.py --config benchmarks/configs/llama-3.1-8b --dtype bfloat16 --device cuda --compile
 
 Weights are random, as time does not depend on them. Both models come from `from_pretrained`; the dense one's parameters
 are copied into ordinary memory, as a pruned one's are when it is loaded. Each pruned model has the same part of every
-matrix of its blocks; the two models of a row take turns, so that a noisy machine treats them alike. A ratio above 1 says that the pruned model is faster; beside it, the largest ratio of a round less the smallest. Decoding reads every
+matrix of its blocks; the two models of a row take turns, so that a noisy machine treats them alike. A ratio above 1
+says that the pruned model is faster; beside it, the largest ratio of a round less the smallest. Decoding reads every
 weight once for each token, an untied embedding apart: the byte limit is the ratio of those bytes, which no layout can
 exceed where memory is what bounds. Decoding uses a static cache that holds 128 tokens before.
 """

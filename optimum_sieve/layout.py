@@ -27,9 +27,10 @@ def lay_out_for_generation(model: Module) -> Module:
     """Lay out the linears of a float32 model on the CPU column by column, so that it generates faster.
 
     A linear that multiplies one row at a time reads its whole weight. Math Kernel Library takes the rows of the weight
-    as dot products, and for the short rows of a second factor twice the time of adding up columns: docs/measurements.md,
-    "Speed". Values, shapes and what the model computes stay the same up to rounding. Linears in other dtypes, quantized,
-    distributed, offloaded or on an accelerator are left as they are, and all of them where torch came without MKL.
+    as dot products, which for the short rows of a second factor lasts twice as long as adding up columns
+    (docs/measurements.md, "Speed"). Values, shapes and what the model computes stay the same up to rounding. Linears in
+    other dtypes, quantized, distributed, offloaded or on an accelerator are left as they are, and all of them where
+    torch came without MKL.
 
     Call it on a model that will only be used, pruned or not. FSDP and `safetensors.torch.save_file` refuse parameters
     that are not contiguous, and `save_pretrained` those that two modules share; [`copy_parameters`] does not bring rows
@@ -50,8 +51,10 @@ def lay_out_for_generation(model: Module) -> Module:
 
     ```
     """
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return model
     linears = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
-    for parameter in _plain_parameters(model) if torch.backends.mkl.is_available() else ():
+    for parameter in _plain_parameters(model):
         if id(parameter) in linears and parameter.dtype == torch.float32:
             parameter.data = parameter.data.T.clone(memory_format=torch.contiguous_format).T
     return model
