@@ -4,8 +4,8 @@
     python benchmarks/memory_limit.py --layers 40 --hidden 1536 --limits 3GB --examples 32 --rounds 1
 
 Each run is a process of its own, `optimum-cli sieve prune`, whose largest resident size the system tells its parent.
-The planned size is the plan's and what a process takes that has only imported what the command needs. With `--hidden`,
-the model is a random Llama of that shape, in bfloat16, and its task that of the demo all the same.
+The planned size is the plan's, with what it says of Python and its libraries. With `--hidden`, the model is a random
+Llama of that shape, in bfloat16, and its task that of the demo all the same.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from optimum_sieve import Comparison, SieveConfig, SievePruner, Task, compare, evaluate
 from optimum_sieve.conversion import forget_gguf
 from optimum_sieve.loading import load_model
+from optimum_sieve.plan import LIBRARY_BYTES
 
 
-IMPORTS = "import optimum_sieve.pruner, optimum_sieve.commands.prune; from transformers import LlamaForCausalLM"
 # Of a process of its own, as a child is counted with what its parent had when it was started, and this one has models.
 WAIT = """
 import resource, subprocess, sys
@@ -81,14 +81,13 @@ def main() -> None:
         model, task = directory / "model", write_task(directory, arguments)
         save_model(model, arguments)
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        libraries = spawn([sys.executable, "-c", IMPORTS], directory)
-        print(f"weights {size / 1e6:,.0f} MB, Python and libraries {libraries / 1e6:,.0f} MB\n")
-        print("| limit | planned, libraries included | measured | measured / planned | seconds |")
+        print(f"weights {size / 1e6:,.0f} MB\n")
+        print("| limit | planned | measured | measured / planned | seconds |")
         print("| --- | ---: | ---: | ---: | ---: |")
         limits = [*([None] if arguments.unlimited else []), *arguments.limits]
         runs = [prune(model, task, limit, directory, arguments) for limit in limits]
         for limit, run in zip(limits, runs, strict=True):
-            planned = run.planned + libraries
+            planned = run.planned + LIBRARY_BYTES
             sizes = f"{planned / 1e6:,.0f} MB | {run.peak / 1e6:,.0f} MB | {run.peak / planned:.2f}"
             print(f"| {limit or 'none'} | {sizes} | {run.seconds:.0f} |", flush=True)
         for run in runs[1:] if arguments.unlimited else ():

@@ -5,8 +5,8 @@
 
 Each run is a process of its own, `optimum-cli sieve prune` on the demo's task, and the machine should have no other
 work: the plan measures how fast it is. A size is `demo`, the demo's model in float32, or hidden size x blocks of a
-random Llama in bfloat16. Memory is the resident size of the process, with the imports counted in the plan, too. The plan
-tells the time of `moments` and `factors`; `ranks` and `test` score the selection and test examples.
+random Llama in bfloat16. Memory is the resident size of the process; the plan's is with what it says of Python and its
+libraries. The plan tells the time of `moments` and `factors`; `ranks` and `test` score selection and test examples.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from memory_limit import IMPORTS, prune, save_model, spawn, write_task
+from memory_limit import prune, save_model, write_task
 from results.measure import machine_name
 from transformers import AutoTokenizer
 
 from optimum_sieve import SieveConfig, Task
 from optimum_sieve.forecast import forecast
+from optimum_sieve.plan import LIBRARY_BYTES
 
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ def measure(size: str, directory: Path, arguments: argparse.Namespace) -> str:
     arguments.hidden, arguments.layers = (None, None) if size == "demo" else map(int, size.split("x"))
     model, task = directory / "model", write_task(directory, arguments)
     save_model(model, arguments)
-    libraries = spawn([sys.executable, "-c", IMPORTS], directory)
     config = SieveConfig(
         pruning_ratio=arguments.pruning_ratio,
         rounds=arguments.rounds,
@@ -83,7 +82,7 @@ def measure(size: str, directory: Path, arguments: argparse.Namespace) -> str:
     ).seconds
     run = prune(model, task, arguments.memory_limit, directory, arguments)
     report: dict[str, Any] = json.loads((run.output / "sieve_report.json").read_text())
-    seconds, planned = report["seconds"], run.planned + libraries
+    seconds, planned = report["seconds"], run.planned + LIBRARY_BYTES
     columns = [size, f"{report['parameters']['model_before'] / 1e6:,.0f} M"]
     columns += [f"{planned / 1e6:,.0f} MB", f"{run.peak / 1e6:,.0f} MB", f"{run.peak / planned:.2f}"]
     columns += [f"{each[stage]:.0f} s" for stage in ("moments", "factors") for each in (expected, seconds)]
