@@ -35,6 +35,10 @@ class SieveConfig:
             whose score on the selection split stays within it are searched.
         pruning_ratio (`float`, *optional*):
             Fraction of the target linears' parameters to remove, above 0 and below 1. No search is made.
+        latency_target (`float`, *optional*):
+            Time that the target linears may take for one row, as in decoding, as a fraction of what the dense ones
+            take: above 0 and below 1. Every shape is measured at several ranks where the model lies, and the ranks keep
+            within this beside the number of parameters. With `allocation="energy"`. `None`: time does not count.
         projection (`str`):
             `"joint"` (inputs and output gradients), `"activation"` (inputs alone, the optimum of
             \(\lVert WX - W'X \rVert\)), `"svd"` (the weight alone) or `"learned"` (adapters trained by Adam).
@@ -123,6 +127,7 @@ class SieveConfig:
 
     tolerance: float | None = None
     pruning_ratio: float | None = None
+    latency_target: float | None = None
     projection: str = "joint"
     allocation: str = "energy"
     storage: str = "pivoted"
@@ -168,11 +173,19 @@ class SieveConfig:
             if getattr(self, name) is not None or name not in _OPTIONAL:
                 check_integer(name, getattr(self, name), low)
         object.__setattr__(self, "memory_limit", parse_bytes("memory_limit", self.memory_limit))
+        self._check_allocation()
         self._check_healing()
         if self.vocabulary_size is not None and self.vocabulary != "task":
             raise ValueError(
                 f"`vocabulary_size` must go with vocabulary='task', got {self.vocabulary_size} and vocabulary="
                 f"{self.vocabulary!r}. Set vocabulary='task'."
+            )
+
+    def _check_allocation(self) -> None:
+        if self.latency_target is not None and self.allocation != "energy":
+            raise ValueError(
+                f"`latency_target` must go with allocation='energy', got {self.latency_target} and allocation="
+                f"{self.allocation!r}. Set allocation='energy', or leave it out."
             )
         if self.projection == "learned" and (self.allocation != "uniform" or self.pruning_ratio is None):
             raise ValueError(
@@ -273,6 +286,7 @@ _CHOICES = {
 _FLOAT_RANGES = {
     "tolerance": (0.0, 1.0, True),
     "pruning_ratio": (0.0, 1.0, False),
+    "latency_target": (0.0, 1.0, False),
     "prompt_weight": (0.0, math.inf, True),
     "damping": (0.0, 1.0, True),
     "confidence": (0.5, 1.0, True),
@@ -288,7 +302,7 @@ _LEAST_INTEGERS = {
     "seed": 0,
     "vocabulary_size": 1,
 }
-_OPTIONAL = ("tolerance", "pruning_ratio", "population_size", "generations", "vocabulary_size")
+_OPTIONAL = ("tolerance", "pruning_ratio", "latency_target", "population_size", "generations", "vocabulary_size")
 _HINTS = {"tolerance": " Points are fractions: two points are 0.02."}
 
 

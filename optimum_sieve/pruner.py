@@ -12,6 +12,7 @@ from .card import public_name
 from .checks import check_model
 from .healer import hold_ranks, make_healer
 from .hub import push_folder
+from .latency import measure_latencies, total_seconds
 from .loading import load_model
 from .offloading import bring_in
 from .plan import PrunePlan, measure_sizes
@@ -223,6 +224,9 @@ class SievePruner:
             setting = reduce_vocabulary(setting)
             undo.callback(restore_vocabulary, setting)
             bases = calibrate(setting, seconds)
+            if config.latency_target is not None:
+                with timed(seconds, "latency"):
+                    setting = replace(setting, latencies=measure_latencies(setting))
             healer = make_healer(setting, seconds)
             with timed(seconds, "ranks"):
                 ranks, trials = choose_ranks(setting, bases, healer)
@@ -248,6 +252,7 @@ class SievePruner:
                 base_revision=self._base_revision(),
                 healing=None if healer is None else healer.report(),
                 vocabulary=None if setting.vocabulary is None else setting.vocabulary.sizes,
+                latency=None if setting.latencies is None else total_seconds(setting, ranks),
             )
             self.model, self.tokenizer = self.result.model, setting.tokenizer
             # Done: nothing of it is to be undone.

@@ -92,6 +92,7 @@ def build_report(
     loading: dict[str, str] | None = None,
     healing: dict[str, Any] | None = None,
     vocabulary: dict[str, int] | None = None,
+    latency: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
 
@@ -108,6 +109,9 @@ def build_report(
         healing (`dict[str, Any]`, *optional*): What healing did, see [`Healer.report`][optimum_sieve.healer.Healer].
         vocabulary (`dict[str, int]`, *optional*):
             Rows of the embeddings under `"before"` and `"after"`, where tokens were left out.
+        latency (`dict[str, float]`, *optional*):
+            Seconds that all targets take for one row under `"dense"` and `"pruned"`, by the times that a
+            `latency_target` is held to: each measured alone, eager.
     """
     report: dict[str, Any] = dict(tasks[0]) if len(tasks) == 1 else {"tasks": list(tasks)}
     for key, value in (
@@ -119,6 +123,7 @@ def build_report(
         ("loading", loading),
         ("healing", healing),
         ("vocabulary", vocabulary),
+        ("latency", latency),
     ):
         if value is not None:
             report[key] = value
@@ -191,11 +196,13 @@ def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
     """List what a report says of sizes as (label, before, after), leaving out what it knows of one model only."""
     parameters, num_bytes = report.get("parameters", {}), report.get("bytes", {})
     vocabulary = report.get("vocabulary", {})
+    latency = {name: round(1e6 * seconds) for name, seconds in report.get("latency", {}).items()}
     pairs = [
         ("tokens of the vocabulary", vocabulary.get("before"), vocabulary.get("after")),
         ("parameters of the target matrices", parameters.get("targets_before"), parameters.get("targets_after")),
         ("parameters of the model", parameters.get("model_before"), parameters.get("model_after")),
         ("bytes of the weights (safetensors)", num_bytes.get("before"), num_bytes.get("after")),
+        ("microseconds of the target matrices for one row", latency.get("dense"), latency.get("pruned")),
     ]
     return [(label, before, after) for label, before, after in pairs if before and after is not None]
 

@@ -93,6 +93,7 @@ def make_result(
     base_revision: str | None,
     healing: dict[str, Any] | None = None,
     vocabulary: dict[str, int] | None = None,
+    latency: dict[str, float] | None = None,
 ) -> SieveResult:
     """Turn a factorized model, in place, into one of model type `sieve`, and report on it.
 
@@ -108,6 +109,7 @@ def make_result(
         base_revision (`str`, *optional*): Its commit on the Hub.
         healing (`dict[str, Any]`, *optional*): What healing did.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, where they are fewer.
+        latency (`dict[str, float]`, *optional*): Seconds of the targets for one row, where they had a target.
     """
     named = dict(zip(("before", "after"), sizes, strict=True))
     report = build_report(
@@ -120,6 +122,7 @@ def make_result(
         loading=loading,
         healing=healing,
         vocabulary=vocabulary,
+        latency=latency,
     )
     model = sieve_model(
         model,

@@ -18,6 +18,7 @@ from .workdir import WorkDir, content_key
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import SieveConfig
@@ -80,6 +81,8 @@ class Setting:
             the one they were given with.
         given (`Setting`, *optional*): The setting from before the vocabulary was reduced.
         by_block (`bool`): Whether one block of the model is held at a time; the work directory has a path then.
+        latencies (`dict[str, numpy.ndarray]`, *optional*): What targets take against their rank, once measured, where
+            there is a `latency_target`.
     """
 
     model: PreTrainedModel
@@ -93,6 +96,7 @@ class Setting:
     vocabulary: TaskVocabulary | None = None
     given: Setting | None = None
     by_block: bool = False
+    latencies: Mapping[str, np.ndarray] | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from . import team
 from .adapters import learn_adapter
-from .allocation import allocate, predicted_loss
+from .allocation import LatencyBudget, allocate, predicted_loss
 from .block_calibration import BlockCalibration, calibration_batches, factor_together, stored_bases, token_weights
 from .calibration import collect_moments
 from .factorization import FactorBasis, factorize
@@ -261,6 +261,10 @@ def allocate_ranks(setting: Setting, bases: Mapping[str, FactorBasis], kept: flo
     """Choose every target's rank (`None` = dense) so that the fraction `kept` of their parameters is left."""
     config = setting.config
     total = sum(target.num_parameters for target in setting.targets)
+    latency = None
+    if setting.latencies is not None and config.latency_target is not None:
+        dense = sum(float(seconds[-1]) for seconds in setting.latencies.values())
+        latency = LatencyBudget(setting.latencies, config.latency_target * dense)
     return allocate(
         setting.loss_curves(bases),
         int(kept * total),
@@ -268,4 +272,5 @@ def allocate_ranks(setting: Setting, bases: Mapping[str, FactorBasis], kept: flo
         allocation="uniform" if config.allocation == "uniform" else "energy",
         storage=config.storage,
         multiple=config.rank_multiple,
+        latency=latency,
     )

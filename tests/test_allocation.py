@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from optimum_sieve.allocation import LossCurve, allocate, allocate_energy, allocate_uniform
+from optimum_sieve.allocation import LatencyBudget, LossCurve, allocate, allocate_energy, allocate_uniform
 from optimum_sieve.budget import rank_choices, rank_parameters
 
 
@@ -184,3 +184,44 @@ def test_negative_budget() -> None:
 def test_energy_that_is_not_finite(value: float) -> None:
     with pytest.raises(ValueError, match="energy of `layer` must be finite"):
         allocate([LossCurve("layer", 2, 2, np.array([value, 0.0]))], 2)
+
+
+def test_seconds_are_a_second_budget(problem: Problem) -> None:
+    curves, storage, multiple = problem
+    rng = np.random.default_rng(len(curves))
+    seconds = {}
+    for curve in curves:
+        ranks, parameters, _ = curve.choices(storage, multiple)
+        # Factors cost a constant more, so that some dense layers are faster than factors of fewer parameters.
+        factors = [0.0 if rank == 0 else 10.0 + size for rank, size in zip(ranks, parameters, strict=True)]
+        seconds[curve.name] = np.array([*factors[:-1], parameters[-1]]) * rng.uniform(0.5, 2)
+    points = []
+    choices = [curve.choices(storage, multiple)[0] for curve in curves]
+    for picks in itertools.product(*(range(len(own)) for own in choices)):
+        ranks = {curve.name: own[pick] for curve, own, pick in zip(curves, choices, picks, strict=True)}
+        taken = sum(seconds[curve.name][pick] for curve, pick in zip(curves, picks, strict=True))
+        points.append((*measure(curves, ranks, storage), taken))
+    total, dense = sum(c.dense_parameters for c in curves), sum(own[-1] for own in seconds.values())
+    gaps = []
+    for kept, target in itertools.product((0.4, 0.7, 1.0), (0.2, 0.5, 0.8)):
+        latency = LatencyBudget(seconds, target * dense)
+        ranks = allocate(curves, int(kept * total), storage=storage, multiple=multiple, latency=latency)
+        parameters, loss = measure(curves, ranks, storage)
+        taken = sum(seconds[c.name][own.index(ranks[c.name])] for c, own in zip(curves, choices, strict=True))
+        assert parameters <= kept * total
+        assert taken <= target * dense * (1 + ROUNDING)
+        best = min(own for size, own, time in points if size <= int(kept * total) and time <= target * dense)
+        worst = max(own for _, own, _ in points)
+        gaps.append((loss - best) / worst)
+        assert gaps[-1] >= -ROUNDING
+    # Three layers have few points on their hulls.
+    assert np.median(gaps) < 0.05
+
+
+def test_a_latency_that_no_rank_reaches_is_refused() -> None:
+    curve = LossCurve("layer", 4, 4, np.ones(4))
+    ranks, _, _ = curve.choices("factors", 1)
+    seconds = {"layer": np.linspace(0.5, 1.0, len(ranks))}
+    assert allocate([curve], 16, storage="factors", multiple=1, latency=LatencyBudget(seconds, 0.5)) == {"layer": 0}
+    with pytest.raises(ValueError, match=r"`latency_target` must be at least 0\.50 here.*got 0\.40"):
+        allocate([curve], 16, storage="factors", multiple=1, latency=LatencyBudget(seconds, 0.4))
