@@ -186,7 +186,8 @@ class _Problem:
 
     def spent(self, picks: Sequence[int]) -> np.ndarray:
         """Add up the costs of all layers."""
-        return np.sum([own[pick] for own, pick in zip(self.costs, picks, strict=True)], axis=0)
+        total: np.ndarray = sum(own[pick] for own, pick in zip(self.costs, picks, strict=True))
+        return total
 
     def fits(self, picks: Sequence[int]) -> bool:
         """Tell whether the costs are within the limits."""
