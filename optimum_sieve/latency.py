@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from .workdir import content_key
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from .layers import Storage
     from .search.genome import Ranks
@@ -81,19 +82,26 @@ def _measure_shape(
     ranks = rank_choices(rows, columns, storage, multiple)
     tried = sorted({ranks[round(place)] for place in np.linspace(0, len(ranks) - 1, _POINTS)})
 
-    def factorized(rank: int) -> Callable[[], nn.Module]:
-        return lambda: FactorizedLinear(columns, rows, rank, storage=storage, bias=False, device=device, dtype=dtype)
-
-    seconds = [_seconds(factorized(rank), columns, dtype, device) for rank in tried]
-    dense = _seconds(lambda: nn.Linear(columns, rows, bias=False, device=device, dtype=dtype), columns, dtype, device)
+    with torch.device("meta"):
+        factorized = [FactorizedLinear(columns, rows, rank, storage=storage, bias=False, dtype=dtype) for rank in tried]
+        whole = nn.Linear(columns, rows, bias=False, dtype=dtype)
+    seconds = [_seconds(layer, columns, dtype, device) for layer in factorized]
+    dense = _seconds(whole, columns, dtype, device)
     # What is shorter at a higher rank is noise.
     return [*np.maximum.accumulate(np.interp(ranks, tried, seconds)).tolist(), dense]
 
 
-def _seconds(make: Callable[[], nn.Module], columns: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the median seconds of one layer, of several that take turns."""
-    size = sum(parameter.nbytes for parameter in make().parameters())
-    layers = [make() for _ in range(min(_MOST_LAYERS, 1 + _COLD_BYTES // max(size, 1)))]
+def _seconds(empty: nn.Module, columns: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the median seconds of a layer, given without weights, of several copies that take turns."""
+    size = sum(parameter.nbytes for parameter in empty.parameters())
+    count = min(_MOST_LAYERS, 1 + _COLD_BYTES // max(size, 1))
+    layers = [copy.deepcopy(empty).to_empty(device=device) for _ in range(count)]
+    for layer in layers:
+        for parameter in layer.parameters():
+            # What lies in fresh memory may be too small a number to be multiplied at full speed.
+            nn.init.ones_(parameter)
+        for name, order in layer.named_buffers():
+            layer.register_buffer(name, torch.arange(len(order), dtype=order.dtype, device=device))
     x = torch.ones(1, 1, columns, dtype=dtype, device=device)
     seconds = []
     with torch.inference_mode():

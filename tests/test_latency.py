@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +43,26 @@ def test_times_rise_with_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured[-1] < measured[len(ranks) - 1]
 
 
-def test_weights_do_not_stay_in_the_cache() -> None:
-    made: list[torch.nn.Module] = []
+def test_weights_do_not_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, torch.nn.Module] = {}
+    forward = torch.nn.Linear.forward
 
-    def make() -> torch.nn.Module:
-        made.append(torch.nn.Linear(1000, 1000, bias=False))
-        return made[-1]
+    def watched(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        seen[id(self)] = self
+        return forward(self, x)
 
-    assert module._seconds(make, 1000, torch.float32, torch.device("cpu")) > 0
-    assert sum(each.weight.nbytes for each in made) > module._COLD_BYTES
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    with torch.device("meta"):
+        empty = torch.nn.Linear(1000, 1000, bias=False)
+    assert module._seconds(empty, 1000, torch.float32, torch.device("cpu")) > 0
+    assert sum(each.weight.nbytes for each in seen.values()) > module._COLD_BYTES
+
+
+def test_every_storage_and_dtype_is_timed() -> None:
+    for storage, dtype in itertools.product(("factors", "pivoted"), (torch.float32, torch.bfloat16)):
+        measured = module._measure_shape((24, 32), storage, 8, dtype, torch.device("cpu"))
+        assert len(measured) == len(rank_choices(24, 32, storage, 8)) + 1
+        assert min(measured) > 0
 
 
 @pytest.fixture
