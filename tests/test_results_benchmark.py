@@ -207,7 +207,22 @@ def test_nothing_within_the_tolerance_is_a_result(benchmark: ModuleType, world: 
     change_preset(benchmark, monkeypatch, cells={"parity": {"svd": (0.02,)}}, search_steps=1)
     page = run(benchmark, world)
     assert cells(world)["svd", 0.02]["nothing"].startswith("`tolerance` must leave room for pruning")
-    assert next(line for line in page.splitlines() if line.startswith("| svd, uniform |")).count("| none |") == 1
+    assert next(line for line in page.splitlines() if line.startswith("| svd, uniform |")).count("| none; ") == 1
+
+
+def test_where_nothing_is_within_the_tolerance_the_page_says_what_was_tried(benchmark: ModuleType) -> None:
+    from results import table
+
+    messages = (
+        "`tolerance` must leave room: keeping 50.0% of the parameters already costs 0.0032 +- 0.0680. Accept",
+        "`tolerance` ...: keeping 98.0% of the parameters costs -0.0066 +- 0.0114 on 262 fresh examples. Accept",
+    )
+    cells = {("svd", tolerance): {"nothing": text} for tolerance, text in zip((0.02, 0.05), messages, strict=True)}
+    found = table.Results(job=benchmark.JOBS[0], dense={}, cells=cells)
+    (method,) = (method for method in table.METHODS if method.name == "svd")
+    assert table._cell(found, method, 0.02) == "none; .500 costs .003 ± .068"
+    assert table._cell(found, method, 0.05) == "none; .980 costs -.007 ± .011"
+    assert table._kept(found, method, 0.02) == "none"
 
 
 def test_the_summary_names_no_winner_where_nothing_is_removed(benchmark: ModuleType, world: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 MIDDLE = 0.02
 NOT_RUN, BUSY = "not run", "busy"
+# What the error says that ends a run without a size.
+_COST = re.compile(r"keeping (\d+\.\d+)% of the parameters (?:already )?costs (-?\d+\.\d+) \+- (\d+\.\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,8 @@ dense on the same examples. A dense model counts if its score, two standard erro
 {_points(max(TOLERANCES))} above that of the most frequent answer. Where the model cannot do a task as it comes, a LoRA
 adapter is trained on rows apart from selection and test, and merged; that *tuned* model is then the dense one of all
 rows. "{NOT_RUN}": the preset leaves it out, or it is still to come. "none": no size that was tried is within the
-tolerance. Minutes are those of all cells of a row, without what a row above it had computed already: moments, factors.
+tolerance; the largest follows, with what it costs on the selection split. Minutes are those of all cells of a row,
+without what a row above it had computed already: moments, factors.
 "{BUSY}": the machine had other work, and times say nothing. Peak memory is that of the process, or of its tensors on
 the GPU where there is one.
 
@@ -157,7 +161,11 @@ def _cell(found: Results, method: Method, tolerance: float) -> str:
     kept = _kept(found, method, tolerance)
     cell = found.cells.get((method.name, tolerance), {})
     if "kept" not in cell:
-        return kept
+        cost = _COST.search(cell.get("nothing", ""))
+        if cost is None:
+            return kept
+        size, mean, error = map(float, cost.groups())
+        return f"{kept}; {number(size / 100)} costs {number(mean)} ± {number(error)}"
     return f"kept **{kept}**: {with_error(cell['test'])} ({with_error(cell['difference'])})"
 
 
