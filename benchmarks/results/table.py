@@ -95,8 +95,8 @@ dense on the same examples. A dense model counts if its score, two standard erro
 {_points(max(TOLERANCES))} above that of the most frequent answer. Where the model cannot do a task as it comes, a LoRA
 adapter is trained on rows apart from selection and test, and merged; that *tuned* model is then the dense one of all
 rows. "{NOT_RUN}": the preset leaves it out, or it is still to come. "none": no size that was tried is within the
-tolerance; the one that came nearest follows, with what it costs on the selection split. Minutes are those of all cells of
-a row, without what a row above it had computed already: moments, factors.
+tolerance; the one that came nearest follows, with what it costs on the selection split. Minutes are those of all cells
+of a row, without what a row above it had computed already: moments, factors.
 "{BUSY}": the machine had other work, and times say nothing. Peak memory is that of the process, or of its tensors on
 the GPU where there is one.
 
