@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from optimum_sieve import Comparison, SieveConfig, SievePruner, Task, compare, evaluate
 from optimum_sieve.conversion import forget_gguf
 from optimum_sieve.loading import load_model
-from optimum_sieve.plan import LIBRARY_BYTES
 
 
 # Of a process of its own, as a child is counted with what its parent had when it was started, and this one has models.
@@ -49,7 +48,7 @@ class Run:
         output (`Path`): The pruned model.
         seconds (`float`): Wall-clock time, loading and saving included.
         peak (`int`): Largest resident size of the process, bytes.
-        planned (`int`): What the plan said, bytes, without Python and its libraries.
+        planned (`int`): What the plan said, bytes, Python and its libraries included.
     """
 
     output: Path
@@ -87,7 +86,7 @@ def main() -> None:
         limits = [*([None] if arguments.unlimited else []), *arguments.limits]
         runs = [prune(model, task, limit, directory, arguments) for limit in limits]
         for limit, run in zip(limits, runs, strict=True):
-            planned = run.planned + LIBRARY_BYTES
+            planned = run.planned
             sizes = f"{planned / 1e6:,.0f} MB | {run.peak / 1e6:,.0f} MB | {run.peak / planned:.2f}"
             print(f"| {limit or 'none'} | {sizes} | {run.seconds:.0f} |", flush=True)
         for run in runs[1:] if arguments.unlimited else ():
@@ -136,7 +135,8 @@ def prune(model: Path, task: Path, limit: str | None, directory: Path, arguments
     }
     offload = {} if limit is None else {"offload_dir": directory / "offloaded"}
     pruner = SievePruner.from_pretrained(model, task=task, device="cpu", **offload)
-    planned = pruner.plan(SieveConfig(**settings, memory_limit=limit)).peak_bytes
+    plan = pruner.plan(SieveConfig(**settings, memory_limit=limit))
+    planned = plan.peak_bytes + plan.library_bytes
     del pruner
     words = ["optimum-cli", "sieve", "prune", "--model", model, "--task", task, "--device", "cpu", "--output", output]
     words += ["--work-dir", work, *(() if limit is None else ("--memory-limit", limit))]

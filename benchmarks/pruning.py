@@ -26,7 +26,6 @@ from transformers import AutoTokenizer
 
 from optimum_sieve import SieveConfig, Task
 from optimum_sieve.forecast import forecast
-from optimum_sieve.plan import LIBRARY_BYTES
 
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def measure(size: str, directory: Path, arguments: argparse.Namespace) -> str:
     ).seconds
     run = prune(model, task, arguments.memory_limit, directory, arguments)
     report: dict[str, Any] = json.loads((run.output / "sieve_report.json").read_text())
-    seconds, planned = report["seconds"], run.planned + LIBRARY_BYTES
+    seconds, planned = report["seconds"], run.planned
     columns = [size, f"{report['parameters']['model_before'] / 1e6:,.0f} M"]
     columns += [f"{planned / 1e6:,.0f} MB", f"{run.peak / 1e6:,.0f} MB", f"{run.peak / planned:.2f}"]
     columns += [f"{each[stage]:.0f} s" for stage in ("moments", "factors") for each in (expected, seconds)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .blockwise import find_blocks
 from .memory import BlockSizes, bases_at_once, basis_bytes, by_block_bytes, moments_bytes, whole_activation_bytes
-from .offloading import holds_offloaded
+from .offloading import execution_device, holds_offloaded
 from .surgery import count_target_parameters
 
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 # Of each trained parameter: its gradient, both moments of AdamW, the weight from before and the best one, in float32.
 _HEAL_BYTES = 5 * 4
 # What a process takes of the CPU's memory that has imported what a run needs and computed something (measured: 550 MB).
-LIBRARY_BYTES = 600_000_000
+_LIBRARY_BYTES = 600_000_000
+# In half precision on the CPU oneDNN keeps a compiled product for each rank and number of tokens, 1,024 at most
+# (measured: .7 MB each).
+_KERNEL_BYTES = 700_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class PrunePlan:
         healing (`str`, *optional*): What healing costs at most; `None` without it.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings `"before"` and, at least, `"after"`; `None`
             where they stay.
+        library_bytes (`int`): Bytes of the CPU's memory that Python and its libraries take beside all that.
         blocks (`BlockPlan`, *optional*): What the run takes one block at a time, where it is made so: its model is
             offloaded, or a `memory_limit` leaves no room for all of it.
     """
@@ -84,6 +88,7 @@ class PrunePlan:
     heal_bytes: int = 0
     healing: str | None = None
     vocabulary: dict[str, int] | None = None
+    library_bytes: int = _LIBRARY_BYTES
     blocks: BlockPlan | None = None
 
     @property
@@ -130,7 +135,7 @@ class PrunePlan:
             ]
         return [
             f"{found}one block of {self.blocks.count} at a time; as a whole {_size(self.whole_bytes)}; "
-            f"Python and its libraries take some {LIBRARY_BYTES / 1e6:.0f} MB of the CPU's memory more",
+            f"Python and its libraries take some {self.library_bytes / 1e6:,.0f} MB of the CPU's memory more",
             f"passes                 {self.blocks.passes} over the calibration examples, with two forward passes each",
             f"disk                   {_size(self.blocks.disk_bytes)} in the work directory",
         ]
@@ -189,6 +194,7 @@ def make_plan(
         heal_bytes=0 if config.heal is None else _trained(config, kept) * _HEAL_BYTES,
         healing=None if config.heal is None else _describe_healing(config, config.heal),
         vocabulary=None if vocabulary is None else vocabulary.sizes,
+        library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if _computes_in_half_on_cpu(model, targets) else 0),
     )
     return replace(plan, blocks=_plan_blocks(plan, model, targets, config, batch))
 
@@ -244,6 +250,12 @@ def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) 
             f"`{wrong[0]}` must go with {room}, got {given}: with less, one block of the model is held at a time. "
             "Prune without it; `optimum-cli sieve heal` heals the result."
         )
+
+
+def _computes_in_half_on_cpu(model: nn.Module, targets: Sequence[Target]) -> bool:
+    """Tell so of the targets; a model without weights may run anywhere."""
+    first = model.get_submodule(targets[0].name)
+    return execution_device(first).type == "cpu" and _element_size(model, targets) == 2
 
 
 def _element_size(model: nn.Module, targets: Sequence[Target]) -> int:

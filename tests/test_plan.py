@@ -39,6 +39,17 @@ def test_sizes_are_met_by_the_run(pruner: SievePruner, tmp_path: Path) -> None:
     assert "about" in plan.format()
 
 
+def test_half_precision_on_the_cpu_takes_more_for_its_libraries(tmp_path: Path) -> None:
+    config, task = SieveConfig(pruning_ratio=0.5), load_task(tmp_path)
+    single, half = (
+        SievePruner(make_model().to(dtype), make_tokenizer(), task).plan(config)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert single.library_bytes == 600e6
+    assert half.library_bytes == 1300e6
+    assert half.model_bytes == single.model_bytes / 2
+
+
 def test_a_path_of_this_machine_stays_out_of_the_configuration(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
