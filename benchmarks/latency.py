@@ -22,12 +22,11 @@ from results.measure import machine_name
 from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
-from optimum_sieve.budget import rank_parameters
 from optimum_sieve.latency import measure_latencies, total_seconds
 from optimum_sieve.loading import load_model
 from optimum_sieve.prepare import prepare
 from optimum_sieve.stages import allocate_ranks, calibrate
-from optimum_sieve.surgery import apply_ranks
+from optimum_sieve.surgery import apply_ranks, count_target_parameters
 
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=200, help="test examples")
     parser.add_argument("--steps", type=int, default=8, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    # Read by what decodes: eager, as the layers of the table are.
+    parser.set_defaults(compile=False)
     return parser.parse_args(words)
 
 
@@ -60,9 +61,8 @@ def main(words: Sequence[str] | None = None) -> None:
     model, tokenizer, _ = load_model(source, dtype="float32", gguf_file=gguf_file)
     config = SieveConfig(tolerance=0.0, storage=options.storage)
     with tempfile.TemporaryDirectory(prefix="latency-") as directory:
-        setting = prepare(
-            model, tokenizer, (task,), config, work_dir=directory, study_storage=None, progress=False
-        )  # fmt: skip
+        given = (model, tokenizer, (task,), config)
+        setting = prepare(*given, work_dir=directory, study_storage=None, progress=False)
         bases = calibrate(setting, {})
         model.to(getattr(torch, options.dtype))
         setting = replace(setting, latencies=measure_latencies(setting))
@@ -87,8 +87,6 @@ class Bench:
     def __init__(self, setting: Setting, bases: Mapping[str, FactorBasis], options: argparse.Namespace) -> None:
         self.setting, self.bases, self.options = setting, bases, options
         self.test = setting.tasks[0].test[: options.limit]
-        # Of what decodes: eager, as the table of times is.
-        self.options.compile = False
         self.dense = self.score(setting.model)
 
     def score(self, model: Any) -> Evaluation:
@@ -102,17 +100,12 @@ class Bench:
         ranks = allocate_ranks(setting, self.bases, kept)
         pruned = copy.deepcopy(setting.model)
         apply_ranks(pruned, self.bases, ranks, storage=self.options.storage)
-        left = sum(
-            each.num_parameters
-            if (rank := ranks[each.name]) is None
-            else rank_parameters(rank, each.out_features, each.in_features, self.options.storage)
-            for each in setting.targets
-        )
         own = total_seconds(setting, ranks)
         runs = [Decoding(model, 1, self.options) for model in (setting.model, pruned)]
         timing = take_turns(*runs, rounds=self.options.rounds, steps=self.options.steps)
         cells = [f"{kept:g}", "none" if target is None else f"{target:g}"]
-        cells += [f"{left / sum(each.num_parameters for each in setting.targets):.3f}"]
+        left, whole = (count_target_parameters(model, setting.targets) for model in (pruned, setting.model))
+        cells += [f"{left / whole:.3f}"]
         cells += [f"{own['pruned'] / own['dense']:.3f}", f"{timing.pruned / timing.dense:.3f}"]
         cells += [f"{compare(self.dense, self.score(pruned)).kl:.4f}"]
         return f"| {' | '.join(cells)} |"

@@ -86,8 +86,7 @@ def main() -> None:
         limits = [*([None] if arguments.unlimited else []), *arguments.limits]
         runs = [prune(model, task, limit, directory, arguments) for limit in limits]
         for limit, run in zip(limits, runs, strict=True):
-            planned = run.planned
-            sizes = f"{planned / 1e6:,.0f} MB | {run.peak / 1e6:,.0f} MB | {run.peak / planned:.2f}"
+            sizes = f"{run.planned / 1e6:,.0f} MB | {run.peak / 1e6:,.0f} MB | {run.peak / run.planned:.2f}"
             print(f"| {limit or 'none'} | {sizes} | {run.seconds:.0f} |", flush=True)
         for run in runs[1:] if arguments.unlimited else ():
             print(f"\nKL to the run without a limit: {difference(task, runs[0].output, run.output).kl:.2e}")

@@ -81,9 +81,9 @@ def measure(size: str, directory: Path, arguments: argparse.Namespace) -> str:
     ).seconds
     run = prune(model, task, arguments.memory_limit, directory, arguments)
     report: dict[str, Any] = json.loads((run.output / "sieve_report.json").read_text())
-    seconds, planned = report["seconds"], run.planned
+    seconds = report["seconds"]
     columns = [size, f"{report['parameters']['model_before'] / 1e6:,.0f} M"]
-    columns += [f"{planned / 1e6:,.0f} MB", f"{run.peak / 1e6:,.0f} MB", f"{run.peak / planned:.2f}"]
+    columns += [f"{run.planned / 1e6:,.0f} MB", f"{run.peak / 1e6:,.0f} MB", f"{run.peak / run.planned:.2f}"]
     columns += [f"{each[stage]:.0f} s" for stage in ("moments", "factors") for each in (expected, seconds)]
     columns += [*(f"{seconds[stage]:.0f} s" for stage in ("ranks", "test")), f"{run.seconds:.0f} s"]
     return f"| {' | '.join(columns)} |"

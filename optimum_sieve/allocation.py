@@ -55,11 +55,21 @@ class LatencyBudget:
 
     Args:
         seconds (`Mapping[str, numpy.ndarray]`): By layer, of each of its [`LossCurve.choices`]; the last is dense.
-        limit (`float`): Their sum at most.
+        target (`float`): Part of what all dense layers take.
     """
 
     seconds: Mapping[str, np.ndarray]
-    limit: float
+    target: float
+
+    @property
+    def dense(self) -> float:
+        """Seconds of all layers when they are left dense."""
+        return float(sum(own[-1] for own in self.seconds.values()))
+
+    @property
+    def limit(self) -> float:
+        """Seconds allowed."""
+        return self.target * self.dense
 
 
 def allocate(
@@ -167,11 +177,11 @@ class _Problem:
         limits = np.array([float(budget)])
         if latency is not None:
             times = [latency.seconds[curve.name] for curve in curves]
-            least, dense = sum(own[0] for own in times), sum(own[-1] for own in times)
+            least = sum(own[0] for own in times)
             if least > latency.limit:
                 raise ValueError(
-                    f"`latency_target` must be at least {least / dense:.2f} here, what layers of rank 0 take, got "
-                    f"{latency.limit / dense:.2f}. Raise it."
+                    f"`latency_target` must be at least {least / latency.dense:.2f} here, what layers of rank 0 take, "
+                    f"got {latency.target:.2f}. Raise it."
                 )
             costs = [np.column_stack([own, seconds]) for (_, own, _), seconds in zip(tables, times, strict=True)]
             limits = np.array([float(budget), latency.limit])

@@ -13,6 +13,7 @@ from .blockwise import find_blocks
 from .inputs import auto_class_name
 from .layout import copy_parameters
 from .memory import calibration_bytes
+from .modeling_sieve import SievePreTrainedModel
 from .targets import find_targets
 
 
@@ -74,7 +75,9 @@ def load_model(
             )
         options |= {"device_map": offload_map(auto_class, config, place), "offload_folder": str(offload_dir)}
     loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=_dtype(dtype), **options)
-    copy_parameters(loaded)
+    if not isinstance(loaded, SievePreTrainedModel):
+        # A pruned model has done so.
+        copy_parameters(loaded)
     if offload_dir is None:
         loaded.to(place)  # type: ignore[arg-type]
     return loaded, tokenizer, name

@@ -263,8 +263,7 @@ def allocate_ranks(setting: Setting, bases: Mapping[str, FactorBasis], kept: flo
     total = sum(target.num_parameters for target in setting.targets)
     latency = None
     if setting.latencies is not None and config.latency_target is not None:
-        dense = sum(float(seconds[-1]) for seconds in setting.latencies.values())
-        latency = LatencyBudget(setting.latencies, config.latency_target * dense)
+        latency = LatencyBudget(setting.latencies, config.latency_target)
     return allocate(
         setting.loss_curves(bases),
         int(kept * total),

@@ -40,8 +40,8 @@ def test_loaded_parameters_have_memory_of_their_own(tmp_path: Path, dtype: torch
     pruned_model().to(dtype).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.dtype == dtype
-    # Of a mapped file, one storage holds all of it.
-    assert all(own.untyped_storage().nbytes() == own.nbytes and own.is_contiguous() for own in loaded.parameters())
+    # torch aligns what it allocates; in the mapped file, tensors follow a header.
+    assert all(own.data_ptr() % 64 == 0 and own.is_contiguous() for own in loaded.parameters())
     assert len({own.data_ptr() for own in loaded.parameters()}) == len(list(loaded.parameters()))
 
 
