@@ -207,8 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, prune, compare, time; return what `--json` writes."""
     chosen = parse_arguments(arguments)
     names = ("tolerance", "confidence", "allocation")
-    # As the figures in the docs were measured; the default is newer.
-    config = SieveConfig(weighting="norms", **{name: getattr(chosen, name) for name in names})
+    config = SieveConfig(**{name: getattr(chosen, name) for name in names})
     training, task = read_tasks(chosen.task, chosen.calibration)
     model, tokenizer = load_classifier(chosen.encoder or download_encoder(), task, chosen.seed)
     pruner = SievePruner(model, tokenizer, task)

@@ -93,8 +93,6 @@ class Bench:
             **{name: getattr(self.arguments, name) for name in names},
         )
         arguments: dict[str, Any] = {name: getattr(self.arguments, name) for name in ("storage", "rank_multiple")}
-        # As the figures in the docs were measured; the default is newer.
-        arguments["weighting"] = "norms"
         return Setting(
             model=self.model,
             tokenizer=self.tokenizer,

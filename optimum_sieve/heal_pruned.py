@@ -86,15 +86,9 @@ def heal_pruned(
     check_pruned(pruned_config)
     check_tasks(tasks)
     shares = task_shares(check_task_weights(task_weights), len(tasks))
-    for task in tasks:
-        if not task.labelled:
-            raise ValueError(
-                f"`task` must have an `answer` to heal a pruned directory, got none in {task.name!r}. Add it to the "
-                "task file, or heal while you prune."
-            )
+    _check_answers(tasks)
     block: dict[str, Any] = copy.deepcopy(pruned_config.sieve)
     work = WorkDir(work_dir)
-    seconds: dict[str, float] = {}
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
 
     reduced = None
@@ -115,12 +109,40 @@ def heal_pruned(
         work=work,
         progress=progress,
     )
-    seconds["healing"] = round(time.perf_counter() - start, 3)
-    result = make_result(
+    seconds = {"healing": round(time.perf_counter() - start, 3)}
+    settings = {**config.to_dict(), "seed": seed}
+    if task_weights is not None:
+        settings["task_weights"] = list(task_weights)
+    after = [_score(pruned, tokenizer, task, config) for task in tasks]
+    described = {**healing.to_dict(), "monitored": reference.monitor.count, "settings": settings}
+    return _make_result(pruned, reference, tasks, after, block, described, seconds), tokenizer
+
+
+def _check_answers(tasks: Sequence[Task]) -> None:
+    """Refuse tasks without gold answers, which the monitor and the test compare with."""
+    for task in tasks:
+        if not task.labelled:
+            raise ValueError(
+                f"`task` must have an `answer` to heal a pruned directory, got none in {task.name!r}. Add it to the "
+                "task file, or heal while you prune."
+            )
+
+
+def _make_result(
+    pruned: PreTrainedModel,
+    reference: _Reference,
+    tasks: Sequence[Task],
+    after: Sequence[Evaluation],
+    block: dict[str, Any],
+    healing: dict[str, Any],
+    seconds: dict[str, float],
+) -> SieveResult:
+    """Put together the result of a healed directory. `block` is what its configuration said of the pruning."""
+    return make_result(
         pruned,
         scores=[
-            TaskScores(task=task.name, dense=before, pruned=_score(pruned, tokenizer, task, config))
-            for task, before in zip(tasks, reference.test, strict=True)
+            TaskScores(task=task.name, dense=dense, pruned=found)
+            for task, dense, found in zip(tasks, reference.test, after, strict=True)
         ],
         sizes=(reference.sizes, measure_sizes(pruned, reference.targets)),
         trials=[],
@@ -130,17 +152,8 @@ def heal_pruned(
         base_model=block.get("base_model"),
         base_revision=block.get("base_revision"),
         vocabulary=block.get("vocabulary"),
-        healing={
-            **healing.to_dict(),
-            "monitored": reference.monitor.count,
-            "settings": {**config.to_dict(), "seed": seed, **_weights(task_weights)},
-        },
+        healing=healing,
     )
-    return result, tokenizer
-
-
-def _weights(task_weights: Sequence[float] | None) -> dict[str, list[float]]:
-    return {} if task_weights is None else {"task_weights": list(task_weights)}
 
 
 class _Reference:
