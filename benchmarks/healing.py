@@ -6,8 +6,10 @@
 
 Prunes with the `joint` projection and the `energy` allocation, then heals, for each kept fraction, learning rate and
 seed, which draws the order of the calibration examples. Prints accuracy +- standard error, the paired difference to the
-dense model +- standard error, agreement and KL, before and after. The weights are chosen on a part of the selection
-split; the test split decides nothing. With `--work-dir` moments, bases and teacher are kept and a stopped run goes on.
+dense model +- standard error, agreement and KL, before and after; with `--tuned` also those of the dense model after
+two epochs of LoRA on the gold answers of the same examples, and the differences of the healed models to that one. The
+weights are chosen on a part of the selection split; the test split decides nothing. With `--work-dir` moments, bases
+and teacher are kept and a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from records import append_json
+from results.suite import Tuning
+from results.tuning import tune
 from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
@@ -55,6 +59,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, help="calibration examples healed on; default: all that the task has")
     parser.add_argument("--monitor", type=int, default=400, help="selection examples that choose the weights")
     parser.add_argument("--test", type=int, help="test examples; default: all that the task has")
+    parser.add_argument("--tuned", action="store_true", help="tune the dense model on the same answers, at last")
     parser.add_argument("--work-dir", type=Path, help="keeps moments, bases, teacher and states")
     parser.add_argument("--json", type=Path, help="where the rows go as JSON lines")
     return parser.parse_args(words)
@@ -83,6 +88,7 @@ class Bench:
         short = dataclasses.replace(setting.tasks[0], fingerprint=key, calibration=examples)
         self.bases = calibrate(dataclasses.replace(setting, tasks=(short,)), {})
         self.dense = self.score()
+        self.healed: dict[str, Evaluation] = {}
 
     def setting(self, learning_rate: float = HealConfig.learning_rate, seed: int = 0) -> Setting:
         """Make the setting of one run."""
@@ -124,6 +130,7 @@ class Bench:
             before = self.score()
         with healer.healed(self.bases, ranks):
             after = self.score()
+        self.healed[f"kept {kept:.3f}, rate {learning_rate:g}, seed {seed}"] = after
         self.report({"kept": kept, "learning_rate": learning_rate, "seed": seed}, before, after, healer.report())
 
     def report(self, row: dict[str, Any], before: Evaluation, after: Evaluation, healing: dict[str, Any]) -> None:
@@ -140,6 +147,24 @@ class Bench:
             row |= {"dense": self.dense.score, "healing": healing, "settings": vars(self.arguments)}
             append_json(self.arguments.json, row, default=str)
 
+    def tune(self) -> None:
+        """Tune the dense model, which is gone then, on what the others were healed on, and compare them with it."""
+        tuning = Tuning(rows=len(self.calibration), epochs=2, learning_rate=2e-4)
+        self.model, _ = tune(self.model, self.tokenizer, self.calibration, tuning)
+        tuned = self.score()
+        against = compare(self.dense, tuned)
+        print(f"dense model, tuned: score {tuned.score:.3f} +- {tuned.standard_error:.3f}, difference "
+              f"{against.mean:+.3f} +- {against.standard_error:.3f}", flush=True)  # fmt: skip
+        differences = {name: compare(tuned, healed) for name, healed in self.healed.items()}
+        for name, found in differences.items():
+            print(f"    {name}: healed minus tuned {found.mean:+.3f} +- {found.standard_error:.3f}", flush=True)
+        if self.arguments.json is not None:
+            row = {"tuned": {"score": tuned.score, "score_standard_error": tuned.standard_error, **against.to_dict()}}
+            minus = {name: found.to_dict() for name, found in differences.items()}
+            append_json(
+                self.arguments.json, row | {"minus_tuned": minus, "settings": vars(self.arguments)}, default=str
+            )
+
 
 def main(words: list[str] | None = None) -> None:
     """Run every combination."""
@@ -149,6 +174,8 @@ def main(words: list[str] | None = None) -> None:
           f"{bench.dense.score:.3f} +- {bench.dense.standard_error:.3f}\n", flush=True)  # fmt: skip
     for kept, rate, seed in itertools.product(arguments.kept, arguments.learning_rates, arguments.seeds):
         bench.run(kept, rate, seed)
+    if arguments.tuned:
+        bench.tune()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_rows_hold_together(tmp_path: Path, capsys: Any) -> None:
     benchmark = load_benchmark("healing")
     task, tokenizer = load_task(tmp_path, parity_rows(600)), make_tokenizer()
@@ -25,10 +26,10 @@ def test_rows_hold_together(tmp_path: Path, capsys: Any) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     words = ["--model", tmp_path / "model", "--task", tmp_path / "task.json", "--json", tmp_path / "rows-out.jsonl",
              "--kept", 0.1, 0.03, "--learning-rates", 0.03, "--seeds", 0, 1, "--steps", 40, "--eval-steps", 10,
-             "--examples", 200, "--moments", 100, "--monitor", 60, "--rank-multiple", 1, "--work-dir",
-             tmp_path / "work"]  # fmt: skip
+             "--examples", 200, "--moments", 100, "--monitor", 60, "--rank-multiple", 1, "--tuned",
+             "--work-dir", tmp_path / "work"]  # fmt: skip
     benchmark.main([*map(str, words)])
-    rows = [json.loads(line) for line in (tmp_path / "rows-out.jsonl").read_text().splitlines()]
+    *rows, last = [json.loads(line) for line in (tmp_path / "rows-out.jsonl").read_text().splitlines()]
     assert [(row["kept"], row["seed"]) for row in rows] == [(0.1, 0), (0.1, 1), (0.03, 0), (0.03, 1)]
     dense = evaluate(
         model, task.examples("test", tokenizer), tokenizer, metric="accuracy", batch_size=8, progress=False
@@ -43,4 +44,9 @@ def test_rows_hold_together(tmp_path: Path, capsys: Any) -> None:
     assert rows[2]["pruned"] == rows[3]["pruned"]
     assert rows[2]["healing"]["rounds"] != rows[3]["healing"]["rounds"]
     assert all(row["healed"]["kl"] < row["pruned"]["kl"] for row in rows[2:])
+    # The dense model is not the one that was tuned; every healed one is compared with that.
+    assert last["tuned"]["mean"] == pytest.approx(last["tuned"]["score"] - dense.score)
+    assert last["tuned"]["kl"] > 0
+    for row, found in zip(rows, last["minus_tuned"].values(), strict=True):
+        assert found["mean"] == pytest.approx(row["healed"]["score"] - last["tuned"]["score"])
     assert "kept 0.030, rate 0.03, seed 1" in capsys.readouterr().out
