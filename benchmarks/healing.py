@@ -6,10 +6,11 @@
 
 Prunes with the `joint` projection and the `energy` allocation, then heals, for each kept fraction, learning rate and
 seed, which draws the order of the calibration examples. Prints accuracy +- standard error, the paired difference to the
-dense model +- standard error, agreement and KL, before and after; with `--tuned` also those of the dense model after
-two epochs of LoRA on the gold answers of the same examples, and the differences of the healed models to that one. The
-weights are chosen on a part of the selection split; the test split decides nothing. With `--work-dir` moments, bases
-and teacher are kept and a stopped run goes on.
+dense model +- standard error, agreement and KL, before and after. `--tune` tunes the dense model by two epochs of LoRA
+on the gold answers of the examples that are healed on: `last`, to print its score and the differences of the healed
+models to it, or `first`, so that the tuned model is the dense one of all that follows. The weights are chosen on a
+part of the selection split; the test split decides nothing. With `--work-dir` moments, bases and teacher are kept and a
+stopped run goes on.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, help="calibration examples healed on; default: all that the task has")
     parser.add_argument("--monitor", type=int, default=400, help="selection examples that choose the weights")
     parser.add_argument("--test", type=int, help="test examples; default: all that the task has")
-    parser.add_argument("--tuned", action="store_true", help="tune the dense model on the same answers, at last")
+    parser.add_argument("--tune", choices=("first", "last"), help="tune the dense model on the same answers")
     parser.add_argument("--work-dir", type=Path, help="keeps moments, bases, teacher and states")
     parser.add_argument("--json", type=Path, help="where the rows go as JSON lines")
     return parser.parse_args(words)
@@ -79,6 +80,8 @@ class Bench:
         self.calibration, self.selection, self.test = (
             self.task.examples(split, self.tokenizer) for split in ("calibration", "selection", "test")
         )
+        if arguments.tune == "first":
+            self.tune()
         self.targets, self.work = find_targets(self.model), WorkDir(arguments.work_dir)
         self.fingerprint = content_key(model=model_fingerprint(self.model), task=self.task.fingerprint())
         # Moments, and so bases, depend on the examples they are taken on alone, whatever healing is given.
@@ -148,9 +151,13 @@ class Bench:
             append_json(self.arguments.json, row, default=str)
 
     def tune(self) -> None:
-        """Tune the dense model, which is gone then, on what the others were healed on, and compare them with it."""
+        """Tune the model on the answers that the others are healed on."""
         tuning = Tuning(rows=len(self.calibration), epochs=2, learning_rate=2e-4)
         self.model, _ = tune(self.model, self.tokenizer, self.calibration, tuning)
+
+    def compare_tuned(self) -> None:
+        """Compare the healed models with the tuned one, into which the dense model turns."""
+        self.tune()
         tuned = self.score()
         against = compare(self.dense, tuned)
         print(f"dense model, tuned: score {tuned.score:.3f} +- {tuned.standard_error:.3f}, difference "
@@ -174,8 +181,8 @@ def main(words: list[str] | None = None) -> None:
           f"{bench.dense.score:.3f} +- {bench.dense.standard_error:.3f}\n", flush=True)  # fmt: skip
     for kept, rate, seed in itertools.product(arguments.kept, arguments.learning_rates, arguments.seeds):
         bench.run(kept, rate, seed)
-    if arguments.tuned:
-        bench.tune()
+    if arguments.tune == "last":
+        bench.compare_tuned()
 
 
 if __name__ == "__main__":
