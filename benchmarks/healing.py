@@ -133,22 +133,28 @@ class Bench:
             before = self.score()
         with healer.healed(self.bases, ranks):
             after = self.score()
-        self.healed[f"kept {kept:.3f}, rate {learning_rate:g}, seed {seed}"] = after
         self.report({"kept": kept, "learning_rate": learning_rate, "seed": seed}, before, after, healer.report())
 
     def report(self, row: dict[str, Any], before: Evaluation, after: Evaluation, healing: dict[str, Any]) -> None:
         """Print one row, and append it to the JSON lines."""
-        print(f"kept {row['kept']:.3f}, rate {row['learning_rate']:g}, seed {row['seed']}: {healing['steps']} steps on "
-              f"{healing['examples']} examples, {healing['seconds']:.0f} s")  # fmt: skip
-        for name, found in (("pruned", before), ("healed", after)):
-            against = compare(self.dense, found)
-            row[name] = {"score": found.score, "score_standard_error": found.standard_error, **against.to_dict()}
-            print(f"    {name}: score {found.score:.3f} +- {found.standard_error:.3f}, difference {against.mean:+.3f} "
-                  f"+- {against.standard_error:.3f}, agreement {against.agreement:.3f}, KL {against.kl:.4f}",
-                  flush=True)  # fmt: skip
+        name = f"kept {row['kept']:.3f}, rate {row['learning_rate']:g}, seed {row['seed']}"
+        self.healed[name] = after
+        print(f"{name}: {healing['steps']} steps on {healing['examples']} examples, {healing['seconds']:.0f} s")
+        row |= {"pruned": self.describe("    pruned", before), "healed": self.describe("    healed", after)}
+        self.write(row | {"dense": self.dense.score, "healing": healing})
+
+    def describe(self, name: str, found: Evaluation) -> dict[str, Any]:
+        """Print a score and its difference to the dense model's, and return them."""
+        against = compare(self.dense, found)
+        print(f"{name}: score {found.score:.3f} +- {found.standard_error:.3f}, difference {against.mean:+.3f} "
+              f"+- {against.standard_error:.3f}, agreement {against.agreement:.3f}, KL {against.kl:.4f}",
+              flush=True)  # fmt: skip
+        return {"score": found.score, "score_standard_error": found.standard_error, **against.to_dict()}
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row to the JSON lines."""
         if self.arguments.json is not None:
-            row |= {"dense": self.dense.score, "healing": healing, "settings": vars(self.arguments)}
-            append_json(self.arguments.json, row, default=str)
+            append_json(self.arguments.json, row | {"settings": vars(self.arguments)}, default=str)
 
     def tune(self) -> None:
         """Tune the model on the answers that the others are healed on."""
@@ -159,18 +165,11 @@ class Bench:
         """Compare the healed models with the tuned one, into which the dense model turns."""
         self.tune()
         tuned = self.score()
-        against = compare(self.dense, tuned)
-        print(f"dense model, tuned: score {tuned.score:.3f} +- {tuned.standard_error:.3f}, difference "
-              f"{against.mean:+.3f} +- {against.standard_error:.3f}", flush=True)  # fmt: skip
+        row = self.describe("dense model, tuned", tuned)
         differences = {name: compare(tuned, healed) for name, healed in self.healed.items()}
         for name, found in differences.items():
             print(f"    {name}: healed minus tuned {found.mean:+.3f} +- {found.standard_error:.3f}", flush=True)
-        if self.arguments.json is not None:
-            row = {"tuned": {"score": tuned.score, "score_standard_error": tuned.standard_error, **against.to_dict()}}
-            minus = {name: found.to_dict() for name, found in differences.items()}
-            append_json(
-                self.arguments.json, row | {"minus_tuned": minus, "settings": vars(self.arguments)}, default=str
-            )
+        self.write({"tuned": row, "minus_tuned": {name: found.to_dict() for name, found in differences.items()}})
 
 
 def main(words: list[str] | None = None) -> None:

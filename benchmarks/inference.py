@@ -64,7 +64,14 @@ class Timing:
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
+    parser.add_argument("--columns", choices=("pruned", "both"), help="which models to lay out for generation")
+    return parser.parse_args(words)
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Make a parser of the options that say which models and steps are timed, and how."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="directory with a config.json; default: the demo's model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -76,9 +83,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="both models, with torch.compile")
-    parser.add_argument("--columns", choices=("pruned", "both"), help="which models to lay out for generation")
     parser.add_argument("--json", type=Path, help="append the rows to this file, as JSON lines")
-    return parser.parse_args(words)
+    return parser
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -5,8 +5,7 @@
 
 Queries, keys and values read the same input, gates and up-projections too. With their first factors stacked, a block of
 a pruned Llama makes eleven products in place of fourteen. Both models are pruned, have the same random weights and are
-laid out for generation; a ratio is the time with a first factor for each over that with stacked ones. Takes the options
-of `benchmarks/inference.py`.
+laid out for generation; a ratio is the time with a first factor for each over that with stacked ones.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from inference import make_dense, make_pruned, parse_arguments, read_config, reload, time_pair
+from inference import make_dense, make_parser, make_pruned, read_config, reload, time_pair
+from records import append_json
 from results.measure import machine_name
 from torch import nn
 
@@ -23,7 +23,7 @@ from optimum_sieve import lay_out_for_generation
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from optimum_sieve.layers import FactorizedLinear
 
@@ -63,12 +63,12 @@ class Fetched(nn.Module):
 
 def main(words: Sequence[str] | None = None) -> None:
     """Print one row for each size, storage and kind of step."""
-    options = parse_arguments(words)
+    options = make_parser(__doc__).parse_args(words)
     if options.threads:
         torch.set_num_threads(options.threads)
     dense = make_dense(read_config(options.config), options.dtype, options.device)
-    print(f"{machine_name(torch.device(options.device))}, {options.dtype}, "
-          f"{'compiled' if options.compile else 'eager'}\n")  # fmt: skip
+    machine = machine_name(torch.device(options.device))
+    print(f"{machine}, {options.dtype}, {'compiled' if options.compile else 'eager'}\n")
     print("| kept | storage | step | one each, ms | stacked, ms | ratio |\n| ---: | --- | --- | ---: | ---: | ---: |")
     for kept in options.kept:
         for storage in options.storages:
@@ -77,10 +77,12 @@ def main(words: Sequence[str] | None = None) -> None:
             check(separate, stacked)
             for step, timing in time_pair(lay_out_for_generation(separate), lay_out_for_generation(stacked), options):
                 times = f"{1e3 * timing.dense:.1f} | {1e3 * timing.pruned:.1f}"
-                print(
-                    f"| {kept:g} | {storage} | {step} | {times} | {timing.ratio:.2f} ({timing.spread:.2f}) |",
-                    flush=True,
-                )
+                ratio = f"{timing.ratio:.2f} ({timing.spread:.2f})"
+                print(f"| {kept:g} | {storage} | {step} | {times} | {ratio} |", flush=True)
+                if options.json:
+                    row = {"kept": kept, "storage": storage, "step": step, "each": timing.dense}
+                    row |= {"stacked": timing.pruned, "ratio": timing.ratio, "spread": timing.spread}
+                    append_json(options.json, row | {"machine": machine, "compiled": options.compile})
             torch.compiler.reset()
 
 
@@ -93,9 +95,8 @@ def stack(model: Any) -> Any:
     return model
 
 
-def _stack(layers: Iterable[FactorizedLinear]) -> None:
+def _stack(layers: list[FactorizedLinear]) -> None:
     """Stack the first factors of layers that are called one after the other with one input."""
-    layers = list(layers)
     names = ["right" if layer.storage == "factors" else "pivot" for layer in layers]
     stacked = Stacked([layer.get_submodule(name) for layer, name in zip(layers, names, strict=True)])  # type: ignore[misc]
     setattr(layers[0], names[0], stacked)

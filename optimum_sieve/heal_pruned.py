@@ -97,7 +97,7 @@ def heal_pruned(
     options = {**loading, "gguf_file": gguf_file}
     reference = _Reference(dense, tasks, shares, config, block["settings"], work, options, progress, reduced)
     pruned, tokenizer, _ = load_model(model, **loading)
-    reference.check_fits(pruned, tokenizer, tasks)
+    reference.check_fits(pruned, tokenizer)
     start = time.perf_counter()
     healing = heal(
         pruned,
@@ -115,7 +115,7 @@ def heal_pruned(
         settings["task_weights"] = list(task_weights)
     after = [_score(pruned, tokenizer, task, config) for task in tasks]
     described = {**healing.to_dict(), "monitored": reference.monitor.count, "settings": settings}
-    return _make_result(pruned, reference, tasks, after, block, described, seconds), tokenizer
+    return reference.make_result(pruned, after, block, described, seconds), tokenizer
 
 
 def _check_answers(tasks: Sequence[Task]) -> None:
@@ -126,34 +126,6 @@ def _check_answers(tasks: Sequence[Task]) -> None:
                 f"`task` must have an `answer` to heal a pruned directory, got none in {task.name!r}. Add it to the "
                 "task file, or heal while you prune."
             )
-
-
-def _make_result(
-    pruned: PreTrainedModel,
-    reference: _Reference,
-    tasks: Sequence[Task],
-    after: Sequence[Evaluation],
-    block: dict[str, Any],
-    healing: dict[str, Any],
-    seconds: dict[str, float],
-) -> SieveResult:
-    """Put together the result of a healed directory. `block` is what its configuration said of the pruning."""
-    return make_result(
-        pruned,
-        scores=[
-            TaskScores(task=task.name, dense=dense, pruned=found)
-            for task, dense, found in zip(tasks, reference.test, after, strict=True)
-        ],
-        sizes=(reference.sizes, measure_sizes(pruned, reference.targets)),
-        trials=[],
-        settings=block["settings"],
-        seconds=seconds,
-        loading=None,
-        base_model=block.get("base_model"),
-        base_revision=block.get("base_revision"),
-        vocabulary=block.get("vocabulary"),
-        healing=healing,
-    )
 
 
 class _Reference:
@@ -174,6 +146,7 @@ class _Reference:
         progress: bool,
         reduced: PreTrainedTokenizerBase | None,
     ) -> None:
+        self.tasks = tasks
         model, tokenizer, _ = load_model(dense, **loading)
         check_model(model)
         for task in tasks:
@@ -200,7 +173,7 @@ class _Reference:
         ]
         self.monitor = SelectionMonitor(parts=monitored, tokenizer=tokenizer, batch_size=config.rows_per_pass)
 
-    def check_fits(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> None:
+    def check_fits(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a pruned model that did not come from this one."""
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
         wrong = [
@@ -211,11 +184,37 @@ class _Reference:
                 f"`dense` must be the model that `model` was pruned from, got one without {len(wrong)} of its "
                 f"{len(layers)} factorized layers, such as {wrong[0]!r}. Name the base model."
             )
-        if _tokens(model, tokenizer, tasks) != self.tokens:
+        if _tokens(model, tokenizer, self.tasks) != self.tokens:
             raise ValueError(
                 "`dense` must have the tokenizer of the model that was pruned from it, got other tokens for the same "
                 "examples. Name the base model, in the revision that was pruned."
             )
+
+    def make_result(
+        self,
+        pruned: PreTrainedModel,
+        after: Sequence[Evaluation],
+        block: dict[str, Any],
+        healing: dict[str, Any],
+        seconds: dict[str, float],
+    ) -> SieveResult:
+        """Make the result of the healed model, whose scores are `after`; `block` is what its pruning wrote."""
+        return make_result(
+            pruned,
+            scores=[
+                TaskScores(task=task.name, dense=dense, pruned=found)
+                for task, dense, found in zip(self.tasks, self.test, after, strict=True)
+            ],
+            sizes=(self.sizes, measure_sizes(pruned, self.targets)),
+            trials=[],
+            settings=block["settings"],
+            seconds=seconds,
+            loading=None,
+            base_model=block.get("base_model"),
+            base_revision=block.get("base_revision"),
+            vocabulary=block.get("vocabulary"),
+            healing=healing,
+        )
 
 
 def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from benchmark_module import load_benchmark
 from healed_world import learn
+from lora_models import OLD_NAMES
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve import evaluate
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@OLD_NAMES
 def test_rows_hold_together(tmp_path: Path, capsys: Any) -> None:
     benchmark = load_benchmark("healing")
     task, tokenizer = load_task(tmp_path, parity_rows(600)), make_tokenizer()

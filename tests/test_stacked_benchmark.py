@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -44,5 +45,8 @@ def test_models_that_differ_are_not_timed() -> None:
 def test_a_row_for_every_step(tmp_path: Path, capsys: Any) -> None:
     make_model().config.save_pretrained(tmp_path)
     words = ["--config", str(tmp_path), "--kept", "0.5", "--prefill", "16", "--decode", "1"]
-    load_benchmark("stacked").main([*words, "--steps", "2", "--rounds", "2"])
+    load_benchmark("stacked").main([*words, "--steps", "2", "--rounds", "2", "--json", str(tmp_path / "rows")])
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row["step"] for row in rows] == ["prefill 16", "decode 1"] * 2
+    assert all(row["ratio"] > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| 0.5 |") == 4
