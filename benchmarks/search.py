@@ -66,9 +66,12 @@ class Bench:
         spec = Task.from_file(task)
         # All rows that calibration does not take; the seeds draw from them.
         self.task = Task.from_dict(
-            {**spec.spec, "limit": {"calibration": spec.splits["calibration"]}}, Path(task).parent
+            {**spec.spec, "limit": {"calibration": getattr(arguments, "calibration", spec.splits["calibration"])}},
+            Path(task).parent,
         )
-        self.model, self.tokenizer, _ = load_model(model, dtype="float32", gguf_file=gguf_file)
+        self.model, self.tokenizer, _ = load_model(
+            model, dtype=getattr(arguments, "dtype", "float32"), gguf_file=gguf_file
+        )
         self.arguments = arguments
         self.pool = [x for split in ("selection", "test") for x in self.task.examples(split, self.tokenizer)]
         fingerprint = content_key(model=model_fingerprint(self.model), task=self.task.fingerprint())
