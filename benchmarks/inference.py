@@ -30,12 +30,12 @@ from results.measure import machine_name
 from source import choose_source
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from optimum_sieve.budget import largest_rank, rank_parameters
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.layout import copy_parameters, lay_out_for_generation
-from optimum_sieve.plan import tensor_bytes
-from optimum_sieve.targets import find_targets
+from optimum_sieve.allocation.budget import largest_rank, rank_parameters
+from optimum_sieve.backbone.sizes import tensor_bytes
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.modeling.layout import copy_parameters, lay_out_for_generation
 
 
 if TYPE_CHECKING:

@@ -26,11 +26,11 @@ from source import choose_source
 from training import train_on_answers
 
 from optimum_sieve import FactorizedLinear, Task, compare, evaluate
-from optimum_sieve.loading import load_model
-from optimum_sieve.lora import factor_targets, whole_matrix
-from optimum_sieve.modeling_sieve import read_rank_pattern
-from optimum_sieve.targets import find_targets
-from optimum_sieve.widening import recompress
+from optimum_sieve.backbone.loading import load_model
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.lora.layer import factor_targets, whole_matrix
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
+from optimum_sieve.surgery.factors import recompress
 
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from source import CACHE, DEMO, choose_source
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from optimum_sieve import Comparison, SieveConfig, SievePruner, Task, compare, evaluate
-from optimum_sieve.conversion import forget_gguf
-from optimum_sieve.loading import load_model
+from optimum_sieve.backbone.loading import load_model
+from optimum_sieve.modeling.conversion import forget_gguf
 
 
 # Of a process of its own, as a child is counted with what its parent had when it was started, and this one has models.

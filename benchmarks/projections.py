@@ -19,12 +19,14 @@ from records import append_json
 from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
-from optimum_sieve.loading import load_model
-from optimum_sieve.setting import Setting, TaskSetting
-from optimum_sieve.stages import allocate_ranks, calibrate
-from optimum_sieve.surgery import truncated
-from optimum_sieve.targets import find_targets
-from optimum_sieve.workdir import WorkDir, content_key, model_fingerprint
+from optimum_sieve.allocation.stage import allocate_ranks
+from optimum_sieve.backbone.fingerprint import model_fingerprint
+from optimum_sieve.backbone.loading import load_model
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.calibration.stage import calibrate
+from optimum_sieve.run.context import Setting, TaskSetting
+from optimum_sieve.run.workdir import WorkDir, content_key
+from optimum_sieve.surgery.apply import truncated
 
 
 FRACTIONS = (0.8, 0.6, 0.5, 0.45, 0.3)

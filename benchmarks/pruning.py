@@ -25,7 +25,7 @@ from results.measure import machine_name
 from transformers import AutoTokenizer
 
 from optimum_sieve import SieveConfig, Task
-from optimum_sieve.forecast import forecast
+from optimum_sieve.plan.forecast import forecast
 
 
 if TYPE_CHECKING:

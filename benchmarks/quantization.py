@@ -43,12 +43,12 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from transformers import AutoConfig, BitsAndBytesConfig, TorchAoConfig
 
 from optimum_sieve import FactorizedLinear, Task, compare, evaluate
-from optimum_sieve.comparison import divergences
-from optimum_sieve.conversion import forget_gguf
-from optimum_sieve.inputs import auto_class_name
-from optimum_sieve.loading import default_device, load_model
+from optimum_sieve.backbone.kinds import auto_class_name
+from optimum_sieve.backbone.loading import default_device, load_model
+from optimum_sieve.backbone.targets import find_targets, is_linear
+from optimum_sieve.evaluation.comparison import divergences
+from optimum_sieve.modeling.conversion import forget_gguf
 from optimum_sieve.quantization import compatible
-from optimum_sieve.targets import find_targets, is_linear
 from optimum_sieve.tasks.metrics import standard_error
 
 

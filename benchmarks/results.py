@@ -33,7 +33,7 @@ from results.setup import Setup, add_options
 from results.suite import JOBS, ROOT, Job
 from results.table import collect, number, render
 
-from optimum_sieve.output import replacing
+from optimum_sieve.run.files import replacing
 
 
 if TYPE_CHECKING:

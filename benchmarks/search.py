@@ -20,17 +20,18 @@ from records import append_json
 from source import choose_source
 
 from optimum_sieve import Evaluation, SieveConfig, Task, compare, evaluate
-from optimum_sieve.loading import load_model
+from optimum_sieve.backbone.fingerprint import model_fingerprint
+from optimum_sieve.backbone.loading import load_model
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.calibration.stage import calibrate
+from optimum_sieve.run.context import Setting, TaskSetting
+from optimum_sieve.run.workdir import WorkDir, content_key
 from optimum_sieve.search.candidate import CONFIRM, SEARCH
 from optimum_sieve.search.confirm import ladder
-from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.search import lead
+from optimum_sieve.search.loop import lead
+from optimum_sieve.search.ranking.by_task import Standing
 from optimum_sieve.search.stage import make_scorers, make_search, open_study, run_search
-from optimum_sieve.search.standing import Standing
-from optimum_sieve.setting import Setting, TaskSetting
-from optimum_sieve.stages import calibrate
-from optimum_sieve.targets import find_targets
-from optimum_sieve.workdir import WorkDir, content_key, model_fingerprint
+from optimum_sieve.surgery.live import LiveRanks
 
 
 # Kept fractions at which the uniform allocation is tried, from above.

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_sieve.inputs import input_format
-from optimum_sieve.losses import answer_loss
-from optimum_sieve.scoring import input_device, make_batches
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.calibration.losses import answer_loss
+from optimum_sieve.evaluation.batches import input_device, make_batches
 
 
 if TYPE_CHECKING:

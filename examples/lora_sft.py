@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from optimum_sieve import Task
-from optimum_sieve.lora import factor_targets
+from optimum_sieve.lora.layer import factor_targets
 
 
 def main(pruned: str, task_file: str, adapter: str, epochs: str = "1") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.report import format_table
+from optimum_sieve.publish.report import format_table
 
 
 def main(model: str, task: str, output: str, tolerance: str = "0.02") -> None:

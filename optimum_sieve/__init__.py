@@ -5,39 +5,26 @@ Importing this package does not import torch: each public name is loaded when it
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optimum_sieve._autoload import register as _register_model_type
+from optimum_sieve._lazy import find_former_modules, lazy_names
 
 
 if TYPE_CHECKING:
-    from optimum_sieve.comparison import Comparison, compare
-    from optimum_sieve.config import SieveConfig
-    from optimum_sieve.evaluation import Evaluation, evaluate
-    from optimum_sieve.heal_config import HealConfig
-    from optimum_sieve.layers import FactorizedLinear
-    from optimum_sieve.layout import lay_out_for_generation
-    from optimum_sieve.pruner import SievePruner
-    from optimum_sieve.result import SieveResult
-    from optimum_sieve.tasks import Task
+    from optimum_sieve.config.heal import HealConfig
+    from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.evaluation.comparison import Comparison, compare
+    from optimum_sieve.evaluation.scores import Evaluation, evaluate
+    from optimum_sieve.modeling.layers import FactorizedLinear
+    from optimum_sieve.modeling.layout import lay_out_for_generation
+    from optimum_sieve.publish.result import SieveResult
+
+    from .pruner import SievePruner
+    from .tasks import Task
 
 
 __version__ = "0.1.0.dev0"
-
-_MODULES = {
-    "Comparison": "comparison",
-    "Evaluation": "evaluation",
-    "FactorizedLinear": "layers",
-    "HealConfig": "heal_config",
-    "SieveConfig": "config",
-    "SievePruner": "pruner",
-    "SieveResult": "result",
-    "Task": "tasks",
-    "compare": "comparison",
-    "evaluate": "evaluation",
-    "lay_out_for_generation": "layout",
-}
 
 __all__ = [
     "Comparison",
@@ -54,13 +41,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the module of a public name on first use (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "config": ["HealConfig", "SieveConfig"],
+        "evaluation.comparison": ["Comparison", "compare"],
+        "evaluation.scores": ["Evaluation", "evaluate"],
+        "modeling.layers": ["FactorizedLinear"],
+        "modeling.layout": ["lay_out_for_generation"],
+        "publish.result": ["SieveResult"],
+        "pruner": ["SievePruner"],
+        "tasks": ["Task"],
+    },
+)
 
 
 def __dir__() -> list[str]:
@@ -70,3 +63,4 @@ def __dir__() -> list[str]:
 
 # torch calls this too, but only for an installed package.
 _register_model_type()
+find_former_modules()

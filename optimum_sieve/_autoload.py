@@ -5,8 +5,8 @@ torch calls `register` at the end of its own import (entry point group `torch.ba
 all this module uses, and it raises nothing: an exception would break `import torch`. transformers learns a stand-in for
 the configuration class; the real one is imported when a pruned model is met.
 
-`OPTIMUM_SIEVE_AUTOLOAD=0` in the environment switches it off. `import optimum_sieve.modeling_sieve` registers the model
-type then.
+`OPTIMUM_SIEVE_AUTOLOAD=0` in the environment switches it off. `import optimum_sieve.modeling.modeling_sieve` registers
+the model type then.
 """
 
 from __future__ import annotations
@@ -90,6 +90,6 @@ def _register_stand_in(module: Any) -> None:
 
 
 def _from_dict(config_dict: dict[str, Any], **kwargs: Any) -> Any:
-    from .modeling_sieve import SieveModelConfig
+    from optimum_sieve.modeling.modeling_sieve import SieveModelConfig
 
     return SieveModelConfig.from_dict(config_dict, **kwargs)

@@ -8,21 +8,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from .card import public_name
-from .checks import check_model
-from .healer import hold_ranks, make_healer
-from .hub import push_folder
-from .latency import measure_latencies, total_seconds
-from .loading import load_model
-from .offloading import bring_in
-from .plan import PrunePlan, measure_sizes
-from .prepare import check_inputs, check_tasks, check_vocabulary, plan_run, prepare, read_tasks
-from .ranks import choose_ranks
-from .result import SieveResult, TaskScores, make_result, save_result
-from .search.stage import join_search, run_search, wait_for_search
-from .setting import Setting, reduce_vocabulary, reduced_vocabulary, restore_vocabulary, score, score_dense, timed
-from .stages import calibrate, with_answers
-from .workdir import WorkDir
+from optimum_sieve.backbone.latency import measure_latencies, total_seconds
+from optimum_sieve.backbone.loading import load_model
+from optimum_sieve.backbone.offloading import bring_in
+from optimum_sieve.backbone.sizes import measure_sizes
+from optimum_sieve.calibration.stage import calibrate
+from optimum_sieve.evaluation.stage import score, score_dense, with_answers
+from optimum_sieve.healing.stage import hold_ranks, make_healer
+from optimum_sieve.pipeline.checks import check_model
+from optimum_sieve.pipeline.prepare import check_inputs, check_vocabulary, plan_run, prepare
+from optimum_sieve.pipeline.ranks import choose_ranks
+from optimum_sieve.publish.card import public_name
+from optimum_sieve.publish.hub import push_folder
+from optimum_sieve.publish.result import SieveResult, TaskScores, make_result, save_result
+from optimum_sieve.run.context import Setting, timed
+from optimum_sieve.run.workdir import WorkDir
+from optimum_sieve.search.stage import join_search, run_search, wait_for_search
+from optimum_sieve.tasks.several import check_tasks, read_tasks
+from optimum_sieve.vocabulary.stage import reduce_vocabulary, reduced_vocabulary, restore_vocabulary
 
 
 if TYPE_CHECKING:
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .config import SieveConfig
+    from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.plan.plan import PrunePlan
+
     from .tasks import Task
 
 
@@ -292,7 +297,7 @@ class SievePruner:
         Args:
             repo_id (`str`): Such as `"user/name"`.
             options: `private`, `revision`, `commit_message`, `create_pr` and `token`, as of
-                [`push_folder`][optimum_sieve.hub.push_folder].
+                [`push_folder`][optimum_sieve.publish.hub.push_folder].
 
         Raises:
             RuntimeError: If nothing was pruned yet.

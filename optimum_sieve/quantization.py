@@ -14,9 +14,9 @@ import torch
 import transformers
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from .inputs import auto_class_name
-from .loading import default_device
-from .targets import find_targets
+from optimum_sieve.backbone.kinds import auto_class_name
+from optimum_sieve.backbone.loading import default_device
+from optimum_sieve.backbone.targets import find_targets
 
 
 if TYPE_CHECKING:

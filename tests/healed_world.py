@@ -9,22 +9,23 @@ import torch
 from toy import make_model, make_tokenizer
 
 from optimum_sieve import HealConfig, SieveConfig, evaluate
-from optimum_sieve.healing import heal
-from optimum_sieve.inputs import input_format
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.losses import answer_loss
-from optimum_sieve.prepare import prepare
-from optimum_sieve.scoring import make_batches
-from optimum_sieve.stages import allocate_ranks, calibrate
-from optimum_sieve.surgery import apply_ranks
-from optimum_sieve.teacher import Lesson
+from optimum_sieve.allocation.stage import allocate_ranks
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.calibration.losses import answer_loss
+from optimum_sieve.calibration.stage import calibrate
+from optimum_sieve.evaluation.batches import make_batches
+from optimum_sieve.evaluation.teacher import Lesson
+from optimum_sieve.healing.loop import heal
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.pipeline.prepare import prepare
+from optimum_sieve.surgery.apply import apply_ranks
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from optimum_sieve.evaluation.teacher import Teacher
     from optimum_sieve.tasks import Example, Task
-    from optimum_sieve.teacher import Teacher
 
 TOKENIZER = make_tokenizer()
 QUICK = HealConfig(steps=24, learning_rate=3e-2, eval_steps=6)

@@ -9,15 +9,15 @@ import torch
 from tiny_models import factors_layer, make_input_ids, make_pruned_model, make_tiny_model, pivoted_layer, save
 from torch import nn
 
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.lora import factor_targets, whole_matrix
-from optimum_sieve.modeling_sieve import read_rank_pattern
+from optimum_sieve.lora.layer import factor_targets, whole_matrix
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from optimum_sieve.layers import FactorizedLinear
+    from optimum_sieve.modeling.layers import FactorizedLinear
 
 
 peft = pytest.importorskip("peft")

@@ -10,7 +10,7 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeig
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.quantization import compatible
 
 

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optimum_sieve.allocation import LossCurve, allocate
+from optimum_sieve.allocation.allocators import LossCurve, allocate
 from optimum_sieve.search.candidate import SEARCH, Candidate, Outcome
-from optimum_sieve.search.correction import measure_shares
-from optimum_sieve.search.genome import Ranks, SearchSpace
+from optimum_sieve.search.genome import SearchSpace
+from optimum_sieve.search.loop import Search
 from optimum_sieve.search.presets import PRESETS
-from optimum_sieve.search.search import Search
-from optimum_sieve.search.standing import Goal
+from optimum_sieve.search.ranking.by_task import Goal
+from optimum_sieve.search.ranking.correction import measure_shares
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from optimum_sieve.allocation.budget import Ranks
 
 SHAPES = {"self_attn.q_proj": (24, 24), "mlp.up_proj": (48, 24), "mlp.down_proj": (24, 48)}
 COUNT = 64

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from vocabulary_world import byte_level
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare, evaluate
-from optimum_sieve.loading import default_device
+from optimum_sieve.backbone.loading import default_device
 
 
 if TYPE_CHECKING:

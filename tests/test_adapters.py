@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optimum_sieve.adapters import learn_adapter
-from optimum_sieve.factorization import factorize
-from optimum_sieve.moments import Moments, accumulate_moments, empty_moments
+from optimum_sieve.factorization.closed_form import factorize
+from optimum_sieve.factorization.learned import learn_adapter
+from optimum_sieve.factorization.moments import Moments, accumulate_moments, empty_moments
 
 
 def layer(rows: int = 6, columns: int = 9) -> tuple[torch.Tensor, torch.Tensor, Moments]:

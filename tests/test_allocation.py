@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from optimum_sieve.allocation import LatencyBudget, LossCurve, allocate, allocate_energy, allocate_uniform
-from optimum_sieve.budget import rank_choices, rank_parameters
+from optimum_sieve.allocation.allocators import LatencyBudget, LossCurve, allocate, allocate_energy, allocate_uniform
+from optimum_sieve.allocation.budget import rank_choices, rank_parameters
 
 
 if TYPE_CHECKING:

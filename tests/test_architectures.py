@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from toy import VOCABULARY, load_task, make_tokenizer
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.inputs import auto_class_name
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.modeling_sieve import read_rank_pattern
+from optimum_sieve.backbone.kinds import auto_class_name
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ CHECK_REGISTERED = """
 import sys
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 assert "sieve" in CONFIG_MAPPING
-assert not {"optimum_sieve.modeling_sieve", "optimum_sieve.layers"} & set(sys.modules)
+assert not {"optimum_sieve.modeling.modeling_sieve", "optimum_sieve.modeling.layers"} & set(sys.modules)
 assert not [finder for finder in sys.meta_path if "sieve" in type(finder).__module__]
 """
 
@@ -116,7 +116,7 @@ def test_an_import_of_the_package_is_enough_without_the_entry_point(imports: str
 
 @pytest.mark.parametrize("variable", ["OPTIMUM_SIEVE_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 def test_switched_off(variable: str, directory: Path, tmp_path: Path) -> None:
-    run(f"{REFUSE}\nimport optimum_sieve.modeling_sieve\n{LOAD}", directory, cwd=tmp_path, **{variable: "0"})
+    run(f"{REFUSE}\nimport optimum_sieve.modeling.modeling_sieve\n{LOAD}", directory, cwd=tmp_path, **{variable: "0"})
 
 
 def test_the_package_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from optimum_sieve.budget import largest_rank, rank_choices, rank_parameters
-from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.allocation.budget import largest_rank, rank_choices, rank_parameters
+from optimum_sieve.modeling.layers import FactorizedLinear
 
 
 SHAPES = [(6, 10), (10, 6), (8, 8), (1, 5), (5, 1)]

@@ -11,13 +11,13 @@ from tiny_models import make_tiny_model
 from torch import nn
 from toy import load_task, make_model, make_tokenizer
 
-from optimum_sieve.calibration import collect_moments, visit_tokens
-from optimum_sieve.factorization import factorize
-from optimum_sieve.losses import answer_loss, calibration_loss
-from optimum_sieve.moments import accumulate_moments, empty_moments, watches_outputs
-from optimum_sieve.scoring import Batch, make_batches
-from optimum_sieve.surgery import truncated
-from optimum_sieve.targets import find_targets, linear_weight
+from optimum_sieve.backbone.targets import find_targets, linear_weight
+from optimum_sieve.calibration.collect import collect_moments, visit_tokens
+from optimum_sieve.calibration.losses import answer_loss, calibration_loss
+from optimum_sieve.evaluation.batches import Batch, make_batches
+from optimum_sieve.factorization.closed_form import factorize
+from optimum_sieve.factorization.moments import accumulate_moments, empty_moments, watches_outputs
+from optimum_sieve.surgery.apply import truncated
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_the_prediction_matches_a_small_change_measured(examples: list[Any]) -> 
 
 
 def scores(model: nn.Module, batch: Batch) -> torch.Tensor:
-    from optimum_sieve.scoring import log_likelihoods
+    from optimum_sieve.evaluation.batches import log_likelihoods
 
     return log_likelihoods(model, batch).double().log_softmax(-1)
 

@@ -11,8 +11,8 @@ import torch
 from toy import load_task, make_model, make_tokenizer, write_rows
 
 from optimum_sieve import SieveConfig, SievePruner, evaluate
-from optimum_sieve.losses import fisher_root
-from optimum_sieve.scoring import log_likelihoods, make_batches
+from optimum_sieve.calibration.losses import fisher_root
+from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
 from optimum_sieve.tasks.metrics import most_frequent
 
 
@@ -171,7 +171,7 @@ def test_the_fisher_root_of_two_choices_does_not_depend_on_its_neighbours_choice
         rows = [list(batch.indices).index(0)]
         scores = log_likelihoods(model, batch).detach().requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("optimum_sieve.losses.log_likelihoods", lambda *_: scores)
+            patch.setattr("optimum_sieve.calibration.losses.log_likelihoods", lambda *_: scores)
             fisher_root(0)(model, batch).backward()
         return scores.grad[rows][0]
 

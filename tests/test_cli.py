@@ -16,7 +16,7 @@ from optimum_sieve import SieveConfig
 from optimum_sieve.commands.evaluate import EvaluateCommand
 from optimum_sieve.commands.options import add_settings, settings_from
 from optimum_sieve.commands.prune import PruneCommand
-from optimum_sieve.heal_config import HealConfig
+from optimum_sieve.config.heal import HealConfig
 
 
 RUN_OPTIONS = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from optimum_sieve.config import SieveConfig
+from optimum_sieve.config.sieve import SieveConfig
 
 
 if TYPE_CHECKING:

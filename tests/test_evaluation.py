@@ -11,8 +11,8 @@ import pytest
 import torch
 from toy import make_model, make_tokenizer, parity_rows
 
-from optimum_sieve.evaluation import Comparison, Evaluation, compare, evaluate, evaluating
-from optimum_sieve.scoring import log_likelihoods, make_batches
+from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
+from optimum_sieve.evaluation.scores import Comparison, Evaluation, compare, evaluate, evaluating
 from optimum_sieve.tasks import Example
 
 
@@ -164,7 +164,7 @@ def test_load_refuses_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_file({"weight": np.zeros(2)}, path)
     with pytest.raises(ValueError, match=r"must be a file written by `Evaluation\.save`.*format_version"):
         Evaluation.load(path)
-    monkeypatch.setattr("optimum_sieve.evaluation.FORMAT_VERSION", 2)
+    monkeypatch.setattr("optimum_sieve.evaluation.scores.FORMAT_VERSION", 2)
     run().save(path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"must have format_version 1 or older, got 2 .*Upgrade optimum-sieve"):

@@ -14,11 +14,11 @@ from toy import VOCABULARY, load_task, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.calibration import collect_moments
-from optimum_sieve.experts import SeparateExperts, is_fused, separate_experts, separate_names
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.modeling_sieve import read_rank_pattern
-from optimum_sieve.targets import find_targets
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.calibration.collect import collect_moments
+from optimum_sieve.modeling.experts import SeparateExperts, is_fused, separate_experts, separate_names
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from tiny_models import assert_same_tensors, make_tiny_model, save, tensor_names
 from toy import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.experts import SeparateExperts, separate_experts
-from optimum_sieve.export import export_dense, save_dense
-from optimum_sieve.inputs import auto_class_name
-from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.backbone.kinds import auto_class_name
+from optimum_sieve.export.dense import export_dense, save_dense
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.experts import SeparateExperts, separate_experts
+from optimum_sieve.modeling.layers import FactorizedLinear
 
 
 if TYPE_CHECKING:

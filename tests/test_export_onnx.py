@@ -12,9 +12,9 @@ import transformers
 from test_export import RESULTS, logits, make_pruned, run
 from toy import make_tokenizer
 
-from optimum_sieve import export_onnx as export_module
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.export_onnx import _difference, _traceable, check_onnx_packages, export_onnx
+from optimum_sieve.export import onnx as export_module
+from optimum_sieve.export.onnx import _difference, _traceable, check_onnx_packages, export_onnx
+from optimum_sieve.modeling.conversion import sieve_model
 
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optimum_sieve.factorization import FactorBasis, factorize
-from optimum_sieve.moments import Moments, accumulate_moments, empty_moments, watches_outputs
+from optimum_sieve.factorization.closed_form import FactorBasis, factorize
+from optimum_sieve.factorization.moments import Moments, accumulate_moments, empty_moments, watches_outputs
 
 
 SHAPES = {"wide": (5, 9), "tall": (9, 5), "square": (6, 6)}

@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy import load_task, make_tokenizer
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.arithmetic import count_work
+from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.commands import plan as command
-from optimum_sieve.factorization import factorize
-from optimum_sieve.forecast import forecast
-from optimum_sieve.hardware import HARDWARE, rates_of
-from optimum_sieve.moments import accumulate_moments, empty_moments, watches_outputs
-from optimum_sieve.targets import find_targets
+from optimum_sieve.factorization.closed_form import factorize
+from optimum_sieve.factorization.moments import accumulate_moments, empty_moments, watches_outputs
+from optimum_sieve.plan.flops import count_work
+from optimum_sieve.plan.forecast import forecast
+from optimum_sieve.plan.hardware import HARDWARE, rates_of
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "benchmarks" / "configs"

@@ -17,7 +17,7 @@ from test_kinds import make_model as make_kind
 from toy import load_task, make_model, make_tokenizer, parity_rows, write_task
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, evaluate
-from optimum_sieve.evaluation import Evaluation, compare
+from optimum_sieve.evaluation.scores import Evaluation, compare
 from optimum_sieve.tasks import Task
 
 

@@ -11,9 +11,9 @@ from test_kinds import make_model as make_kind
 from toy import VOCABULARY, load_task, make_model, make_tokenizer, parity_rows
 from transformers import GenerationConfig
 
-from optimum_sieve.generation import check_generation, write_answers
-from optimum_sieve.inputs import input_format
-from optimum_sieve.scoring import make_batches
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.evaluation.batches import make_batches
+from optimum_sieve.evaluation.generation import check_generation, write_answers
 from optimum_sieve.tasks.example import Generation
 
 

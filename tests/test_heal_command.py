@@ -11,9 +11,9 @@ from toy import load_task, parity_rows, write_task
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
-from optimum_sieve.card import reproduction_command
 from optimum_sieve.commands.options import add_settings, settings_from
-from optimum_sieve.heal_config import HealConfig
+from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.publish.card import reproduction_command
 
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from optimum_sieve.heal_config import HealConfig
+from optimum_sieve.config.heal import HealConfig
 
 
 @pytest.mark.parametrize(

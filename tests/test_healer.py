@@ -14,13 +14,13 @@ from toy import load_task, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SieveConfig, SievePruner, evaluate
-from optimum_sieve.factor_training import norm_parameters
-from optimum_sieve.heal_config import HealConfig
-from optimum_sieve.healer import Healer
-from optimum_sieve.healing import heal
-from optimum_sieve.prepare import prepare
-from optimum_sieve.stages import calibrate, collect_moments
-from optimum_sieve.surgery import truncated
+from optimum_sieve.calibration.stage import calibrate, collect_moments
+from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.healing.loop import heal
+from optimum_sieve.healing.optimizer import norm_parameters
+from optimum_sieve.healing.stage import Healer
+from optimum_sieve.pipeline.prepare import prepare
+from optimum_sieve.surgery.apply import truncated
 
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def test_the_size_within_a_tolerance_is_searched_healed_and_decided_on_examples_
 
         return score
 
-    monkeypatch.setattr("optimum_sieve.monitor.evaluate", watching("monitor"))
+    monkeypatch.setattr("optimum_sieve.healing.monitor.evaluate", watching("monitor"))
     healed = pruner.prune(SieveConfig(**settings, heal=QUICK), work_dir=tmp_path, progress=False)
     # Both halve the interval in the same way until they differ in what holds.
     pairs = [(one, two) for one, two in zip(healed.trials, plain.trials, strict=True) if one["kept"] == two["kept"]]
@@ -108,7 +108,7 @@ def test_the_size_within_a_tolerance_is_searched_healed_and_decided_on_examples_
     assert len(seen["monitor"]) == round(150 * 0.25)
 
     # All is taken from the work directory the second time.
-    monkeypatch.setattr("optimum_sieve.healing.FactorTraining.step", None)
+    monkeypatch.setattr("optimum_sieve.healing.loop.FactorTraining.step", None)
     again = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
     second = again.prune(SieveConfig(**settings, heal=QUICK), work_dir=tmp_path, progress=False)
     assert second.trials == healed.trials
@@ -122,7 +122,7 @@ def test_a_search_without_a_work_directory_leaves_no_files(
     config = SieveConfig(tolerance=0.3, rank_multiple=1, search_steps=2, rounds=1, heal=HealConfig(steps=2))
     steps = []
     monkeypatch.setattr(
-        "optimum_sieve.healer.heal", lambda *args, **options: steps.append(list(tmp_path.iterdir())) or
+        "optimum_sieve.healing.stage.heal", lambda *args, **options: steps.append(list(tmp_path.iterdir())) or
         heal(*args, **options),
     )  # fmt: skip
     pruner.prune(config, progress=False)
@@ -146,8 +146,8 @@ def test_rounds_of_pruning_and_healing_reach_the_same_size_in_steps(
         kept.append(sum(p.numel() for p in model.model.layers.parameters()))
         return heal(model, *args, **options)
 
-    monkeypatch.setattr("optimum_sieve.stages.collect_moments", watching)
-    monkeypatch.setattr("optimum_sieve.healer.heal", healing)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.collect_moments", watching)
+    monkeypatch.setattr("optimum_sieve.healing.stage.heal", healing)
     config = SieveConfig(**FAR, heal=HealConfig(steps=20, learning_rate=3e-2, rounds=3))
     result = pruner.prune(config, work_dir=tmp_path, progress=False)
     # Moments of the dense model, then of two that were healed, whose matrices have the ranks of their round.
@@ -160,13 +160,15 @@ def test_rounds_of_pruning_and_healing_reach_the_same_size_in_steps(
     once = SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(SieveConfig(**FAR), progress=False)
     assert result.report["kl"] < once.report["kl"]
 
-    monkeypatch.setattr("optimum_sieve.stages.collect_moments", None)
-    monkeypatch.setattr("optimum_sieve.healing.FactorTraining.step", None)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.collect_moments", None)
+    monkeypatch.setattr("optimum_sieve.healing.loop.FactorTraining.step", None)
     again = SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(config, work_dir=tmp_path, progress=False)
     assert_same(state(again.model), state(result.model))
 
 
-@pytest.mark.parametrize("fails", ["optimum_sieve.healing.FactorTraining.step", "optimum_sieve.result.sieve_model"])
+@pytest.mark.parametrize(
+    "fails", ["optimum_sieve.healing.loop.FactorTraining.step", "optimum_sieve.publish.result.sieve_model"]
+)
 def test_an_error_leaves_the_dense_model(
     dense: PreTrainedModel, pruner: SievePruner, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,20 +24,20 @@ from test_kinds import make_model as make_other_model
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve import compare
-from optimum_sieve.factor_training import FactorTraining, trained_parameters
-from optimum_sieve.heal_config import HealConfig
-from optimum_sieve.healing import heal
-from optimum_sieve.inputs import input_format
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.scoring import make_batches
-from optimum_sieve.teacher import CandidateTeacher, Lesson, VocabularyTeacher, teach
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.evaluation.batches import make_batches
+from optimum_sieve.evaluation.teacher import CandidateTeacher, Lesson, VocabularyTeacher, teach
+from optimum_sieve.healing.loop import heal
+from optimum_sieve.healing.optimizer import FactorTraining, trained_parameters
+from optimum_sieve.modeling.layers import FactorizedLinear
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from optimum_sieve.evaluation.teacher import Teacher
     from optimum_sieve.tasks import Task
-    from optimum_sieve.teacher import Teacher
 
 
 @pytest.fixture(scope="module")

@@ -18,19 +18,19 @@ from toy import load_task, parity_rows
 from transformers import AutoModelForCausalLM
 from two_processes import run_in_two_processes
 
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.drawing import drawn_examples
-from optimum_sieve.heal_config import HealConfig
-from optimum_sieve.healing import _schedule
-from optimum_sieve.teacher import CandidateTeacher, teach
-from optimum_sieve.workdir import WorkDir
+from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.evaluation.teacher import CandidateTeacher, teach
+from optimum_sieve.healing.loop import _schedule
+from optimum_sieve.healing.sampling import drawn_examples
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.run.workdir import WorkDir
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from optimum_sieve.evaluation.teacher import Teacher
     from optimum_sieve.tasks import Task
-    from optimum_sieve.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +100,10 @@ from toy import load_task, make_model, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
 from two_processes import run_in_two_processes
 from transformers import AutoModelForCausalLM
-from optimum_sieve.heal_config import HealConfig
-from optimum_sieve.healing import heal
-from optimum_sieve.teacher import Lesson, teach
-from optimum_sieve.workdir import WorkDir
+from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.healing.loop import heal
+from optimum_sieve.evaluation.teacher import Lesson, teach
+from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks import Task
 
 directory, mode = Path(sys.argv[1]), sys.argv[2]
@@ -154,11 +154,11 @@ from healed_world import split
 from safetensors.torch import save_file
 from toy import make_tokenizer
 from transformers import AutoModelForCausalLM
-from optimum_sieve.heal_config import HealConfig
-from optimum_sieve.healing import heal
+from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.healing.loop import heal
 from optimum_sieve.tasks import Task
-from optimum_sieve.teacher import Lesson, teach
-from optimum_sieve.workdir import WorkDir
+from optimum_sieve.evaluation.teacher import Lesson, teach
+from optimum_sieve.run.workdir import WorkDir
 
 directory = Path(sys.argv[1])
 examples, tokenizer = split(Task.from_file(directory / "task.json"), "calibration"), make_tokenizer()

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.hub import push_folder
+from optimum_sieve.publish.hub import push_folder
 
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def test_refusals_name_the_remedy(hub, folder, token, failures, status, remedy):
 def test_a_push_of_somebody_else_meanwhile_is_not_overwritten(hub, folder, monkeypatch):
     push_folder(folder, REPO)
     repository = hub.repositories[REPO]
-    from optimum_sieve import hub as module
+    from optimum_sieve.publish import hub as module
 
     def interfere(folder: Path) -> str:
         repository.commit("main", {".gitattributes": b"", "theirs": b"1"}, "theirs")

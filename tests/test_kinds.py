@@ -11,11 +11,11 @@ from toy import VOCABULARY, load_task, make_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from optimum_sieve import SieveConfig, SievePruner, evaluate
-from optimum_sieve.calibration import collect_moments
-from optimum_sieve.inputs import InputFormat, input_format
-from optimum_sieve.losses import calibration_loss
-from optimum_sieve.scoring import log_likelihoods, make_batches
-from optimum_sieve.targets import find_targets
+from optimum_sieve.backbone.kinds import InputFormat, input_format
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.calibration.collect import collect_moments
+from optimum_sieve.calibration.losses import calibration_loss
+from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
 
 
 if TYPE_CHECKING:

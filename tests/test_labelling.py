@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from toy import VOCABULARY, load_task, make_model, make_tokenizer, parity_rows, write_task
 
 from optimum_sieve import SieveConfig, SievePruner, evaluate
-from optimum_sieve.generation import write_answers
-from optimum_sieve.labelling import label_by_model
+from optimum_sieve.evaluation.generation import write_answers
+from optimum_sieve.evaluation.labelling import label_by_model
 
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import torch
 import toy
 
 from optimum_sieve import FactorizedLinear, SieveConfig, SievePruner
-from optimum_sieve import latency as module
-from optimum_sieve.budget import rank_choices
+from optimum_sieve.allocation.budget import rank_choices
+from optimum_sieve.backbone import latency as module
 
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def test_a_run_keeps_within_its_time(pruner: SievePruner, tmp_path: Path, monkey
 
 
 def test_the_report_shows_the_time() -> None:
-    from optimum_sieve.report import size_changes
+    from optimum_sieve.publish.report import size_changes
 
     report = {"latency": {"dense": 0.0021, "pruned": 0.0014}}
     assert size_changes(report) == [("microseconds of the target matrices for one row", 2100, 1400)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.modeling.layers import FactorizedLinear
 
 
 STORAGES = ["factors", "pivoted"]

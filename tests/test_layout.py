@@ -10,13 +10,13 @@ from toy import make_model
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import FactorizedLinear, lay_out_for_generation
-from optimum_sieve.conversion import sieve_model
+from optimum_sieve.modeling.conversion import sieve_model
 
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from optimum_sieve.layers import Storage
+    from optimum_sieve.modeling.layers import Storage
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="Rows are kept without MKL.")
 

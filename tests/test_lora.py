@@ -37,9 +37,9 @@ from tiny_models import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.lora import factor_targets, whole_matrix
-from optimum_sieve.modeling_sieve import read_rank_pattern
+from optimum_sieve.lora.layer import factor_targets, whole_matrix
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 
 
 if TYPE_CHECKING:

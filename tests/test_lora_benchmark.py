@@ -12,7 +12,7 @@ from lora_models import OLD_NAMES
 from toy import make_model, make_tokenizer, parity_rows, write_task
 from transformers import AutoModelForCausalLM
 
-from optimum_sieve.conversion import sieve_model
+from optimum_sieve.modeling.conversion import sieve_model
 
 
 if TYPE_CHECKING:

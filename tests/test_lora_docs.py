@@ -11,7 +11,7 @@ from lora_models import OLD_NAMES, save_nf4_model
 from tiny_models import logits, make_pruned_model, save
 from transformers import AutoModelForCausalLM
 
-from optimum_sieve.modeling_sieve import read_rank_pattern
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "lora.md"

@@ -14,8 +14,8 @@ from tiny_models import logits, make_pruned_model, save
 from toy import VOCABULARY, make_tokenizer, parity_rows, write_task
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from optimum_sieve.lora import whole_matrix
-from optimum_sieve.merging import merge_adapter
+from optimum_sieve.lora.layer import whole_matrix
+from optimum_sieve.lora.merge import merge_adapter
 
 
 pytestmark = OLD_NAMES

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from toy import load_task, make_model, make_tokenizer
 
-from optimum_sieve.losses import _with_prompts, answer_loss, calibration_loss, fisher_root
-from optimum_sieve.scoring import Batch, log_likelihoods, make_batches
+from optimum_sieve.calibration.losses import _with_prompts, answer_loss, calibration_loss, fisher_root
+from optimum_sieve.evaluation.batches import Batch, log_likelihoods, make_batches
 
 
 class Scores(nn.Module):
@@ -23,7 +23,9 @@ class Scores(nn.Module):
 @pytest.fixture
 def scored(monkeypatch):
     """Let `log_likelihoods` return the model's own scores; return what makes a batch of them."""
-    monkeypatch.setattr("optimum_sieve.losses.log_likelihoods", lambda model, batch: model.scores[batch.rows])
+    monkeypatch.setattr(
+        "optimum_sieve.calibration.losses.log_likelihoods", lambda model, batch: model.scores[batch.rows]
+    )
 
     def batch(rows: list[int], present: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(rows=rows, indices=tuple(rows), present=present[rows])
@@ -156,7 +158,7 @@ def test_the_fisher_root_does_not_depend_on_batches(candidates, examples, writte
 
 
 def test_a_long_prompt_is_looked_at_in_places(monkeypatch, written):
-    monkeypatch.setattr("optimum_sieve.losses.PROMPT_SITES", 2)
+    monkeypatch.setattr("optimum_sieve.calibration.losses.PROMPT_SITES", 2)
     batch = batch_of(written, False)
     wide, shares = _with_prompts(batch, 0)
     other, _ = _with_prompts(batch, 1)

@@ -14,12 +14,12 @@ from toy import load_task, make_model, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.block_calibration import targets_by_block
-from optimum_sieve.offloading import is_offloaded
-from optimum_sieve.plan import tensor_bytes
-from optimum_sieve.prepare import prepare
-from optimum_sieve.stages import calibrate
-from optimum_sieve.targets import Target
+from optimum_sieve.backbone.offloading import is_offloaded
+from optimum_sieve.backbone.sizes import tensor_bytes
+from optimum_sieve.backbone.targets import Target
+from optimum_sieve.calibration.blockwise import targets_by_block
+from optimum_sieve.calibration.stage import calibrate
+from optimum_sieve.pipeline.prepare import prepare
 
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def test_a_model_that_writes_is_pruned_within_a_limit(base: Path, tmp_path: Path
 def test_a_round_that_lies_in_the_work_directory_is_not_run_again(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
     config = SieveConfig(pruning_ratio=0.5, **SETTINGS)
     first = load(base, offload_dir=tmp_path / "o").prune(config, work_dir=tmp_path / "work", progress=False)
-    monkeypatch.setattr("optimum_sieve.block_calibration.BlockCalibration.run", None)
+    monkeypatch.setattr("optimum_sieve.calibration.blockwise.BlockCalibration.run", None)
     again = load(base, offload_dir=tmp_path / "o").prune(config, work_dir=tmp_path / "work", progress=False)
     assert again.rank_pattern == first.rank_pattern
 

@@ -16,10 +16,10 @@ from tiny_models import logits, make_pruned_model, make_tiny_model, save
 from toy import VOCABULARY, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_sieve.hub import check_folder
-from optimum_sieve.lora import whole_matrix
-from optimum_sieve.merging import merge_adapter
-from optimum_sieve.modeling_sieve import read_rank_pattern
+from optimum_sieve.lora.layer import whole_matrix
+from optimum_sieve.lora.merge import merge_adapter
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
+from optimum_sieve.publish.hub import check_folder
 
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ def test_a_dtype_is_merged_and_saved_in(merge: Any, tmp_path: Path) -> None:
 def test_adapters_that_do_not_fit_are_refused_before_weights_are_read(
     world: Path, merge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimum_sieve.loading.load_model", lambda *arguments, **options: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "optimum_sieve.backbone.loading.load_model", lambda *arguments, **options: pytest.fail("loaded")
+    )
     other = save(make_pruned_model("llama", hidden_size=64, storage="factors"), tmp_path / "other")
     status, _, error = merge("around", model=other)
     assert status == 1

@@ -12,9 +12,9 @@ import transformers
 from tiny_models import logits, make_input_ids, make_pruned_model, make_tiny_model, save, tensor_names
 from transformers import AutoModelForCausalLM
 
-from optimum_sieve import modeling_sieve
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.modeling_sieve import read_rank_pattern
+from optimum_sieve.modeling import modeling_sieve
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from tiny_models import make_pruned_model, make_tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from optimum_sieve import modeling_sieve
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.modeling import modeling_sieve
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.layers import FactorizedLinear
 
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from tiny_models import (
 from toy import VOCABULARY, make_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
-from optimum_sieve import modeling_sieve
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.modeling_sieve import read_rank_pattern
+from optimum_sieve.modeling import modeling_sieve
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from optimum_sieve.moments import Moments, accumulate_moments, check_finite, empty_moments, watches_outputs
+from optimum_sieve.factorization.moments import (
+    Moments,
+    accumulate_moments,
+    check_finite,
+    empty_moments,
+    watches_outputs,
+)
 
 
 SHAPES = [(4, 6), (6, 4), (5, 5)]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from optimum_sieve import output
-from optimum_sieve.output import check_output, whole_directory
+from optimum_sieve.run import files
+from optimum_sieve.run.files import check_output, whole_directory
 
 
 def test_places_that_cannot_take_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +18,7 @@ def test_places_that_cannot_take_a_directory(tmp_path: Path, monkeypatch: pytest
         check_output(tmp_path / "file" / "out", overwrite=False)
     with pytest.raises(OSError, match=r"`output_dir` must have room for .* GB free"):
         check_output(tmp_path / "out", overwrite=False, needed_bytes=10**18)
-    monkeypatch.setattr(output.os.path, "ismount", lambda path: True)
+    monkeypatch.setattr(files.os.path, "ismount", lambda path: True)
     with pytest.raises(OSError, match="`output_dir` must not be a mount point"):
         check_output(tmp_path / "out", overwrite=False)
 

@@ -9,7 +9,7 @@ import torch
 from toy import load_task, make_model, make_tokenizer
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.plan import tensor_bytes
+from optimum_sieve.backbone.sizes import tensor_bytes
 
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import torch
 from tiny_models import ARCHITECTURES, VOCABULARY_SIZE, make_tiny_model
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
-from optimum_sieve.likelihoods import candidate_scores
-from optimum_sieve.prefix import LEAST_TOKENS, shared_prefix
-from optimum_sieve.scoring import Batch, make_batches
-from optimum_sieve.search.candidate_scorer import CandidateScorer
-from optimum_sieve.search.live import LiveRanks
+from optimum_sieve.evaluation.batches import Batch, make_batches
+from optimum_sieve.evaluation.likelihoods import candidate_scores
+from optimum_sieve.evaluation.prefix import LEAST_TOKENS, shared_prefix
+from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
+from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.tasks import Example
 
 

@@ -15,12 +15,13 @@ from toy import load_task, make_model, make_tokenizer, parity_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
-from optimum_sieve.allocation import predicted_loss
-from optimum_sieve.calibration import collect_moments
-from optimum_sieve.losses import answer_loss
-from optimum_sieve.prepare import prepare
-from optimum_sieve.scoring import make_batches
-from optimum_sieve.stages import allocate_ranks, calibrate, kept_in_round, ranks_in_round
+from optimum_sieve.allocation.allocators import predicted_loss
+from optimum_sieve.allocation.stage import allocate_ranks
+from optimum_sieve.calibration.collect import collect_moments
+from optimum_sieve.calibration.losses import answer_loss
+from optimum_sieve.calibration.stage import calibrate, kept_in_round, ranks_in_round
+from optimum_sieve.evaluation.batches import make_batches
+from optimum_sieve.pipeline.prepare import prepare
 
 
 QUIET = {"progress": False}
@@ -140,11 +141,11 @@ def test_work_directory_resumes_every_stage(learned, task, tmp_path, monkeypatch
     def forbidden(*args, **kwargs):
         raise AssertionError("a finished stage was run again")
 
-    monkeypatch.setattr("optimum_sieve.stages.collect_moments", forbidden)
-    monkeypatch.setattr("optimum_sieve.stages.factorize", forbidden)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.collect_moments", forbidden)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.factorize", forbidden)
     scored = []
     monkeypatch.setattr(
-        "optimum_sieve.setting.evaluate",
+        "optimum_sieve.run.context.evaluate",
         lambda *args, description, **options: scored.append(description) or evaluate(*args, **options),
     )
     second = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, work_dir=tmp_path, **QUIET)
@@ -166,7 +167,7 @@ def test_killed_run_resumes_to_the_same_result(learned, task, tmp_path, monkeypa
 
     broken = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)
     with monkeypatch.context() as patched:
-        patched.setattr("optimum_sieve.setting.evaluate", interrupted)
+        patched.setattr("optimum_sieve.run.context.evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             broken.prune(config, work_dir=tmp_path, **QUIET)
     assert all(type(module).__name__ != "FactorizedLinear" for module in broken.model.modules())
@@ -202,14 +203,14 @@ def test_other_data_or_weights_are_not_taken_from_the_work_directory(learned, ta
 def test_test_split_is_scored_last(pruner, monkeypatch):
     order = []
     monkeypatch.setattr(
-        "optimum_sieve.setting.evaluate",
+        "optimum_sieve.run.context.evaluate",
         lambda *args, description, **options: order.append(description) or evaluate(*args, **options),
     )
     pruner.prune(SieveConfig(tolerance=0.1, rank_multiple=1, search_steps=2), **QUIET)
     assert [description.rpartition(" ")[2] for description in order] == [*["selection"] * 3, *["test"] * 2]
 
 
-@pytest.mark.parametrize("where", ["optimum_sieve.result.compare", "optimum_sieve.result.sieve_model"])
+@pytest.mark.parametrize("where", ["optimum_sieve.publish.result.compare", "optimum_sieve.publish.result.sieve_model"])
 def test_failure_after_pruning_restores_the_dense_model(pruner, learned, where, monkeypatch):
     def fail(*args, **options):
         raise KeyboardInterrupt
@@ -281,7 +282,7 @@ def test_examples_too_long_are_refused_before_any_work(learned, tmp_path, split,
     rows[split][3]["text"] = "1 " * 100
     for name, some in rows.items():
         write_rows(tmp_path / f"{name}.jsonl", some)
-    monkeypatch.setattr("optimum_sieve.stages.collect_moments", None)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.collect_moments", None)
     task = load_task(tmp_path, data={"files": {name: f"{name}.jsonl" for name in rows}})
     with pytest.raises(ValueError, match="must fit in the 64 tokens the model takes, got 1 longer"):
         SievePruner(learned, make_tokenizer(), task).prune(HALF, **QUIET)
@@ -295,8 +296,8 @@ def test_later_rounds_watch_the_pruned_model(learned, task, monkeypatch):
         ranks.append(sum(type(module).__name__ == "FactorizedLinear" for module in modules))
         return collect_moments(model, targets, *args, **options)
 
-    monkeypatch.setattr("optimum_sieve.stages.collect_moments", watching)
-    monkeypatch.setattr("optimum_sieve.stages._ROUND_RISE", math.inf)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.collect_moments", watching)
+    monkeypatch.setattr("optimum_sieve.calibration.stage._ROUND_RISE", math.inf)
     config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, rounds=2)
     SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
     assert ranks[0] == 0
@@ -314,11 +315,11 @@ def test_later_rounds_watch_no_model_that_is_much_worse(learned, task, monkeypat
         taken.append((predicted_loss(curves, ranks), predicted_loss(curves, goal)))
         return ranks
 
-    monkeypatch.setattr("optimum_sieve.stages.ranks_in_round", watching)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.ranks_in_round", watching)
     config = SieveConfig(pruning_ratio=0.9, rank_multiple=1, rounds=2, allocation=allocation)
     for part in (math.inf, 0.5, 0.0):
         rise = part * taken[0][1] if taken else math.inf
-        monkeypatch.setattr("optimum_sieve.stages._ROUND_RISE", rise)
+        monkeypatch.setattr("optimum_sieve.calibration.stage._ROUND_RISE", rise)
         SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
     (free, goal), (held, _), (dense, _) = taken
     assert free == goal
@@ -327,8 +328,8 @@ def test_later_rounds_watch_no_model_that_is_much_worse(learned, task, monkeypat
 
 
 def test_later_rounds_of_other_projections_go_the_whole_way(learned, task, monkeypatch):
-    monkeypatch.setattr("optimum_sieve.stages._ROUND_RISE", 0.0)
-    monkeypatch.setattr("optimum_sieve.stages.predicted_loss", None)
+    monkeypatch.setattr("optimum_sieve.calibration.stage._ROUND_RISE", 0.0)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.predicted_loss", None)
     config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, projection="activation")
     result = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
     assert result.report["parameters"]["targets_after"] < result.report["parameters"]["targets_before"]
@@ -341,7 +342,7 @@ def test_later_rounds_weight_tokens_by_the_factors_before(learned, task, tmp_pat
         weighted.append(token_weights is not None)
         return collect_moments(*args, token_weights=token_weights, **options)
 
-    monkeypatch.setattr("optimum_sieve.stages.collect_moments", watching)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.collect_moments", watching)
     for weighting in ("norms", "likelihood", "balanced"):
         config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, weighting=weighting)
         pruner = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)

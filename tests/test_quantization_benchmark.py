@@ -13,8 +13,8 @@ from tiny_models import logits, save
 from toy import make_model, make_tokenizer, write_task
 from transformers import AutoModelForCausalLM
 
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.layers import FactorizedLinear
 
 
 if TYPE_CHECKING:

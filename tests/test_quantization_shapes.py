@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.conversion import sieve_model
+from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.quantization import compatible
 
 

@@ -154,7 +154,7 @@ def test_saving_again_keeps_the_code(found: dict[str, Any], directories: dict[st
 def test_what_trusted_code_saved_loads_with_the_package(found: dict[str, Any], directories: dict[str, Path]) -> None:
     assert found["saved_again"]
     model = AutoModelForCausalLM.from_pretrained(directories["saved"] / "second")
-    assert type(model).__module__ == "optimum_sieve.modeling_sieve"
+    assert type(model).__module__ == "optimum_sieve.modeling.modeling_sieve"
     assert (logits(model) == logits(AutoModelForCausalLM.from_pretrained(directories["llama"]))).all()
     classifier = json.loads((directories["saved"] / "classifier" / "config.json").read_text())
     assert classifier["architectures"] == ["SieveLlamaForSequenceClassification"]
@@ -162,7 +162,7 @@ def test_what_trusted_code_saved_loads_with_the_package(found: dict[str, Any], d
 
 def test_the_package_takes_the_place_of_the_code(directories: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(directories["llama"], trust_remote_code=True)
-    assert type(model).__module__ == "optimum_sieve.modeling_sieve"
+    assert type(model).__module__ == "optimum_sieve.modeling.modeling_sieve"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from optimum_sieve import Comparison, Evaluation
-from optimum_sieve.report import build_report, format_table, size_changes, task_block, write_report
+from optimum_sieve.publish.report import build_report, format_table, size_changes, task_block, write_report
 from optimum_sieve.tasks.metrics import score_classes
 
 

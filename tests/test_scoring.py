@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models
 from toy import SPECIAL, VOCABULARY, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from optimum_sieve.inputs import InputFormat, max_positions
-from optimum_sieve.scoring import check_examples, input_device, log_likelihoods, make_batches
+from optimum_sieve.backbone.kinds import InputFormat, max_positions
+from optimum_sieve.evaluation.batches import check_examples, input_device, log_likelihoods, make_batches
 from optimum_sieve.tasks import Example
 
 

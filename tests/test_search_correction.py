@@ -10,17 +10,17 @@ import torch
 from search_world import ShareScorer, make_world, play, score, true_factors, true_loss
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
-from optimum_sieve.calibration import direction_gradients
-from optimum_sieve.factorization import factorize
-from optimum_sieve.scoring import log_likelihoods, make_batches
-from optimum_sieve.search import candidate_scorer as scorer_module
+from optimum_sieve.backbone.targets import find_targets, linear_weight
+from optimum_sieve.calibration.collect import direction_gradients
+from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
+from optimum_sieve.factorization.closed_form import factorize
 from optimum_sieve.search.candidate import SEARCH
-from optimum_sieve.search.candidate_scorer import CandidateScorer
-from optimum_sieve.search.correction import Shares, corrected, measure_shares, windows
-from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.search import lead
-from optimum_sieve.search.study import SearchStudy
-from optimum_sieve.targets import find_targets, linear_weight
+from optimum_sieve.search.loop import lead
+from optimum_sieve.search.ranking.correction import Shares, corrected, measure_shares, windows
+from optimum_sieve.search.scoring import by_likelihood as scorer_module
+from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
+from optimum_sieve.search.study.study import SearchStudy
+from optimum_sieve.surgery.live import LiveRanks
 
 
 def measure(search, kept=0.5) -> Shares:

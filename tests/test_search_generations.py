@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from search_world import COUNT, make_world, play, score, true_loss
 
+from optimum_sieve.allocation.tolerance import ToleranceError
 from optimum_sieve.search.candidate import CONFIRM, SEARCH, Candidate, Outcome
 from optimum_sieve.search.confirm import confirmed, ladder, next_step
-from optimum_sieve.search.predictor import Predictor
-from optimum_sieve.search.standing import Goal, Standing
-from optimum_sieve.search.standings import Standings
-from optimum_sieve.tolerance import ToleranceError
+from optimum_sieve.search.ranking.across_tasks import Standings
+from optimum_sieve.search.ranking.by_task import Goal, Standing
+from optimum_sieve.search.ranking.predictor import Predictor
 
 
 SMALL = {"levels": (1.0, 0.5, 0.1), "population_size": 12, "generations": 12}

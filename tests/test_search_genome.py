@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from optimum_sieve.allocation import LossCurve, allocate
+from optimum_sieve.allocation.allocators import LossCurve, allocate
 from optimum_sieve.search.bottlenecks import bottleneck_candidates, lowered
-from optimum_sieve.search.genetic import (
+from optimum_sieve.search.breeding.operators import (
     constrained_order,
     group_mutation,
     mutation_rates,

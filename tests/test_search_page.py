@@ -14,10 +14,10 @@ import threading
 import pytest
 from search_world import make_world, play, score
 
-from optimum_sieve.figures import draw_all
 from optimum_sieve.search.bottlenecks import bottleneck_table
+from optimum_sieve.search.page.figures import draw_all
+from optimum_sieve.search.page.page import find_summary, write_page
 from optimum_sieve.search.summary import summarize
-from optimum_sieve.search_page import find_summary, write_page
 
 
 PNG = b"\x89PNG\r\n\x1a\n"

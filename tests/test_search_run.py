@@ -9,16 +9,16 @@ import torch
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.comparison import compare, expected_rises
-from optimum_sieve.evaluation import evaluate
-from optimum_sieve.factorization import factorize
-from optimum_sieve.search.calibrated import calibrated_labels, expected_difference
+from optimum_sieve.backbone.targets import find_targets, linear_weight
+from optimum_sieve.evaluation.comparison import compare, expected_rises
+from optimum_sieve.evaluation.scores import evaluate
+from optimum_sieve.factorization.closed_form import factorize
 from optimum_sieve.search.candidate import Rival
-from optimum_sieve.search.candidate_scorer import CandidateScorer
-from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import JointScorer
-from optimum_sieve.surgery import truncated
-from optimum_sieve.targets import find_targets, linear_weight
+from optimum_sieve.search.ranking.calibrated_labels import calibrated_labels, expected_difference
+from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
+from optimum_sieve.search.scoring.scorer import JointScorer
+from optimum_sieve.surgery.apply import truncated
+from optimum_sieve.surgery.live import LiveRanks
 
 
 SETTINGS = {"allocation": "genetic", "rank_multiple": 2, "population_size": 4, "generations": 3, "rounds": 1}

@@ -15,10 +15,10 @@ import pytest
 from search_world import ShareScorer, make_world, play, score
 
 from optimum_sieve.search.candidate import Candidate
-from optimum_sieve.search.processes import is_dead, this_process
-from optimum_sieve.search.search import lead, score_one, work
-from optimum_sieve.search.storage import public_url
-from optimum_sieve.search.study import SearchStudy
+from optimum_sieve.search.loop import lead, score_one, work
+from optimum_sieve.search.study.processes import is_dead, this_process
+from optimum_sieve.search.study.storage import public_url
+from optimum_sieve.search.study.study import SearchStudy
 
 
 class WorldScorer(ShareScorer):
@@ -154,7 +154,7 @@ CLAIM = """
 import os, sys
 sys.path.insert(0, "tests")
 from test_search_study import small_world
-from optimum_sieve.search.study import SearchStudy
+from optimum_sieve.search.study.study import SearchStudy
 search = small_world()
 study = SearchStudy(sys.argv[1], "sieve-test", search.space)
 study.enqueue(search.open_candidates([]))
@@ -180,7 +180,7 @@ def test_a_process_of_another_machine_is_given_up_after_the_grace_period(tmp_pat
     search = small_world()
     study = SearchStudy(storages(tmp_path)["sqlite"], "sieve-test", search.space, grace_seconds=1)
     study.enqueue(search.open_candidates([])[:1])
-    monkeypatch.setattr("optimum_sieve.search.processes.machine", lambda: "elsewhere")
+    monkeypatch.setattr("optimum_sieve.search.study.processes.machine", lambda: "elsewhere")
     assert study.claim() is not None
     monkeypatch.undo()
     assert study.release_dead() == 0
@@ -261,7 +261,7 @@ def test_process_identity_is_not_its_number_alone(monkeypatch):
 
 OPENING = """
 import sys
-from optimum_sieve.search.storage import close_storage, open_storage
+from optimum_sieve.search.study.storage import close_storage, open_storage
 print("ready", flush=True)
 for line in sys.stdin:
     close_storage(open_storage(line.strip()))

@@ -17,20 +17,20 @@ from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.commands.search import format_result
 from optimum_sieve.search.bottlenecks import bottleneck_candidates, bottleneck_table
 from optimum_sieve.search.candidate import CONFIRM, JointOutcome, Outcome, Rival, joined, read_outcome
-from optimum_sieve.search.candidate_scorer import CandidateScorer
-from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import JointScorer
-from optimum_sieve.search.standing import Standing
-from optimum_sieve.search.standings import Standings
+from optimum_sieve.search.page.page import write_page
+from optimum_sieve.search.ranking.across_tasks import Standings
+from optimum_sieve.search.ranking.by_task import Standing
+from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
+from optimum_sieve.search.scoring.scorer import JointScorer
 from optimum_sieve.search.summary import summarize
-from optimum_sieve.search_page import write_page
+from optimum_sieve.surgery.live import LiveRanks
 
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from optimum_sieve.search.candidate import Candidate
-    from optimum_sieve.search.search import Search
+    from optimum_sieve.search.loop import Search
 
 SETTINGS: dict[str, Any] = {
     **{"allocation": "genetic", "rank_multiple": 2, "population_size": 4, "generations": 2, "rounds": 1},

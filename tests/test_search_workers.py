@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from toy import make_model, make_tokenizer, parity_rows, write_task
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.search.storage import close_storage, open_storage
+from optimum_sieve.search.study.storage import close_storage, open_storage
 
 
 SETTINGS = [

@@ -15,10 +15,10 @@ from two_tasks import QUIET, make_tasks
 from vocabulary_world import byte_level
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
-from optimum_sieve.scoring import log_likelihoods, make_batches
-from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import JointScorer
-from optimum_sieve.search.written_scorer import WrittenScorer
+from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
+from optimum_sieve.search.scoring.by_text import WrittenScorer
+from optimum_sieve.search.scoring.scorer import JointScorer
+from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary import task_vocabulary
 
 

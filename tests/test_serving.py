@@ -14,7 +14,7 @@ from toy import VOCABULARY, load_task, make_tokenizer, write_rows
 from transformers import AutoModelForCausalLM, pipeline
 
 from optimum_sieve import evaluate
-from optimum_sieve.conversion import sieve_model
+from optimum_sieve.modeling.conversion import sieve_model
 
 
 if TYPE_CHECKING:

@@ -9,19 +9,19 @@ import torch
 from tiny_models import logits, make_tiny_model
 from torch import nn
 
-from optimum_sieve import surgery
-from optimum_sieve.factorization import FactorBasis, factorize
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.surgery import (
+from optimum_sieve.backbone.sizes import count_target_parameters
+from optimum_sieve.backbone.targets import find_targets, linear_weight
+from optimum_sieve.factorization.closed_form import FactorBasis, factorize
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.surgery import apply
+from optimum_sieve.surgery.apply import (
     apply_ranks,
     choose_pivots,
-    count_target_parameters,
     factorized_layer,
     largest_coefficient,
     restore,
     truncated,
 )
-from optimum_sieve.targets import find_targets, linear_weight
 
 
 def basis_of(rows: int, columns: int, seed: int = 0) -> FactorBasis:
@@ -73,7 +73,7 @@ def test_pivoted_in_bfloat16_is_about_as_exact_as_factors() -> None:
 
 def test_ill_conditioned_pivots_fall_back_to_factors_or_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     basis = basis_of(24, 24)
-    monkeypatch.setattr(surgery, "MAX_COEFFICIENT", 0.0)
+    monkeypatch.setattr(apply, "MAX_COEFFICIENT", 0.0)
     layer = factorized_layer(basis, 8)
     assert layer is not None
     assert layer.storage == "factors"
@@ -132,7 +132,7 @@ def test_layers_that_fall_back_are_named(
     ranks = {t.name: 4 for t in targets[:2]}
     with truncated(model, bases, ranks):
         assert not caplog.records
-    monkeypatch.setattr(surgery, "MAX_COEFFICIENT", 0.0)
+    monkeypatch.setattr(apply, "MAX_COEFFICIENT", 0.0)
     with truncated(model, bases, ranks):
         assert "2 of 2 pivoted layers have coefficients above 0" in caplog.text
         assert targets[0].name in caplog.text

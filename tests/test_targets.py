@@ -8,7 +8,7 @@ import torch
 from tiny_models import make_tiny_model
 from torch import nn
 
-from optimum_sieve.targets import find_targets, linear_weight
+from optimum_sieve.backbone.targets import find_targets, linear_weight
 
 
 @pytest.mark.parametrize("architecture", list(tiny_models.ARCHITECTURES))

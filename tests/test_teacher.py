@@ -10,11 +10,11 @@ import torch
 from healed_world import TOKENIZER, learn, prune, split
 from toy import load_task, parity_rows
 
-from optimum_sieve.factor_training import trained_parameters
-from optimum_sieve.scoring import log_likelihoods, make_batches, site_logits
+from optimum_sieve.evaluation.batches import log_likelihoods, make_batches, site_logits
+from optimum_sieve.evaluation.teacher import teach
+from optimum_sieve.healing.optimizer import trained_parameters
+from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks import Example
-from optimum_sieve.teacher import teach
-from optimum_sieve.workdir import WorkDir
 
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def test_the_dense_model_diverges_from_itself_by_nothing(dense: PreTrainedModel,
 def test_the_divergence_over_the_vocabulary_is_that_of_the_kept_tokens_and_the_rest(
     dense: PreTrainedModel, pruned: PreTrainedModel, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimum_sieve.teacher.TOP_TOKENS", 5)
+    monkeypatch.setattr("optimum_sieve.evaluation.teacher.TOP_TOKENS", 5)
     examples = split(task, "calibration")[:6]
     teacher = teach(dense, examples, TOKENIZER, loss="vocabulary", progress=False)
     batch = make_batches(examples, TOKENIZER, batch_size=8, candidates=False)[0]

@@ -29,7 +29,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import torch
 from optimum_sieve import SieveConfig, SievePruner, team
-from optimum_sieve.calibration import collect_moments
+from optimum_sieve.calibration.collect import collect_moments
 
 directory, settings, offload = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3] == "offload"
 assert team.size() == 2
@@ -42,9 +42,9 @@ def watching(model, targets, batches, *arguments, **options):
     return collect_moments(model, targets, batches, *arguments, **options)
 
 
-import optimum_sieve.stages
+import optimum_sieve.calibration.stage
 
-optimum_sieve.stages.collect_moments = watching
+optimum_sieve.calibration.stage.collect_moments = watching
 options = {"offload_dir": directory / "offloaded"} if offload else {}
 pruner = SievePruner.from_pretrained(directory / "base", task=directory / "task.json", device="cpu", **options)
 result = pruner.prune(SieveConfig(**settings), work_dir=directory / "together", progress=False)

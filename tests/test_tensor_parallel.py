@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from two_processes import run_in_two_processes
 
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.modeling_sieve import read_rank_pattern
-from optimum_sieve.tensor_parallel import factor_plan
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
+from optimum_sieve.modeling.tensor_parallel import factor_plan
 
 
 if TYPE_CHECKING:

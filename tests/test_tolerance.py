@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from optimum_sieve.comparison import Comparison
-from optimum_sieve.tolerance import ToleranceError, search_kept_fraction
+from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
+from optimum_sieve.evaluation.comparison import Comparison
 
 
 if TYPE_CHECKING:

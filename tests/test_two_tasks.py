@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 from two_tasks import QUIET, TOKENIZER, learn_both, make_pruner, make_tasks, score
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare
-from optimum_sieve.calibration import collect_moments
-from optimum_sieve.evaluation import evaluate
-from optimum_sieve.prepare import prepare
-from optimum_sieve.stages import calibrate, collect
-from optimum_sieve.targets import linear_weight
+from optimum_sieve.backbone.targets import linear_weight
+from optimum_sieve.calibration.collect import collect_moments
+from optimum_sieve.calibration.stage import calibrate, collect
+from optimum_sieve.evaluation.scores import evaluate
+from optimum_sieve.pipeline.prepare import prepare
 
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from optimum_sieve.moments import Moments
-    from optimum_sieve.setting import Setting
+    from optimum_sieve.factorization.moments import Moments
+    from optimum_sieve.run.context import Setting
     from optimum_sieve.tasks import Task
 
 TWO_TASKS_TOLERANCE = 0.1
@@ -162,8 +162,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[str]]:
         scored.append(description)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr("optimum_sieve.stages.collect_moments", collecting)
-    monkeypatch.setattr("optimum_sieve.setting.evaluate", scoring)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.collect_moments", collecting)
+    monkeypatch.setattr("optimum_sieve.run.context.evaluate", scoring)
     return collected, scored
 
 
@@ -300,7 +300,7 @@ def test_two_tasks_of_one_name_are_refused(dense: PreTrainedModel, tasks: tuple[
 def test_weights_that_do_not_fit_are_refused(
     pruner: SievePruner, weights: Any, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimum_sieve.stages.collect_moments", None)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.collect_moments", None)
     with pytest.raises(error, match=message):
         pruner.prune(SieveConfig(**HALF, task_weights=weights), **QUIET)
 
@@ -308,7 +308,7 @@ def test_weights_that_do_not_fit_are_refused(
 def test_what_is_wrong_with_one_task_names_it(
     dense: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimum_sieve.stages.collect_moments", None)
+    monkeypatch.setattr("optimum_sieve.calibration.stage.collect_moments", None)
     for changes, message in (
         ({"prompt": "Number : {{ text }} " + "? " * 70}, "Task 'size': `examples` must fit in the 64 tokens"),
         ({"answer": None}, "Task 'size': `answer` must be given in the task file"),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from two_tasks import SIZE, TOKENIZER, learn_both, make_tasks, score
 
 from optimum_sieve import SieveConfig
-from optimum_sieve.report import format_table
+from optimum_sieve.publish.report import format_table
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import tiny_models
 import torch
 from tiny_models import factors_layer, make_tiny_model, pivoted_layer, save
 
-from optimum_sieve.conversion import sieve_model
+from optimum_sieve.modeling.conversion import sieve_model
 
 
 if TYPE_CHECKING:

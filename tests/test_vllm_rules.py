@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from optimum_sieve.fusion import keep_apart
-from optimum_sieve.layers import FactorizedLinear
-from optimum_sieve.modeling_sieve import read_rank_pattern
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
+from optimum_sieve.modeling.vllm_rules import keep_apart
 
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from vocabulary_world import byte_level, load_reviews, unigram, wordpiece
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare, evaluate
-from optimum_sieve.export import save_dense
-from optimum_sieve.heal_pruned import heal_pruned
-from optimum_sieve.search.candidate_scorer import CandidateScorer
-from optimum_sieve.search.live import LiveRanks
-from optimum_sieve.search.scorer import JointScorer
+from optimum_sieve.export.dense import save_dense
+from optimum_sieve.pipeline.heal import heal_pruned
+from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
+from optimum_sieve.search.scoring.scorer import JointScorer
+from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary import task_vocabulary
 
 

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabulary_world import byte_level, load_reviews
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare, evaluate
-from optimum_sieve.heal_pruned import heal_pruned
-from optimum_sieve.prepare import prepare
+from optimum_sieve.calibration.stage import calibrate
+from optimum_sieve.pipeline.heal import heal_pruned
+from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.search.candidate import CONFIRM, SEARCH
-from optimum_sieve.search.live import LiveRanks
 from optimum_sieve.search.stage import make_scorers, make_search
-from optimum_sieve.setting import reduced_vocabulary
-from optimum_sieve.stages import calibrate
+from optimum_sieve.surgery.live import LiveRanks
+from optimum_sieve.vocabulary.stage import reduced_vocabulary
 
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def test_one_more_task_is_another_vocabulary_in_the_same_work_directory(
         scored.append(description)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr("optimum_sieve.setting.evaluate", scoring)
+    monkeypatch.setattr("optimum_sieve.run.context.evaluate", scoring)
     both = make_pruner(dense, *tasks)
     found = both.prune(config, work_dir=tmp_path, **QUIET)
     assert [text for text in scored if text.startswith("dense")] == ["dense model on selection", "dense model on test"]

@@ -20,8 +20,8 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM
 
-from optimum_sieve.modeling_sieve import read_rank_pattern
-from optimum_sieve.widening import factors_of, recompress, row_norms, truncate_product
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
+from optimum_sieve.surgery.factors import factors_of, recompress, row_norms, truncate_product
 
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from toy import make_model
 
-from optimum_sieve.factorization import FactorBasis
-from optimum_sieve.output import replacing
-from optimum_sieve.workdir import WorkDir, content_key, flatten, model_fingerprint, unflatten
+from optimum_sieve.backbone.fingerprint import model_fingerprint
+from optimum_sieve.factorization.closed_form import FactorBasis
+from optimum_sieve.run.files import replacing
+from optimum_sieve.run.workdir import WorkDir, content_key, flatten, unflatten
 
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from optimum_sieve.conversion import sieve_model
-from optimum_sieve.layers import FactorizedLinear
+from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.layers import FactorizedLinear
 
 
 if TYPE_CHECKING:

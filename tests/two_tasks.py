@@ -9,8 +9,8 @@ import torch
 from toy import make_model, make_tokenizer, parity_rows, task_spec, write_rows
 
 from optimum_sieve import SievePruner, evaluate
-from optimum_sieve.losses import answer_loss
-from optimum_sieve.scoring import make_batches
+from optimum_sieve.calibration.losses import answer_loss
+from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.tasks import Task
 
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve import __version__
-from optimum_sieve.output import replacing
-from optimum_sieve.workdir import content_key
+from optimum_sieve.run.files import replacing
+from optimum_sieve.run.workdir import content_key
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Cell:
         job (`Job`): The task.
         method (`Method`): The method.
         tolerance (`float`): Points of the metric that may be lost, as a fraction.
-        settings (`dict[str, Any]`): Of [`SieveConfig`][optimum_sieve.config.SieveConfig].
+        settings (`dict[str, Any]`): Of [`SieveConfig`][optimum_sieve.config.sieve.SieveConfig].
         key (`str`): Hash of the task file, rows of each split, the tuning, the model's name, the settings and the
             version of this package.
     """

@@ -7,9 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve import Evaluation, evaluate
+from optimum_sieve.backbone.fingerprint import model_fingerprint
+from optimum_sieve.run.workdir import content_key
 from optimum_sieve.tasks.metrics import CLASS_METRICS, score_classes
 from optimum_sieve.tasks.text_metrics import score_texts
-from optimum_sieve.workdir import content_key, model_fingerprint
 
 from .cells import base_name
 from .methods import TOLERANCES

@@ -14,9 +14,9 @@ import torch
 from source import decode_speeds
 
 from optimum_sieve import SieveConfig, SievePruner, compare
-from optimum_sieve.setting import timed
+from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
+from optimum_sieve.run.context import timed
 from optimum_sieve.tasks.metrics import standard_error
-from optimum_sieve.tolerance import ToleranceError, search_kept_fraction
 
 from .dense import rescore, scored_by
 

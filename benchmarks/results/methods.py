@@ -22,7 +22,7 @@ class Method:
     Args:
         name (`str`): Its name on the command line.
         title (`str`): Its name in the table.
-        settings (`dict[str, Any]`): Of [`SieveConfig`][optimum_sieve.config.SieveConfig].
+        settings (`dict[str, Any]`): Of [`SieveConfig`][optimum_sieve.config.sieve.SieveConfig].
         healed (`bool`): Whether every size is healed.
         written (`bool`): Whether it is for tasks of written answers alone, the same as another for the rest.
         note (`str`): What a reader has to know of it.
@@ -108,7 +108,7 @@ class Preset:
         cells (`Cells`): Tolerances that are measured, by job and method.
         search_steps (`int`): Steps of the bisection on the size: the size is found to `2 ** -search_steps`.
         ratio_steps (`int`): The same where each size is a run of its own.
-        heal (`dict[str, dict[str, Any]]`): Of [`HealConfig`][optimum_sieve.heal_config.HealConfig], by job.
+        heal (`dict[str, dict[str, Any]]`): Of [`HealConfig`][optimum_sieve.config.heal.HealConfig], by job.
         genetic (`dict[str, dict[str, Any]]`): Settings of the genetic search, by job.
         speed (`dict[str, int]`): `new_tokens` and `rounds` of the timing.
     """

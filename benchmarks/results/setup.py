@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from source import MODEL_NAME, choose_source
 
-from optimum_sieve.loading import load_model
+from optimum_sieve.backbone.loading import load_model
 
 from .cells import Cache
 from .suite import ROOT, Places

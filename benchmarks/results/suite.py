@@ -10,7 +10,7 @@ from typing import Any
 from source import CACHE, prepare_reviews
 
 from optimum_sieve import Task
-from optimum_sieve.output import replacing
+from optimum_sieve.run.files import replacing
 from optimum_sieve.tasks.files import read_file
 from optimum_sieve.tasks.spec import read_spec
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from training import train_on_answers
 
-from optimum_sieve.conversion import forget_gguf
-from optimum_sieve.loading import load_model
-from optimum_sieve.output import whole_directory
-from optimum_sieve.targets import find_targets
-from optimum_sieve.workdir import content_key, model_fingerprint
+from optimum_sieve.backbone.fingerprint import model_fingerprint
+from optimum_sieve.backbone.loading import load_model
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.modeling.conversion import forget_gguf
+from optimum_sieve.run.files import whole_directory
+from optimum_sieve.run.workdir import content_key
 
 from .cells import weights_key
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from use import classify, sibling, write
 
 from optimum_sieve import SieveConfig, SievePruner, Task
-from optimum_sieve.loading import copy_parameters, load_model
-from optimum_sieve.report import format_table
+from optimum_sieve.backbone.loading import copy_parameters, load_model
+from optimum_sieve.publish.report import format_table
 
 
 HERE = Path(__file__).resolve().parent

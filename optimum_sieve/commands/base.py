@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from collections.abc import Iterator
 
-    from optimum_sieve.config import SieveConfig
+    from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.pruner import SievePruner
 
 _REPORTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
@@ -69,7 +69,7 @@ def load_pruner(arguments: Namespace, config: SieveConfig | None = None) -> Siev
 
     Where the settings limit the memory and leave no room for the model, its blocks stay on disk.
     """
-    from optimum_sieve.loading import fits
+    from optimum_sieve.plan.fits import fits
     from optimum_sieve.pruner import SievePruner
 
     options = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import SieveSubcommand, add_source
-from optimum_sieve.config import SieveConfig
+from optimum_sieve.config.sieve import SieveConfig
+
+from .base import SieveSubcommand, add_source
 
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from typing import Any
 
-    from optimum_sieve.evaluation import Evaluation
+    from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.tasks import Example, Task
 
 _WHEN = {"dense": "before", "pruned": "after"}
@@ -50,8 +51,8 @@ class EvaluateCommand(SieveSubcommand):
 
     def execute(self, arguments: Namespace) -> None:
         """Score the model or models, print a table and write the JSON file."""
-        from optimum_sieve.comparison import compare
-        from optimum_sieve.report import build_report, format_table, task_block, write_report
+        from optimum_sieve.evaluation.comparison import compare
+        from optimum_sieve.publish.report import build_report, format_table, task_block, write_report
         from optimum_sieve.tasks import Task
 
         if arguments.json and not os.access(Path(arguments.json).absolute().parent, os.W_OK | os.X_OK):
@@ -114,9 +115,9 @@ def _score(
     is_reference: bool = False,
 ) -> _Scored:
     """Score a model, on `labelled` examples if there are any; without labels, a reference gives its own."""
-    from optimum_sieve.evaluation import evaluate
-    from optimum_sieve.labelling import label_by_model
-    from optimum_sieve.loading import load_model
+    from optimum_sieve.backbone.loading import load_model
+    from optimum_sieve.evaluation.labelling import label_by_model
+    from optimum_sieve.evaluation.scores import evaluate
 
     source: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     if not is_reference:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.commands.base import SieveSubcommand, add_debug
+from .base import SieveSubcommand, add_debug
 
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class ExportCommand(SieveSubcommand):
             if getattr(arguments, option) is not None and not getattr(arguments, form):
                 self.parser.error(f"--{option.replace('_', '-')} goes with --{form}")
 
-        from optimum_sieve.card import base_license
-        from optimum_sieve.export import save_dense
-        from optimum_sieve.export_onnx import TOLERANCE, check_onnx_packages, export_onnx
-        from optimum_sieve.output import check_output
+        from optimum_sieve.export.dense import save_dense
+        from optimum_sieve.export.onnx import TOLERANCE, check_onnx_packages, export_onnx
+        from optimum_sieve.publish.card import base_license
+        from optimum_sieve.run.files import check_output
 
         check_output(Path(arguments.output), arguments.overwrite)
         if arguments.onnx:
@@ -76,8 +76,8 @@ def _load(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """Load the pruned model on the CPU, once its configuration says that it is one."""
     from transformers import AutoConfig
 
-    from optimum_sieve.export import check_pruned
-    from optimum_sieve.loading import load_model
+    from optimum_sieve.backbone.loading import load_model
+    from optimum_sieve.modeling.conversion import check_pruned
 
     check_pruned(AutoConfig.from_pretrained(arguments.model, revision=arguments.revision))
     dtype = arguments.dtype or ("float32" if arguments.onnx else None)

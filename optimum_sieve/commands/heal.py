@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import SieveSubcommand, add_debug, add_task
-from optimum_sieve.commands.options import add_heal_settings, heal_settings_from
-from optimum_sieve.heal_config import HealConfig
+from optimum_sieve.config.heal import HealConfig
+
+from .base import SieveSubcommand, add_debug, add_task
+from .options import add_heal_settings, heal_settings_from
 
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ class HealCommand(SieveSubcommand):
         """Heal, save and print the report as a table."""
         config = HealConfig.from_dict(heal_settings_from(arguments))
 
-        from optimum_sieve.heal_pruned import heal_pruned
-        from optimum_sieve.output import check_output
-        from optimum_sieve.prepare import read_tasks
-        from optimum_sieve.report import format_table
-        from optimum_sieve.result import save_result
+        from optimum_sieve.pipeline.heal import heal_pruned
+        from optimum_sieve.publish.report import format_table
+        from optimum_sieve.publish.result import save_result
+        from optimum_sieve.run.files import check_output
+        from optimum_sieve.tasks.several import read_tasks
 
         check_output(Path(arguments.output), arguments.overwrite)
         tasks = read_tasks(arguments.task)

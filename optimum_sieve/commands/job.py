@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.config import SieveConfig
+from optimum_sieve.config.sieve import SieveConfig
 
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ _SOURCE = ("model", "task", "dtype", "gguf_file", "revision")
 
 def write_job(arguments: Namespace, config: SieveConfig) -> None:
     """Write down the model, the task, the settings and, unless there is a secret in it, the study's storage."""
-    from optimum_sieve.output import replacing
-    from optimum_sieve.search.storage import absolute_url, holds_secret
-    from optimum_sieve.workdir import WorkDir
+    from optimum_sieve.run.files import replacing
+    from optimum_sieve.run.workdir import WorkDir
+    from optimum_sieve.search.study.storage import absolute_url, holds_secret
 
     path = WorkDir(arguments.work_dir).path
     assert path is not None

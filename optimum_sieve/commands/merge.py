@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.commands.base import SieveSubcommand, add_debug
+from .base import SieveSubcommand, add_debug
 
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ class MergeCommand(SieveSubcommand):
         """Merge, save and say what became of the size."""
         from transformers import AutoConfig
 
-        from optimum_sieve.card import base_license
-        from optimum_sieve.loading import load_model
-        from optimum_sieve.lora import require_peft
-        from optimum_sieve.merging import check_adapter, merge_adapter, save_merged
-        from optimum_sieve.output import check_output
+        from optimum_sieve.backbone.loading import load_model
+        from optimum_sieve.lora.layer import require_peft
+        from optimum_sieve.lora.merge import check_adapter, merge_adapter, save_merged
+        from optimum_sieve.publish.card import base_license
+        from optimum_sieve.run.files import check_output
 
         check_output(Path(arguments.output), arguments.overwrite)
         require_peft()
@@ -70,7 +70,7 @@ class MergeCommand(SieveSubcommand):
 
 def _sizes(model: Any) -> dict[str, int]:
     """Count parameters, biases included, and add up ranks."""
-    from optimum_sieve.layers import FactorizedLinear
+    from optimum_sieve.modeling.layers import FactorizedLinear
 
     layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
     return {

@@ -10,8 +10,8 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.config import SieveConfig
-from optimum_sieve.heal_config import HealConfig
+from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.config.sieve import SieveConfig
 
 
 if TYPE_CHECKING:

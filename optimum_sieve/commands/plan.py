@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import SieveSubcommand, add_debug
-from optimum_sieve.commands.options import add_settings, settings_from
+from .base import SieveSubcommand, add_debug
+from .options import add_settings, settings_from
 
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-# Of optimum_sieve.hardware, which imports torch.
+# Of optimum_sieve.plan.hardware, which imports torch.
 _HARDWARE = ("this", "a100", "h100", "h200")
 
 
@@ -54,7 +54,7 @@ class PlanCommand(SieveSubcommand):
             if getattr(arguments, name) < 1:
                 self.parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
 
-        from optimum_sieve.forecast import forecast
+        from optimum_sieve.plan.forecast import forecast
 
         found = forecast(
             arguments.model,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import SieveSubcommand, add_source, load_pruner
-from optimum_sieve.commands.job import write_job
-from optimum_sieve.commands.options import add_settings, settings_from
+from .base import SieveSubcommand, add_source, load_pruner
+from .job import write_job
+from .options import add_settings, settings_from
 
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class PruneCommand(SieveSubcommand):
             self.parser.error("the following arguments are required: --output (or --dry-run)")
         config = settings_from(arguments)
 
-        from optimum_sieve import team
-        from optimum_sieve.output import check_output
-        from optimum_sieve.plan import tensor_bytes
-        from optimum_sieve.report import format_table
+        from optimum_sieve.backbone.sizes import tensor_bytes
+        from optimum_sieve.publish.report import format_table
+        from optimum_sieve.run import distributed
+        from optimum_sieve.run.files import check_output
 
         if arguments.output is not None:
             check_output(Path(arguments.output), arguments.overwrite)
@@ -62,13 +62,13 @@ class PruneCommand(SieveSubcommand):
         if arguments.output is not None:
             check_output(Path(arguments.output), arguments.overwrite, needed_bytes=tensor_bytes(pruner.model))
         if arguments.dry_run:
-            if team.is_first():
+            if distributed.is_first():
                 print(pruner.plan(config).format())
             return
         if config.allocation == "genetic" and arguments.work_dir is not None:
             write_job(arguments, config)
         result = pruner.prune(config, work_dir=arguments.work_dir, study_storage=arguments.study_storage)
         pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite)
-        if team.is_first():
+        if distributed.is_first():
             print(format_table(result.report))
             print(f"\nsaved in {arguments.output}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import SieveSubcommand, add_debug
+from .base import SieveSubcommand, add_debug
 
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class PushCommand(SieveSubcommand):
 
     def execute(self, arguments: Namespace) -> None:
         """Push."""
-        from optimum_sieve.hub import push_folder
+        from optimum_sieve.publish.hub import push_folder
 
         pushed = push_folder(
             arguments.model,

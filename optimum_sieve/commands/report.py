@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import SieveSubcommand, add_debug
+from .base import SieveSubcommand, add_debug
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class ReportCommand(SieveSubcommand):
 
     def execute(self, arguments: Namespace) -> None:
         """Write the page."""
-        from optimum_sieve.search_page import find_summary, write_page
+        from optimum_sieve.search.page.page import find_summary, write_page
 
         path = write_page(find_summary(arguments.work_dir), arguments.output, overwrite=arguments.overwrite)
         print(f"written to {path}")

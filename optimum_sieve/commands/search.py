@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimum_sieve.commands.base import SieveSubcommand, add_source, load_pruner
-from optimum_sieve.commands.job import read_job, write_job
-from optimum_sieve.commands.options import add_settings, settings_from
+from .base import SieveSubcommand, add_source, load_pruner
+from .job import read_job, write_job
+from .options import add_settings, settings_from
 
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from typing import Any
 
-    from optimum_sieve.config import SieveConfig
+    from optimum_sieve.config.sieve import SieveConfig
 
 
 class SearchCommand(SieveSubcommand):

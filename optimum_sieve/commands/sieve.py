@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from optimum_sieve.commands.evaluate import EvaluateCommand
-from optimum_sieve.commands.export import ExportCommand
-from optimum_sieve.commands.heal import HealCommand
-from optimum_sieve.commands.merge import MergeCommand
-from optimum_sieve.commands.plan import PlanCommand
-from optimum_sieve.commands.prune import PruneCommand
-from optimum_sieve.commands.push import PushCommand
-from optimum_sieve.commands.report import ReportCommand
-from optimum_sieve.commands.search import SearchCommand
+from .evaluate import EvaluateCommand
+from .export import ExportCommand
+from .heal import HealCommand
+from .merge import MergeCommand
+from .plan import PlanCommand
+from .prune import PruneCommand
+from .push import PushCommand
+from .report import ReportCommand
+from .search import SearchCommand
 
 
 class SieveCommand(BaseOptimumCLICommand):

@@ -18,8 +18,9 @@ from .candidate import CONFIRM, Candidate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from optimum_sieve.search.ranking.by_task import Goal
+
     from .genome import Genome, SearchSpace
-    from .standing import Goal
 
 
 # Kept fractions above the size where the search put the limit, then the steps below it. A few hundred examples say

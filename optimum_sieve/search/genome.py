@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optimum_sieve.budget import largest_rank
+from optimum_sieve.allocation.budget import Ranks, largest_rank
 
 
 if TYPE_CHECKING:
@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from optimum_sieve.allocation import LossCurve
+    from optimum_sieve.allocation.allocators import LossCurve
 
 
 Genome = tuple[int, ...]
-Ranks = dict[str, "int | None"]
 
 # Logarithm of a price that stands for 0.
 _NO_PRICE = -690.0

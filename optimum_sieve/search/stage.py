@@ -8,35 +8,35 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation import allocate
-from optimum_sieve.output import replacing
-from optimum_sieve.setting import BASIS_SETTINGS
+from optimum_sieve.allocation.allocators import allocate
+from optimum_sieve.run.context import BASIS_SETTINGS
+from optimum_sieve.run.files import replacing
+from optimum_sieve.search.ranking.by_task import Goal
+from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
+from optimum_sieve.search.scoring.by_text import WrittenScorer
+from optimum_sieve.search.scoring.scorer import JointScorer
+from optimum_sieve.search.study.storage import wait_for_study
+from optimum_sieve.search.study.study import SearchStudy
+from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.tasks.text_metrics import metric_name
 
 from .candidate import BOTTLENECK, CONFIRM, SEARCH
-from .candidate_scorer import CandidateScorer
 from .genome import SearchSpace
-from .live import LiveRanks
+from .loop import Search, lead, work
 from .presets import PRESETS
-from .scorer import JointScorer
-from .search import Search, lead, work
-from .standing import Goal
-from .storage import wait_for_study
-from .study import SearchStudy
 from .summary import SUMMARY, summarize
-from .written_scorer import WrittenScorer
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from optimum_sieve.factorization import FactorBasis
-    from optimum_sieve.setting import Setting, TaskSetting
+    from optimum_sieve.factorization.closed_form import FactorBasis
+    from optimum_sieve.run.context import Setting, TaskSetting
+    from optimum_sieve.search.scoring.scorer import Scorer
     from optimum_sieve.tasks import Example
 
     from .genome import Genome
     from .presets import SearchPreset
-    from .scorer import Scorer
 
 
 # What candidates' scores depend on, beside the model and the task.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.search.ranking.across_tasks import Standings
+
 from .bottlenecks import SHARE, bottleneck_table
 from .candidate import BOTTLENECK, SEARCH
-from .standings import Standings
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from optimum_sieve.search.ranking.by_task import Goal
+
     from .candidate import AnyOutcome, Candidate
-    from .search import Search
-    from .standing import Goal
+    from .loop import Search
 
 
 FORMAT_VERSION = 1

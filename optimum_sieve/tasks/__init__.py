@@ -1,7 +1,7 @@
 r"""Tasks: a table of examples, a prompt, a way to answer and a metric; read from a task file. Does not import torch."""
 
-from optimum_sieve.tasks.example import Example
-from optimum_sieve.tasks.task import Task
+from .example import Example
+from .task import Task
 
 
 __all__ = ["Example", "Task"]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from optimum_sieve.tasks.example import Reference
-from optimum_sieve.tasks.prompts import Row, RowTemplate
-from optimum_sieve.tasks.spec import optional
+from .example import Reference
+from .prompts import Row, RowTemplate
+from .spec import optional
 
 
 if TYPE_CHECKING:
-    from optimum_sieve.tasks.prompts import Prompt
+    from .prompts import Prompt
 
 
 # What `prompt` and `candidate` may name beside the fields of the data.

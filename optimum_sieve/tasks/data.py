@@ -6,9 +6,9 @@ import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.tasks.files import read_file
-from optimum_sieve.tasks.prompts import Row
-from optimum_sieve.tasks.spec import check_keys
+from .files import read_file
+from .prompts import Row
+from .spec import check_keys
 
 
 if TYPE_CHECKING:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from optimum_sieve.tasks.example import Generation, Reference
-from optimum_sieve.tasks.prompts import Row, RowTemplate
-from optimum_sieve.tasks.text_metrics import LIST_METRICS, TEXT_METRICS, last_number
+from .example import Generation, Reference
+from .prompts import Row, RowTemplate
+from .text_metrics import LIST_METRICS, TEXT_METRICS, last_number
 
 
 if TYPE_CHECKING:
-    from optimum_sieve.tasks.prompts import Prompt
+    from .prompts import Prompt
 
 
 @dataclass(frozen=True)

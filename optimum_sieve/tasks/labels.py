@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from optimum_sieve.tasks.example import Reference
-from optimum_sieve.tasks.metrics import CLASS_METRICS
-from optimum_sieve.tasks.prompts import Row, RowTemplate
-from optimum_sieve.tasks.spec import optional, require
+from .example import Reference
+from .metrics import CLASS_METRICS
+from .prompts import Row, RowTemplate
+from .spec import optional, require
 
 
 if TYPE_CHECKING:
-    from optimum_sieve.tasks.prompts import Prompt
+    from .prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
-from optimum_sieve.tasks.spec import check_keys
+from .spec import check_keys
 
 
 if TYPE_CHECKING:

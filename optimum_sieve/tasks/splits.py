@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from optimum_sieve.tasks.data import SPLITS, Data
+from .data import SPLITS, Data
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
 
-    from optimum_sieve.tasks.prompts import Row
+    from .prompts import Row
 
 
 _Item = TypeVar("_Item")

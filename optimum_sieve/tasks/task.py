@@ -9,15 +9,15 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.tasks.choices import Choices
-from optimum_sieve.tasks.data import SPLITS, Data
-from optimum_sieve.tasks.example import Example, Generation, Reference
-from optimum_sieve.tasks.generate import Generate
-from optimum_sieve.tasks.labels import LabelScoring
-from optimum_sieve.tasks.prompts import Prompt, Row
-from optimum_sieve.tasks.spec import check_keys, plain, read_spec, require
-from optimum_sieve.tasks.splits import divide
-from optimum_sieve.tasks.text_metrics import Metric, metric_name
+from .choices import Choices
+from .data import SPLITS, Data
+from .example import Example, Generation, Reference
+from .generate import Generate
+from .labels import LabelScoring
+from .prompts import Prompt, Row
+from .spec import check_keys, plain, read_spec, require
+from .splits import divide
+from .text_metrics import Metric, metric_name
 
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimum_sieve.tasks.metrics import Scored
+from .metrics import Scored
 
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimum_sieve.vocabulary.vocabulary import TaskVocabulary, task_vocabulary
+from .vocabulary import TaskVocabulary, task_vocabulary
 
 
 __all__ = ["TaskVocabulary", "task_vocabulary"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.vocabulary.closure import added_tokens, merge_pair, merged, model_tokens
+from .closure import added_tokens, merge_pair, merged, model_tokens
 
 
 if TYPE_CHECKING:

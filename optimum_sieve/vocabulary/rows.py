@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from optimum_sieve.vocabulary.token_ids import copies, named_ids, renumber_config, with_parts
+from .token_ids import copies, named_ids, renumber_config, with_parts
 
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.vocabulary.backend import order, renumber, special_ids
-from optimum_sieve.vocabulary.closure import added_tokens, model_tokens, needed_tokens
+from .backend import order, renumber, special_ids
+from .closure import added_tokens, model_tokens, needed_tokens
 
 
 if TYPE_CHECKING:

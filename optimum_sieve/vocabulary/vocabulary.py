@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optimum_sieve.encoding import encode_texts
-from optimum_sieve.inputs import input_format
-from optimum_sieve.modes import evaluating
-from optimum_sieve.scoring import input_device, make_batches, site_logits
-from optimum_sieve.vocabulary.rows import RowSelection
-from optimum_sieve.vocabulary.tokenizer import reduce_tokenizer, serialized
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.backbone.modes import evaluating
+from optimum_sieve.evaluation.batches import input_device, make_batches, site_logits
+from optimum_sieve.evaluation.encoding import encode_texts
+
+from .rows import RowSelection
+from .tokenizer import reduce_tokenizer, serialized
 
 
 if TYPE_CHECKING:

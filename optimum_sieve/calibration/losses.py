@@ -1,0 +1,159 @@
+r"""What the output gradients of calibration are taken of; each loss is a sum over the examples of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.evaluation.batches import Batch, log_likelihoods, make_batches, site_logits
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optimum_sieve.run.context import Setting
+    from optimum_sieve.tasks import Example
+
+
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+
+# Positions of each prompt whose next tokens are looked at.
+PROMPT_SITES = 32
+
+
+def calibration_loss(
+    name: str, examples: Sequence[Example], seed: int = 0, *, prompt_weight: float = 0.0
+) -> tuple[Loss, bool]:
+    """Return the loss called `name` for these examples, and whether its batches hold every candidate.
+
+    Args:
+        name (`str`): `"fisher"`, `"labels"` or `"answer"`. Without candidates, `"fisher"` is that of the tokens
+            written, and `"labels"` is `"answer"`.
+        examples (`Sequence[Example]`): The calibration examples, in the order of the batches' indices.
+        seed (`int`): Seed of the Fisher roots' random signs.
+        prompt_weight (`float`): Of `"fisher"` without candidates, what the prompt's tokens count.
+    """
+    candidates = all(example.candidates for example in examples)
+    if name == "fisher":
+        return (fisher_root(seed), True) if candidates else (token_fisher_root(seed, prompt_weight), False)
+    if name == "labels" and candidates:
+        return label_loss([example.target or 0 for example in examples]), True
+    return answer_loss, False
+
+
+def answer_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Negative log-likelihood of the gold answers among all texts."""
+    return -log_likelihoods(model, batch).sum()
+
+
+def label_loss(targets: Sequence[int]) -> Loss:
+    """Return the cross-entropy of the gold candidate in the model's distribution over the candidates."""
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        scores = log_likelihoods(model, batch)
+        target = torch.tensor([targets[index] for index in batch.indices], device=scores.device)
+        return nn.functional.cross_entropy(scores, target, reduction="sum")
+
+    return loss
+
+
+def fisher_root(seed: int = 0) -> Loss:
+    r"""Return a function whose gradient's second moment is the Fisher information of the candidates' distribution.
+
+    With scores \(s\) and \(p = \mathrm{softmax}(s)\), the Fisher information is \(J^\top F J\), where
+    \(F = \mathrm{diag}(p) - p p^\top\) and \(J\) is the derivative of \(s\). With eigenvectors \(u_j\) and eigenvalues
+    \(\lambda_j\) of \(F\), the function is \(a^\top s\) for the constant \(a = \sum_j \pm \sqrt{\lambda_j}\, u_j\) with
+    random signs, so \(E[a a^\top] = F\). For two candidates one \(\lambda_j > 0\) only: nothing is random. Gold answers
+    are not used: what is kept is the dense model's behaviour, right or wrong.
+    """
+
+    def root(model: nn.Module, batch: Batch) -> torch.Tensor:
+        scores = log_likelihoods(model, batch)
+        probabilities = scores.detach().double().softmax(dim=-1)
+        fisher = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
+        values, vectors = torch.linalg.eigh(fisher)
+        signs = _signs(batch.indices, batch.present.sum(dim=1).tolist(), values.shape[1], seed).to(values)
+        direction = torch.einsum("bcj,bj->bc", vectors, values.clamp_min(0).sqrt() * signs)
+        # A missing candidate scores -inf, which times its direction of 0 would be NaN.
+        return (direction.to(scores) * scores.masked_fill(~batch.present.to(scores.device), 0.0)).sum()
+
+    return root
+
+
+def _signs(indices: Sequence[int], counts: Sequence[int], width: int, seed: int) -> torch.Tensor:
+    """Random signs (len(indices), width) that depend on each example alone, not on how examples are batched.
+
+    Eigenvalues ascend, so those of missing candidates, which are 0, come first.
+    """
+    signs = np.zeros((len(indices), width))
+    for row, (index, count) in enumerate(zip(indices, counts, strict=True)):
+        signs[row, width - count :] = np.random.default_rng((seed, index)).choice((-1.0, 1.0), size=count)
+    return torch.from_numpy(signs)
+
+
+def token_fisher_root(seed: int = 0, prompt_weight: float = 0.0) -> Loss:
+    r"""Return a function whose gradient's second moment is the Fisher information of the tokens written.
+
+    At each token of the gold answer, with logits \(z\) and \(p = \mathrm{softmax}(z)\) over the vocabulary, the Fisher
+    information is that of [`fisher_root`] with \(z\) in place of the scores. The function is the sum of \(a^\top z\)
+    over the tokens, with \(a = \sqrt{p} \circ \epsilon - p\,(\sqrt{p}^\top \epsilon)\) and random signs \(\epsilon\),
+    for which \(E[a a^\top] = F\) without any eigenvalues. The signs depend on each example alone, not on its batch.
+
+    Args:
+        seed (`int`): Seed of the signs.
+        prompt_weight (`float`): The prompt's own next tokens are looked at likewise, at [`PROMPT_SITES`] random
+            positions of each example, and count together so many times what the answer's tokens do. Answers are few
+            tokens whose gradients span few directions; without prompts, all others seem to be free. Encoder-decoders
+            write no prompt, and take the answer's tokens alone.
+    """
+
+    def root(model: nn.Module, batch: Batch) -> torch.Tensor:
+        weights = torch.ones(len(batch.sites))
+        if prompt_weight and batch.kind == "causal":
+            batch, shares = _with_prompts(batch, seed)
+            weights = torch.cat([weights, prompt_weight * shares])
+        logits = site_logits(model, batch)
+        probabilities = logits.detach().softmax(dim=-1)
+        roots = probabilities.sqrt() * _token_signs(batch, logits.shape[1], seed).to(logits)
+        directions = roots - probabilities * roots.sum(dim=-1, keepdim=True)
+        return ((directions * logits).sum(dim=-1) * weights.sqrt().to(logits)).sum()
+
+    return root
+
+
+def _with_prompts(batch: Batch, seed: int) -> tuple[Batch, torch.Tensor]:
+    """Add positions before each answer to the sites; return how many of the answer's tokens each of them stands for."""
+    rows, positions = batch.sites.cpu().unbind(dim=1)
+    sites, shares = [], []
+    for row, index in enumerate(batch.indices):
+        own = positions[rows == row]
+        chosen = np.random.default_rng((seed, index)).permutation(int(own.min()))[:PROMPT_SITES]
+        sites += [(row, position) for position in sorted(chosen.tolist())]
+        shares += [len(own) / max(1, len(chosen))] * len(chosen)
+    added = torch.tensor(sites, dtype=torch.long).reshape(-1, 2).to(batch.sites)
+    return replace(batch, sites=torch.cat([batch.sites, added])), torch.tensor(shares)
+
+
+def _token_signs(batch: Batch, width: int, seed: int) -> torch.Tensor:
+    """Random signs (sites, width); rows are examples, as each has its gold answer alone."""
+    signs = np.empty((len(batch.sites), width), dtype=np.int8)
+    for place, (row, position) in enumerate(batch.sites.tolist()):
+        signs[place] = np.random.default_rng((seed, batch.indices[row], position)).integers(0, 2, size=width)
+    return torch.from_numpy(2 * signs - 1)
+
+
+def calibration_batches(setting: Setting, examples: Sequence[Example]) -> tuple[list[Batch], Loss]:
+    """Return the batches of a task's calibration examples, all processes' together, and their loss."""
+    config = setting.config
+    loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=config.prompt_weight)
+    inputs = input_format(setting.model)
+    batches = make_batches(
+        examples, setting.tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs
+    )
+    return batches, loss

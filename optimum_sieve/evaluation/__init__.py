@@ -1,0 +1,21 @@
+"""Score a model on a task's examples and compare two models.
+
+In: a model, a tokenizer and examples. Out: an `Evaluation`, or a `Comparison` of two. `encoding` tokenizes, `batches`
+pads, `likelihoods` scores candidates, `generation` writes answers, `scores.evaluate` joins them; `teacher` keeps the
+dense model's predictions for healing; `stage.score` caches evaluations in the work directory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optimum_sieve._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .comparison import Comparison, compare
+    from .scores import Evaluation, evaluate
+
+__all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
+
+__getattr__ = lazy_names(__name__, {"comparison": ["Comparison", "compare"], "scores": ["Evaluation", "evaluate"]})

@@ -1,0 +1,105 @@
+r"""Compare two models that were scored on the same examples."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimum_sieve.tasks.metrics import standard_error
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .scores import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    r"""A pruned model against the dense one, on the same examples.
+
+    Args:
+        mean (`float`):
+            Score of the pruned model minus the dense model's.
+        standard_error (`float`):
+            Standard error of `mean`, from each example's difference.
+        agreement (`float`):
+            Fraction of examples with the same prediction; of written answers, with the same normalized text.
+        kl (`float`, *optional*):
+            Mean of \(\mathrm{KL}(\text{dense} \Vert \text{pruned})\) over the candidate distributions, in nats; `None`
+            where answers are written, which have no candidates.
+        count (`int`):
+            Number of examples.
+    """
+
+    mean: float
+    standard_error: float
+    agreement: float
+    kl: float | None
+    count: int
+
+    def lower_bound(self, confidence: float) -> float:
+        """Return what the true difference exceeds with `confidence` (one-sided, normal approximation).
+
+        Example:
+
+        ```python
+        >>> comparison = Comparison(mean=-0.01, standard_error=0.01, agreement=0.9, kl=0.02, count=200)
+        >>> comparison.lower_bound(0.5), round(comparison.lower_bound(0.95), 4)
+        (-0.01, -0.0264)
+
+        ```
+        """
+        if not 0.5 <= confidence < 1:
+            raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence}.")
+        return self.mean - NormalDist().inv_cdf(confidence) * self.standard_error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return asdict(self)
+
+
+def compare(dense: Evaluation, pruned: Evaluation) -> Comparison:
+    """Compare a pruned model with the dense one example by example.
+
+    Raises:
+        ValueError: If the two were not scored on the same examples with the same metric.
+    """
+    if dense.metric != pruned.metric:
+        raise ValueError(f"`pruned` must be scored with the dense model's {dense.metric!r}, got {pruned.metric!r}.")
+    if dense.fingerprint != pruned.fingerprint:
+        raise ValueError(
+            f"`pruned` must be scored on the same examples as `dense` ({dense.count} of them), got {pruned.count} that "
+            "differ in prompts, candidates or order. Evaluate both on one list of examples."
+        )
+    return Comparison(
+        mean=pruned.score - dense.score,
+        standard_error=standard_error(pruned.values - dense.values),
+        agreement=float((dense.answers == pruned.answers).mean()),
+        # Rounding alone can make the KL of two equal distributions negative.
+        kl=None if dense.texts else max(0.0, float(divergences(dense, pruned).mean())),
+        count=dense.count,
+    )
+
+
+def divergences(dense: Evaluation, pruned: Evaluation) -> NDArray[np.float64]:
+    r"""Return \(\mathrm{KL}(\text{dense} \Vert \text{pruned})\) of every example (count,), in nats."""
+    return expected_rises(np.exp(dense.log_probs), dense, pruned)
+
+
+def expected_rises(labels: NDArray[np.float64], dense: Evaluation, pruned: Evaluation) -> NDArray[np.float64]:
+    """Return each example's expected rise of its label's negative log-likelihood (count,), in nats.
+
+    Args:
+        labels (`numpy.ndarray` of shape `(count, candidates)`): How likely each label is.
+        dense (`Evaluation`): The dense model's scores.
+        pruned (`Evaluation`): The pruned model's scores of the same examples.
+    """
+    # A missing candidate is -inf on both sides and adds nothing.
+    with np.errstate(invalid="ignore"):
+        terms = np.where(labels > 0, labels * (dense.log_probs - pruned.log_probs), 0.0)
+    rises: NDArray[np.float64] = terms.sum(axis=1)
+    return rises

@@ -1,0 +1,297 @@
+r"""From text to token ids: where an example's prompt ends, which tokens are scored, which rows the model must see.
+
+Does not import torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from optimum_sieve.backbone.kinds import InputFormat
+    from optimum_sieve.tasks import Example
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One example as token ids, padded to nothing.
+
+    Args:
+        index (`int`):
+            Position of the example in its list.
+        rows (`list[list[int]]`):
+            Distinct inputs of the model: a candidate whose tokens another's begin with needs no row of its own.
+        reads (`list[tuple[int, int, int, int]]`):
+            For each token scored: its row, the position that predicts it, its id, its candidate.
+        num_candidates (`int`):
+            Number of candidates.
+        shadowed (`bool`):
+            Whether one candidate's tokens are the beginning of another's.
+        source (`list[int]`, *optional*):
+            Input of the encoder, where the rows are those of a decoder.
+        weights (`list[float]`, *optional*):
+            What each candidate's log-likelihood is multiplied by.
+    """
+
+    index: int
+    rows: list[list[int]]
+    reads: list[tuple[int, int, int, int]]
+    num_candidates: int
+    shadowed: bool
+    source: list[int] | None = None
+    weights: list[float] | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the longest input."""
+        return max(len(row) for row in [*self.rows, self.source or []])
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
+) -> list[EncodedExample]:
+    """Tokenize every candidate, or only the gold answer, of `examples`.
+
+    Raises:
+        ValueError: If an example has nothing to score, no token comes before its continuation, two candidates are the
+            same tokens, or they are no labels of a classifier.
+    """
+    for index, example in enumerate(examples):
+        if not (example.candidates or (not candidates and inputs.kind != "classification")):
+            raise ValueError(
+                f"`examples[{index}]` must have candidates to score, got none. Pass `candidates=False` to score its "
+                "answer."
+            )
+    with _restored(tokenizer):
+        if inputs.kind == "classification":
+            return _encode_for_classifier(examples, tokenizer, candidates, inputs)
+        if inputs.kind == "seq2seq":
+            rows = _encode_for_decoder(examples, tokenizer, candidates, inputs)
+        else:
+            rows = _encode_as_one_text(examples, tokenizer, candidates)
+    if candidates:
+        rows = [replace(row, weights=_weights(example)) for row, example in zip(rows, examples, strict=True)]
+    shadowed = sum(row.shadowed for row in rows)
+    if shadowed:
+        logger.warning(
+            "In %d of %d examples one candidate's tokens are the beginning of another's, which therefore can never "
+            "score higher. End the texts alike, for instance with a line break.",
+            shadowed,
+            len(examples),
+        )
+    return rows
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat
+) -> list[list[int]]:
+    """Tokenize the prompts alone, as a model that writes the answers is given them.
+
+    Raises:
+        ValueError: If a prompt has no token.
+    """
+    with _restored(tokenizer):
+        if inputs.kind == "seq2seq":
+            return _whole_texts(examples, tokenizer)
+        prefix = _special_prefix(tokenizer, examples)
+        plain = _token_ids(tokenizer, [example.prompt for example in examples])
+        rows = [
+            (prefix if example.add_special_tokens else []) + ids for example, ids in zip(examples, plain, strict=True)
+        ]
+    _refuse_empty(rows, examples)
+    return rows
+
+
+def answer_lengths(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the number of tokens of each gold answer, with what ends it."""
+    with _restored(tokenizer):
+        return [len(ids) for ids in _token_ids(tokenizer, [example.answer for example in examples])]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenize whole texts, with all special tokens."""
+    with _restored(tokenizer):
+        return _token_ids(tokenizer, list(texts), special=True)
+
+
+def _encode_as_one_text(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool
+) -> list[EncodedExample]:
+    """Lay out prompt and continuation as one text, for causal language models."""
+    continuations = [_continuations(example, candidates) for example in examples]
+    texts: list[str] = []
+    for example, texts_after in zip(examples, continuations, strict=True):
+        texts += [example.prompt, *(example.prompt + text for text in texts_after)]
+    tokens = iter(_token_ids(tokenizer, texts))
+    prefix = _special_prefix(tokenizer, examples)
+    rows = []
+    for index, (example, texts_after) in enumerate(zip(examples, continuations, strict=True)):
+        before = prefix if example.add_special_tokens else []
+        prompt = before + next(tokens)
+        rows.append(_encode_row(index, example, prompt, [before + next(tokens) for _ in texts_after]))
+    return rows
+
+
+def _encode_for_decoder(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
+) -> list[EncodedExample]:
+    """Give the prompt to the encoder and each continuation, after the start token, to the decoder."""
+    assert inputs.start_token_id is not None
+    sources = _whole_texts(examples, tokenizer)
+    # What a decoder writes does not follow the prompt's text, so no space comes between.
+    continuations = [
+        tuple(text.lstrip() if example.generation else text for text in _continuations(example, candidates))
+        for example in examples
+    ]
+    tokens = iter(_token_ids(tokenizer, [text for texts in continuations for text in texts]))
+    rows = []
+    for index, (example, source, texts) in enumerate(zip(examples, sources, continuations, strict=True)):
+        start = [inputs.start_token_id]
+        row = _encode_row(index, example, start, [start + next(tokens) for _ in texts])
+        rows.append(replace(row, source=source))
+    return rows
+
+
+def _encode_for_classifier(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
+) -> list[EncodedExample]:
+    """Give the prompt alone; what is read is a label in place of a token."""
+    rows = []
+    for index, (example, row) in enumerate(zip(examples, _whole_texts(examples, tokenizer), strict=True)):
+        classes = inputs.classes(example.candidates)
+        if not candidates:
+            classes = [classes[example.candidates.index(example.answer)]]
+        reads = [(0, 0, label, candidate) for candidate, label in enumerate(classes)]
+        rows.append(EncodedExample(index, [row], reads, len(classes), shadowed=False))
+    return rows
+
+
+def _continuations(example: Example, candidates: bool) -> tuple[str, ...]:
+    return example.candidates if candidates else (example.answer,)
+
+
+def _weights(example: Example) -> list[float] | None:
+    lengths = [max(len(text.strip()), 1) for text in example.candidates]
+    return [1 / length for length in lengths] if example.normalized else None
+
+
+def _whole_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenize the prompts with all special tokens, but where a chat template wrote them."""
+    prompts = [example.prompt for example in examples]
+    special, plain = (_token_ids(tokenizer, prompts, special) for special in (True, False))
+    rows = [
+        own if example.add_special_tokens else bare for example, own, bare in zip(examples, special, plain, strict=True)
+    ]
+    _refuse_empty(rows, examples)
+    return rows
+
+
+def _refuse_empty(rows: list[list[int]], examples: Sequence[Example]) -> None:
+    empty = next((index for index, row in enumerate(rows) if not row), None)
+    if empty is not None:
+        prompt = examples[empty].prompt
+        raise ValueError(f"`examples[{empty}]` must have a prompt of at least one token, got {prompt!r}.")
+
+
+def _encode_row(index: int, example: Example, prompt: list[int], wholes: list[list[int]]) -> EncodedExample:
+    """Lay out one example: `prompt` and `wholes` (prompt and continuation) are token ids with their prefix."""
+    context = _common_prefix([prompt, *wholes])
+    shown = repr(example.prompt if len(example.prompt) <= 60 else example.prompt[:60] + "...")
+    if context == 0:
+        raise ValueError(
+            f"`examples[{index}]` must have at least one token before its continuation, got prompt {shown}. Put "
+            "something in front of the answer: this tokenizer adds no token of its own."
+        )
+    if any(len(whole) == context for whole in wholes):
+        raise ValueError(
+            f"`examples[{index}]` must have continuations of at least one token each, got one of none after the "
+            f"prompt {shown}. Check the texts of the labels or answers with this tokenizer."
+        )
+    if len(set(map(tuple, wholes))) < len(wholes):
+        raise ValueError(
+            f"`examples[{index}]` must have candidates of distinct tokens, got two that are the same to this tokenizer "
+            f"among {', '.join(map(repr, example.candidates))}. Choose other texts for them."
+        )
+    # The last token of a continuation is predicted, never read, so it needs no place in the row.
+    rows, owners = _merge_prefixes([whole[:-1] for whole in wholes])
+    reads = [
+        (owner, position - 1, whole[position], candidate)
+        for candidate, (owner, whole) in enumerate(zip(owners, wholes, strict=True))
+        for position in range(context, len(whole))
+    ]
+    shadowed = len(_merge_prefixes(wholes)[0]) < len(wholes)
+    return EncodedExample(index, rows, reads, len(wholes), shadowed)
+
+
+def _merge_prefixes(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Leave out every sequence that another begins with; return the rest and, for each sequence, which holds it."""
+    kept: list[list[int]] = []
+    owners = [0] * len(sequences)
+    previous: list[int] | None = None
+    # In descending order a sequence comes right after one that begins with it, if there is any.
+    for i in sorted(range(len(sequences)), key=lambda i: sequences[i], reverse=True):
+        if previous is None or previous[: len(sequences[i])] != sequences[i]:
+            kept.append(sequences[i])
+        owners[i] = len(kept) - 1
+        previous = sequences[i]
+    return kept, owners
+
+
+def _common_prefix(sequences: list[list[int]]) -> int:
+    """Length of what all `sequences` begin with."""
+    for length, tokens in enumerate(zip(*sequences, strict=False)):
+        if len(set(tokens)) > 1:
+            return length
+    return min(len(sequence) for sequence in sequences)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False) -> list[list[int]]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _special_prefix(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[int]:
+    """Find what `tokenizer` puts before a text when asked for its special tokens."""
+    text = next((example.prompt + example.answer for example in examples if example.add_special_tokens), None)
+    if text is None:
+        return []
+    plain, full = (_token_ids(tokenizer, [text], special)[0] for special in (False, True))
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    raise ValueError(
+        f"`tokenizer` must put its special tokens around a text and leave the text's own as they are, got {full} for "
+        f"{plain}. Use `chat` in the task file, which adds none."
+    )
+
+
+@contextmanager
+def _restored(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Put back the truncation and padding of a fast tokenizer, which a call without them switches off."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
+    try:
+        yield
+    finally:
+        if backend is not None and truncation is not None:
+            backend.enable_truncation(**truncation)
+        if backend is not None and padding is not None:
+            backend.enable_padding(**padding)

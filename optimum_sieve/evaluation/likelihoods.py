@@ -1,0 +1,91 @@
+"""The log-likelihoods of all candidates of a list of examples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimum_sieve.backbone.modes import evaluating
+
+from .batches import input_device, log_likelihoods
+from .prefix import prefill, repeated, without_prefix
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from optimum_sieve.tasks import Example
+
+    from .batches import Batch
+
+
+def candidate_scores(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    examples: Sequence[Example],
+    on_batch: Callable[[int], object] = lambda count: None,
+    *,
+    prefix: int = 0,
+) -> NDArray[np.float64]:
+    """Compute the log-likelihood of every candidate.
+
+    Args:
+        model (`torch.nn.Module`): The model; in evaluation mode and without gradients meanwhile.
+        batches (`Sequence[Batch]`): Batches of `examples`, on any device.
+        examples (`Sequence[Example]`): The examples.
+        on_batch (`Callable`): Called after each batch with its number of examples.
+        prefix (`int`): Leading tokens that all rows of all batches share, computed once, where the model allows it.
+
+    Returns:
+        `numpy.ndarray` of shape `(count, candidates)`: `-inf` where an example has fewer candidates.
+
+    Raises:
+        ValueError: If the model returns values that are not finite.
+    """
+    device = input_device(model)
+    with evaluating(model):
+        cache = prefill(model, batches[0].to(device), prefix) if prefix else None
+
+        def read(batch: Batch) -> torch.Tensor:
+            if cache is None:
+                return log_likelihoods(model, batch)
+            past = repeated(cache, batch.input_ids.shape[0])
+            return log_likelihoods(model, without_prefix(batch, prefix), past)
+
+        return gather_scores(batches, (read(batch.to(device)) for batch in batches), examples, on_batch)
+
+
+def gather_scores(
+    batches: Sequence[Batch],
+    sums: Iterable[torch.Tensor],
+    examples: Sequence[Example],
+    on_batch: Callable[[int], object] = lambda count: None,
+) -> NDArray[np.float64]:
+    """Put each batch's log-likelihoods in the order of the examples; see [`candidate_scores`].
+
+    Raises:
+        ValueError: If the model returned values that are not finite.
+    """
+    scores = np.full((len(examples), max(len(example.candidates) for example in examples)), -np.inf)
+    for batch, own in zip(batches, sums, strict=True):
+        found = own.double().cpu().numpy()
+        scores[list(batch.indices), : found.shape[1]] = found
+        on_batch(batch.num_examples)
+    present = np.array([[c < len(example.candidates) for c in range(scores.shape[1])] for example in examples])
+    check_finite((np.isfinite(scores) | ~present).all(axis=1))
+    return scores
+
+
+def check_finite(finite: NDArray[np.bool_]) -> None:
+    """Raise a `ValueError` that counts the examples (count,) whose values are not finite, if there are any."""
+    broken = int((~finite).sum())
+    if broken:
+        raise ValueError(
+            f"`model` must return finite logits, got NaN or infinity for {broken} of {len(finite)} examples. "
+            "Load it with dtype=torch.bfloat16 or torch.float32, and check that its weights are finite."
+        )

@@ -1,0 +1,61 @@
+"""The tokens that all prompts of a task begin with (instructions, examples), computed once instead of for every row."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from .batches import Batch
+
+
+# Shorter prefixes save less than the handling of their cache costs.
+LEAST_TOKENS = 16
+
+
+def shared_prefix(batches: Sequence[Batch]) -> int:
+    """Return how many tokens all rows begin with, at most so many that every needed position comes after them.
+
+    Example: with few-shot prompts, everything up to the text in question. 0 where it is too short to pay, and for
+    models that are not causal.
+    """
+    if batches[0].kind != "causal":
+        return 0
+    first = batches[0].input_ids[0]
+    length = min(int(batch.sites[:, 1].min()) for batch in batches)
+    for batch in batches:
+        length = min(length, batch.input_ids.shape[1])
+        differs = (batch.input_ids[:, :length] != first[:length]).any(dim=0).nonzero()
+        length = min(length, int(differs[0, 0])) if len(differs) else length
+    return length if length >= LEAST_TOKENS else 0
+
+
+def prefill(model: nn.Module, batch: Batch, length: int) -> DynamicCache | None:
+    """Return the model's cache of the first `length` tokens, or `None` where it keeps another kind of cache."""
+    ids = batch.input_ids[:1, :length]
+    found: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    cache = getattr(found, "past_key_values", None)
+    return cache if type(cache) is DynamicCache else None
+
+
+def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
+    """Return a copy of a cache of one row for `rows` rows; a forward pass writes into it."""
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(rows)
+    return own
+
+
+def without_prefix(batch: Batch, length: int) -> Batch:
+    """Return the batch without its first `length` tokens; its attention mask still covers them."""
+    sites = batch.sites.clone()
+    sites[:, 1] -= length
+    return replace(batch, input_ids=batch.input_ids[:, length:], sites=sites)

@@ -1,0 +1,282 @@
+r"""Score a model on examples, and keep what each example got, so that two models can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm.auto import tqdm
+
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.backbone.modes import evaluating
+from optimum_sieve.run.files import replacing
+from optimum_sieve.tasks.metrics import CLASS_METRICS, most_frequent, score_classes
+from optimum_sieve.tasks.text_metrics import TEXT_METRICS, majority_text_score, metric_name, normalize_text, score_texts
+
+from .batches import make_batches
+from .comparison import Comparison, compare
+from .generation import write_answers
+from .likelihoods import candidate_scores
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from optimum_sieve.tasks import Example
+    from optimum_sieve.tasks.metrics import Scored
+    from optimum_sieve.tasks.text_metrics import Metric
+
+
+__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "evaluating"]
+
+FORMAT_VERSION = 1
+_SCALARS = ("metric", "score", "standard_error", "majority_score", "fingerprint")
+_ARRAYS = ("predictions", "targets", "values", "log_probs")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """A model's scores on examples, in the order the examples were given.
+
+    Args:
+        metric (`str`):
+            Name of the metric.
+        score (`float`):
+            The metric over all examples.
+        standard_error (`float`):
+            Sample standard error of `score`.
+        majority_score (`float`):
+            Score of always giving the most frequent gold answer of the same examples; of multiple choice, the place
+            that is right most often.
+        predictions (`np.ndarray` of shape `(count,)`):
+            Index of the likeliest candidate; of shape `(0,)`, as the other arrays of candidates, where answers are
+            written.
+        targets (`np.ndarray` of shape `(count,)`):
+            Index of the gold candidate.
+        values (`np.ndarray` of shape `(count,)`):
+            What each example adds to the score (see [`~optimum_sieve.tasks.metrics.Scored`]).
+        log_probs (`np.ndarray` of shape `(count, candidates)`):
+            Logarithm of the distribution over each example's candidates, `-inf` where it has fewer.
+        fingerprint (`str`):
+            SHA-256 of the examples; two evaluations compare only where it is the same.
+        texts (`tuple[str, ...]`):
+            What was written for each example; empty where candidates are scored.
+    """
+
+    metric: str
+    score: float
+    standard_error: float
+    majority_score: float
+    predictions: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    values: NDArray[np.float64]
+    log_probs: NDArray[np.float64]
+    fingerprint: str
+    texts: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of examples."""
+        return len(self.values)
+
+    @property
+    def answers(self) -> NDArray[Any]:
+        """What was answered, in a form whose equality tells agreement: the candidate, or the normalized text."""
+        return np.array([normalize_text(text) for text in self.texts]) if self.texts else self.predictions
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures a report shows, as JSON types."""
+        return {
+            "metric": self.metric,
+            "score": self.score,
+            "standard_error": self.standard_error,
+            "count": self.count,
+            "majority_score": self.majority_score,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a safetensors file; `path` is either the whole file or what it was before."""
+        path = Path(path)
+        scalars = {name: getattr(self, name) for name in _SCALARS} | ({"texts": self.texts} if self.texts else {})
+        metadata = {"format_version": str(FORMAT_VERSION), "evaluation": json.dumps(scalars, sort_keys=True)}
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        with replacing(path) as temporary:
+            save_file(arrays, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read what [`Evaluation.save`] wrote.
+
+        Raises:
+            ValueError: If the file is damaged, is no evaluation, or was written by a newer version.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            version, scalars = int(metadata["format_version"]), json.loads(metadata["evaluation"])
+            scalars["texts"] = tuple(scalars.get("texts", ()))
+            if version <= FORMAT_VERSION:
+                return cls(**scalars, **arrays)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"`path` must be a file written by `Evaluation.save`, got {path} ({error}).") from error
+        raise ValueError(
+            f"`path` must have format_version {FORMAT_VERSION} or older, got {version} in {path}. "
+            "Upgrade optimum-sieve, or delete the file to score again."
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    metric: Metric,
+    batch_size: int,
+    progress: bool = True,
+    description: str = "",
+) -> Evaluation:
+    """Predict the likeliest candidate of every example, or let the model write its answer, and score the predictions.
+
+    The result does not depend on `batch_size` or on the order of the examples. The model is in evaluation mode and
+    without gradients meanwhile, and is left as it was.
+
+    Args:
+        model (`torch.nn.Module`):
+            A model of transformers: a language model or a sequence classifier.
+        examples (`Sequence[Example]`):
+            At least two, each with candidates and the index of the gold one, or with accepted answers.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's tokenizer.
+        metric (`str` or `Callable`):
+            `"accuracy"` or `"macro_f1"`; of written answers, those of
+            [`score_texts`][optimum_sieve.tasks.text_metrics.score_texts]. Or a function of an answer and the accepted
+            ones.
+        batch_size (`int`):
+            Most rows of one forward pass.
+        progress (`bool`):
+            Show a progress bar.
+        description (`str`):
+            Text before the bar.
+
+    Returns:
+        [`Evaluation`]: Score, standard error and what each example got.
+
+    Raises:
+        ValueError: If an example cannot be scored, or the model returns values that are not finite.
+    """
+    check_scorable(examples, metric)
+    bar = tqdm(total=len(examples), desc=description or None, unit="example", disable=not progress)
+    if examples[0].generation is not None:
+        with bar:
+            written = write_answers(model, examples, tokenizer, batch_size=batch_size, on_batch=bar.update)
+            return evaluation_of_texts([answer.text for answer in written], examples, metric)
+    batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
+    with bar:
+        return evaluation_of(candidate_scores(model, batches, examples, bar.update), examples, metric)
+
+
+def check_scorable(examples: Sequence[Example], metric: Metric) -> None:
+    """Refuse what has no score with a standard error.
+
+    Raises:
+        ValueError: If there are fewer than two examples, one has neither candidates with a gold one nor accepted
+            answers, or `metric` is unknown.
+    """
+    if len(examples) < 2:
+        raise ValueError(
+            f"`examples` must hold at least 2 examples to have a standard error, got {len(examples)}. Add rows to the "
+            "split."
+        )
+    written = examples[0].generation is not None
+    known = TEXT_METRICS if written else CLASS_METRICS
+    if isinstance(metric, str) and metric not in known:
+        raise ValueError(f"`metric` must be one of {', '.join(known)}, got {metric!r}.")
+    if not written:
+        _targets(examples)
+    elif any(example.generation != examples[0].generation or not example.accepted for example in examples):
+        raise ValueError("`examples` must all have accepted answers and the same `generation`, got some that differ.")
+
+
+def evaluation_of(scores: NDArray[np.float64], examples: Sequence[Example], metric: Metric) -> Evaluation:
+    """Turn the log-likelihoods of every candidate (count, candidates) into an [`Evaluation`] of the same examples."""
+    targets = _targets(examples)
+    predictions = scores.argmax(axis=1)
+    scored = _score(metric, predictions, targets, examples)
+    return Evaluation(
+        metric=metric_name(metric),
+        score=scored.score,
+        standard_error=scored.standard_error,
+        majority_score=_score(metric, most_frequent(targets), targets, examples).score,
+        predictions=predictions,
+        targets=targets,
+        values=scored.values,
+        log_probs=scores - np.logaddexp.reduce(scores, axis=1, keepdims=True),
+        fingerprint=_fingerprint(examples),
+    )
+
+
+def evaluation_of_texts(texts: Sequence[str], examples: Sequence[Example], metric: Metric) -> Evaluation:
+    """Turn what was written into an [`Evaluation`] of the same examples."""
+    accepted = [example.accepted for example in examples]
+    scored = score_texts(metric, texts, accepted)
+    return Evaluation(
+        metric=metric_name(metric),
+        score=scored.score,
+        standard_error=scored.standard_error,
+        majority_score=majority_text_score(metric, accepted),
+        predictions=np.zeros(0, dtype=np.int64),
+        targets=np.zeros(0, dtype=np.int64),
+        values=scored.values,
+        log_probs=np.zeros((0, 0)),
+        fingerprint=_fingerprint(examples),
+        texts=tuple(texts),
+    )
+
+
+def _score(
+    metric: Metric, predictions: NDArray[np.int64], targets: NDArray[np.int64], examples: Sequence[Example]
+) -> Scored:
+    if isinstance(metric, str):
+        return score_classes(metric, predictions, targets)
+    # An example may have fewer candidates than the place that is right most often.
+    texts = [
+        example.candidates[place].strip() if place < len(example.candidates) else ""
+        for place, example in zip(predictions, examples, strict=True)
+    ]
+    return score_texts(metric, texts, [(example.answer.strip(),) for example in examples])
+
+
+def _targets(examples: Sequence[Example]) -> NDArray[np.int64]:
+    return np.array([_target(index, example) for index, example in enumerate(examples)], dtype=np.int64)
+
+
+def _target(index: int, example: Example) -> int:
+    if len(example.candidates) < 2 or example.target is None or not 0 <= example.target < len(example.candidates):
+        raise ValueError(
+            f"`examples[{index}]` must have at least two candidates and the index of the gold one, "
+            f"got {len(example.candidates)} candidates and target {example.target}."
+        )
+    return example.target
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    content = [
+        [
+            *(example.prompt, example.candidates, example.target),
+            *(["normalized"] if example.normalized else []),
+            *([example.accepted, astuple(example.generation)] if example.generation else []),
+        ]
+        for example in examples
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,20 @@
+"""Write a pruned model in another format.
+
+In: a pruned model. Out: a plain dense checkpoint (`dense.save_dense`) or an ONNX graph (`onnx.export_onnx`). Only the
+`export` command imports this folder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optimum_sieve._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .dense import export_dense, save_dense
+    from .onnx import export_onnx
+
+__all__ = ["export_dense", "export_onnx", "save_dense"]
+
+__getattr__ = lazy_names(__name__, {"dense": ["export_dense", "save_dense"], "onnx": ["export_onnx"]})

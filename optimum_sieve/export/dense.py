@@ -1,0 +1,222 @@
+"""A pruned model as a dense one of its base architecture, which loads wherever that one does."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from optimum_sieve.backbone.kinds import model_kind
+from optimum_sieve.backbone.sizes import tensor_bytes
+from optimum_sieve.modeling.conversion import plain_layers
+from optimum_sieve.modeling.experts import fuse_dense_experts
+from optimum_sieve.modeling.modeling_sieve import SieveConfigMixin, SievePreTrainedModel
+from optimum_sieve.publish.card import write_card
+from optimum_sieve.run.files import check_output, whole_directory
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.modeling.layers import FactorizedLinear
+
+
+def export_dense(model: PreTrainedModel, *, progress: bool = False) -> PreTrainedModel:
+    r"""Multiply the factors of a pruned model out, in place: it becomes a model of its base architecture.
+
+    Each weight \(W' = \) `left @ right` is computed in float32 and stored in the dtype of its factors. A bias that the
+    pruning added where the base architecture has none is kept by the option of its configuration that adds it, such as
+    `attention_bias`, with zeros in the layers that need none; it is left out where it is zero.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Of model type `sieve`, in memory and not quantized.
+        progress (`bool`): Whether a progress bar is shown.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The same object. Its class and configuration are the base architecture's,
+        and nothing of it refers to optimum-sieve.
+
+    Raises:
+        ValueError: If the model is not pruned, is quantized, offloaded or carries adapters, or if the base
+            architecture has no place for a bias. The model is unchanged then.
+    """
+    layers = plain_layers(model)
+    base_class, config = _base_class(model), base_config(model)
+    empty = _fit_biases(base_class, config, layers)
+    found = dict(empty.named_modules())
+    for name, layer in tqdm(layers.items(), desc="dense", unit="matrix", disable=not progress):
+        # Experts that were made separate have no module of their own in the base architecture.
+        dense = found.get(name) or nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        model.set_submodule(name, _filled(dense, layer))
+    _add_zero_biases(model, found)
+    fuse_dense_experts(model)
+    _replace_configs(model, config)
+    model.__class__ = base_class
+    model._tp_plan = empty._tp_plan
+    return model
+
+
+def save_dense(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    license_id: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Path:
+    """Write what [`export_dense`] makes of a pruned model, with its tokenizer and a model card; all of it or nothing.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Of model type `sieve`. Becomes dense in place.
+        tokenizer (`PreTrainedTokenizerBase`): Saved beside it.
+        output_dir (`str | Path`): A new or empty directory.
+        overwrite (`bool`): Whether a directory that holds files is replaced, once the new one is complete.
+        license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
+        progress (`bool`): Whether a progress bar is shown.
+        options: Passed on to `save_pretrained`, such as `max_shard_size`.
+
+    Returns:
+        `Path`: `output_dir`.
+
+    Raises:
+        ValueError: As of [`export_dense`].
+        FileExistsError: If `output_dir` holds files and `overwrite` is false.
+        OSError: If the disk is full or the directory cannot be written.
+    """
+    output = Path(output_dir)
+    layers = plain_layers(model)
+    check_output(output, overwrite, needed_bytes=tensor_bytes(model) + sum(map(_added_bytes, layers.values())))
+    block = model.config.sieve
+    export_dense(model, progress=progress)
+    with whole_directory(output) as partial:
+        model.save_pretrained(partial, **options)
+        tokenizer.save_pretrained(partial)
+        write_card(
+            partial,
+            block,
+            kind=model_kind(model),
+            form="dense",
+            text=f"multiplied out: an ordinary `{type(model).__name__}`, which needs neither optimum-sieve nor "
+            "`trust_remote_code`. It gives what the pruned model gives, but for rounding, at the dense model's size "
+            "and speed.",
+            library_name="transformers",
+            license=license_id,
+        )
+    return output
+
+
+def base_config(model: PreTrainedModel) -> Any:
+    """Copy the configuration of a pruned model as one of its base architecture; it shares its parts."""
+    config = _as_base(model.config)
+    config.architectures = [_base_class(model).__name__]
+    return config
+
+
+def _base_class(model: PreTrainedModel) -> Any:
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, SievePreTrainedModel))
+
+
+def _as_base(config: Any) -> Any:
+    base = copy.copy(config)
+    base.__class__ = next(cls for cls in type(config).__mro__ if not issubclass(cls, SieveConfigMixin))
+    for name in ("sieve", "auto_map"):
+        base.__dict__.pop(name, None)
+    return base
+
+
+def _replace_configs(model: PreTrainedModel, config: Any) -> None:
+    """Give the model `config`, and modules that have a configuration of their own, such as a decoder, a base one."""
+    # With the old ones, whose ids must not be used again meanwhile.
+    replaced = {id(model.config): (model.config, config)}
+    for module in model.modules():
+        old: Any = getattr(module, "config", None)
+        if isinstance(old, SieveConfigMixin):
+            replaced.setdefault(id(old), (old, _as_base(old)))
+            module.config = replaced[id(old)][1]
+
+
+def _fit_biases(base_class: Any, config: Any, layers: Mapping[str, FactorizedLinear]) -> Any:
+    """Set those options of `config` that give the layers the biases they need; return the empty dense model it makes.
+
+    Raises:
+        ValueError: If no option does.
+    """
+    empty = _empty(base_class, config)
+    missing = {name for name, layer in layers.items() if _needs_bias(layer)} - _biased(empty)
+    # Until all have a place, a copy is changed: the parts of a configuration are the model's own.
+    trial, chosen = copy.deepcopy(config), []
+    for option in [key for key, value in vars(config.get_text_config()).items() if value is False and "bias" in key]:
+        setattr(trial.get_text_config(), option, True)
+        larger = _empty(base_class, trial)
+        added = _biased(larger) - _biased(empty)
+        # Some options bring other tensors, such as the biases of norms.
+        is_fit = larger.state_dict().keys() - empty.state_dict().keys() == {f"{name}.bias" for name in added}
+        if is_fit and added & missing:
+            empty, missing = larger, missing - added
+            chosen.append(option)
+        else:
+            setattr(trial.get_text_config(), option, False)
+    if missing:
+        raise ValueError(
+            f"`model` must have biases only where {base_class.__name__} has a place for them, got one that is not zero "
+            f"in {len(missing)} of {len(layers)} factorized layers, such as {min(missing)!r}. Export to ONNX, or prune "
+            "without the option that adds them."
+        )
+    for option in chosen:
+        setattr(config.get_text_config(), option, True)
+    return empty
+
+
+def _empty(base_class: Any, config: Any) -> Any:
+    """Make a model without memory; of a copy, as making it may change the configuration."""
+    with torch.device("meta"):
+        return base_class(copy.deepcopy(config))
+
+
+def _biased(model: nn.Module) -> set[str]:
+    """Name the linears that have a bias."""
+    return {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m.bias is not None}
+
+
+def _needs_bias(layer: FactorizedLinear) -> bool:
+    return any(child.bias is not None and bool(child.bias.any()) for child in layer.children())  # type: ignore[operator]
+
+
+@torch.no_grad()
+def _filled(dense: Any, layer: FactorizedLinear) -> nn.Module:
+    """Put the product of the factors into `dense`, an empty `Linear` or `Conv1D`."""
+    factor = layer.left.weight if layer.storage == "factors" else layer.rest.weight
+    exact = copy.deepcopy(layer).to(torch.promote_types(factor.dtype, torch.float32))
+    weight, bias = exact.weight.to(factor.dtype), exact.bias
+    # Conv1D holds its weight as (in, out).
+    weight = weight.T.contiguous() if isinstance(dense, Conv1D) else weight
+    dense.weight = nn.Parameter(weight, requires_grad=factor.requires_grad)
+    if dense.bias is not None:
+        bias = weight.new_zeros(layer.out_features) if bias is None else bias.to(factor.dtype)
+        dense.bias = nn.Parameter(bias, requires_grad=factor.requires_grad)
+    return dense.train(layer.training)  # type: ignore[no-any-return]
+
+
+def _add_zero_biases(model: nn.Module, found: Mapping[str, Any]) -> None:
+    """Give dense linears the bias that an option of the configuration asks for."""
+    linears: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], nn.Linear)]
+    for name, module in linears:
+        if module.bias is None and getattr(found.get(name), "bias", None) is not None:
+            weight = module.weight
+            module.bias = nn.Parameter(weight.new_zeros(module.out_features), requires_grad=weight.requires_grad)
+
+
+def _added_bytes(layer: FactorizedLinear) -> int:
+    """How many bytes more the dense layer takes."""
+    parameters = list(layer.parameters())
+    size = layer.out_features * layer.in_features - sum(parameter.numel() for parameter in parameters)
+    return size * parameters[0].element_size()

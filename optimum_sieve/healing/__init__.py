@@ -1,0 +1,22 @@
+"""Train the factors of a pruned model to match the dense model.
+
+In: a factorized model and lessons (the dense model's predictions on the calibration split). Out: the same model with
+the best weights seen, and a `Healing` that says what happened. `stage.Healer` prunes and heals within a run,
+`loop.heal` is the training loop, `optimizer` holds the trained factors, `monitor` scores selection examples on the
+way, `sampling` orders the examples.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optimum_sieve._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .loop import Healing, heal
+    from .stage import Healer
+
+__all__ = ["Healer", "Healing", "heal"]
+
+__getattr__ = lazy_names(__name__, {"loop": ["Healing", "heal"], "stage": ["Healer"]})

@@ -1,0 +1,210 @@
+"""The factors of a pruned model as an optimizer sees them: copies in float32 where needed, and all state as tensors."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.surgery.factors import factors_of, layer_like, truncate_product
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+# Longest step of the gradient, over all factors together.
+MAX_NORM = 1.0
+# Biases may be 0 and have to move all the same.
+_LEAST_SIZE = 1e-2
+# Float16 gradients below 6e-8 are 0; the loss is multiplied by this and the gradients are divided by it in float32.
+_FLOAT16_SCALE = 1024.0
+
+
+def trained_parameters(model: nn.Module, *, norms: bool = False) -> dict[str, nn.Parameter]:
+    """Return the factors and biases of every factorized layer by name; with `norms` the normalization weights too.
+
+    Raises:
+        ValueError: If the model has no factorized layer.
+    """
+    layers = [name for name, module in model.named_modules() if isinstance(module, FactorizedLinear)]
+    if not layers:
+        raise ValueError("`model` must have factorized layers to heal, got none. Prune it first.")
+    return _inside(model, layers) | (norm_parameters(model) if norms else {})
+
+
+def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of every normalization layer by name."""
+    return _inside(model, [name for name, module in model.named_modules() if "Norm" in type(module).__name__])
+
+
+def _inside(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters that have elements (factors of rank 0 have none) of the modules called `names`."""
+    owners = tuple(f"{name}." for name in names)
+    return {name: p for name, p in model.named_parameters() if name.startswith(owners) and p.numel()}
+
+
+class HeldAsFactors:
+    r"""Hold the pivoted layers of a model as factors \(U \sqrt S\), \(\sqrt S V^\top\) while they are trained.
+
+    Pivots are rows of one matrix and share its large directions; the small ones, which the layer needs as well, are
+    differences of rows. Steps of AdamW, which are of one size everywhere, would drown them. Each direction of the
+    factors has its own size.
+
+    Args:
+        model (`torch.nn.Module`): The model; its pivoted layers are replaced, in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._pivoted = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, FactorizedLinear) and layer.storage == "pivoted"
+        }
+        for name, held in {name: _as_factors(layer) for name, layer in self._pivoted.items()}.items():
+            model.set_submodule(name, held)
+
+    def undo(self) -> None:
+        """Put the pivoted layers back as they were."""
+        for name, layer in self._pivoted.items():
+            self._model.set_submodule(name, layer)
+
+    def pivot(self) -> None:
+        """Choose pivots for what the factors hold now; they take the places of the factors."""
+        for name, layer in self._pivoted.items():
+            held = self._model.get_submodule(name)
+            assert isinstance(held, FactorizedLinear)
+            bias = None if held.bias is None else held.bias.detach()
+            self._model.set_submodule(name, layer_like(layer, *factors_of(held), bias))
+
+
+def _as_factors(layer: FactorizedLinear) -> FactorizedLinear:
+    left, right = truncate_product(*factors_of(layer), layer.rank)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return FactorizedLinear.from_factors(left, right, bias, dtype=layer.pivot.weight.dtype).train(layer.training)
+
+
+class FactorTraining:
+    """Parameters under AdamW. Those of lower precision are rounded from float32 copies, which steps change.
+
+    Args:
+        parameters (`Mapping[str, torch.nn.Parameter]`): What is trained, by name.
+
+    Example:
+
+        training = FactorTraining(parameters)
+        training.backward(loss)
+        training.step(learning_rate=2e-4)
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self.copies: dict[str, torch.Tensor] = {
+            name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
+        }
+        self._scale = _FLOAT16_SCALE if any(p.dtype == torch.float16 for p in parameters.values()) else 1.0
+        # AdamW moves every weight by about the rate, whatever its size; factors and pivots differ in size.
+        groups = [{"params": [copy], "size": max(float(copy.detach().square().mean().sqrt()), _LEAST_SIZE)}
+                  for copy in self.copies.values()]  # fmt: skip
+        # Every step sets its own rate.
+        self.optimizer = torch.optim.AdamW(groups or [{"params": []}], lr=0.0, weight_decay=0.0)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` to the sums; none where it depends on no parameter, past layers of rank 0."""
+        if not loss.requires_grad:
+            return
+        (loss * self._scale).backward()  # type: ignore[no-untyped-call]
+        for name, parameter in self.parameters.items():
+            copy = self.copies[name]
+            if copy is not parameter and parameter.grad is not None:
+                gradient = parameter.grad.float()
+                copy.grad = gradient if copy.grad is None else copy.grad + gradient
+                parameter.grad = None
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the summed gradients, 0 where a parameter was not reached."""
+        for copy in self.copies.values():
+            if copy.grad is None:
+                copy.grad = torch.zeros_like(copy)
+        return [copy.grad for copy in self.copies.values() if copy.grad is not None]
+
+    def step(self, learning_rate: float) -> None:
+        """Take a step along the summed gradients, clipped, and set them to 0.
+
+        Args:
+            learning_rate (`float`): Rate, as a part of the root mean square that each parameter had at first.
+
+        Raises:
+            ValueError: If a gradient is not finite; nothing is changed then.
+        """
+        for gradient in self.gradients():
+            gradient.div_(self._scale)
+        norm = nn.utils.clip_grad_norm_(self.copies.values(), MAX_NORM)
+        if not torch.isfinite(norm):
+            raise ValueError(
+                f"The gradients of healing must be finite, got a norm of {norm.item()}. Lower `heal.learning_rate`, or "
+                "load the model in bfloat16 or float32."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["size"]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._round()
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Return copies of the parameters as the model holds them."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def assign(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Put `values` into the model."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return all that the next step depends on: parameters, both moments of AdamW and its count of steps."""
+        tensors = {f"weight|{name}": copy for name, copy in self.copies.items()}
+        for name, copy in self.copies.items():
+            tensors |= {f"{field}|{name}": tensor for field, tensor in self.optimizer.state[copy].items()}
+        return tensors
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Undo `state`."""
+        for name, copy in self.copies.items():
+            copy.data.copy_(state[f"weight|{name}"])
+            own = {key.partition("|")[0]: tensor for key, tensor in state.items() if key.partition("|")[2] == name}
+            del own["weight"]
+            # The count of steps stays on the CPU, as AdamW itself has it.
+            self.optimizer.state[copy] = {
+                field: tensor if field == "step" else tensor.to(copy.device) for field, tensor in own.items()
+            }
+        self._round()
+
+    def _round(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.copies[name] is not parameter:
+                    parameter.copy_(self.copies[name])
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Keep the inputs of each transformer block alone, and compute what is inside again when gradients come back.
+
+    transformers does so in training mode only, in which some models have dropout.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,0 +1,191 @@
+"""A LoRA adapter merged into a pruned model, from directory to directory. Needs PEFT when it merges."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from optimum_sieve.backbone.kinds import auto_class_name, model_kind
+from optimum_sieve.backbone.sizes import tensor_bytes
+from optimum_sieve.modeling.conversion import check_pruned, plain_layers
+from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
+from optimum_sieve.publish.card import write_card
+from optimum_sieve.run.files import check_output, whole_directory
+from optimum_sieve.surgery.factors import recompress
+
+from .layer import require_peft, whole_matrix
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RANKS = ("widen", "keep")
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX, _FIRST, _LAST = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+def check_adapter(adapter: str | Path, config: Any) -> None:
+    """Refuse an adapter that does not fit a pruned model, by its names and shapes alone: no weights are read.
+
+    Args:
+        adapter (`str | Path`): Directory that PEFT's `save_pretrained` wrote.
+        config (`PreTrainedConfig`): Configuration of the pruned model.
+
+    Raises:
+        ValueError: If the model is not pruned, the directory holds no LoRA adapter in safetensors, or a layer that the
+            adapter is for is not there or of another shape.
+    """
+    check_pruned(config)
+    directory = Path(adapter)
+    settings = _read_settings(directory)
+    shapes = _read_shapes(directory)
+    # Making a model may change its configuration.
+    with torch.device("meta"):
+        empty = getattr(transformers, auto_class_name(config)).from_config(copy.deepcopy(config))
+    modules = dict(empty.named_modules())
+    problems = [problem for key, shape in shapes.items() if (problem := _problem(modules, key, shape))]
+    if problems:
+        base = settings.get("base_model_name_or_path")
+        raise ValueError(
+            f"`adapter` must fit the model, got {len(problems)} of {len(shapes)} matrices that do not, such as "
+            f"{problems[0]}. It was trained on {base!r}: name that model, or one pruned from it."
+        )
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`adapter` must be a directory that PEFT wrote, got {str(directory)!r} without a readable {_CONFIG}."
+        ) from error
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "LORA":
+        raise ValueError(f"`adapter` must be a LoRA adapter, got {kind!r} in {str(directory)!r}. Train one with LoRA.")
+    return settings  # type: ignore[no-any-return]
+
+
+def _read_shapes(directory: Path) -> dict[str, list[int]]:
+    """Return the shapes of the two matrices of every linear layer that has an adapter."""
+    path = directory / _WEIGHTS
+    try:
+        with safe_open(path, "pt") as tensors:
+            names = [name for name in tensors.keys() if name.endswith((_FIRST, _LAST))]  # noqa: SIM118
+            return {name: tensors.get_slice(name).get_shape() for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"`adapter` must hold its weights in {_WEIGHTS}, got {str(directory)!r}: {error}. Save it again with "
+            "`save_pretrained`."
+        ) from error
+
+
+def _problem(modules: dict[str, Any], key: str, shape: list[int]) -> str | None:
+    """Say what is wrong with one matrix of an adapter, if anything is."""
+    end = _FIRST if key.endswith(_FIRST) else _LAST
+    name = key.removeprefix(_PREFIX).removesuffix(end)
+    module = modules.get(name)
+    if module is None:
+        return f"that of {name!r}, which the model does not have"
+    side, found = ("in_features", shape[1]) if end == _FIRST else ("out_features", shape[0])
+    wanted = _features(module)[side]
+    if wanted is not None and wanted != found:
+        return f"that of {name!r} with {side} {found} where the model has {wanted}"
+    return None
+
+
+def _features(module: Any) -> dict[str, int | None]:
+    """Return both sides of a linear layer; of a `Conv1D` too, whose weight is (in, out)."""
+    if hasattr(module, "nf"):
+        return {"in_features": module.weight.shape[0], "out_features": module.nf}
+    return {side: getattr(module, side, None) for side in ("in_features", "out_features")}
+
+
+def merge_adapter(model: PreTrainedModel, adapter: str | Path, *, rank: str = "widen") -> PreTrainedModel:
+    """Merge a LoRA adapter into a pruned model, in place; it may be for factors, whole matrices or the dense model.
+
+    An adapter of factors changes no rank. One of whole matrices widens the layers by its own rank; with `rank="keep"`
+    each is then brought back to the rank that it had, by its best approximation.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Of model type `sieve`, in memory and not quantized.
+        adapter (`str | Path`): Directory that PEFT's `save_pretrained` wrote.
+        rank (`str`): `"widen"` or `"keep"`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The same model. The figures that its configuration held, which were measured
+        without the adapter, are gone.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If the model is quantized or offloaded, or the adapter does not fit it or is not finite.
+    """
+    if rank not in RANKS:
+        raise ValueError(f"`rank` must be 'widen' or 'keep', got {rank!r}.")
+    peft = require_peft()
+    plain_layers(model)
+    check_adapter(adapter, model.config)
+    before = {name: entry["rank"] for name, entry in read_rank_pattern(model).items()}
+    config = whole_matrix(peft.LoraConfig.from_pretrained(adapter))
+    adapted = peft.PeftModel.from_pretrained(model, adapter, config=config)
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    if rank == "keep":
+        recompress(merged, before)
+    block = merged.config.sieve
+    results = _names_alone(block.get("results") or {})
+    merged.config.sieve = {**block, "rank_pattern": read_rank_pattern(merged), "results": results}
+    return merged
+
+
+def _names_alone(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what results say but for the figures: the names of the tasks."""
+    if "tasks" in results:
+        return {"tasks": [_names_alone(task) for task in results["tasks"]]}
+    return {key: value for key, value in results.items() if key == "task"}
+
+
+def save_merged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    license_id: str | None = None,
+) -> Path:
+    """Write what [`merge_adapter`] made, with its tokenizer and a model card; all of it or nothing.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The merged model.
+        tokenizer (`PreTrainedTokenizerBase`): Saved beside it.
+        output_dir (`str | Path`): A new or empty directory.
+        overwrite (`bool`): Whether a directory that holds files is replaced, once the new one is complete.
+        license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
+
+    Returns:
+        `Path`: `output_dir`.
+
+    Raises:
+        FileExistsError: If `output_dir` holds files and `overwrite` is false.
+        OSError: If the disk is full or the directory cannot be written.
+    """
+    output = Path(output_dir)
+    check_output(output, overwrite, needed_bytes=tensor_bytes(model))
+    with whole_directory(output) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_card(
+            partial,
+            model.config.sieve,
+            kind=model_kind(model),
+            form="adapted",
+            text="into which a LoRA adapter was merged. Nothing was measured after the merge: "
+            "`optimum-cli sieve evaluate` does.",
+            library_name="transformers",
+            license=license_id,
+        )
+    return output

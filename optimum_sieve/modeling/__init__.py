@@ -1,0 +1,32 @@
+"""The model type `sieve`: every file that travels with the weights, and the step that makes a model one.
+
+In: a transformers model with `FactorizedLinear` layers, or a saved directory. Out: a model of type `sieve`.
+`modeling_sieve` is the entry point of remote code and imports `layers`, `experts`, `layout`, `tensor_parallel` and
+`vllm_rules`, by relative imports alone; `conversion.sieve_model` turns a factorized model into one that can be saved.
+Nothing here imports the rest of the package.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optimum_sieve._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .conversion import sieve_model
+    from .layers import FactorizedLinear
+    from .layout import lay_out_for_generation
+    from .modeling_sieve import read_rank_pattern
+
+__all__ = ["FactorizedLinear", "lay_out_for_generation", "read_rank_pattern", "sieve_model"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "conversion": ["sieve_model"],
+        "layers": ["FactorizedLinear"],
+        "layout": ["lay_out_for_generation"],
+        "modeling_sieve": ["read_rank_pattern"],
+    },
+)

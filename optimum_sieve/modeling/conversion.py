@@ -1,0 +1,225 @@
+"""Turn a model whose linears were replaced in place into one of the model type `sieve`, ready to be saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .experts import fuse_dense_experts, separate_names
+from .layers import FactorizedLinear
+from .modeling_sieve import (
+    FORMAT_VERSION,
+    SieveConfigMixin,
+    SievePreTrainedModel,
+    config_class,
+    model_class,
+    read_rank_pattern,
+)
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+
+def sieve_model(
+    model: PreTrainedModel,
+    *,
+    base_model: str | None,
+    settings: dict[str, Any],
+    results: dict[str, Any],
+    base_revision: str | None = None,
+    vocabulary: dict[str, int] | None = None,
+) -> PreTrainedModel:
+    """Turn a factorized transformers model into a model of type `sieve`, in place.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model of an architecture of transformers itself, some of whose linears are [`FactorizedLinear`]. A
+            pruned model, more linears of which were replaced, is one too.
+        base_model (`str`, *optional*): Hub id or path of the model that was pruned.
+        settings (`dict`): Settings of the pruning run, as JSON values.
+        results (`dict`): What was measured, as JSON values.
+        base_revision (`str`, *optional*): Commit of `base_model`.
+        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, where tokens were left out.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The same object with the same weights. Its class and configuration are those
+        it will have when it is saved and loaded again.
+
+    Raises:
+        ValueError: If the architecture is not transformers' own, a factorized layer lies outside the base model or
+            inside another one, or weights are still packed in GGUF blocks.
+    """
+    base_config, base_class = _base_classes(model)
+    _check_layers(model)
+    forget_gguf(model)
+    fuse_dense_experts(model)
+    block: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "base_model_type": base_config.model_type,
+        "base_model": base_model,
+        "rank_pattern": read_rank_pattern(model),
+        "settings": settings,
+        "results": results,
+    }
+    if base_revision is not None:
+        block["base_revision"] = base_revision
+    if vocabulary is not None:
+        block["vocabulary"] = vocabulary
+    if experts := separate_names(model.base_model):
+        block["separate_experts"] = experts
+    sieve_config = config_class(base_config)
+    sieve_class = model_class(base_class, sieve_config)
+    _replace_configs(model, base_config, sieve_config, block)
+    model.__class__ = sieve_class
+    return model
+
+
+def check_convertible(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Refuse a dense model that [`sieve_model`] would refuse once the linears called `names` are factorized.
+
+    Raises:
+        ValueError: If the architecture is not transformers' own, a name lies outside the base model, or two of the
+            linears share a weight.
+    """
+    _base_classes(model)
+    inside = set(map(id, model.base_model.modules()))
+    for name in names:
+        if id(model.get_submodule(name)) not in inside:
+            raise _outside_error(name)
+    owners: dict[int, str] = {}
+    for name in names:
+        weight = id(model.get_submodule(name).weight)
+        if weight in owners:
+            raise ValueError(
+                f"`model` must not share weights between the layers to prune, got {owners[weight]!r} and {name!r} with "
+                "the same one. Name both in `exclude_modules`."
+            )
+        owners[weight] = name
+
+
+def _replace_configs(model: PreTrainedModel, base_config: Any, sieve_config: Any, block: dict[str, Any]) -> None:
+    """Give the model, and every module that refers to its configuration, a configuration that holds `block`."""
+    replaced: dict[int, Any] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if type(config) not in (base_config, sieve_config) or id(config) in map(id, replaced.values()):
+            continue
+        if id(config) not in replaced:
+            # A copy, as other models may hold the same object; shallow, as modules refer to its parts.
+            new = copy.copy(config)
+            new.__class__ = sieve_config
+            # As it will come back from the file: lists for tuples, strings for keys.
+            new.sieve = json.loads(json.dumps(block))
+            replaced[id(config)] = new
+        module.config = replaced[id(config)]
+
+
+def _base_classes(model: PreTrainedModel) -> tuple[Any, Any]:
+    """Find the classes of transformers that `model` is made of."""
+    base_class: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, SievePreTrainedModel))
+    base_config: Any = next(cls for cls in type(model.config).__mro__ if not issubclass(cls, SieveConfigMixin))
+    model_type = base_config.model_type
+    if (
+        getattr(transformers, base_class.__name__, None) is not base_class
+        or model_type not in CONFIG_MAPPING
+        or CONFIG_MAPPING[model_type] is not base_config
+    ):
+        raise ValueError(
+            f"`model` must be of an architecture of transformers itself, got {base_class.__name__} with "
+            f"{base_config.__name__}. Models that bring their own code cannot be saved as pruned models."
+        )
+    return base_config, base_class
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    """Refuse factorized layers that a rank pattern cannot name, or that it could not rebuild."""
+    inside = set(map(id, model.base_model.modules()))
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FactorizedLinear):
+            continue
+        if id(layer) not in inside:
+            raise _outside_error(name)
+        if any(isinstance(child, FactorizedLinear) for child in layer.children()):
+            raise ValueError(
+                f"`model` must be factorized once, got {name!r} with a factor that is factorized again. Prune the "
+                "dense model instead."
+            )
+
+
+def _outside_error(name: str) -> ValueError:
+    return ValueError(
+        f"`model` must be factorized inside its base model alone, got {name!r} outside it. Name it in "
+        "`exclude_modules`."
+    )
+
+
+def is_gguf(model: PreTrainedModel) -> bool:
+    """Tell whether the weights came from a GGUF file."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    settings = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
+    return bool(getattr(settings, "quant_method", None) == "gguf")
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Forget that the weights came from a GGUF file; transformers saves no model that remembers it.
+
+    Raises:
+        ValueError: If they are packed in blocks still.
+    """
+    if not is_gguf(model):
+        return
+    if getattr(getattr(model, "hf_quantizer", None), "packed_modules", None):
+        raise ValueError(
+            "`model` must hold plain weights, got weights packed in GGUF blocks. Load it with "
+            "`quantization_config=GgufConfig(dequantize=True)`."
+        )
+    owners: tuple[Any, ...] = (model, model.config)
+    for owner in owners:
+        for name in ("hf_quantizer", "quantization_method", "is_quantized", "quantization_config"):
+            owner.__dict__.pop(name, None)
+
+
+def check_pruned(config: Any) -> None:
+    """Refuse the configuration of a model that is not pruned.
+
+    Raises:
+        ValueError: If its model type is not `sieve`.
+    """
+    if not isinstance(config, SieveConfigMixin):
+        kind = getattr(config, "model_type", None)
+        raise ValueError(
+            f"`model` must be a pruned model (model_type 'sieve'), got {kind!r}. Prune it first, with "
+            "`optimum-cli sieve prune`."
+        )
+
+
+def plain_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
+    """Return the factorized layers of a pruned model by name; their children are plain linears in memory.
+
+    Raises:
+        ValueError: If the model is not pruned, is quantized, offloaded or carries adapters.
+    """
+    check_pruned(getattr(model, "config", None))
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
+    for name, layer in layers.items():
+        if any(type(child) is not nn.Linear for child in layer.children()):
+            kinds = ", ".join(sorted({type(child).__name__ for child in layer.children()}))
+            raise ValueError(
+                f"`model` must have plain factors, got {kinds} in {name!r}. Load it without quantization, and merge "
+                "adapters with `merge_and_unload`."
+            )
+    # torchao leaves the layers' class as it is.
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("`model` must not be quantized, got one that is. Load it without, then export.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("`model` must be in memory, got weights that are offloaded. Load it without `device_map`.")
+    return layers

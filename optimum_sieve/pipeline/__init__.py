@@ -1,0 +1,19 @@
+"""Join the stages into runs.
+
+In: what a user passed. Out: a checked `Run` (`prepare.prepare`, `checks`), the ranks of a run (`ranks.choose_ranks`),
+or a healed directory (`heal.heal_pruned`). `SievePruner` and the commands call these.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optimum_sieve._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .heal import heal_pruned
+
+__all__ = ["heal_pruned"]
+
+__getattr__ = lazy_names(__name__, {"heal": ["heal_pruned"]})

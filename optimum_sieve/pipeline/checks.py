@@ -1,0 +1,83 @@
+"""What a run can be refused for before any long work: the model, the targets, the examples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+from optimum_sieve.backbone.kinds import input_format, model_kind
+from optimum_sieve.backbone.targets import linear_weight
+from optimum_sieve.evaluation.batches import check_examples
+from optimum_sieve.evaluation.generation import check_generation
+from optimum_sieve.modeling.conversion import check_convertible, is_gguf
+from optimum_sieve.tasks.data import SPLITS
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.backbone.targets import Target
+    from optimum_sieve.tasks import Task
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse what is no dense language model or sequence classifier.
+
+    Raises:
+        ValueError: If the model is pruned already, neither writes nor classifies, or carries adapters.
+    """
+    if getattr(model.config, "model_type", None) == "sieve":
+        raise ValueError("`model` must be a dense model, got one that is pruned already. Prune its base model.")
+    config = model.config
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    writes = model.can_generate() and (not is_encoder or config.is_encoder_decoder)
+    if not writes and model_kind(model) != "classification":
+        raise ValueError(
+            f"`model` must be a language model that writes, or a sequence classifier, got {type(model).__name__}. Load "
+            "it with `AutoModelForCausalLM`, `AutoModelForSeq2SeqLM` or `AutoModelForSequenceClassification`."
+        )
+    input_format(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("`model` must be a plain model, got one with adapters. Merge them and save it first.")
+
+
+def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse splits that are missing, and examples that cannot be scored.
+
+    Raises:
+        ValueError: The message names the split or the example.
+    """
+    task.require_splits(*SPLITS)
+    inputs = input_format(model)
+    for split in SPLITS:
+        examples = task.examples(split, tokenizer)
+        if task.kind == "generate":
+            check_generation(examples, tokenizer, inputs)
+        check_examples(examples, tokenizer, candidates=task.kind != "generate", inputs=inputs)
+
+
+def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
+    """Refuse targets that cannot be factorized or saved.
+
+    Raises:
+        ValueError: If a weight is quantized, offloaded, shared or not finite, or its layer could not be saved.
+    """
+    check_convertible(model, [target.name for target in targets])
+    if getattr(model.config, "quantization_config", None) is not None and not is_gguf(model):
+        raise ValueError("`model` must not be quantized, got one that is. Load it without, prune, then quantize.")
+    for target in targets:
+        weight = linear_weight(model.get_submodule(target.name))
+        if not weight.is_floating_point() or weight.is_meta:
+            raise ValueError(
+                f"`model` must have floating-point weights in memory, got {weight.dtype} on {weight.device} in "
+                f"`{target.name}`. Load it without quantization or offloading, prune, then quantize."
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"`model` must have finite weights, got NaN or infinity in `{target.name}`. "
+                "The checkpoint is damaged, or overflowed when it was cast to float16."
+            )

@@ -1,0 +1,196 @@
+"""From what a user gives to the setting of a run: everything is checked before any long work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from optimum_sieve import __version__
+from optimum_sieve.backbone.fingerprint import architecture, model_fingerprint
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.backbone.offloading import holds_offloaded
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.calibration.losses import PROMPT_SITES
+from optimum_sieve.evaluation.batches import make_batches, tokens_fingerprint
+from optimum_sieve.modeling.experts import separate_experts
+from optimum_sieve.plan.memory import BatchSizes
+from optimum_sieve.plan.plan import make_plan
+from optimum_sieve.run import distributed
+from optimum_sieve.run.context import Setting, TaskSetting
+from optimum_sieve.run.workdir import WorkDir, content_key
+from optimum_sieve.tasks.data import SPLITS
+from optimum_sieve.tasks.several import naming, task_shares
+from optimum_sieve.vocabulary import task_vocabulary
+
+from .checks import check_task, check_weights
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.backbone.targets import Target
+    from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.plan.plan import PrunePlan
+    from optimum_sieve.tasks import Task
+    from optimum_sieve.vocabulary import TaskVocabulary
+
+
+def check_inputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
+) -> list[Target]:
+    """Return the targets; refuse tasks, examples or layers that do not fit.
+
+    Raises:
+        ValueError: The message names what does not fit and, of several tasks, the task.
+    """
+    task_shares(config.task_weights, len(tasks))
+    separate_experts(model)
+    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    check_weights(model, targets)
+    for task in tasks:
+        with naming(task, tasks):
+            _check_one(model, tokenizer, task, config)
+    return targets
+
+
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
+) -> TaskVocabulary | None:
+    """Return the vocabulary of the calibration splits, as it is known before any label of the model's own, if any.
+
+    Raises:
+        ValueError: If the tokenizer or the model cannot be reduced to it, or an example, cut into its tokens, cannot be
+            scored.
+    """
+    if config.vocabulary == "whole":
+        return None
+    examples = [example for task in tasks for example in task.examples("calibration", tokenizer)]
+    vocabulary = task_vocabulary(model, tokenizer, examples, size=config.vocabulary_size)
+    for task in tasks:
+        with naming(task, tasks):
+            check_task(task, model, vocabulary.tokenizer)
+    return vocabulary
+
+
+def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig) -> None:
+    if not task.labelled and config.label_source == "data":
+        raise ValueError(
+            "`answer` must be given in the task file where label_source='data', got none. To hold the pruned model to "
+            "the dense one's own answers instead, set label_source='model'."
+        )
+    check_task(task, model, tokenizer)
+    if config.allocation == "genetic":
+        if distributed.size() > 1:
+            raise ValueError(
+                f"`allocation='genetic'` must be run in one process, got {distributed.size()}. Share the search with "
+                "workers: `optimum-cli sieve search --worker`."
+            )
+        config.search_count(task.splits["selection"])
+    if config.heal is not None:
+        config.heal.monitor_count(task.splits["selection"])
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    config: SieveConfig,
+    *,
+    work_dir: str | Path | None,
+    study_storage: str | None,
+    progress: bool,
+) -> Setting:
+    """Check everything and return the setting of a run.
+
+    Raises:
+        ValueError: If the settings, the model or the data break a rule.
+        OSError: If the work directory cannot be used.
+    """
+    targets = check_inputs(model, tokenizer, tasks, config)
+    vocabulary = check_vocabulary(model, tokenizer, tasks, config)
+    # Only then is it worth to tokenize all examples for a plan.
+    limited = config.memory_limit is not None or holds_offloaded(model)
+    by_block = limited and plan_run(model, tokenizer, tasks, config, targets, vocabulary).blocks is not None
+    # Healed sizes are too dear to be forgotten during a search, which takes up the best one again.
+    searches_healed = config.heal is not None and config.tolerance is not None
+    return Setting(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        targets=targets,
+        tasks=tuple(
+            task_setting(model, tokenizer, task, share)
+            for task, share in zip(tasks, task_shares(config.task_weights, len(tasks)), strict=True)
+        ),
+        work=WorkDir.temporary() if work_dir is None and (searches_healed or by_block) else WorkDir(work_dir),
+        by_block=by_block,
+        progress=progress and distributed.is_first(),
+        study_storage=study_storage,
+    )
+
+
+def plan_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    config: SieveConfig,
+    targets: list[Target],
+    vocabulary: TaskVocabulary | None,
+) -> PrunePlan:
+    """Work out the plan of a run whose inputs were checked.
+
+    Raises:
+        ValueError: If the `memory_limit` cannot be kept; the message says what can.
+    """
+    splits = {task.name: task.splits for task in tasks}
+    return make_plan(model, targets, config, splits, batch_sizes(model, tokenizer, tasks, config), vocabulary)
+
+
+def batch_sizes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
+) -> BatchSizes:
+    """Measure the batches of all splits of all tasks."""
+    inputs, vocabulary = input_format(model), getattr(model.config.get_text_config(), "vocab_size", 0)
+    found = []
+    for task in tasks:
+        written = task.kind == "generate"
+        for split in SPLITS[:1] if written else SPLITS:
+            examples = task.examples(split, tokenizer)
+            batches = make_batches(
+                examples, tokenizer, batch_size=config.batch_size, candidates=not written, inputs=inputs
+            )
+            own = BatchSizes.of(batches, vocabulary)
+            # Of written answers, the prompt's own next tokens are looked at, too.
+            prompts = config.batch_size * PROMPT_SITES * vocabulary if written else 0
+            found.append(replace(own, logits=own.logits + prompts))
+    return BatchSizes(
+        tokens=max(own.tokens for own in found),
+        logits=max(own.logits for own in found),
+        states=max(own.states for own in found),
+    )
+
+
+def task_setting(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, weight: float = 1.0
+) -> TaskSetting:
+    """Render a task's examples, and hash everything but the settings that results on it depend on."""
+    inputs = input_format(model)
+    examples = {split: task.examples(split, tokenizer) for split in SPLITS}
+    fingerprint = content_key(
+        model=model_fingerprint(model),
+        architecture=architecture(model),
+        task=task.fingerprint(),
+        tokens=[tokens_fingerprint(examples[split], tokenizer, inputs) for split in SPLITS],
+        version=__version__,
+    )
+    return TaskSetting(
+        name=task.name,
+        metric=task.metric,
+        fingerprint=fingerprint,
+        weight=weight,
+        labelled=task.labelled,
+        **examples,
+    )

@@ -1,0 +1,106 @@
+"""What a run on a model would take, from its configuration alone: no weights, no task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from optimum_sieve.backbone.kinds import auto_class_name
+from optimum_sieve.backbone.loading import empty_model
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.modeling.experts import separate_experts
+
+from .flops import Work, count_work
+from .hardware import rates_of
+from .memory import BatchSizes, expert_shares
+from .plan import PrunePlan, make_plan
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from optimum_sieve.config.sieve import SieveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run would take.
+
+    Args:
+        plan (`PrunePlan`): Sizes.
+        work (`Work`): Floating-point operations.
+        seconds (`dict[str, float]`): Time of each stage.
+        hardware (`str`): What it is for.
+    """
+
+    plan: PrunePlan
+    work: Work
+    seconds: dict[str, float]
+    hardware: str
+
+    def format(self) -> str:
+        """Return the forecast as lines for a terminal."""
+        work = self.work
+        moments, factors = work.passes + work.moments, work.products + work.eigenvectors
+        return "\n".join([
+            self.plan.format(),
+            f"moments                {moments / 1e12:,.1f} TFLOP, about {_time(self.seconds['moments'])} on "
+            f"{self.hardware}",
+            f"factors                {factors / 1e12:,.1f} TFLOP in float64, about {_time(self.seconds['factors'])}",
+        ])  # fmt: skip
+
+
+def forecast(
+    model: str | Path,
+    config: SieveConfig,
+    *,
+    examples: int,
+    tokens: int,
+    hardware: str = "this",
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> Forecast:
+    """Work out what calibration and factorization of a model take.
+
+    Args:
+        model (`str | Path`): Hub id, directory or config.json of the model. Its weights need not be there.
+        config (`SieveConfig`): The settings.
+        examples (`int`): Calibration examples.
+        tokens (`int`): Tokens of each.
+        hardware (`str`): One of `HARDWARE`: what it runs on, one device. `"this"`: this machine, which is measured.
+        dtype (`str`): What the model is loaded in.
+        options (`Any`): Options of transformers' `AutoConfig.from_pretrained`.
+
+    Raises:
+        OSError: If there is no configuration.
+        ValueError: If the model has no linear layers to prune, or the `memory_limit` cannot be kept.
+    """
+    described = AutoConfig.from_pretrained(str(model), **options)
+    kind: torch.dtype = getattr(torch, dtype)
+    empty = empty_model(getattr(transformers, auto_class_name(described)), described)
+    empty.to(dtype=kind)  # type: ignore[call-arg]
+    separate_experts(empty)
+    targets = find_targets(empty, config.target_modules, config.exclude_modules)
+    rows = min(config.batch_size, examples)
+    head: Any = empty.get_output_embeddings()  # type: ignore[no-untyped-call]
+    num_logits = 0 if head is None else head.weight.shape[0]
+    batch = BatchSizes(tokens=rows * tokens, logits=rows * num_logits, states=examples * tokens)
+    plan = make_plan(empty, targets, config, {str(model): {"calibration": examples}}, batch)
+    work = count_work(
+        targets,
+        config,
+        tokens=examples * tokens,
+        by_block=plan.blocks is not None,
+        shares=expert_shares(empty, targets),
+    )
+    return Forecast(plan=plan, work=work, seconds=work.seconds(rates_of(hardware, kind)), hardware=hardware)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

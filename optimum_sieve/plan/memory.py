@@ -1,0 +1,182 @@
+"""What a run takes of memory, from shapes alone: as a whole, and one block of the model at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve.backbone.blockwise import find_blocks
+from optimum_sieve.backbone.sizes import shard_bytes
+from optimum_sieve.modeling.experts import separate_names
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import nn
+
+    from optimum_sieve.backbone.targets import Target
+    from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.evaluation.batches import Batch
+
+_FLOAT32, _FLOAT64 = 4, 8
+# Copies of a layer's inputs and outputs that are there at once: saved for the backward pass, and in float32 for the
+# moments.
+_ACTIVATION_COPIES = 2
+# The logits, in float32, their softmax, and the gradients of both.
+_LOGIT_COPIES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """The largest of some batches.
+
+    Args:
+        tokens (`int`): Rows times length of the largest batch.
+        logits (`int`): Logits that are computed of one batch at most.
+        states (`int`): Tokens of all batches together, padding included.
+    """
+
+    tokens: int
+    logits: int
+    states: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], vocabulary_size: int) -> BatchSizes:
+        """Measure batches."""
+        tokens = [batch.input_ids.numel() for batch in batches]
+        return cls(
+            tokens=max(tokens),
+            logits=max(len(batch.sites) for batch in batches) * vocabulary_size,
+            states=sum(tokens),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """Bytes of the largest block of a model, and of what is made of it.
+
+    Args:
+        resident (`int`): Weights outside the blocks, and those of blocks that are not offloaded.
+        weights (`int`): Weights of the block.
+        moments (`int`): Its moments.
+        bases (`int`): Its factor bases.
+        workspace (`int`): What the factorization of its largest matrix takes beside weight and moments.
+        features (`float`): Inputs and outputs of its layers, for each token.
+        shard (`int`): A shard of the saved model, see [`shard_bytes`].
+    """
+
+    resident: int
+    weights: int
+    moments: int
+    bases: int
+    workspace: int
+    features: float
+    shard: int
+
+    @classmethod
+    def of(cls, model: nn.Module, targets: Sequence[Target], projection: str) -> BlockSizes:
+        """Measure a model; shapes are enough.
+
+        Raises:
+            ValueError: If the model has not one sequence of blocks.
+        """
+        blocks = find_blocks(model)
+        total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        own = {block: _bytes(model.get_submodule(block)) for block in blocks}
+        offloaded = sum(size for block, size in own.items() if _offloads(model.get_submodule(block)))
+        shares = expert_shares(model, targets)
+        in_block = {block: [t for t in targets if t.name.startswith(f"{block}.")] for block in blocks}
+        return cls(
+            resident=total - offloaded,
+            weights=max(own.values()),
+            moments=max(sum(moment_elements(t, projection) for t in found) for found in in_block.values()) * _FLOAT32,
+            bases=max(sum(map(basis_bytes, found)) for found in in_block.values()),
+            workspace=max(_workspace(target) for target in targets),
+            features=max(_features(found, shares) for found in in_block.values()),
+            shard=shard_bytes(model),
+        )
+
+
+def by_block_bytes(sizes: BlockSizes, batch: BatchSizes, config: SieveConfig, pruned: int) -> int:
+    """Return the bytes at most of a run that holds one block at a time.
+
+    Args:
+        sizes (`BlockSizes`): Of the model.
+        batch (`BatchSizes`): Of all tasks' examples.
+        config (`SieveConfig`): The settings.
+        pruned (`int`): Bytes of the pruned targets, which are in memory together at the end.
+    """
+    later = config.num_rounds > 1
+    activations = round(batch.tokens * sizes.features) * _FLOAT32 * _ACTIVATION_COPIES
+    # A later round holds the block's factors beside its dense weights, and its bases, which weight the tokens.
+    held = sizes.weights * (2 if later else 1) + sizes.moments
+    calibrating = held + max(activations + (sizes.bases if later else 0), sizes.bases + sizes.workspace)
+    logits = batch.logits * _FLOAT32 * _LOGIT_COPIES
+    return sizes.resident + max(calibrating, logits, pruned + max(activations // 2, logits // 2, sizes.shard))
+
+
+def whole_activation_bytes(model: nn.Module, targets: Sequence[Target], batch: BatchSizes, element: int) -> int:
+    """Return the bytes of what the whole model's backward pass over one batch keeps, in elements of `element` bytes."""
+    features = _features(targets, expert_shares(model, targets))
+    return round(batch.tokens * features) * element + batch.logits * _LOGIT_COPIES * _FLOAT32
+
+
+def expert_shares(model: nn.Module, targets: Sequence[Target]) -> dict[str, float]:
+    """Return the part of the tokens that is routed to each expert's matrices, were all experts equal."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inside = tuple(f"{name}." for name in separate_names(model))
+    chosen = getattr(text, "num_experts_per_tok", None)
+    count = next((found for name in ("num_local_experts", "num_experts") if (found := getattr(text, name, None))), None)
+    if not inside or not chosen or not count:
+        return {}
+    return {target.name: chosen / count for target in targets if target.name.startswith(inside)}
+
+
+def _features(targets: Iterable[Target], shares: Mapping[str, float]) -> float:
+    """Count inputs and outputs of layers for each token, those of experts by their share of the tokens."""
+    return sum((target.in_features + target.out_features) * shares.get(target.name, 1.0) for target in targets)
+
+
+def moments_bytes(targets: Sequence[Target], config: SieveConfig, num_tasks: int = 1) -> int:
+    """Return the bytes of all moments; those of a further task are added to the sum of the ones before it."""
+    return min(num_tasks, 2) * sum(moment_elements(target, config.projection) for target in targets) * _FLOAT32
+
+
+def bases_at_once(config: SieveConfig) -> int:
+    """Return how many sets of bases are there at most: a later round makes new ones from the old."""
+    return 2 if config.num_rounds > 1 else 1
+
+
+def calibration_bytes(targets: Sequence[Target], config: SieveConfig) -> int:
+    """Return the bytes of moments and bases of a run as a whole."""
+    return moments_bytes(targets, config) + bases_at_once(config) * sum(map(basis_bytes, targets))
+
+
+def moment_elements(target: Target, projection: str) -> int:
+    """Return the numbers in a target's moments."""
+    if projection == "svd":
+        return 0
+    if projection == "learned":
+        return target.in_features**2
+    return target.max_rank**2 * (2 if projection == "joint" else 1)
+
+
+def basis_bytes(target: Target) -> int:
+    """Return the bytes of a target's factor basis."""
+    return target.max_rank * (target.out_features + target.in_features + 4) * _FLOAT32
+
+
+def _workspace(target: Target) -> int:
+    """Weight and two factors, and some eight matrices of the smaller side, in float64."""
+    rows, columns, rank = target.out_features, target.in_features, target.max_rank
+    return (rows * columns + rank * (rows + columns) + 8 * rank**2) * _FLOAT64
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _offloads(block: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in block.parameters())

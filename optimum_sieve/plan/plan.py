@@ -1,0 +1,282 @@
+"""What a pruning run would do, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve.backbone.blockwise import find_blocks
+from optimum_sieve.backbone.offloading import execution_device, holds_offloaded
+from optimum_sieve.backbone.sizes import tensor_bytes
+
+from .memory import BlockSizes, bases_at_once, basis_bytes, by_block_bytes, moments_bytes, whole_activation_bytes
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from optimum_sieve.backbone.targets import Target
+    from optimum_sieve.config.heal import HealConfig
+    from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.vocabulary import TaskVocabulary
+
+    from .memory import BatchSizes
+
+# Of each trained parameter: its gradient, both moments of AdamW, the weight from before and the best one, in float32.
+_HEAL_BYTES = 5 * 4
+# What a process takes of the CPU's memory that has imported what a run needs and computed something (measured: 550 MB).
+_LIBRARY_BYTES = 600_000_000
+# In half precision on the CPU oneDNN keeps a compiled product for each rank and number of tokens, 1,024 at most
+# (measured: .7 MB each).
+_KERNEL_BYTES = 700_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """What a run takes that holds one block of the model at a time.
+
+    Args:
+        count (`int`): Blocks of the model.
+        passes (`int`): Times that the calibration examples are gone through.
+        peak_bytes (`int`): Bytes held at most.
+        disk_bytes (`int`): Bytes in the work directory at most: bases, and the states between the blocks.
+    """
+
+    count: int
+    passes: int
+    peak_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunePlan:
+    """Sizes of a run before it is made.
+
+    Args:
+        num_targets (`int`): Matrices to prune.
+        targets_parameters (`int`): Their parameters.
+        model_parameters (`int`): Parameters of the whole model.
+        expected_targets_parameters (`int`, *optional*): Target parameters afterwards; `None` while a search decides.
+        model_bytes (`int`): Bytes of the dense model.
+        expected_bytes (`int`, *optional*): Bytes of the pruned model.
+        moments_bytes (`int`): Bytes of the moments, on the model's device.
+        bases_bytes (`int`): Bytes of the factor bases.
+        bases_at_once (`int`): Sets of bases held at most: two where a later round makes new ones from the old.
+        activation_bytes (`int`): Bytes of what the model computes with one batch of examples at most.
+        examples (`dict[str, dict[str, int]]`): Examples of each split of each task.
+        heal_bytes (`int`): Bytes of the optimizer's state, gradients and kept weights while the largest size is healed.
+        healing (`str`, *optional*): What healing costs at most; `None` without it.
+        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings `"before"` and, at least, `"after"`; `None`
+            where they stay.
+        library_bytes (`int`): Bytes of the CPU's memory that Python and its libraries take beside all that.
+        blocks (`BlockPlan`, *optional*): What the run takes one block at a time, where it is made so: its model is
+            offloaded, or a `memory_limit` leaves no room for all of it.
+    """
+
+    num_targets: int
+    targets_parameters: int
+    model_parameters: int
+    expected_targets_parameters: int | None
+    model_bytes: int
+    expected_bytes: int | None
+    moments_bytes: int
+    bases_bytes: int
+    bases_at_once: int
+    activation_bytes: int
+    examples: dict[str, dict[str, int]]
+    heal_bytes: int = 0
+    healing: str | None = None
+    vocabulary: dict[str, int] | None = None
+    library_bytes: int = _LIBRARY_BYTES
+    blocks: BlockPlan | None = None
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of a run as a whole: model, bases and activations, with the moments or what healing needs."""
+        while_calibrating = self.moments_bytes + self.bases_at_once * self.bases_bytes
+        held = self.model_bytes + max(while_calibrating, self.bases_bytes + self.heal_bytes)
+        return held + self.activation_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes that the model and everything made of it take at most. Python and its libraries come on top."""
+        return self.whole_bytes if self.blocks is None else self.blocks.peak_bytes
+
+    def format(self) -> str:
+        """Return the plan as lines for a terminal."""
+        after = self.expected_targets_parameters
+        lines = [
+            f"matrices to prune      {self.num_targets:,} ({self.targets_parameters:,} parameters, "
+            f"{self.targets_parameters / self.model_parameters:.0%} of the model's)",
+            f"parameters of the model {self.model_parameters:,}",
+            "kept after pruning     "
+            + (f"about {after:,} of the matrices' parameters" if after is not None else "decided by the search"),
+            f"weights on disk        {_size(self.model_bytes)} dense"
+            + (f", about {_size(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
+            *self._memory_lines(),
+            *self._example_lines(),
+        ]
+        if self.vocabulary is not None:
+            lines.append(
+                f"vocabulary             {self.vocabulary['after']:,} of {self.vocabulary['before']:,} tokens or more"
+            )
+        if self.healing is not None:
+            lines.append(f"healing                {self.healing}; {_size(self.heal_bytes)} of state")
+        return "\n".join(lines)
+
+    def _memory_lines(self) -> list[str]:
+        found = f"memory                 {_size(self.peak_bytes)} at most: "
+        if self.blocks is None:
+            return [
+                f"{found}model {_size(self.model_bytes)}, moments {_size(self.moments_bytes)}, factor bases "
+                f"{self.bases_at_once} x {_size(self.bases_bytes)}, activations "
+                f"{_size(self.activation_bytes)}"
+            ]
+        return [
+            f"{found}one block of {self.blocks.count} at a time; as a whole {_size(self.whole_bytes)}; "
+            f"Python and its libraries take some {self.library_bytes / 1e6:,.0f} MB of the CPU's memory more",
+            f"passes                 {self.blocks.passes} over the calibration examples, with two forward passes each",
+            f"disk                   {_size(self.blocks.disk_bytes)} in the work directory",
+        ]
+
+    def _example_lines(self) -> list[str]:
+        """Return one line of examples for each task, which names it where there are several."""
+        texts = {
+            name: ", ".join(f"{split} {count:,}" for split, count in splits.items())
+            for name, splits in self.examples.items()
+        }
+        if len(texts) == 1:
+            return [f"examples               {text}" for text in texts.values()]
+        return [f"examples               {name}: {text}" for name, text in texts.items()]
+
+
+def make_plan(
+    model: nn.Module,
+    targets: list[Target],
+    config: SieveConfig,
+    splits: Mapping[str, dict[str, int]],
+    batch: BatchSizes,
+    vocabulary: TaskVocabulary | None = None,
+) -> PrunePlan:
+    """Work out a `PrunePlan`. A model without weights is taken for one whose blocks would be offloaded.
+
+    Args:
+        model (`torch.nn.Module`): The dense model.
+        targets (`list[Target]`): The matrices to prune.
+        config (`SieveConfig`): The settings.
+        splits (`Mapping[str, dict[str, int]]`): Examples of each split of each task.
+        batch (`BatchSizes`): Of all examples.
+        vocabulary (`TaskVocabulary`, *optional*): That of the calibration splits.
+
+    Raises:
+        ValueError: If the `memory_limit` cannot be kept; the message says what can.
+    """
+    total = sum(target.num_parameters for target in targets)
+    model_bytes = tensor_bytes(model)
+    after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
+    element = _element_size(model, targets)
+    # A search begins at half of the parameters.
+    kept = total // 2 if after is None else after
+    removed = 0 if vocabulary is None else vocabulary.rows.removed_elements
+    plan = PrunePlan(
+        num_targets=len(targets),
+        targets_parameters=total,
+        model_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        expected_targets_parameters=after,
+        model_bytes=model_bytes,
+        expected_bytes=None if after is None else model_bytes - (total - after + removed) * element,
+        moments_bytes=moments_bytes(targets, config, len(splits)),
+        bases_bytes=sum(map(basis_bytes, targets)),
+        bases_at_once=bases_at_once(config),
+        activation_bytes=whole_activation_bytes(model, targets, batch, element),
+        examples=dict(splits),
+        heal_bytes=0 if config.heal is None else _trained(config, kept) * _HEAL_BYTES,
+        healing=None if config.heal is None else _describe_healing(config, config.heal),
+        vocabulary=None if vocabulary is None else vocabulary.sizes,
+        library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if _computes_in_half_on_cpu(model, targets) else 0),
+    )
+    return replace(plan, blocks=_plan_blocks(plan, model, targets, config, batch))
+
+
+def _plan_blocks(
+    plan: PrunePlan, model: nn.Module, targets: list[Target], config: SieveConfig, batch: BatchSizes
+) -> BlockPlan | None:
+    """Plan a run by blocks where it has to be one."""
+    limit = config.memory_bytes
+    if not holds_offloaded(model) and (limit is None or plan.whole_bytes <= limit):
+        return None
+    _refuse_whole_runs(plan, config, limit)
+    element = _element_size(model, targets)
+    sizes = BlockSizes.of(model, targets, config.projection)
+    # A search may end near the dense model.
+    kept = plan.targets_parameters if config.pruning_ratio is None else plan.expected_targets_parameters or 0
+    peak = by_block_bytes(sizes, batch, config, kept * element)
+    if limit is not None and peak > limit:
+        raise ValueError(
+            f"`memory_limit` must be at least {_size(peak)} here, of which {_size(sizes.resident)} are "
+            f"weights that stay in memory, got {_size(limit)}. Raise it, or lower `batch_size`."
+        )
+    hidden = max(target.in_features for target in targets)
+    blocks = find_blocks(model)
+    return BlockPlan(
+        count=len(blocks),
+        passes=config.num_rounds,
+        peak_bytes=peak,
+        disk_bytes=plan.bases_at_once * plan.bases_bytes + (len(blocks) + 1) * batch.states * hidden * element,
+    )
+
+
+def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) -> None:
+    """Refuse settings that need the whole model in memory.
+
+    Raises:
+        ValueError: The message names the setting.
+    """
+    wrong = [
+        name
+        for name, whole in (
+            ("projection='learned'", config.projection == "learned"),
+            ("allocation='genetic'", config.allocation == "genetic"),
+            ("heal", config.heal is not None),
+            ("vocabulary='task'", config.vocabulary == "task"),
+        )
+        if whole
+    ]
+    if wrong:
+        room = "a model in memory" if limit is None else f"a `memory_limit` of {_size(plan.whole_bytes)} or more"
+        given = "an offloaded model" if limit is None else _size(limit)
+        raise ValueError(
+            f"`{wrong[0]}` must go with {room}, got {given}: with less, one block of the model is held at a time. "
+            "Prune without it; `optimum-cli sieve heal` heals the result."
+        )
+
+
+def _computes_in_half_on_cpu(model: nn.Module, targets: Sequence[Target]) -> bool:
+    """Tell so of the targets; a model without weights may run anywhere."""
+    first = model.get_submodule(targets[0].name)
+    return execution_device(first).type == "cpu" and _element_size(model, targets) == 2
+
+
+def _element_size(model: nn.Module, targets: Sequence[Target]) -> int:
+    """Return the bytes of one number of the targets' weights."""
+    first: Any = model.get_submodule(targets[0].name)
+    return int(first.weight.element_size())
+
+
+def _trained(config: SieveConfig, kept: int) -> int:
+    """Parameters that healing trains at most: pivots are trained as factors, which have up to twice as many."""
+    return 2 * kept if config.storage == "pivoted" else kept
+
+
+def _describe_healing(config: SieveConfig, heal: HealConfig) -> str:
+    sizes = 1 if config.tolerance is None else config.search_steps
+    examples = sizes * heal.rounds * heal.steps * heal.batch_size
+    times = f"{sizes} sizes x " if sizes > 1 else ""
+    times += f"{heal.rounds} rounds x " if heal.rounds > 1 else ""
+    return f"at most {times}{heal.steps:,} steps of {heal.batch_size} examples, {examples:,} forward and backward"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"

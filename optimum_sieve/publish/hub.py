@@ -1,0 +1,147 @@
+"""Push a pruned model to the Hugging Face Hub, in one commit. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .report import REPORT_NAME, task_blocks
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
+
+
+_WEIGHTS = "model*.safetensors*"
+_REMEDIES = {
+    401: "Log in with `hf auth login`, set HF_TOKEN or pass a token.",
+    403: "Use a token with write access to it.",
+    409: "Somebody pushed meanwhile: push again.",
+    412: "Somebody pushed meanwhile: push again.",
+}
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> CommitInfo:
+    """Upload a directory written by `save_pretrained` as one commit; the repository is made if it is not there.
+
+    Large files go first, the commit last: a push that fails leaves the repository's files as they were, and the next
+    one sends only the files that had not arrived.
+
+    Args:
+        folder (`str | Path`): The directory.
+        repo_id (`str`): Such as `"user/name"`; without a user, the token's own.
+        private (`bool`, *optional*): Whether a new repository is private; `None`: as the account's settings say.
+        revision (`str`, *optional*): Branch to push to, made from the main one if it is not there; with `create_pr`,
+            the branch to open the pull request against.
+        commit_message (`str`, *optional*): `None`: one that names the task and the size.
+        create_pr (`bool`): Whether the commit becomes a pull request in place of a change of the branch.
+        token (`str`, *optional*): `None`: `HF_TOKEN`, or what `hf auth login` stored.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: With `commit_url`, `oid` and `pr_url`.
+
+    Raises:
+        ValueError: If `folder` is no complete pruned model, or `repo_id` no name of a repository.
+        HfHubHTTPError: If the Hub refuses; an `OSError`.
+        ConnectionError: If the push broke off.
+    """
+    # The HTTP client of huggingface_hub, whose errors it lets through where the network fails.
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    folder = Path(folder)
+    check_folder(folder)
+    api = HfApi(token=token, library_name="optimum-sieve")
+    try:
+        # A pull request needs no right to write: the repository must be there then.
+        name = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(name, branch=revision, exist_ok=True)
+        there = api.model_info(name, revision=revision)
+        # Not `upload_folder`, which makes several commits of what takes long: readers would meet half a model.
+        return api.create_commit(
+            name,
+            _operations(folder, [file.rfilename for file in there.siblings or []]),
+            commit_message=commit_message or default_message(folder),
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=there.sha,
+        )
+    except HfHubHTTPError as error:
+        error.append_to_message(f" {_REMEDIES.get(error.response.status_code, '')}".rstrip())
+        raise
+    except (HTTPError, RuntimeError) as error:
+        # The client's wrapper around whatever broke an upload names only the file.
+        raise ConnectionError(
+            f"The push to {repo_id!r} did not complete: {error} {error.__cause__ or ''}".rstrip()
+            + " Push again: what has arrived is not sent twice."
+        ) from error
+
+
+def _operations(folder: Path, there: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """List the files to add, and the weights of an earlier push that would be left beside them."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+    added = {path.relative_to(folder).as_posix(): path for path in files}
+    stale = [name for name in there if "/" not in name and fnmatch(name, _WEIGHTS) and name not in added]
+    return [
+        *(CommitOperationDelete(path_in_repo=name) for name in stale),
+        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in added.items()),
+    ]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what is no complete pruned model, before anything is sent.
+
+    Raises:
+        ValueError: The message says what is missing.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model` must be a directory that `sieve prune` wrote, got {str(folder)!r} without a readable config.json."
+        ) from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "sieve":
+        raise ValueError(f"`model` must be a pruned model (model_type 'sieve'), got {kind!r} in {str(folder)!r}.")
+    missing = [name for name in _needed(folder) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"`model` must be complete, got {str(folder)!r} without {', '.join(missing)}. Save it again.")
+
+
+def _needed(folder: Path) -> list[str]:
+    """List the files without which a pruned model cannot be loaded or read about."""
+    index = folder / "model.safetensors.index.json"
+    weights = ["model.safetensors"]
+    if index.is_file():
+        try:
+            weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"`model` must be complete, got a damaged {str(index)!r}. Save it again.") from error
+    return ["modeling_sieve.py", "README.md", *weights]
+
+
+def default_message(folder: Path) -> str:
+    """Say in one line what is pushed, from the report where there is one."""
+    try:
+        report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        removed = 1 - report["parameters"]["targets_after"] / report["parameters"]["targets_before"]
+        names = ", ".join(task["task"] for task in task_blocks(report))
+        return f"Push a model pruned for {names}: {removed:.0%} of its linear parameters removed"
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        # A message is no reason to refuse a complete model.
+        return "Push a pruned model with optimum-sieve"

@@ -1,0 +1,241 @@
+"""The report of a run: what `sieve_report.json` holds, and how it reads on a terminal. Does not import torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve.run.files import replacing
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optimum_sieve.evaluation.comparison import Comparison
+    from optimum_sieve.evaluation.scores import Evaluation
+
+REPORT_NAME = "sieve_report.json"
+_VERSIONED = ("optimum-sieve", "torch", "transformers", "optimum", "accelerate", "datasets", "numpy", "safetensors")
+
+
+def task_block(
+    task_name: str,
+    dense: Evaluation | None = None,
+    pruned: Evaluation | None = None,
+    comparison: Comparison | None = None,
+    *,
+    split: str = "test",
+    references: str | None = None,
+) -> dict[str, Any]:
+    """Build what a report says of one task; a piece that is not given leaves its keys out.
+
+    Args:
+        task_name (`str`): Name of the task.
+        dense (`Evaluation`, *optional*): The dense model's evaluation.
+        pruned (`Evaluation`, *optional*): The pruned model's evaluation, on the same examples.
+        comparison (`Comparison`, *optional*): The paired comparison of the two.
+        split (`str`): The split that was scored.
+        references (`str`, *optional*): Whose answers the scores are against, where the data has none of its own.
+
+    Returns:
+        `dict[str, Any]`: Scores are on the task's metric, differences are pruned minus dense.
+
+    Raises:
+        ValueError: If neither `dense` nor `pruned` is given, or if they scored different metrics or example counts.
+    """
+    scored = [evaluation for evaluation in (dense, pruned) if evaluation is not None]
+    if not scored:
+        raise ValueError("`dense` or `pruned` must be an evaluation, got None for both. Evaluate a model first.")
+    if len({(evaluation.metric, evaluation.count) for evaluation in scored}) > 1:
+        raise ValueError(
+            "`dense` and `pruned` must be evaluations of the same metric on the same examples, got "
+            + " and ".join(f"{evaluation.metric} on {evaluation.count}" for evaluation in scored)
+            + ". Evaluate both models on one list of examples."
+        )
+    report: dict[str, Any] = {
+        "task": task_name,
+        "split": split,
+        "metric": scored[0].metric,
+        "count": scored[0].count,
+        "majority_score": float(scored[0].majority_score),
+    }
+    for name, evaluation in (("dense", dense), ("pruned", pruned)):
+        if evaluation is not None:
+            report[name] = {
+                "score": float(evaluation.score),
+                "standard_error": float(evaluation.standard_error),
+            }
+    if comparison is not None:
+        report["paired_difference"] = {
+            "mean": float(comparison.mean),
+            "standard_error": float(comparison.standard_error),
+        }
+        report["agreement"] = float(comparison.agreement)
+        if comparison.kl is not None:
+            report["kl"] = float(comparison.kl)
+    if references is not None:
+        report["references"] = references
+    return report
+
+
+def build_report(
+    tasks: Sequence[dict[str, Any]],
+    parameters: dict[str, int] | None = None,
+    num_bytes: dict[str, int] | None = None,
+    seconds: dict[str, float] | None = None,
+    settings: dict[str, Any] | None = None,
+    *,
+    largest_coefficient: float | None = None,
+    loading: dict[str, str] | None = None,
+    healing: dict[str, Any] | None = None,
+    vocabulary: dict[str, int] | None = None,
+    latency: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
+
+    Args:
+        tasks (`Sequence[dict]`):
+            Blocks of [`task_block`]. The keys of a single one lie in the report itself, several are its `"tasks"`.
+        parameters (`dict[str, int]`, *optional*):
+            Counts under `"targets_before"`, `"targets_after"`, `"model_before"` and `"model_after"`.
+        num_bytes (`dict[str, int]`, *optional*): Sizes of the weights as safetensors under `"before"` and `"after"`.
+        seconds (`dict[str, float]`, *optional*): Wall-clock time of each stage.
+        settings (`dict[str, Any]`, *optional*): `SieveConfig.to_dict()` of the run.
+        largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery.apply`.
+        loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
+        healing (`dict[str, Any]`, *optional*): What healing did, see `Healer.report`.
+        vocabulary (`dict[str, int]`, *optional*):
+            Rows of the embeddings under `"before"` and `"after"`, where tokens were left out.
+        latency (`dict[str, float]`, *optional*):
+            Seconds that all targets take for one row under `"dense"` and `"pruned"`, by the times that a
+            `latency_target` is held to: each measured alone, eager.
+    """
+    report: dict[str, Any] = dict(tasks[0]) if len(tasks) == 1 else {"tasks": list(tasks)}
+    for key, value in (
+        ("parameters", parameters),
+        ("bytes", num_bytes),
+        ("largest_coefficient", largest_coefficient),
+        ("seconds", seconds),
+        ("settings", settings),
+        ("loading", loading),
+        ("healing", healing),
+        ("vocabulary", vocabulary),
+        ("latency", latency),
+    ):
+        if value is not None:
+            report[key] = value
+    report["versions"] = versions()
+    return report
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed libraries a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_report(report: dict[str, Any], path: str | Path) -> None:
+    """Write `report` to `path` as JSON with sorted keys, the form every run of the same settings can be compared in."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """Format a report for a terminal: one row per measure, dense beside pruned; what the report lacks is left out.
+
+    Args:
+        report (`dict[str, Any]`): A report of [`build_report`].
+
+    Returns:
+        `str`: Several lines, without a trailing newline.
+
+    Example:
+
+    ```python
+    >>> print(format_table({"task": "toy", "split": "test", "metric": "accuracy", "count": 200,
+    ...                     "majority_score": 0.5, "dense": {"score": 0.8, "standard_error": 0.0283}}))
+    toy: 200 examples of the test split, most frequent answer 0.500
+    <BLANKLINE>
+                      dense
+    accuracy  0.800 ± 0.028
+
+    ```
+    """
+    rows = [row for row in _rows(report) if any(row[1:])]
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells)).rstrip()
+        for cells in (list(zip(row, widths, strict=True)) for row in zip(*columns, strict=True))
+    ]
+    return "\n".join([*map(_title, task_blocks(report)), "", *lines, *_seconds_line(report)])
+
+
+def task_blocks(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a report says of each task, see [`task_block`]."""
+    return report.get("tasks") or [report]
+
+
+def _title(task: dict[str, Any]) -> str:
+    title = (
+        f"{task['task']}: {task['count']:,} examples of the {task['split']} split, "
+        f"most frequent answer {task['majority_score']:.3f}"
+    )
+    return title + (f", scored against the {task['references']}'s own answers" if "references" in task else "")
+
+
+def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """List what a report says of sizes as (label, before, after), leaving out what it knows of one model only."""
+    parameters, num_bytes = report.get("parameters", {}), report.get("bytes", {})
+    vocabulary = report.get("vocabulary", {})
+    latency = {name: round(1e6 * seconds) for name, seconds in report.get("latency", {}).items()}
+    pairs = [
+        ("tokens of the vocabulary", vocabulary.get("before"), vocabulary.get("after")),
+        ("parameters of the target matrices", parameters.get("targets_before"), parameters.get("targets_after")),
+        ("parameters of the model", parameters.get("model_before"), parameters.get("model_after")),
+        ("bytes of the weights (safetensors)", num_bytes.get("before"), num_bytes.get("after")),
+        ("microseconds of the target matrices for one row", latency.get("dense"), latency.get("pruned")),
+    ]
+    return [(label, before, after) for label, before, after in pairs if before and after is not None]
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    tasks = task_blocks(report)
+    return [
+        ("", "dense", "pruned", "difference"),
+        *(row for task in tasks for row in _task_rows(task, f"{task['task']}: " if len(tasks) > 1 else "")),
+        *(
+            (label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+            for label, before, after in size_changes(report)
+        ),
+    ]
+
+
+def _task_rows(task: dict[str, Any], prefix: str) -> list[tuple[str, str, str, str]]:
+    dense, pruned, difference = (_with_error(task.get(key)) for key in ("dense", "pruned", "paired_difference"))
+    return [
+        (prefix + task["metric"], dense, pruned, difference),
+        (prefix + "agreement", "", f"{task['agreement']:.3f}" if "agreement" in task else "", ""),
+        (prefix + "KL to dense", "", f"{task['kl']:.4f}" if "kl" in task else "", ""),
+    ]
+
+
+def _with_error(measure: dict[str, float] | None) -> str:
+    """Write a score, or the mean of a paired difference with its sign, with its standard error."""
+    if measure is None:
+        return ""
+    value = f"{measure['score']:.3f}" if "score" in measure else f"{measure['mean']:+.3f}"
+    return f"{value} ± {measure['standard_error']:.3f}"
+
+
+def _seconds_line(report: dict[str, Any]) -> list[str]:
+    seconds = report.get("seconds")
+    return ["", "seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())] if seconds else []

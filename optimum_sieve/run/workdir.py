@@ -1,0 +1,154 @@
+"""A work directory: results of finished stages under the hash of everything they depend on, so that a run resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from optimum_sieve.run import distributed
+
+from .files import replacing
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+
+logger = logging.getLogger(__name__)
+
+
+def content_key(**parts: Any) -> str:
+    """Return a short hash of `parts`, which must be JSON types; equal parts give equal keys in any process."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class WorkDir:
+    """Stage results as safetensors files, `<stage>-<key>.safetensors`; without a path, nothing is kept.
+
+    Args:
+        path (`str | Path`, *optional*): The directory; made if it does not exist.
+
+    Raises:
+        FileExistsError: If `path` is a file.
+        OSError: If it cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+        if self.path is not None:
+            if self.path.is_file():
+                raise FileExistsError(f"`work_dir` must be a directory, got the file {path}. Choose another name.")
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise OSError(f"`work_dir` must be a directory that can be written, got {path}. Choose another one.")
+
+    @classmethod
+    def temporary(cls) -> WorkDir:
+        """Make a directory that goes away with the object."""
+        work = cls(distributed.agree(tempfile.mkdtemp(prefix="optimum-sieve-") if distributed.is_first() else ""))
+        if distributed.is_first():
+            weakref.finalize(work, shutil.rmtree, str(work.path), ignore_errors=True)
+        return work
+
+    def load(self, stage: str, key: str) -> dict[str, torch.Tensor] | None:
+        """Return the tensors of a finished stage, or `None`.
+
+        Raises:
+            ValueError: If the file is damaged; the message names it.
+        """
+        found = self.load_with_record(stage, key)
+        return None if found is None else found[0]
+
+    def load_with_record(self, stage: str, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Return the tensors of a stage and what was recorded beside them, or `None`.
+
+        Raises:
+            ValueError: If the file is damaged; the message names it.
+        """
+        path = self.find(stage, key)
+        if path is None:
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator protocol
+                record = json.loads((file.metadata() or {}).get("record", "{}"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"`{path}` must be a safetensors file, got {error}. Delete it and run again.") from error
+        logger.info("Resumed the %s from %s.", stage, path)
+        return tensors, record
+
+    def remove(self, stage: str, key: str) -> None:
+        """Remove the file of a stage, if there is one."""
+        path = self.file(stage, key)
+        if path is not None and distributed.is_first():
+            path.unlink(missing_ok=True)
+
+    def save(
+        self, stage: str, key: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep the tensors of a stage and, as JSON beside them, `record`. Written to a temporary sibling first.
+
+        Raises:
+            OSError: If the disk is full or the directory cannot be written.
+        """
+        path = self.file(stage, key)
+        if path is None:
+            return
+        if distributed.is_first():
+            self._write(path, stage, tensors, record)
+        distributed.wait()
+
+    def _write(
+        self, path: Path, stage: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any] | None
+    ) -> None:
+        try:
+            with replacing(path) as temporary:
+                metadata = None if record is None else {"record": json.dumps(record)}
+                own = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+                save_file(own, temporary, metadata=metadata)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"`work_dir` must be writable and have room for the {stage}, got {self.path}: {error}. Finished stages "
+                "are kept: make room and run again."
+            ) from error
+
+    def find(self, stage: str, key: str) -> Path | None:
+        """Return where the tensors of a finished stage lie, or `None`; the same in all processes of a run."""
+        path = self.file(stage, key)
+        return path if path is not None and distributed.agree(path.exists()) else None
+
+    def file(self, stage: str, key: str) -> Path | None:
+        """Return where the tensors of a stage lie, or will; `None` where nothing is kept."""
+        return None if self.path is None else self.path / f"{stage}-{key}.safetensors"
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Turn objects with `tensors()` into one flat dictionary, `<name>|<field>`."""
+    return {f"{name}|{field}": tensor for name, value in values.items() for field, tensor in value.tensors().items()}
+
+
+def on_device(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Move tensors, which files hold on the CPU, to `device`."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Undo `flatten` up to the objects' class."""
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, field = key.rsplit("|", 1)
+        result.setdefault(name, {})[field] = tensor
+    return result

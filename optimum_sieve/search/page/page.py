@@ -1,0 +1,85 @@
+"""The page that shows what a search found: one file that fetches nothing. Does not import torch."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from optimum_sieve.run.files import check_output, whole_directory
+from optimum_sieve.search.summary import FORMAT_VERSION, SUMMARY
+
+from .figures import draw_all
+
+
+PAGE_NAME = "search.html"
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def find_summary(work_dir: str | Path) -> dict[str, Any]:
+    """Read the latest summary of a work directory.
+
+    Raises:
+        FileNotFoundError: If no search has ended there.
+        ValueError: If the file is damaged or was written by a newer version.
+    """
+    paths = list(Path(work_dir).glob(f"{SUMMARY}-*.json"))
+    if not paths:
+        raise FileNotFoundError(
+            f"`work_dir` must be that of a search that has ended, got {work_dir} without {SUMMARY}-*.json. Run "
+            "`optimum-cli sieve search` to its end first."
+        )
+    path = max(paths, key=lambda path: path.stat().st_mtime)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = int(found["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`{path}` must be a search's summary, got {error!r}. Delete it and search again.") from error
+    if version > FORMAT_VERSION:
+        raise ValueError(f"`{path}` must have format {FORMAT_VERSION} or older, got {version}. Upgrade optimum-sieve.")
+    return found
+
+
+def write_page(found: dict[str, Any], output_dir: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the page and its pictures; all of them or nothing.
+
+    Args:
+        found (`dict[str, Any]`): A summary of `find_summary`.
+        output_dir (`str | Path`): A new or empty directory.
+        overwrite (`bool`): Whether a directory that holds files is replaced.
+
+    Returns:
+        `Path`: The page. The pictures lie beside it as PNG files, and inside it.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        OSError: If the directory holds files or cannot be written.
+    """
+    output = Path(output_dir)
+    check_output(output, overwrite)
+    pictures = draw_all(found)
+    with whole_directory(output) as partial:
+        partial.mkdir(parents=True)
+        for name, content in pictures.items():
+            (partial / f"{name}.png").write_bytes(content)
+        (partial / PAGE_NAME).write_text(_render(found, pictures), encoding="utf-8")
+    return output / PAGE_NAME
+
+
+def _render(found: dict[str, Any], pictures: dict[str, bytes]) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    searched = [candidate for candidate in found["candidates"] if candidate["part"] == "search"]
+    return template.render(
+        found=found,
+        result=found["result"],
+        searched=searched,
+        dropped=sum(not candidate["complete"] for candidate in searched),
+        examples=sum(candidate["count"] for candidate in found["candidates"]),
+        generations=1 + max(candidate["generation"] for candidate in searched),
+        steps=[candidate for candidate in found["candidates"] if candidate["part"] == "confirm"],
+        pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
+    )

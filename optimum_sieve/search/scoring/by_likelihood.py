@@ -1,0 +1,97 @@
+"""Score rank patterns by the distribution over each example's candidates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
+from optimum_sieve.evaluation.comparison import compare, expected_rises
+from optimum_sieve.evaluation.likelihoods import candidate_scores
+from optimum_sieve.evaluation.prefix import shared_prefix
+from optimum_sieve.evaluation.scores import evaluation_of
+from optimum_sieve.search.candidate import Outcome
+from optimum_sieve.search.ranking.calibrated_labels import calibrated_labels, expected_difference
+
+from .scorer import Scorer
+
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from optimum_sieve.calibration.losses import Loss
+    from optimum_sieve.evaluation.batches import Batch
+
+
+class CandidateScorer(Scorer):
+    """Score rank patterns on labels or choices; the labels are calibrated on all examples it knows.
+
+    Args:
+        *arguments, **options: See [`Scorer`].
+    """
+
+    by_candidate: ClassVar[bool] = True
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._prefix = shared_prefix([batch for batches in self._batches for batch in batches])
+        self._width = max(len(example.candidates) for example in self._known)
+        self._dense: NDArray[np.float64] | None = None
+        self._labels: NDArray[np.float64] = np.zeros((0, self._width))
+
+    def _prepare(self) -> None:
+        if self._dense is None:
+            self._live.hold({})
+            self._dense = self._score_dense()
+            self._labels = calibrated_labels(evaluation_of(self._dense, self._known, self._metric))
+            self.examples_scored += len(self._known)
+
+    def _score_dense(self) -> NDArray[np.float64]:
+        if self._vocabulary is None:
+            return np.concatenate([self._score(number) for number in range(len(self._batches))])
+        model = self._live.model
+        with self._vocabulary.undone() as tokenizer:
+            batches = make_batches(self._known, tokenizer, batch_size=self._batch_size, inputs=input_format(model))
+            return candidate_scores(model, batches, self._known)
+
+    def _score(self, number: int) -> NDArray[np.float64]:
+        """Return the log-likelihood of every candidate of a slice (count, candidates), `-inf` where it has fewer."""
+        part, batches = self._parts[number], self._batches[number]
+        scores = candidate_scores(self._live.model, batches, part, prefix=self._prefix)
+        return np.pad(scores, ((0, 0), (0, self._width - scores.shape[1])), constant_values=-np.inf)
+
+    def _outcome(self, scores: list[NDArray[np.float64]], *, complete: bool) -> Outcome:
+        assert self._dense is not None
+        found = np.concatenate(scores)
+        examples, labels = self._examples[: len(found)], self._labels[: len(found)]
+        dense = evaluation_of(self._dense[: len(found)], examples, self._metric)
+        pruned = evaluation_of(found, examples, self._metric)
+        comparison = compare(dense, pruned)
+        assert comparison.kl is not None
+        return Outcome(
+            mean=comparison.mean,
+            expected=expected_difference(labels, dense, pruned),
+            differences=pruned.values - dense.values,
+            agreement=comparison.agreement,
+            rises=expected_rises(labels, dense, pruned),
+            kl=comparison.kl,
+            complete=complete,
+        )
+
+    def _loss(self, part: int) -> Loss:
+        start = [0, *self._ends][part]
+        labels = torch.from_numpy(self._labels).float()
+
+        def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+            scores = log_likelihoods(model, batch)
+            expected = labels[[start + index for index in batch.indices], : scores.shape[1]].to(scores.device)
+            log_probs = scores.log_softmax(dim=-1).masked_fill(~batch.present.to(scores.device), 0.0)
+            return -(expected * log_probs).sum()
+
+        return loss

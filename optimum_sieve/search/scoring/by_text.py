@@ -1,0 +1,137 @@
+"""Score rank patterns by the answers a model writes and by the likelihood of the gold ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import numpy as np
+
+from optimum_sieve.backbone.modes import evaluating
+from optimum_sieve.evaluation.batches import input_device
+from optimum_sieve.evaluation.comparison import compare
+from optimum_sieve.evaluation.generation import write_answers
+from optimum_sieve.evaluation.likelihoods import check_finite
+from optimum_sieve.evaluation.scores import evaluation_of_texts
+from optimum_sieve.evaluation.teacher import teach
+from optimum_sieve.search.candidate import Outcome
+
+from .scorer import Scorer
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.calibration.losses import Loss
+    from optimum_sieve.evaluation.teacher import Teacher
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """What a model makes of some examples.
+
+    Args:
+        texts (`list[str]`): What it wrote for each.
+        losses (`numpy.ndarray` of shape `(count,)`): Negative log-likelihood of each gold answer, mean over its tokens.
+        divergences (`numpy.ndarray` of shape `(count,)`): KL to the dense model there, mean over the same tokens.
+    """
+
+    texts: list[str]
+    losses: NDArray[np.float64]
+    divergences: NDArray[np.float64]
+
+
+class WrittenScorer(Scorer):
+    """Score rank patterns on answers that are written.
+
+    The metric is that of the texts. The loss, by which candidates compare, is that of the gold answers: it says more
+    of a candidate than a few texts that come out differently. Shares are those of the divergence from the dense model,
+    which is 0 there, as the correction takes for granted.
+
+    Args:
+        *arguments, **options: See [`Scorer`].
+    """
+
+    by_candidate: ClassVar[bool] = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._teachers: list[Teacher] = []
+        self._dense: list[_Scores] = []
+
+    def _prepare(self) -> None:
+        if self._dense:
+            return
+        self._live.hold({})
+        model = cast("PreTrainedModel", self._live.model)
+        # Losses and divergences are those from the dense model with this vocabulary, texts are from that with all.
+        self._teachers = [
+            teach(model, part, self._tokenizer, loss="vocabulary", batch_size=self._batch_size, progress=False)
+            for part in self._parts
+            if part
+        ]
+        texts = self._dense_texts()
+        starts = [0, *self._ends]
+        self._dense = [
+            _Scores(texts[start:end], *self._losses(number))
+            for number, (start, end) in enumerate(zip(starts, self._ends, strict=False))
+        ]
+        self.examples_scored += len(self._known)
+
+    def _dense_texts(self) -> list[str]:
+        if self._vocabulary is None:
+            return self._write(self._examples, self._tokenizer)
+        with self._vocabulary.undone() as tokenizer:
+            return self._write(self._examples, tokenizer)
+
+    def _write(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        written = write_answers(self._live.model, examples, tokenizer, batch_size=self._batch_size)
+        return [answer.text for answer in written]
+
+    def _losses(self, number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return loss and divergence of each example of a slice (count,), in nats.
+
+        Raises:
+            ValueError: If the model returns values that are not finite.
+        """
+        model, teacher = self._live.model, self._teachers[number]
+        device, count = input_device(model), len(self._parts[number])
+        losses, divergences = np.zeros(count), np.zeros(count)
+        with evaluating(model):
+            for batch in self._batches[number]:
+                places = list(batch.indices)
+                divergence, loss = teacher.losses(model, batch.to(device))
+                losses[places], divergences[places] = loss.double().cpu().numpy(), divergence.double().cpu().numpy()
+        check_finite(np.isfinite(losses))
+        return losses, divergences
+
+    def _score(self, number: int) -> _Scores:
+        return _Scores(self._write(self._parts[number], self._tokenizer), *self._losses(number))
+
+    def _outcome(self, scores: list[_Scores], *, complete: bool) -> Outcome:
+        dense, pruned = (
+            [text for own in found for text in own.texts] for found in (self._dense[: len(scores)], scores)
+        )
+        examples = self._examples[: len(pruned)]
+        before, after = (evaluation_of_texts(texts, examples, self._metric) for texts in (dense, pruned))
+        comparison = compare(before, after)
+        rises = [own.losses - first.losses for own, first in zip(scores, self._dense, strict=False)]
+        return Outcome(
+            mean=comparison.mean,
+            # Nothing says how likely a text is right, so its chance cannot be taken out.
+            expected=comparison.mean,
+            differences=after.values - before.values,
+            agreement=comparison.agreement,
+            rises=np.concatenate(rises),
+            # Rounding alone can make the KL of two equal distributions negative.
+            kl=max(0.0, float(np.concatenate([own.divergences for own in scores]).mean())),
+            complete=complete,
+        )
+
+    def _loss(self, part: int) -> Loss:
+        teacher = self._teachers[part]
+        return lambda model, batch: teacher.losses(model, batch)[0].sum()

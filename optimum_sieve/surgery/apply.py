@@ -1,0 +1,166 @@
+"""Put ranks into a model and take them out again. Needs torch (and SciPy for the pivots) alone."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import scipy.linalg
+import torch
+from torch import nn
+
+from optimum_sieve.allocation.budget import rank_parameters
+from optimum_sieve.backbone.offloading import loaded
+from optimum_sieve.backbone.targets import linear_weight
+from optimum_sieve.modeling.layers import FactorizedLinear
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from optimum_sieve.factorization.closed_form import FactorBasis
+
+
+logger = logging.getLogger(__name__)
+
+# Above this the coefficients amplify rounding of the pivots visibly in bfloat16 (8 bits of mantissa).
+MAX_COEFFICIENT = 32.0
+
+
+@dataclass(frozen=True)
+class Pivots:
+    """Rows of a weight from which its other rows are combined.
+
+    Args:
+        rows (`torch.Tensor` of shape `(rank,)`): Indices of the kept rows.
+        coefficients (`torch.Tensor` of shape `(out_features - rank, rank)`): Float64; the other rows, in ascending
+            order, from the kept ones.
+        row_order (`torch.Tensor` of shape `(out_features,)`): Place of each row among kept rows, then others.
+    """
+
+    rows: torch.Tensor
+    coefficients: torch.Tensor
+    row_order: torch.Tensor
+
+    @property
+    def max_coefficient(self) -> float:
+        """Largest absolute coefficient; 1 to 10 is usual, large values lose precision."""
+        return float(self.coefficients.abs().max()) if self.coefficients.numel() else 0.0
+
+
+def choose_pivots(left: torch.Tensor) -> Pivots:
+    r"""Choose `rank` rows of `left @ right` that span the others, by QR with column pivoting.
+
+    Args:
+        left (`torch.Tensor` of shape `(out_features, rank)`): Left factor. Only its column space matters, so an
+            orthonormal basis of it is pivoted, which keeps the coefficients small whatever the scale of its columns.
+
+    Returns:
+        [`Pivots`]: On the CPU.
+
+    Reference: Cheng, Gimbutas, Martinsson and Rokhlin (2005), *On the compression of low rank matrices*.
+    """
+    rows, rank = left.shape
+    basis = torch.linalg.qr(left.double().cpu()).Q
+    triangle, order = scipy.linalg.qr(basis.T.numpy(), mode="r", pivoting=True)
+    coefficients = scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:]).T
+    pivots, others = torch.as_tensor(order[:rank]).long(), torch.as_tensor(order[rank:]).long()
+    ascending = torch.argsort(others)
+    row_order = torch.empty(rows, dtype=torch.int32)
+    row_order[pivots] = torch.arange(rank, dtype=torch.int32)
+    row_order[others[ascending]] = torch.arange(rank, rows, dtype=torch.int32)
+    return Pivots(pivots, torch.as_tensor(coefficients.copy())[ascending], row_order)
+
+
+def factorized_layer(
+    basis: FactorBasis,
+    rank: int,
+    *,
+    storage: str = "pivoted",
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> FactorizedLinear | None:
+    """Make the layer that holds the first `rank` directions of `basis`.
+
+    Pivoted storage falls back to factors where the coefficients exceed `MAX_COEFFICIENT`, and to `None` (leave the
+    layer dense) where factors would not be smaller than the dense weight.
+    """
+    left, right = basis.truncate(rank)
+    bias = None if bias is None else bias.detach().float().to(left.device)
+    if storage == "pivoted" and rank:
+        pivots = choose_pivots(left)
+        if pivots.max_coefficient <= MAX_COEFFICIENT:
+            rows = (left.double()[pivots.rows.to(left.device)] @ right.double()).float()
+            coefficients = pivots.coefficients.to(rows)
+            return FactorizedLinear.from_pivots(rows, coefficients, pivots.row_order.to(left.device), bias, dtype=dtype)
+        out_features, in_features = left.shape[0], right.shape[1]
+        if rank_parameters(rank, out_features, in_features, "factors") >= out_features * in_features:
+            return None
+    return FactorizedLinear.from_factors(left, right, bias, dtype=dtype)
+
+
+def apply_ranks(
+    model: nn.Module, bases: Mapping[str, FactorBasis], ranks: Mapping[str, int | None], *, storage: str = "pivoted"
+) -> dict[str, nn.Module]:
+    """Replace the layers named in `ranks` (`None` = leave dense) by factorized ones, in place; all of them or none.
+
+    Returns:
+        `dict[str, torch.nn.Module]`: The replaced layers by name, for `restore`.
+
+    Raises:
+        KeyError: If a name is not in `bases`.
+    """
+    chosen = {name: rank for name, rank in ranks.items() if rank is not None}
+    layers = {
+        name: _replacement(model.get_submodule(name), bases[name], rank, storage) for name, rank in chosen.items()
+    }
+    fallen_back = [n for n, layer in layers.items() if chosen[n] and (layer is None or layer.storage != storage)]
+    if fallen_back:
+        logger.warning(
+            "%d of %d pivoted layers have coefficients above %g and are held as factors, or dense: %s.",
+            len(fallen_back), len(layers), MAX_COEFFICIENT, ", ".join(fallen_back[:5]),
+        )  # fmt: skip
+    replaced: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        if layer is not None:
+            replaced[name] = model.get_submodule(name)
+            model.set_submodule(name, layer)
+    return replaced
+
+
+def _replacement(dense: nn.Module, basis: FactorBasis, rank: int, storage: str) -> FactorizedLinear | None:
+    with loaded(dense):
+        weight = linear_weight(dense)
+        bias = dense.bias if isinstance(dense.bias, torch.Tensor) else None
+    layer = factorized_layer(basis, rank, storage=storage, bias=bias, dtype=weight.dtype)
+    return None if layer is None else layer.to(weight.device).train(dense.training)
+
+
+def restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put `layers` back in place, by name."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+
+
+@contextmanager
+def truncated(
+    model: nn.Module, bases: Mapping[str, FactorBasis], ranks: Mapping[str, int | None], *, storage: str = "pivoted"
+) -> Iterator[nn.Module]:
+    """Hold `ranks` in `model` inside the context; its dense layers are back afterwards, whatever happened inside."""
+    replaced = apply_ranks(model, bases, ranks, storage=storage)
+    try:
+        yield model
+    finally:
+        restore(model, replaced)
+
+
+def largest_coefficient(model: nn.Module) -> float | None:
+    """Return the largest absolute coefficient of the pivoted layers in `model`; `None` if it has none.
+
+    The larger it is, the more the rounding of the kept rows shows in the others; see `MAX_COEFFICIENT`.
+    """
+    layers = (module for module in model.modules() if isinstance(module, FactorizedLinear))
+    found = [layer.rest.weight.detach() for layer in layers if layer.storage == "pivoted"]
+    return max((float(weight.abs().max()) for weight in found if weight.numel()), default=None)
