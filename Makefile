@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## Prune a real model for a real task and compare the two (DE
 
 test: $(INSTALLED) $(QUANTO) ## Run the tests and the doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
-	PYTHONPATH=$(QUANTO) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/test_quanto.py
+	PYTHONPATH=$(QUANTO) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/quantization/test_quanto.py
 
 check: $(INSTALLED) ## Lint, format, types, import rules, documentation, version
 	$(BIN)/ruff check .

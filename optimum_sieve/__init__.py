@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
+_PLACES = {
+    "config": ["HealConfig", "SieveConfig"],
+    "evaluation.comparison": ["Comparison", "compare"],
+    "evaluation.scores": ["Evaluation", "evaluate"],
+    "modeling.layers": ["FactorizedLinear"],
+    "modeling.layout": ["lay_out_for_generation"],
+    "publish.result": ["SieveResult"],
+    "pruner": ["SievePruner"],
+    "tasks": ["Task"],
+}
+
 __all__ = [
     "Comparison",
     "Evaluation",
@@ -41,19 +52,7 @@ __all__ = [
 ]
 
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "config": ["HealConfig", "SieveConfig"],
-        "evaluation.comparison": ["Comparison", "compare"],
-        "evaluation.scores": ["Evaluation", "evaluate"],
-        "modeling.layers": ["FactorizedLinear"],
-        "modeling.layout": ["lay_out_for_generation"],
-        "publish.result": ["SieveResult"],
-        "pruner": ["SievePruner"],
-        "tasks": ["Task"],
-    },
-)
+__getattr__ = lazy_names(__name__, _PLACES)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import optimum_sieve
 
 def test_all_is_sorted_and_complete():
     assert optimum_sieve.__all__ == sorted(optimum_sieve.__all__)
-    assert set(optimum_sieve.__all__) == set(optimum_sieve._MODULES)
+    assert set(optimum_sieve.__all__) == {name for names in optimum_sieve._PLACES.values() for name in names}
     assert set(optimum_sieve.__all__) <= set(dir(optimum_sieve))
 
 
@@ -41,3 +42,38 @@ def test_import_is_light():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+def test_former_module_names_give_the_same_modules():
+    code = (
+        "import sys, optimum_sieve._lazy as lazy; from importlib import import_module as load; "
+        "pairs = lazy.FORMER_MODULES.items(); "
+        "print(all(load(f'optimum_sieve.{old}') is load(f'optimum_sieve.{new}') for old, new in pairs))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("allocation", "allocate"),
+        ("calibration", "collect_moments"),
+        ("evaluation", "evaluate"),
+        ("export", "export_dense"),
+        ("factorization", "factorize"),
+        ("healing", "heal"),
+        ("lora", "factor_targets"),
+        ("lora", "whole_matrix"),
+        ("plan", "PrunePlan"),
+        ("search.study", "SearchStudy"),
+        ("surgery", "truncated"),
+        ("widening", "recompress"),
+    ],
+)
+def test_documented_deep_imports(module, name):
+    # A submodule of the same name would take the name's place once it is imported.
+    value = getattr(importlib.import_module(f"optimum_sieve.{module}"), name)
+    assert value.__name__ == name
+    importlib.import_module(value.__module__)
+    assert getattr(importlib.import_module(f"optimum_sieve.{module}"), name) is value

@@ -1,0 +1,141 @@
+"""What a run would take, from a configuration alone: the sizes of the run itself, and operations that torch counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+from toy import load_task, make_tokenizer
+
+from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.commands import plan as command
+from optimum_sieve.factorization.closed_form import factorize
+from optimum_sieve.factorization.moments import accumulate_moments, empty_moments, watches_outputs
+from optimum_sieve.plan.flops import count_work
+from optimum_sieve.plan.forecast import forecast
+from optimum_sieve.plan.hardware import HARDWARE, rates_of
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks" / "configs"
+HALF = SieveConfig(pruning_ratio=0.5)
+
+
+@pytest.fixture
+def model() -> Any:
+    return make_tiny_model("llama", hidden_size=128, intermediate_size=384, num_key_value_heads=2, num_hidden_layers=3)
+
+
+def in_place(sums: Any, first: Any, second: Any, **options: Any) -> int:
+    return 2 * first[0] * first[1] * second[1]
+
+
+def counted(run: Any) -> int:
+    # In place, it is one of the operations that torch does not count by itself.
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("projection", ["joint", "activation"])
+def test_passes_are_what_torch_counts(model: Any, projection: str) -> None:
+    ids = torch.randint(3, 60, (6, 5))
+    model.requires_grad_(False)
+
+    def run() -> None:
+        embeddings = model.get_input_embeddings()(ids).requires_grad_(projection == "joint")
+        states = model.model(inputs_embeds=embeddings).last_hidden_state
+        if projection == "joint":
+            states.sum().backward()
+
+    config = SieveConfig(pruning_ratio=0.5, projection=projection, rounds=1)
+    work = count_work(find_targets(model), config, tokens=ids.numel())
+    # Attention's own products come on top.
+    assert work.passes <= counted(run) <= 1.05 * work.passes
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_sums_and_products_are_what_torch_counts(shape: tuple[int, int]) -> None:
+    weight, x, g = torch.randn(shape), torch.randn(50, shape[1]), torch.randn(50, shape[0])
+    moments = empty_moments(weight, projection="joint")
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False)
+    (target,) = find_targets(torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])}))
+    work = count_work([target], SieveConfig(pruning_ratio=0.5, rounds=1), tokens=50)
+    on_outputs = watches_outputs(weight, "joint")
+    sums = counted(lambda: accumulate_moments(moments, weight, x, g, on_outputs=on_outputs))
+    assert sums == pytest.approx(work.moments, rel=0.02)
+    # Triangular systems are not counted by torch, of which there is one.
+    products = counted(lambda: factorize(weight, moments))
+    assert products <= work.products <= 2 * products
+
+
+def test_a_second_round_and_a_second_forward_pass_cost_more(model: Any) -> None:
+    targets = find_targets(model)
+    one, two = (count_work(targets, SieveConfig(pruning_ratio=0.5, rounds=rounds), tokens=9) for rounds in (1, 2))
+    assert two.passes == 2 * one.passes
+    assert two.eigenvectors == 2 * one.eigenvectors
+    assert two.moments > 2 * one.moments
+    assert count_work(targets, HALF, tokens=9, by_block=True).passes == 1.5 * two.passes
+    none = count_work(targets, SieveConfig(pruning_ratio=0.5, projection="svd"), tokens=9)
+    assert (none.passes, none.moments) == (0, 0)
+
+
+def test_sizes_are_those_of_the_loaded_model(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    task = load_task(tmp_path)
+    loaded = SievePruner(model, make_tokenizer(), task).plan(HALF)
+    found = forecast(tmp_path / "config.json", HALF, examples=20, tokens=7, dtype="float32", hardware="h200").plan
+    for name in ("num_targets", "targets_parameters", "model_bytes", "moments_bytes", "bases_bytes", "expected_bytes"):
+        assert getattr(found, name) == getattr(loaded, name)
+    half = forecast(tmp_path, HALF, examples=20, tokens=7, hardware="h200").plan
+    assert half.model_bytes == found.model_bytes / 2
+
+
+@pytest.mark.parametrize(("name", "billions"), [
+    ("llama-3.1-8b", 8.03), ("llama-3.1-70b", 70.55), ("qwen3-32b", 32.76), ("mixtral-8x7b", 46.70),
+])  # fmt: skip
+def test_known_models_are_as_large_as_they_are_said_to_be(name: str, billions: float) -> None:
+    found = forecast(CONFIGS / name, HALF, examples=256, tokens=256, hardware="h200")
+    assert found.plan.model_parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    assert found.plan.whole_bytes > 5 * found.plan.model_bytes
+    assert "on h200" in found.format()
+
+
+def test_experts_see_their_share_of_the_tokens() -> None:
+    dense, mixed = (
+        forecast(CONFIGS / name, HALF, examples=256, tokens=256, hardware="h200")
+        for name in ("llama-3.1-8b", "mixtral-8x7b")
+    )
+    # Two of eight experts of the same size, in blocks of nearly the same attention.
+    assert 1.5 < mixed.work.passes / dense.work.passes < 2
+
+
+def test_a_limit_makes_it_a_run_by_blocks() -> None:
+    config = SieveConfig(pruning_ratio=0.5, memory_limit="20GB")
+    found = forecast(CONFIGS / "llama-3.1-8b", config, examples=256, tokens=256, hardware="h100")
+    assert found.plan.blocks is not None
+    assert found.plan.peak_bytes < 20e9 < found.plan.whole_bytes
+    assert "one block of 32 at a time" in found.format()
+
+
+def test_rates_are_measured_here_or_looked_up() -> None:
+    assert command._HARDWARE == HARDWARE
+    assert rates_of("h200", torch.bfloat16)["model"] > rates_of("h200")["model"]
+    rates = rates_of("this")
+    assert rates.keys() == rates_of("a100").keys()
+    assert all(rate > 1e8 for rate in rates.values())
+
+
+def test_the_command_reads_a_configuration_alone(run: Any, capsys: Any, tmp_path: Path) -> None:
+    model = CONFIGS / "qwen3-32b" / "config.json"
+    assert run("plan", "--model", model, "--hardware", "h200", "--memory-limit", "60GB") == 0
+    assert "one block of 64 at a time" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+    assert run("plan", "--model", tmp_path, "--hardware", "h200") == 1
+    assert "unheard-of" in capsys.readouterr().err
+    assert run("plan", "--model", model, "--examples", "0") == 2

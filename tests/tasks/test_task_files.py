@@ -1,0 +1,131 @@
+"""The task files in examples/tasks/ fit rows of the fields that they name."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from toy import make_tokenizer, write_rows
+
+from optimum_sieve.tasks import Task
+from optimum_sieve.tasks.text_metrics import score_texts
+
+
+if TYPE_CHECKING:
+    from optimum_sieve.tasks import Example
+
+FILES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "examples" / "tasks").glob("*.yaml"))}
+ENTITIES = [
+    [{"text": "Lesch - Nyhan syndrome", "type": "Disease"}, {"text": "gout", "type": "Disease"}],
+    [{"text": "US Latin", "type": "playlist"}],
+]
+# Two rows of each data set, made up, and the answers that the task file makes of them.
+ROWS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "banking77": (
+        [{"text": "Where is it", "label": "card_arrival"}, {"text": "No", "label": "reverted_card_payment?"}],
+        [" card arrival", " reverted card payment"],
+    ),
+    "gsm8k": (
+        [
+            {"question": "1 + 2?", "answer": "That is 1 + 2 = <<1+2=3>>3\n#### 3", "final": "3"},
+            {"question": "1,000?", "answer": "#### 1,000", "final": "1000"},
+        ],
+        [" That is 1 + 2 = <<1+2=3>>3\n#### 3\nQuestion:", " #### 1,000\nQuestion:"],
+    ),
+    "medmcqa": (
+        [
+            {"question": "Which?", "choices": ["a", "b", "all", "all"], "answer": "B"},
+            {"question": "Why?", "choices": ["w", "x", "y", "z"], "answer": "D"},
+        ],
+        ["b", "z"],
+    ),
+    "ncbi_disease_ner": (
+        [{"text": "A syndrome .", "entities": ENTITIES[0]}, {"text": "Nothing .", "entities": []}],
+        ["Lesch - Nyhan syndrome\ngout\n\n", "none\n\n"],
+    ),
+    "nq_open_oracle": (
+        [
+            {"question": "where is it", "context": "There.", "answers": ["there", "here"], "title": "It"},
+            {"question": "when was it", "context": "In 1958.", "answers": ["1958"], "title": "Other"},
+        ],
+        [" there\n", " 1958\n"],
+    ),
+    "pubmedqa": (
+        [
+            {"question": "Does it?", "context": "It may.", "answer": "maybe", "pmid": "1"},
+            {"question": "Did it?", "context": "No.", "answer": "no", "pmid": "2"},
+        ],
+        [" maybe", " no"],
+    ),
+    "snips": (
+        [{"text": "Play it", "label": "PlayMusic", "entities": []}, {"text": "Rain?", "label": "GetWeather"}],
+        [" play music", " get the weather"],
+    ),
+    "snips_slots": (
+        [{"text": "Add it", "label": "x", "entities": ENTITIES[1] * 2}, {"text": "Go", "label": "x", "entities": []}],
+        ["playlist: US Latin\nplaylist: US Latin\n\n", "none\n\n"],
+    ),
+    "squad_xquad_en": (
+        [
+            {"question": "What?", "context": "This.", "answers": ["This"], "title": "A"},
+            {"question": "Who?", "context": "He.", "answers": ["He"], "title": "B"},
+        ],
+        [" This\n", " He\n"],
+    ),
+    "uci_sentences": (
+        [{"text": "Good", "label": "positive", "source": "imdb"}, {"text": "Bad", "label": "negative"}],
+        [" positive", " negative"],
+    ),
+}
+
+
+def examples_of(name: str, directory: Path) -> list[Example]:
+    """Read the task file with the rows in every place that it names, distinct by split."""
+    shutil.copy(FILES[name], directory / "task.yaml")
+    spec = yaml.safe_load(FILES[name].read_text())
+    field = "question" if "question" in ROWS[name][0][0] else "text"
+    for split, file in spec["data"]["files"].items():
+        path = directory / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{**row, field: f"{split} {row[field]}"} for row in ROWS[name][0]]
+        write_rows(path, [{**row, "title": f"{split} {row['title']}"} if "title" in row else row for row in rows])
+    task = Task.from_file(directory / "task.yaml")
+    assert task.splits == {"calibration": 2, "selection": 2, "test": 2}
+    return task.examples("test", make_tokenizer())
+
+
+def test_every_file_is_tested() -> None:
+    assert FILES.keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_of_the_data_set_fit(name: str, tmp_path: Path) -> None:
+    examples = examples_of(name, tmp_path)
+    answers = sorted(ROWS[name][1])
+    if name == "medmcqa":
+        lines = [example.prompt.splitlines()[1 + example.target] for example in examples]
+        assert sorted(line.split(". ")[1] for line in lines) == answers
+        assert {example.candidates for example in examples} == {(" A", " B", " C", " D")}
+    else:
+        assert sorted(example.answer for example in examples) == answers
+    assert all("{" not in example.prompt for example in examples)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "kind: generate" in FILES[name].read_text()])
+def test_the_gold_answer_has_full_score(name: str, tmp_path: Path) -> None:
+    examples = examples_of(name, tmp_path)
+    metric = yaml.safe_load(FILES[name].read_text())["metric"]
+    written = [example.answer.removesuffix(example.generation.stop[0]) for example in examples]
+    assert score_texts(metric, written, [example.accepted for example in examples]).score == 1.0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_first_lines_say_which_data_set_it_is_and_where_its_rows_belong(name: str) -> None:
+    first, second, third = FILES[name].read_text().splitlines()[:3]
+    assert first.startswith("# ")
+    assert first.rstrip(".)").split()[-1].isdigit()
+    assert "Not shipped: put or link the rows under data/" in second
+    assert third.startswith("# A row: {")
