@@ -34,7 +34,7 @@ from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.config.heal import HEAL_LOSSES, HealConfig
 from optimum_sieve.healing.stage import Healer
-from optimum_sieve.run.context import Setting, TaskSetting
+from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir, content_key
 from optimum_sieve.surgery.apply import truncated
 
@@ -89,13 +89,13 @@ class Bench:
         # Moments, and so bases, depend on the examples they are taken on alone, whatever healing is given.
         examples = self.calibration[: arguments.moments]
         key = content_key(model=model_fingerprint(self.model), prompts=[example.prompt for example in examples])
-        setting = self.setting()
-        short = dataclasses.replace(setting.tasks[0], fingerprint=key, calibration=examples)
-        self.bases = calibrate(dataclasses.replace(setting, tasks=(short,)), {})
+        run = self.make_run()
+        short = dataclasses.replace(run.tasks[0], fingerprint=key, calibration=examples)
+        self.bases = calibrate(dataclasses.replace(run, tasks=(short,)), {})
         self.dense = self.score()
         self.healed: dict[str, Evaluation] = {}
 
-    def setting(self, learning_rate: float = HealConfig.learning_rate, seed: int = 0) -> Setting:
+    def make_run(self, learning_rate: float = HealConfig.learning_rate, seed: int = 0) -> Run:
         """Make the setting of one run."""
         names = ("steps", "batch_size", "eval_steps", "patience", "rounds", "loss", "gold_weight", "train_norms")
         heal = HealConfig(
@@ -104,12 +104,12 @@ class Bench:
             **{name: getattr(self.arguments, name) for name in names},
         )
         arguments: dict[str, Any] = {name: getattr(self.arguments, name) for name in ("storage", "rank_multiple")}
-        return Setting(
+        return Run(
             model=self.model,
             tokenizer=self.tokenizer,
             config=SieveConfig(tolerance=0.0, heal=heal, seed=seed, **arguments),
             tasks=(
-                TaskSetting(
+                TaskRun(
                     name=self.task.name,
                     metric=self.task.metric,
                     fingerprint=self.fingerprint,
@@ -128,9 +128,9 @@ class Bench:
 
     def run(self, kept: float, learning_rate: float, seed: int) -> None:
         """Prune, score, heal, score."""
-        setting = self.setting(learning_rate, seed)
-        healer = Healer(setting)
-        ranks = allocate_ranks(setting, self.bases, kept)
+        run = self.make_run(learning_rate, seed)
+        healer = Healer(run)
+        ranks = allocate_ranks(run, self.bases, kept)
         with truncated(self.model, self.bases, ranks, storage=self.arguments.storage):
             before = self.score()
         with healer.healed(self.bases, ranks):

@@ -24,7 +24,7 @@ from optimum_sieve.backbone.fingerprint import model_fingerprint
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.stage import calibrate
-from optimum_sieve.run.context import Setting, TaskSetting
+from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir, content_key
 from optimum_sieve.surgery.apply import truncated
 
@@ -85,24 +85,24 @@ class Bench:
         name = f"{projection} {loss} x{rounds}" if projection == "joint" else projection
         # Adapters are trained for one size; everything else is factored as for a search, which does not know it yet.
         stop = {"pruning_ratio": 1 - fractions[0]} if projection == "learned" else {"tolerance": 0.0}
-        setting = self.setting(method, stop)
+        run = self.make_run(method, stop)
         seconds = {"moments": 0.0, "factors": 0.0}
-        bases = calibrate(setting, seconds)
+        bases = calibrate(run, seconds)
         for fraction in fractions:
-            with truncated(self.model, bases, allocate_ranks(setting, bases, fraction), storage=storage):
+            with truncated(self.model, bases, allocate_ranks(run, bases, fraction), storage=storage):
                 self.report(name, allocation, storage, fraction, self.score(), seconds)
 
-    def setting(self, method: tuple[str, str, int, str, str], stop: dict[str, float]) -> Setting:
+    def make_run(self, method: tuple[str, str, int, str, str], stop: dict[str, float]) -> Run:
         """Make the setting of a run by `method`."""
         fields = ("projection", "loss", "rounds", "allocation", "storage")
         # As the figures in the docs were measured; the default is newer.
         config = SieveConfig(weighting="norms", **stop, **dict(zip(fields, method, strict=True)))
-        return Setting(
+        return Run(
             model=self.model,
             tokenizer=self.tokenizer,
             config=config,
             tasks=(
-                TaskSetting(
+                TaskRun(
                     name=self.task.name,
                     metric=self.task.metric,
                     fingerprint=self.fingerprint,

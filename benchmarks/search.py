@@ -24,7 +24,7 @@ from optimum_sieve.backbone.fingerprint import model_fingerprint
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.stage import calibrate
-from optimum_sieve.run.context import Setting, TaskSetting
+from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir, content_key
 from optimum_sieve.search.candidate import CONFIRM, SEARCH
 from optimum_sieve.search.confirm import ladder
@@ -76,12 +76,12 @@ class Bench:
         self.arguments = arguments
         self.pool = [x for split in ("selection", "test") for x in self.task.examples(split, self.tokenizer)]
         fingerprint = content_key(model=model_fingerprint(self.model), task=self.task.fingerprint())
-        self.setting = Setting(
+        self.run = Run(
             model=self.model,
             tokenizer=self.tokenizer,
             config=self.config(0),
             tasks=(
-                TaskSetting(
+                TaskRun(
                     name=self.task.name,
                     metric=self.task.metric,
                     fingerprint=fingerprint,
@@ -92,7 +92,7 @@ class Bench:
             work=WorkDir(arguments.work_dir),
             progress=False,
         )
-        self.bases = calibrate(self.setting, {})
+        self.bases = calibrate(self.run, {})
 
     def config(self, seed: int, preset: str = "fast", **changes: int | None) -> SieveConfig:
         """Make the configuration of one seed."""
@@ -116,22 +116,20 @@ class Bench:
         drawn = [self.pool[place] for place in order[: selection + self.arguments.test]]
         return drawn[:selection], drawn[selection:]
 
-    def prepare(self, seed: int, selection: list, preset: str = "fast", **changes: int | None) -> Setting:
+    def prepare(self, seed: int, selection: list, preset: str = "fast", **changes: int | None) -> Run:
         """Make the setting of one seed, whose studies keep apart, with the examples it drew."""
-        key = content_key(
-            run=self.setting.fingerprint, seed=seed, count=[self.arguments.search, self.arguments.confirm]
-        )
-        task = dataclasses.replace(self.setting.tasks[0], fingerprint=key, selection=selection)
-        return dataclasses.replace(self.setting, config=self.config(seed, preset, **changes), tasks=(task,))
+        key = content_key(run=self.run.fingerprint, seed=seed, count=[self.arguments.search, self.arguments.confirm])
+        task = dataclasses.replace(self.run.tasks[0], fingerprint=key, selection=selection)
+        return dataclasses.replace(self.run, config=self.config(seed, preset, **changes), tasks=(task,))
 
     def run(self, seed: int) -> list[dict]:
         """Search with one seed; return a row for each allocation."""
         selection, test = self.draw(seed)
         sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
-        setting = self.prepare(seed, selection, **sizes)
-        search = make_search(setting, self.bases)
-        with open_study(setting, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
-            scorers = make_scorers(setting, search, live)
+        run = self.prepare(seed, selection, **sizes)
+        search = make_search(run, self.bases)
+        with open_study(run, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
+            scorers = make_scorers(run, search, live)
             scored = lead(search, study, scorers, progress=False)
             searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
             standing = Standing(search.space, searched, search.goal)
@@ -156,8 +154,8 @@ class Bench:
         """Lower matrices of a result one by one; `optimum-cli sieve report --work-dir` then shows the search."""
         selection, _ = self.draw(seed)
         sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
-        setting, count = self.prepare(seed, selection, **sizes), self.arguments.bottlenecks
-        found = run_search(setting, self.bases, num_bottlenecks=count)
+        run, count = self.prepare(seed, selection, **sizes), self.arguments.bottlenecks
+        found = run_search(run, self.bases, num_bottlenecks=count)
         print(f"\nlowered alone by one level, {found['bottlenecks'][0]['count']} search examples; cost in points")
         for row in found["bottlenecks"]:
             print(f"{row['name']:38} rank {row['rank']} -> {row['lowered_rank']}: {100 * row['cost']:+.2f} ± "
@@ -184,12 +182,12 @@ class Bench:
         search_count, reached = self.arguments.search, {}
         sizes = {"population_size": self.arguments.population_size, "generations": self.arguments.generations}
         for preset, changes in (("paper", sizes), ("fast", {"generations": 3})):
-            setting = self.prepare(seed, selection, preset, **changes)
-            search = make_search(setting, self.bases)
-            with open_study(setting, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
-                scored = lead(search, study, make_scorers(setting, search, live), progress=False)
+            run = self.prepare(seed, selection, preset, **changes)
+            search = make_search(run, self.bases)
+            with open_study(run, search, self.bases) as study, LiveRanks(self.model, self.bases) as live:
+                scored = lead(search, study, make_scorers(run, search, live), progress=False)
             searched = [candidate for candidate in scored if candidate.part == SEARCH]
-            known = search_count + len(setting.tasks[0].calibration)
+            known = search_count + len(run.tasks[0].calibration)
             # Only `fast` uses calibration examples: labels and shares are measured on them too.
             overhead = {"paper": search_count, "fast": known}[preset]
             reached[preset] = smallest_by_examples(search, searched, overhead, known)

@@ -21,7 +21,7 @@ from optimum_sieve.pipeline.ranks import choose_ranks
 from optimum_sieve.publish.card import public_name
 from optimum_sieve.publish.hub import push_folder
 from optimum_sieve.publish.result import SieveResult, TaskScores, make_result, save_result
-from optimum_sieve.run.context import Setting, timed
+from optimum_sieve.run.context import Run, timed
 from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.search.stage import join_search, run_search, wait_for_search
 from optimum_sieve.tasks.several import check_tasks, read_tasks
@@ -161,9 +161,9 @@ class SievePruner:
             ValueError: If the settings, the model or the data break a rule.
             RuntimeError: If nothing within the tolerance was found.
         """
-        setting = self._prepare_search(config, work_dir, study_storage, progress)
-        with reduced_vocabulary(with_answers(setting, "calibration", "selection")) as setting:
-            return run_search(setting, calibrate(setting, {}), num_bottlenecks=num_bottlenecks)
+        run = self._prepare_search(config, work_dir, study_storage, progress)
+        with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
+            return run_search(run, calibrate(run, {}), num_bottlenecks=num_bottlenecks)
 
     def join_search(
         self, config: SieveConfig, *, work_dir: str | Path, study_storage: str | None = None, progress: bool = True
@@ -173,21 +173,21 @@ class SievePruner:
         Raises:
             ValueError: If the bases in `work_dir` are not those of the study.
         """
-        setting = self._prepare_search(config, work_dir, study_storage, progress)
-        with reduced_vocabulary(with_answers(setting, "calibration", "selection")) as setting:
-            wait_for_search(setting)
-            return join_search(setting, calibrate(setting, {}, must_exist=True))
+        run = self._prepare_search(config, work_dir, study_storage, progress)
+        with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
+            wait_for_search(run)
+            return join_search(run, calibrate(run, {}, must_exist=True))
 
     def _prepare_search(
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
-    ) -> Setting:
+    ) -> Run:
         if config.allocation != "genetic":
             raise ValueError(f"`allocation` must be 'genetic' for a search, got {config.allocation!r}.")
         return self._prepare(config, work_dir, study_storage, progress)
 
     def _prepare(
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
-    ) -> Setting:
+    ) -> Run:
         self._check_is_dense()
         given = (self.model, self.tokenizer, self.tasks, config)
         return prepare(*given, work_dir=work_dir, study_storage=study_storage, progress=progress)
@@ -222,33 +222,33 @@ class SievePruner:
             ToleranceError: If nothing within the tolerance was found; a `RuntimeError`. The model is dense then.
         """
         seconds: dict[str, float] = {}
-        setting = self._prepare(config, work_dir, study_storage, progress)
+        run = self._prepare(config, work_dir, study_storage, progress)
         with timed(seconds, "examples"):
-            setting = with_answers(setting, "calibration", "selection", "test")
+            run = with_answers(run, "calibration", "selection", "test")
         with ExitStack() as undo:
-            setting = reduce_vocabulary(setting)
-            undo.callback(restore_vocabulary, setting)
-            bases = calibrate(setting, seconds)
+            run = reduce_vocabulary(run)
+            undo.callback(restore_vocabulary, run)
+            bases = calibrate(run, seconds)
             if config.latency_target is not None:
                 with timed(seconds, "latency"):
-                    setting = replace(setting, latencies=measure_latencies(setting))
-            healer = make_healer(setting, seconds)
+                    run = replace(run, latencies=measure_latencies(run))
+            healer = make_healer(run, seconds)
             with timed(seconds, "ranks"):
-                ranks, trials = choose_ranks(setting, bases, healer)
+                ranks, trials = choose_ranks(run, bases, healer)
             with timed(seconds, "test"):
-                dense = [score_dense(setting, task, task.test, "test") for task in setting.tasks]
-            before = measure_sizes(self.model, setting.targets, setting.vocabulary)
-            undo.callback(hold_ranks(setting, bases, ranks, healer, seconds))
+                dense = [score_dense(run, task, task.test, "test") for task in run.tasks]
+            before = measure_sizes(self.model, run.targets, run.vocabulary)
+            undo.callback(hold_ranks(run, bases, ranks, healer, seconds))
             del bases
             with timed(seconds, "test"):
                 # Not from the work directory: what is scored here is what will be saved.
-                fresh = replace(setting, work=WorkDir(None))
-                pruned = [score(fresh, task, task.test, "pruned model on test") for task in setting.tasks]
+                fresh = replace(run, work=WorkDir(None))
+                pruned = [score(fresh, task, task.test, "pruned model on test") for task in run.tasks]
             bring_in(self.model)
             self.result = make_result(
                 self.model,
-                scores=[TaskScores.of(*each) for each in zip(setting.tasks, dense, pruned, strict=True)],
-                sizes=(before, measure_sizes(self.model, setting.targets)),
+                scores=[TaskScores.of(*each) for each in zip(run.tasks, dense, pruned, strict=True)],
+                sizes=(before, measure_sizes(self.model, run.targets)),
                 trials=trials,
                 settings=config.to_dict(),
                 seconds={stage: round(value, 3) for stage, value in seconds.items()},
@@ -256,10 +256,10 @@ class SievePruner:
                 base_model=public_name(self.base_model),
                 base_revision=self._base_revision(),
                 healing=None if healer is None else healer.report(),
-                vocabulary=None if setting.vocabulary is None else setting.vocabulary.sizes,
-                latency=None if setting.latencies is None else total_seconds(setting, ranks),
+                vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
+                latency=None if run.latencies is None else total_seconds(run, ranks),
             )
-            self.model, self.tokenizer = self.result.model, setting.tokenizer
+            self.model, self.tokenizer = self.result.model, run.tokenizer
             # Done: nothing of it is to be undone.
             undo.pop_all()
         return self.result

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.modeling.layers import Storage
-    from optimum_sieve.run.context import Setting
+    from optimum_sieve.run.context import Run
 
 # Weights that take turns fill more than a processor's caches, as in a model that decodes.
 _COLD_BYTES, _MOST_LAYERS = 64_000_000, 256
@@ -34,45 +34,45 @@ _POINTS = 9
 _ROUNDS = 5
 
 
-def measure_latencies(setting: Setting) -> dict[str, np.ndarray]:
+def measure_latencies(run: Run) -> dict[str, np.ndarray]:
     """Measure every shape of the targets, eager, in the model's dtype, or take the times from the work directory.
 
     Args:
-        setting (`Setting`): The run.
+        run (`Run`): The run.
 
     Returns:
         `dict[str, numpy.ndarray]`: By name of the target, seconds of each of [`LossCurve.choices`]: float64, ascending
         with the rank, the dense layer at the end.
     """
-    first = setting.model.get_submodule(setting.targets[0].name)
+    first = run.model.get_submodule(run.targets[0].name)
     weight: Any = first.weight
     device = execution_device(first)
-    storage, multiple = setting.config.storage, setting.config.rank_multiple
-    shapes = {target.name: (target.out_features, target.in_features) for target in setting.targets}
+    storage, multiple = run.config.storage, run.config.rank_multiple
+    shapes = {target.name: (target.out_features, target.in_features) for target in run.targets}
     distinct = sorted(set(shapes.values()))
     key = content_key(
         shapes=distinct, storage=storage, multiple=multiple, dtype=str(weight.dtype), device=str(device),
         threads=torch.get_num_threads(),
     )  # fmt: skip
-    found = setting.work.load("latencies", key)
+    found = run.work.load("latencies", key)
     if found is None:
-        bar = tqdm(distinct, "latency", unit="shape", disable=not (setting.progress and distributed.is_first()))
+        bar = tqdm(distinct, "latency", unit="shape", disable=not (run.progress and distributed.is_first()))
         measured = [_measure_shape(shape, storage, multiple, weight.dtype, device) for shape in bar]  # type: ignore[arg-type]
         # Ranks depend on them: all processes take the same.
         found = {
             str(shape): torch.tensor(own) for shape, own in zip(distinct, distributed.agree(measured), strict=True)
         }
-        setting.work.save("latencies", key, found)
+        run.work.save("latencies", key, found)
     return {name: found[str(shape)].numpy() for name, shape in shapes.items()}
 
 
-def total_seconds(setting: Setting, ranks: Ranks) -> dict[str, float]:
+def total_seconds(run: Run, ranks: Ranks) -> dict[str, float]:
     """Add up what all targets take, `"dense"` and `"pruned"` to `ranks`."""
-    latencies: Mapping[str, np.ndarray] = setting.latencies or {}
+    latencies: Mapping[str, np.ndarray] = run.latencies or {}
     pruned = 0.0
-    for target in setting.targets:
+    for target in run.targets:
         shape = (target.out_features, target.in_features)
-        choices = [*rank_choices(*shape, setting.config.storage, setting.config.rank_multiple), None]
+        choices = [*rank_choices(*shape, run.config.storage, run.config.rank_multiple), None]
         pruned += float(latencies[target.name][choices.index(ranks[target.name])])
     return {"dense": float(sum(own[-1] for own in latencies.values())), "pruned": pruned}
 

@@ -17,7 +17,7 @@ from optimum_sieve.evaluation.batches import Batch, log_likelihoods, make_batche
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from optimum_sieve.run.context import Setting
+    from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Example
 
 
@@ -148,12 +148,12 @@ def _token_signs(batch: Batch, width: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(2 * signs - 1)
 
 
-def calibration_batches(setting: Setting, examples: Sequence[Example]) -> tuple[list[Batch], Loss]:
+def calibration_batches(run: Run, examples: Sequence[Example]) -> tuple[list[Batch], Loss]:
     """Return the batches of a task's calibration examples, all processes' together, and their loss."""
-    config = setting.config
+    config = run.config
     loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=config.prompt_weight)
-    inputs = input_format(setting.model)
+    inputs = input_format(run.model)
     batches = make_batches(
-        examples, setting.tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs
+        examples, run.tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs
     )
     return batches, loss

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.run import distributed
-from optimum_sieve.run.context import Setting, TaskSetting
+from optimum_sieve.run.context import Run, TaskRun
 
 from .blockwise import evaluate_by_block
 from .labelling import label_by_model
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from optimum_sieve.factorization.closed_form import FactorBasis
-    from optimum_sieve.run.context import Setting, TaskSetting
+    from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
 
 
 def score(
-    setting: Setting,
-    task: TaskSetting,
+    run: Run,
+    task: TaskRun,
     examples: Sequence[Example],
     description: str,
     *,
@@ -34,54 +34,54 @@ def score(
     """Score the model as it is now on examples of a task, or take the score from the work directory.
 
     Args:
-        setting (`Setting`): The run.
-        task (`TaskSetting`): The task.
+        run (`Run`): The run.
+        task (`TaskRun`): The task.
         examples (`Sequence[Example]`): Examples of it.
         description (`str`): What is scored on what.
         held (`tuple`, *optional*): Bases and ranks that the model is to have meanwhile, block by block.
         key (`object`): What the score depends on beside the run and the description.
     """
-    name = setting.key(task=task, description=description, **key)
-    if (found := setting.work.find("evaluation", name)) is not None:
+    name = run.key(task=task, description=description, **key)
+    if (found := run.work.find("evaluation", name)) is not None:
         return Evaluation.load(found)
-    options: dict[str, Any] = {"metric": task.metric, "batch_size": setting.config.batch_size}
-    options |= {"progress": setting.progress, "description": description}
-    if setting.by_block and examples[0].generation is None:
+    options: dict[str, Any] = {"metric": task.metric, "batch_size": run.config.batch_size}
+    options |= {"progress": run.progress, "description": description}
+    if run.by_block and examples[0].generation is None:
         bases, ranks = held or ({}, {})
-        options |= {"bases": bases, "ranks": ranks, "directory": setting.work.path}
-        evaluation = evaluate_by_block(setting.model, examples, setting.tokenizer, **options)
+        options |= {"bases": bases, "ranks": ranks, "directory": run.work.path}
+        evaluation = evaluate_by_block(run.model, examples, run.tokenizer, **options)
     else:
-        evaluation = evaluate(setting.model, examples, setting.tokenizer, **options)
-    path = setting.work.file("evaluation", name)
+        evaluation = evaluate(run.model, examples, run.tokenizer, **options)
+    path = run.work.file("evaluation", name)
     if path is not None and distributed.is_first():
         evaluation.save(path)
     distributed.wait()
     return evaluation
 
 
-def score_dense(setting: Setting, task: TaskSetting, examples: Sequence[Example], part: str) -> Evaluation:
+def score_dense(run: Run, task: TaskRun, examples: Sequence[Example], part: str) -> Evaluation:
     """Score the dense model, which `setting` must hold now, with the vocabulary that it was given with."""
     description = f"dense model on {part}"
-    if setting.vocabulary is None or setting.given is None:
-        return score(setting, task, examples, description)
-    (given,) = (own for own in setting.given.tasks if own.name == task.name)
-    with setting.vocabulary.undone():
-        return score(setting.given, given, examples, description)
+    if run.vocabulary is None or run.given is None:
+        return score(run, task, examples, description)
+    (given,) = (own for own in run.given.tasks if own.name == task.name)
+    with run.vocabulary.undone():
+        return score(run.given, given, examples, description)
 
 
-def with_answers(setting: Setting, *splits: str) -> Setting:
+def with_answers(run: Run, *splits: str) -> Run:
     """Return the run with the dense model's likeliest answers for gold in these splits of tasks without labels."""
 
-    def answered(task: TaskSetting) -> TaskSetting:
+    def answered(task: TaskRun) -> TaskRun:
         if task.labelled:
             return task
-        found: dict[str, Any] = {split: label_examples(setting, getattr(task, split)) for split in splits}
+        found: dict[str, Any] = {split: label_examples(run, getattr(task, split)) for split in splits}
         return replace(task, **found)
 
-    return replace(setting, tasks=tuple(answered(task) for task in setting.tasks))
+    return replace(run, tasks=tuple(answered(task) for task in run.tasks))
 
 
-def label_examples(setting: Setting, examples: Sequence[Example], seed: int | None = None) -> list[Example]:
+def label_examples(run: Run, examples: Sequence[Example], seed: int | None = None) -> list[Example]:
     """Return the examples with the model's own answers for gold: the likeliest, or drawn with a seed."""
-    size, progress = setting.config.batch_size, setting.progress
-    return label_by_model(setting.model, examples, setting.tokenizer, batch_size=size, seed=seed, progress=progress)
+    size, progress = run.config.batch_size, run.progress
+    return label_by_model(run.model, examples, run.tokenizer, batch_size=size, seed=seed, progress=progress)

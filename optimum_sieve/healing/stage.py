@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.config.heal import HealConfig
     from optimum_sieve.factorization.closed_form import FactorBasis
-    from optimum_sieve.run.context import Setting, TaskSetting
+    from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
 
 
-def make_healer(setting: Setting, seconds: dict[str, float]) -> Healer | None:
+def make_healer(run: Run, seconds: dict[str, float]) -> Healer | None:
     """Make the healer of a run, whose model is dense still; `None` where the settings ask for none."""
-    if setting.config.heal is None:
+    if run.config.heal is None:
         return None
     with timed(seconds, "healing"):
-        return Healer(setting)
+        return Healer(run)
 
 
 def hold_ranks(
-    setting: Setting,
+    run: Run,
     bases: Mapping[str, FactorBasis],
     ranks: Ranks,
     healer: Healer | None,
@@ -55,7 +55,7 @@ def hold_ranks(
 ) -> Callable[[], None]:
     """Put `ranks` into the dense model, healed where there is a healer; return what makes it dense again."""
     if healer is None:
-        return partial(restore, setting.model, apply_ranks(setting.model, bases, ranks, storage=setting.config.storage))
+        return partial(restore, run.model, apply_ranks(run.model, bases, ranks, storage=run.config.storage))
     with timed(seconds, "healing"):
         healer.apply(bases, ranks)
     return healer.restore
@@ -68,43 +68,43 @@ class Healer:
     selection examples of each are monitored, the others are left to the choice of the size.
 
     Args:
-        setting (`Setting`): The run, whose configuration has `heal`.
+        run (`Run`): The run, whose configuration has `heal`.
     """
 
-    def __init__(self, setting: Setting) -> None:
-        assert setting.config.heal is not None
-        self.setting = setting
-        self.config: HealConfig = setting.config.heal
-        counts = [self.config.monitor_count(len(task.selection)) for task in setting.tasks]
-        pairs = list(zip(setting.tasks, counts, strict=True))
+    def __init__(self, run: Run) -> None:
+        assert run.config.heal is not None
+        self.run = run
+        self.config: HealConfig = run.config.heal
+        counts = [self.config.monitor_count(len(task.selection)) for task in run.tasks]
+        pairs = list(zip(run.tasks, counts, strict=True))
         self.unseen: list[Sequence[Example]] = [task.selection[count:] for task, count in pairs]
-        self.lessons = [self._lesson(task) for task in setting.tasks]
+        self.lessons = [self._lesson(task) for task in run.tasks]
         self.monitor = SelectionMonitor(
             parts=[self._monitored(task, count) for task, count in pairs],
-            tokenizer=setting.tokenizer,
-            batch_size=setting.config.batch_size,
+            tokenizer=run.tokenizer,
+            batch_size=run.config.batch_size,
         )
         self.rounds: list[Healing] = []
-        self._dense = {target.name: setting.model.get_submodule(target.name) for target in setting.targets}
-        norms = norm_parameters(setting.model) if self.config.train_norms else {}
+        self._dense = {target.name: run.model.get_submodule(target.name) for target in run.targets}
+        norms = norm_parameters(run.model) if self.config.train_norms else {}
         self._norms = [(parameter, parameter.detach().clone()) for parameter in norms.values()]
 
-    def _lesson(self, task: TaskSetting) -> Lesson:
-        setting = self.setting
+    def _lesson(self, task: TaskRun) -> Lesson:
+        run = self.run
         teacher = teach(
-            setting.model,
+            run.model,
             task.calibration,
-            setting.tokenizer,
+            run.tokenizer,
             loss=self.config.loss,
-            batch_size=setting.config.batch_size,
-            work=setting.work,
-            progress=setting.progress,
+            batch_size=run.config.batch_size,
+            work=run.work,
+            progress=run.progress,
         )
         return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight)
 
-    def _monitored(self, task: TaskSetting, count: int) -> Monitored:
+    def _monitored(self, task: TaskRun, count: int) -> Monitored:
         examples = task.selection[:count]
-        dense = score_dense(self.setting, task, examples, f"{count} monitored examples of selection")
+        dense = score_dense(self.run, task, examples, f"{count} monitored examples of selection")
         return Monitored(task=task.name, examples=examples, dense=dense)
 
     def apply(self, bases: Mapping[str, FactorBasis], ranks: Ranks) -> None:
@@ -114,14 +114,14 @@ class Healer:
         matrices, multiplied out, are the weights of the next round, which takes its moments on them. After an error the
         model is dense again.
         """
-        setting, rounds = self.setting, self.config.rounds
+        run, rounds = self.run, self.config.rounds
         self.rounds = []
         kept = self._kept(ranks)
         try:
             for number in range(1, rounds + 1):
-                own = ranks if rounds == 1 else allocate_ranks(setting, bases, kept ** (number / rounds))
+                own = ranks if rounds == 1 else allocate_ranks(run, bases, kept ** (number / rounds))
                 # An early round may be too large to factorize anything.
-                if apply_ranks(setting.model, bases, own, storage=setting.config.storage):
+                if apply_ranks(run.model, bases, own, storage=run.config.storage):
                     self._heal()
                 if number < rounds:
                     self._multiply_out()
@@ -132,7 +132,7 @@ class Healer:
 
     def restore(self) -> None:
         """Make the model the dense one again that it was when this was made."""
-        restore(self.setting.model, self._dense)
+        restore(self.run.model, self._dense)
         with torch.no_grad():
             for parameter, value in self._norms:
                 parameter.copy_(value)
@@ -160,22 +160,22 @@ class Healer:
         }
 
     def _heal(self) -> None:
-        setting = self.setting
+        run = self.run
         done = heal(
-            setting.model,
+            run.model,
             self.lessons,
-            setting.tokenizer,
+            run.tokenizer,
             self.config,
             monitor=self.monitor,
-            seed=setting.config.seed,
-            work=setting.work,
-            progress=setting.progress,
+            seed=run.config.seed,
+            work=run.work,
+            progress=run.progress,
         )
         self.rounds.append(done)
 
     def _kept(self, ranks: Ranks) -> float:
         """Part of the targets' parameters that `ranks` keep."""
-        targets, storage = self.setting.targets, self.setting.config.storage
+        targets, storage = self.run.targets, self.run.config.storage
         kept = 0
         for target in targets:
             rank = ranks[target.name]
@@ -186,7 +186,7 @@ class Healer:
     def _multiply_out(self) -> None:
         """Put a dense layer in place of each factorized one, with its weight and bias."""
         for name, dense in self._dense.items():
-            layer = self.setting.model.get_submodule(name)
+            layer = self.run.model.get_submodule(name)
             if isinstance(layer, FactorizedLinear):
                 whole = copy.copy(dense)
                 whole._parameters = dict(dense._parameters)
@@ -194,14 +194,14 @@ class Healer:
                 whole.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(whole) else weight)
                 if layer.bias is not None:
                     whole.bias = nn.Parameter(layer.bias.detach())
-                self.setting.model.set_submodule(name, whole)
+                self.run.model.set_submodule(name, whole)
 
     def _calibrate_again(self) -> dict[str, FactorBasis]:
         """Take moments on the model as it is now and factor its weights."""
-        healed = model_fingerprint(self.setting.model)
+        healed = model_fingerprint(self.run.model)
         tasks = tuple(
             dataclasses.replace(task, fingerprint=content_key(run=task.fingerprint, healed=healed))
-            for task in self.setting.tasks
+            for task in self.run.tasks
         )
-        config = dataclasses.replace(self.setting.config, rounds=1)
-        return calibrate(dataclasses.replace(self.setting, tasks=tasks, config=config), {})
+        config = dataclasses.replace(self.run.config, rounds=1)
+        return calibrate(dataclasses.replace(self.run, tasks=tasks, config=config), {})

@@ -16,7 +16,7 @@ from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.plan.memory import BatchSizes
 from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.run import distributed
-from optimum_sieve.run.context import Setting, TaskSetting
+from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir, content_key
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import naming, task_shares
@@ -102,7 +102,7 @@ def prepare(
     work_dir: str | Path | None,
     study_storage: str | None,
     progress: bool,
-) -> Setting:
+) -> Run:
     """Check everything and return the setting of a run.
 
     Raises:
@@ -116,13 +116,13 @@ def prepare(
     by_block = limited and plan_run(model, tokenizer, tasks, config, targets, vocabulary).blocks is not None
     # Healed sizes are too dear to be forgotten during a search, which takes up the best one again.
     searches_healed = config.heal is not None and config.tolerance is not None
-    return Setting(
+    return Run(
         model=model,
         tokenizer=tokenizer,
         config=config,
         targets=targets,
         tasks=tuple(
-            task_setting(model, tokenizer, task, share)
+            task_run(model, tokenizer, task, share)
             for task, share in zip(tasks, task_shares(config.task_weights, len(tasks)), strict=True)
         ),
         work=WorkDir.temporary() if work_dir is None and (searches_healed or by_block) else WorkDir(work_dir),
@@ -173,9 +173,7 @@ def batch_sizes(
     )
 
 
-def task_setting(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, weight: float = 1.0
-) -> TaskSetting:
+def task_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, weight: float = 1.0) -> TaskRun:
     """Render a task's examples, and hash everything but the settings that results on it depend on."""
     inputs = input_format(model)
     examples = {split: task.examples(split, tokenizer) for split in SPLITS}
@@ -186,7 +184,7 @@ def task_setting(
         tokens=[tokens_fingerprint(examples[split], tokenizer, inputs) for split in SPLITS],
         version=__version__,
     )
-    return TaskSetting(
+    return TaskRun(
         name=task.name,
         metric=task.metric,
         fingerprint=fingerprint,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.healing.stage import Healer
-    from optimum_sieve.run.context import Setting, TaskSetting
+    from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
 
 
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 def choose_ranks(
-    setting: Setting,
+    run: Run,
     bases: Mapping[str, FactorBasis],
     healer: Healer | None = None,
 ) -> tuple[Ranks, list[dict[str, Any]]]:
     """Choose every target's rank, by `pruning_ratio` or by search within `tolerance`.
 
     Args:
-        setting (`Setting`): The run.
+        run (`Run`): The run.
         bases (`Mapping[str, FactorBasis]`): A basis of every target.
         healer (`Healer`, *optional*): Heals every size that is tried; the examples it has not seen decide.
 
@@ -49,37 +49,36 @@ def choose_ranks(
     Raises:
         RuntimeError: If the search found nothing within the tolerance.
     """
-    config = setting.config
+    config = run.config
     if config.allocation == "genetic":
-        result = run_search(setting, bases)
+        result = run_search(run, bases)
         return result["ranks"], result["candidates"]
     if config.pruning_ratio is not None:
-        return allocate_ranks(setting, bases, 1 - config.pruning_ratio), []
-    deciding = _deciding(setting, healer)
-    dense = [score_dense(setting, *each) for each in deciding]
-    for task, found in zip(setting.tasks, dense, strict=True):
+        return allocate_ranks(run, bases, 1 - config.pruning_ratio), []
+    deciding = _deciding(run, healer)
+    dense = [score_dense(run, *each) for each in deciding]
+    for task, found in zip(run.tasks, dense, strict=True):
         warn_of_the_majority(task, found)
     names = (*BASIS_SETTINGS, "rounds", "allocation", "storage", "rank_multiple", *(("heal",) if healer else ()))
-    by_block = setting.by_block and all(examples[0].generation is None for _, examples, _ in deciding)
-    with LiveRanks(setting.model, bases) as live:
+    by_block = run.by_block and all(examples[0].generation is None for _, examples, _ in deciding)
+    with LiveRanks(run.model, bases) as live:
 
         def compare_at(kept: float) -> dict[str, Comparison]:
-            ranks = allocate_ranks(setting, bases, kept)
-            key: dict[str, Any] = {"ranks": ranks, "settings": setting.key(*names)}
+            ranks = allocate_ranks(run, bases, kept)
+            key: dict[str, Any] = {"ranks": ranks, "settings": run.key(*names)}
             if by_block:
                 key["held"] = (bases, ranks)
             with _held(live, bases, ranks, healer, by_block=by_block):
                 pruned = [
-                    score(setting, task, examples, f"kept {kept:.1%} on {part}", **key)
-                    for task, examples, part in deciding
+                    score(run, task, examples, f"kept {kept:.1%} on {part}", **key) for task, examples, part in deciding
                 ]
-            triples = zip(setting.tasks, dense, pruned, strict=True)
+            triples = zip(run.tasks, dense, pruned, strict=True)
             return {task.name: compare(before, after) for task, before, after in triples}
 
         kept, trials = search_kept_fraction(
             compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
         )
-    return allocate_ranks(setting, bases, kept), trials
+    return allocate_ranks(run, bases, kept), trials
 
 
 def _held(
@@ -91,15 +90,15 @@ def _held(
     return nullcontext() if by_block else nullcontext(live.hold(ranks))
 
 
-def _deciding(setting: Setting, healer: Healer | None) -> list[tuple[TaskSetting, Sequence[Example], str]]:
+def _deciding(run: Run, healer: Healer | None) -> list[tuple[TaskRun, Sequence[Example], str]]:
     """Return each task with the selection examples that decide on a size, and what they are called."""
     if healer is None:
-        return [(task, task.selection, "selection") for task in setting.tasks]
-    pairs = zip(setting.tasks, healer.unseen, strict=True)
+        return [(task, task.selection, "selection") for task in run.tasks]
+    pairs = zip(run.tasks, healer.unseen, strict=True)
     return [(task, unseen, f"{len(unseen)} unmonitored examples of selection") for task, unseen in pairs]
 
 
-def warn_of_the_majority(task: TaskSetting, dense: Evaluation) -> None:
+def warn_of_the_majority(task: TaskRun, dense: Evaluation) -> None:
     """Warn where the dense model does no better on a task than one answer for all."""
     if dense.score <= dense.majority_score:
         logger.warning(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.evaluation.scores import Evaluation
-    from optimum_sieve.run.context import TaskSetting
+    from optimum_sieve.run.context import TaskRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class TaskScores:
     references: str | None = None
 
     @classmethod
-    def of(cls, task: TaskSetting, dense: Evaluation, pruned: Evaluation) -> TaskScores:
+    def of(cls, task: TaskRun, dense: Evaluation, pruned: Evaluation) -> TaskScores:
         """Name the task of two evaluations."""
         return cls(task=task.name, dense=dense, pruned=pruned, references=None if task.labelled else "dense model")
 

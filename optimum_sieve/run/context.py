@@ -33,7 +33,7 @@ BASIS_SETTINGS = (*MOMENT_SETTINGS, "damping", "weighting")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSetting:
+class TaskRun:
     """What the stages read of one task.
 
     Args:
@@ -59,7 +59,7 @@ class TaskSetting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class Run:
     """What every stage of one run reads.
 
     Args:
@@ -74,7 +74,7 @@ class Setting:
             in the work directory or, without one, memory.
         vocabulary (`TaskVocabulary`, *optional*): The vocabulary that `model` and `tokenizer` have, where it is not
             the one they were given with.
-        given (`Setting`, *optional*): The setting from before the vocabulary was reduced.
+        given (`Run`, *optional*): The setting from before the vocabulary was reduced.
         by_block (`bool`): Whether one block of the model is held at a time; the work directory has a path then.
         latencies (`dict[str, numpy.ndarray]`, *optional*): What targets take against their rank, once measured, where
             there is a `latency_target`.
@@ -83,13 +83,13 @@ class Setting:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: SieveConfig
-    tasks: tuple[TaskSetting, ...]
+    tasks: tuple[TaskRun, ...]
     targets: list[Target]
     work: WorkDir
     progress: bool
     study_storage: str | None = None
     vocabulary: TaskVocabulary | None = None
-    given: Setting | None = None
+    given: Run | None = None
     by_block: bool = False
     latencies: Mapping[str, np.ndarray] | None = None
 
@@ -107,7 +107,7 @@ class Setting:
             for target in self.targets
         ]
 
-    def key(self, *settings: str, task: TaskSetting | None = None, **more: object) -> str:
+    def key(self, *settings: str, task: TaskRun | None = None, **more: object) -> str:
         """Hash the named settings together with the model, one task or (`None`) all of the run, and `more`."""
         values = self.config.to_dict()
         owner = self if task is None else task

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from optimum_sieve.factorization.closed_form import FactorBasis
-    from optimum_sieve.run.context import Setting, TaskSetting
+    from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.search.scoring.scorer import Scorer
     from optimum_sieve.tasks import Example
 
@@ -51,7 +51,7 @@ _LEAST_SLICE = 16
 
 
 def run_search(
-    setting: Setting,
+    run: Run,
     bases: Mapping[str, FactorBasis],
     *,
     num_bottlenecks: int = 0,
@@ -59,7 +59,7 @@ def run_search(
     """Search a rank for every target; go on where an earlier run with the same settings stopped.
 
     Args:
-        setting (`Setting`): The run.
+        run (`Run`): The run.
         bases (`Mapping[str, FactorBasis]`): A basis of every target.
         num_bottlenecks (`int`): Matrices of the result to lower one by one.
 
@@ -73,43 +73,43 @@ def run_search(
     """
     if num_bottlenecks < 0:
         raise ValueError(f"`num_bottlenecks` must be at least 0, got {num_bottlenecks}.")
-    search = make_search(setting, bases)
+    search = make_search(run, bases)
     search.num_bottlenecks = num_bottlenecks
-    with open_study(setting, search, bases) as study, LiveRanks(setting.model, bases) as live:
-        scorers = make_scorers(setting, search, live)
-        scored = lead(search, study, scorers, progress=setting.progress)
-    found = summarize(search, scored, {task.name: metric_name(task.metric) for task in setting.tasks})
-    if setting.work.path is not None:
-        path = setting.work.path / f"{SUMMARY}-{study.name.removeprefix('sieve-')}.json"
+    with open_study(run, search, bases) as study, LiveRanks(run.model, bases) as live:
+        scorers = make_scorers(run, search, live)
+        scored = lead(search, study, scorers, progress=run.progress)
+    found = summarize(search, scored, {task.name: metric_name(task.metric) for task in run.tasks})
+    if run.work.path is not None:
+        path = run.work.path / f"{SUMMARY}-{study.name.removeprefix('sieve-')}.json"
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
-def wait_for_search(setting: Setting) -> None:
+def wait_for_search(run: Run) -> None:
     """Return when the search of a run has begun, so that its bases lie in the work directory."""
-    wait_for_study(_storage_url(setting) or "", _study_name(setting))
+    wait_for_study(_storage_url(run) or "", _study_name(run))
 
 
-def join_search(setting: Setting, bases: Mapping[str, FactorBasis]) -> int:
+def join_search(run: Run, bases: Mapping[str, FactorBasis]) -> int:
     """Score candidates of a search that another process leads; return how many.
 
     Raises:
         ValueError: If `bases` are not those the search was made with.
     """
-    search = make_search(setting, bases)
+    search = make_search(run, bases)
     with (
-        SearchStudy(_storage_url(setting), _study_name(setting), search.space) as study,
-        LiveRanks(setting.model, bases) as live,
+        SearchStudy(_storage_url(run), _study_name(run), search.space) as study,
+        LiveRanks(run.model, bases) as live,
     ):
         study.check_digest("bases", bases_digest(bases))
-        scorers = make_scorers(setting, search, live)
-        return work(search, study, scorers, progress=setting.progress)
+        scorers = make_scorers(run, search, live)
+        return work(search, study, scorers, progress=run.progress)
 
 
-def preset_of(setting: Setting) -> SearchPreset:
+def preset_of(run: Run) -> SearchPreset:
     """Return the preset's settings with those the configuration sets."""
-    config, preset = setting.config, PRESETS[setting.config.search_preset]
+    config, preset = run.config, PRESETS[run.config.search_preset]
     return dataclasses.replace(
         preset,
         population_size=config.population_size or preset.population_size,
@@ -117,10 +117,10 @@ def preset_of(setting: Setting) -> SearchPreset:
     )
 
 
-def make_search(setting: Setting, bases: Mapping[str, FactorBasis]) -> Search:
+def make_search(run: Run, bases: Mapping[str, FactorBasis]) -> Search:
     """Make the search of a run."""
-    config, preset = setting.config, preset_of(setting)
-    curves = setting.loss_curves(bases)
+    config, preset = run.config, preset_of(run)
+    curves = run.loss_curves(bases)
     space = SearchSpace.from_curves(curves, storage=config.storage, multiple=config.rank_multiple, levels=preset.levels)
 
     def allocated(allocation: str, kept: float) -> Genome:
@@ -131,34 +131,34 @@ def make_search(setting: Setting, bases: Mapping[str, FactorBasis]) -> Search:
     goal = Goal(
         tolerance=config.tolerance or 0.0,
         confidence=config.confidence,
-        confirm_counts=tuple(len(task.selection) - config.search_count(len(task.selection)) for task in setting.tasks),
+        confirm_counts=tuple(len(task.selection) - config.search_count(len(task.selection)) for task in run.tasks),
         kept=None if config.pruning_ratio is None else 1 - config.pruning_ratio,
     )
     return Search(space=space, preset=preset, goal=goal, allocate=allocated, seed=config.seed)
 
 
-def make_scorers(setting: Setting, search: Search, live: LiveRanks) -> dict[str, JointScorer]:
+def make_scorers(run: Run, search: Search, live: LiveRanks) -> dict[str, JointScorer]:
     """Make the scorers of the search part and of the confirmation part of every task's selection split."""
-    weights = [task.weight for task in setting.tasks]
-    searching = JointScorer([_search_scorer(setting, task, search, live) for task in setting.tasks], weights)
-    confirming = JointScorer([_confirm_scorer(setting, task, live) for task in setting.tasks], weights)
+    weights = [task.weight for task in run.tasks]
+    searching = JointScorer([_search_scorer(run, task, search, live) for task in run.tasks], weights)
+    confirming = JointScorer([_confirm_scorer(run, task, live) for task in run.tasks], weights)
     return {SEARCH: searching, BOTTLENECK: searching, CONFIRM: confirming}
 
 
-def _search_scorer(setting: Setting, task: TaskSetting, search: Search, live: LiveRanks) -> Scorer:
-    count = setting.config.search_count(len(task.selection))
+def _search_scorer(run: Run, task: TaskRun, search: Search, live: LiveRanks) -> Scorer:
+    count = run.config.search_count(len(task.selection))
     ends = sorted({max(min(_LEAST_SLICE, count), math.ceil(part * count)) for part in search.preset.slices})
-    return _scorer(setting, task, live, task.selection[:count], ends, task.calibration)
+    return _scorer(run, task, live, task.selection[:count], ends, task.calibration)
 
 
-def _confirm_scorer(setting: Setting, task: TaskSetting, live: LiveRanks) -> Scorer:
-    count = setting.config.search_count(len(task.selection))
-    return _scorer(setting, task, live, task.selection[count:], [len(task.selection) - count])
+def _confirm_scorer(run: Run, task: TaskRun, live: LiveRanks) -> Scorer:
+    count = run.config.search_count(len(task.selection))
+    return _scorer(run, task, live, task.selection[count:], [len(task.selection) - count])
 
 
 def _scorer(
-    setting: Setting,
-    task: TaskSetting,
+    run: Run,
+    task: TaskRun,
     live: LiveRanks,
     examples: Sequence[Example],
     ends: Sequence[int],
@@ -169,36 +169,36 @@ def _scorer(
         live,
         examples,
         ends,
-        setting.tokenizer,
+        run.tokenizer,
         metric=task.metric,
-        batch_size=setting.config.batch_size,
+        batch_size=run.config.batch_size,
         calibration=more,
-        vocabulary=setting.vocabulary,
+        vocabulary=run.vocabulary,
     )
 
 
-def open_study(setting: Setting, search: Search, bases: Mapping[str, FactorBasis]) -> SearchStudy:
+def open_study(run: Run, search: Search, bases: Mapping[str, FactorBasis]) -> SearchStudy:
     """Open the study of a run: in the storage asked for, else in the work directory, else in memory.
 
     Raises:
         ValueError: If other bases were used for the study before.
     """
-    study = SearchStudy(_storage_url(setting), _study_name(setting), search.space)
+    study = SearchStudy(_storage_url(run), _study_name(run), search.space)
     study.record_digest("bases", bases_digest(bases))
     return study
 
 
-def _storage_url(setting: Setting) -> str | None:
-    if setting.study_storage is not None:
-        return setting.study_storage
-    path = setting.work.path
+def _storage_url(run: Run) -> str | None:
+    if run.study_storage is not None:
+        return run.study_storage
+    path = run.work.path
     return None if path is None else f"sqlite:///{(path / 'search.db').resolve()}"
 
 
-def _study_name(setting: Setting) -> str:
+def _study_name(run: Run) -> str:
     """Name a study by all that its candidates' scores depend on."""
-    names = [target.name for target in setting.targets]
-    return f"sieve-{setting.key(*_SETTINGS, names=names, format=_STUDY_FORMAT)}"
+    names = [target.name for target in run.targets]
+    return f"sieve-{run.key(*_SETTINGS, names=names, format=_STUDY_FORMAT)}"
 
 
 def bases_digest(bases: Mapping[str, FactorBasis]) -> str:

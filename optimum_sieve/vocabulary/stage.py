@@ -13,46 +13,46 @@ from optimum_sieve.vocabulary import task_vocabulary
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from optimum_sieve.run.context import Setting, TaskSetting
+    from optimum_sieve.run.context import Run, TaskRun
 
 
-def reduce_vocabulary(setting: Setting) -> Setting:
+def reduce_vocabulary(run: Run) -> Run:
     """Leave out the tokens that no task needs, where the settings ask for it; return the setting from then on.
 
     Where the selection splits decide how far to prune, their tokens are not kept for their sake: their texts are cut as
     those will be that nobody has seen, and what that costs counts against the tolerance.
     """
-    config = setting.config
+    config = run.config
     if config.vocabulary == "whole":
-        return setting
-    splits = [[*task.calibration, *(task.selection if config.tolerance is None else ())] for task in setting.tasks]
+        return run
+    splits = [[*task.calibration, *(task.selection if config.tolerance is None else ())] for task in run.tasks]
     examples = [example for own in splits for example in own]
-    vocabulary = task_vocabulary(setting.model, setting.tokenizer, examples, size=config.vocabulary_size)
+    vocabulary = task_vocabulary(run.model, run.tokenizer, examples, size=config.vocabulary_size)
     vocabulary.apply()
 
-    def reduced(task: TaskSetting) -> TaskSetting:
+    def reduced(task: TaskRun) -> TaskRun:
         return replace(task, fingerprint=content_key(run=task.fingerprint, vocabulary=vocabulary.fingerprint))
 
     return replace(
-        setting,
+        run,
         tokenizer=vocabulary.tokenizer,
-        tasks=tuple(reduced(task) for task in setting.tasks),
+        tasks=tuple(reduced(task) for task in run.tasks),
         vocabulary=vocabulary,
-        given=setting,
+        given=run,
     )
 
 
-def restore_vocabulary(setting: Setting) -> None:
+def restore_vocabulary(run: Run) -> None:
     """Give the model back what `reduce_vocabulary` left out."""
-    if setting.vocabulary is not None:
-        setting.vocabulary.undo()
+    if run.vocabulary is not None:
+        run.vocabulary.undo()
 
 
 @contextmanager
-def reduced_vocabulary(setting: Setting) -> Iterator[Setting]:
+def reduced_vocabulary(run: Run) -> Iterator[Run]:
     """Do as `reduce_vocabulary` inside the context; the model has all its tokens again afterwards."""
-    setting = reduce_vocabulary(setting)
+    run = reduce_vocabulary(run)
     try:
-        yield setting
+        yield run
     finally:
-        restore_vocabulary(setting)
+        restore_vocabulary(run)

@@ -190,10 +190,10 @@ def test_an_error_leaves_the_dense_model(
 def test_trained_norms_are_put_back_between_sizes(dense: PreTrainedModel, task: Task) -> None:
     model = copy.deepcopy(dense)
     config = SieveConfig(**FAR, heal=HealConfig(steps=4, train_norms=True, learning_rate=3e-2, patience=9))
-    setting = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
-    bases = calibrate(setting, {})
-    healer = Healer(setting)
-    ranks = {target.name: 1 for target in setting.targets}
+    run = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
+    bases = calibrate(run, {})
+    healer = Healer(run)
+    ranks = {target.name: 1 for target in run.targets}
     with healer.healed(bases, ranks):
         changed = [name for name, p in norm_parameters(model).items() if not torch.equal(p, dense.get_parameter(name))]
     assert changed
@@ -203,9 +203,9 @@ def test_trained_norms_are_put_back_between_sizes(dense: PreTrainedModel, task: 
 def test_a_size_at_which_nothing_is_factorized_is_not_healed(dense: PreTrainedModel, task: Task) -> None:
     model = copy.deepcopy(dense)
     config = SieveConfig(**FAR, heal=QUICK)
-    setting = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
-    healer = Healer(setting)
-    healer.apply(calibrate(setting, {}), dict.fromkeys(target.name for target in setting.targets))
+    run = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
+    healer = Healer(run)
+    healer.apply(calibrate(run, {}), dict.fromkeys(target.name for target in run.targets))
     assert_same(state(model), state(dense))
     assert (healer.report()["steps"], healer.report()["rounds"]) == (0, [])
 
@@ -218,16 +218,16 @@ def test_a_multiplied_out_model_computes_what_the_healed_one_does(task: Task) ->
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
     config = SieveConfig(**{**FAR, "pruning_ratio": 0.5}, heal=HealConfig(steps=3, rounds=2, learning_rate=1e-2))
-    setting = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
-    bases = calibrate(setting, {})
-    healer = Healer(setting)
+    run = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
+    bases = calibrate(run, {})
+    healer = Healer(run)
     ids = torch.tensor([[1, 7, 30, 40]])
     before = state(model)
-    with truncated(model, bases, {target.name: 9 for target in setting.targets}), torch.no_grad():
+    with truncated(model, bases, {target.name: 9 for target in run.targets}), torch.no_grad():
         healer._heal()
         expected = model(ids).logits
         healer._multiply_out()
-        assert {type(model.get_submodule(target.name)).__name__ for target in setting.targets} == {"Conv1D"}
+        assert {type(model.get_submodule(target.name)).__name__ for target in run.targets} == {"Conv1D"}
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert_same(state(model), before)
 

@@ -118,7 +118,7 @@ def test_a_model_that_writes_is_pruned_within_a_limit(base: Path, tmp_path: Path
 def test_a_round_that_lies_in_the_work_directory_is_not_run_again(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
     config = SieveConfig(pruning_ratio=0.5, **SETTINGS)
     first = load(base, offload_dir=tmp_path / "o").prune(config, work_dir=tmp_path / "work", progress=False)
-    monkeypatch.setattr(blockwise.BlockCalibration, "run", None)
+    monkeypatch.setattr(blockwise.BlockCalibration, "compute", None)
     again = load(base, offload_dir=tmp_path / "o").prune(config, work_dir=tmp_path / "work", progress=False)
     assert again.rank_pattern == first.rank_pattern
 
@@ -128,12 +128,12 @@ def test_bases_of_the_blocks_are_those_of_the_whole_model(base: Path, tmp_path: 
     for options in ({}, {"offload_dir": tmp_path / "o"}):
         pruner = load(base, **options)
         config = SieveConfig(pruning_ratio=0.7, **SETTINGS)
-        setting = prepare(
+        run = prepare(
             pruner.model, pruner.tokenizer, pruner.tasks, config,
             work_dir=tmp_path / f"work-{len(found)}", study_storage=None, progress=False,
         )  # fmt: skip
-        assert setting.by_block == bool(options)
-        found.append(calibrate(setting, {}))
+        assert run.by_block == bool(options)
+        found.append(calibrate(run, {}))
     whole, stored = found
     assert whole.keys() == stored.keys()
     for name, basis in whole.items():
@@ -183,9 +183,9 @@ def test_targets_outside_the_blocks_are_refused() -> None:
     model = nn.Module()
     model.add_module("first", nn.Linear(4, 4))
     model.add_module("layers", nn.ModuleList([nn.Linear(4, 4)]))
-    setting: Any = SimpleNamespace(model=model, targets=[Target("first", 4, 4, True)])
+    run: Any = SimpleNamespace(model=model, targets=[Target("first", 4, 4, True)])
     with pytest.raises(ValueError, match="must lie in the model's blocks where `memory_limit` is set, got 'first'"):
-        targets_by_block(setting)
+        targets_by_block(run)
 
 
 def test_the_command_line_leaves_the_blocks_on_disk(base: Path, tmp_path: Path, run: Any, capsys: Any) -> None:

@@ -183,10 +183,10 @@ def test_killed_run_resumes_to_the_same_result(learned, task, tmp_path, monkeypa
 
 def test_a_first_run_has_the_bases_as_one_that_goes_on(learned, task, tmp_path):
     """Where they lie otherwise in memory, products round otherwise, and a search that goes on finds something else."""
-    setting = prepare(
+    run = prepare(
         copy.deepcopy(learned), make_tokenizer(), (task,), HALF, work_dir=tmp_path, study_storage=None, progress=False
     )
-    first, second = calibrate(setting, {}), calibrate(setting, {})
+    first, second = calibrate(run, {}), calibrate(run, {})
     for name, basis in first.items():
         for field, tensor in basis.tensors().items():
             again = second[name].tensors()[field]
@@ -313,10 +313,10 @@ def test_later_rounds_watch_the_pruned_model(learned, task, monkeypatch):
 def test_later_rounds_watch_no_model_that_is_much_worse(learned, task, monkeypatch, allocation):
     taken = []
 
-    def watching(setting, bases, number):
-        ranks = ranks_in_round(setting, bases, number)
-        curves = setting.loss_curves(bases)
-        goal = allocate_ranks(setting, bases, kept_in_round(setting.config, number))
+    def watching(run, bases, number):
+        ranks = ranks_in_round(run, bases, number)
+        curves = run.loss_curves(bases)
+        goal = allocate_ranks(run, bases, kept_in_round(run.config, number))
         taken.append((predicted_loss(curves, ranks), predicted_loss(curves, goal)))
         return ranks
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optimum_sieve.factorization.moments import Moments
-    from optimum_sieve.run.context import Setting
+    from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Task
 
 TWO_TASKS_TOLERANCE = 0.1
@@ -59,14 +59,14 @@ def pruner(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> SievePruner:
     return make_pruner(dense, *tasks)
 
 
-def setting_of(model: PreTrainedModel, tasks: Any, **settings: Any) -> Setting:
+def setting_of(model: PreTrainedModel, tasks: Any, **settings: Any) -> Run:
     config = SieveConfig(**{**HALF, "rounds": 1, **settings})
     return prepare(model, TOKENIZER, tasks, config, work_dir=None, study_storage=None, progress=False)
 
 
-def moments_of(setting: Setting) -> dict[str, Moments]:
-    weights = {target.name: linear_weight(setting.model.get_submodule(target.name)) for target in setting.targets}
-    return collect(setting, [task.calibration for task in setting.tasks], weights)
+def moments_of(run: Run) -> dict[str, Moments]:
+    weights = {target.name: linear_weight(run.model.get_submodule(target.name)) for target in run.targets}
+    return collect(run, [task.calibration for task in run.tasks], weights)
 
 
 def test_the_model_of_these_tests_does_both_tasks(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
@@ -104,7 +104,7 @@ def test_one_task_has_the_moments_it_has_alone(dense: PreTrainedModel, tasks: tu
 def test_only_the_ratios_of_the_weights_matter(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
     two, four, other = (setting_of(dense, tasks, task_weights=weights) for weights in ((1, 2), (2.0, 4.0), (2, 1)))
     assert two.fingerprint == four.fingerprint != other.fingerprint
-    first, second = (calibrate(setting, {}) for setting in (two, other))
+    first, second = (calibrate(run, {}) for run in (two, other))
     assert any(not torch.equal(first[name].energy, second[name].energy) for name in first)
 
 

@@ -60,9 +60,9 @@ def prune(
     """Return a copy of a dense model with factors, neither healed nor scored."""
     config = SieveConfig(**{"pruning_ratio": 0.97, "rank_multiple": 1, "rounds": 1, **settings})
     model, tokenizer = copy.deepcopy(dense), tokenizer or make_tokenizer()
-    setting = prepare(model, tokenizer, [task], config, work_dir=None, study_storage=None, progress=False)
-    bases = calibrate(setting, {})
-    apply_ranks(model, bases, allocate_ranks(setting, bases, 1 - (config.pruning_ratio or 0)), storage=config.storage)
+    run = prepare(model, tokenizer, [task], config, work_dir=None, study_storage=None, progress=False)
+    bases = calibrate(run, {})
+    apply_ranks(model, bases, allocate_ranks(run, bases, 1 - (config.pruning_ratio or 0)), storage=config.storage)
     return model
 
 

@@ -154,19 +154,19 @@ def test_the_genetic_search_compares_each_task_with_the_whole_dense_model(
     config = SieveConfig(tolerance=0.9, confidence=0.5, allocation="genetic", search_fraction=0.5, **TASK)
     model = copy.deepcopy(dense)
     given = prepare(model, byte_level(), tasks, config, work_dir=None, study_storage=None, progress=False)
-    with reduced_vocabulary(given) as setting:
-        bases = calibrate(setting, {})
-        search = make_search(setting, bases)
+    with reduced_vocabulary(given) as run:
+        bases = calibrate(run, {})
+        search = make_search(run, bases)
         with LiveRanks(model, bases) as live:
-            scorers = make_scorers(setting, search, live)
-            nothing: dict[str, int | None] = {target.name: None for target in setting.targets}
+            scorers = make_scorers(run, search, live)
+            nothing: dict[str, int | None] = {target.name: None for target in run.targets}
             outcomes = {part: scorers[part].score(nothing) for part in (SEARCH, CONFIRM)}
         for part, outcome in outcomes.items():
-            for task, own in zip(setting.tasks, outcome.parts, strict=True):
+            for task, own in zip(run.tasks, outcome.parts, strict=True):
                 count = config.search_count(len(task.selection))
                 examples = task.selection[:count] if part == SEARCH else task.selection[count:]
                 spec = next(one for one in tasks if one.name == task.name)
-                small = score(model, setting.tokenizer, spec, examples)
+                small = score(model, run.tokenizer, spec, examples)
                 expected = compare(score(dense, byte_level(), spec, examples), small).kl
                 assert expected > 1e-5
                 assert own.kl == pytest.approx(expected, rel=1e-3)
