@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from optimum_sieve.healing.optimizer import _checkpointed
-
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from torch import nn
-    from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -30,34 +27,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def training_only(
-    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], *, checkpointing: bool
-) -> Iterator[None]:
-    """Let gradients reach `parameters` alone, without dropout; flags, modes and, on an error, weights are restored."""
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.requires_grad_(False)
-        model.eval()  # type: ignore[no-untyped-call]
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        with torch.enable_grad(), _checkpointed(model) if checkpointing else nullcontext():
-            yield
-    except BaseException:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(before[name])
-        raise
-    finally:
-        for parameter, flag in required:
-            parameter.grad = None
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 def loss_scale(tensors: Iterable[torch.Tensor]) -> float:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from optimum_sieve.backbone.fingerprint import architecture, model_fingerprint
 from optimum_sieve.backbone.kinds import input_format
-from optimum_sieve.backbone.modes import training_only
+from optimum_sieve.backbone.training import training_only
 from optimum_sieve.evaluation.batches import encode, input_device, pack, padding_id
 from optimum_sieve.evaluation.teacher import lessons_fingerprint
 from optimum_sieve.run.workdir import WorkDir, content_key

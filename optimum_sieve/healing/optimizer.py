@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.surgery.factors import factors_of, layer_like, truncate_product
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 
 # Longest step of the gradient, over all factors together.
@@ -192,19 +188,3 @@ class FactorTraining:
             for name, parameter in self.parameters.items():
                 if self.copies[name] is not parameter:
                     parameter.copy_(self.copies[name])
-
-
-@contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Keep the inputs of each transformer block alone, and compute what is inside again when gradients come back.
-
-    transformers does so in training mode only, in which some models have dropout.
-    """
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
