@@ -20,7 +20,6 @@ from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir, content_key
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import naming, task_shares
-from optimum_sieve.vocabulary import task_vocabulary
 
 from .checks import check_task, check_weights
 
@@ -67,6 +66,9 @@ def check_vocabulary(
     """
     if config.vocabulary == "whole":
         return None
+
+    from optimum_sieve.vocabulary import task_vocabulary
+
     examples = [example for task in tasks for example in task.examples("calibration", tokenizer)]
     vocabulary = task_vocabulary(model, tokenizer, examples, size=config.vocabulary_size)
     for task in tasks:

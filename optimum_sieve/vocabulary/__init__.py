@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from .vocabulary import TaskVocabulary, task_vocabulary
+from typing import TYPE_CHECKING
 
+from optimum_sieve._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .vocabulary import TaskVocabulary, task_vocabulary
 
 __all__ = ["TaskVocabulary", "task_vocabulary"]
+
+__getattr__ = lazy_names(__name__, {"vocabulary": ["TaskVocabulary", "task_vocabulary"]})

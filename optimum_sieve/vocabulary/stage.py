@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from optimum_sieve.run.workdir import content_key
-from optimum_sieve.vocabulary import task_vocabulary
 
 
 if TYPE_CHECKING:
@@ -25,6 +24,9 @@ def reduce_vocabulary(run: Run) -> Run:
     config = run.config
     if config.vocabulary == "whole":
         return run
+
+    from optimum_sieve.vocabulary import task_vocabulary
+
     splits = [[*task.calibration, *(task.selection if config.tolerance is None else ())] for task in run.tasks]
     examples = [example for own in splits for example in own]
     vocabulary = task_vocabulary(run.model, run.tokenizer, examples, size=config.vocabulary_size)
