@@ -26,7 +26,7 @@ import sys
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 assert "sieve" in CONFIG_MAPPING
 assert not {"optimum_sieve.modeling.modeling_sieve", "optimum_sieve.modeling.layers"} & set(sys.modules)
-assert not [finder for finder in sys.meta_path if "sieve" in type(finder).__module__]
+assert [type(finder).__name__ for finder in sys.meta_path if "sieve" in type(finder).__module__] == ["_FormerModules"]
 """
 
 LOAD = """
