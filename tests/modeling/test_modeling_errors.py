@@ -256,7 +256,7 @@ def test_a_configuration_that_no_pruned_model_has() -> None:
 
 def test_an_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", "4.57.1")
-    spec = importlib.util.spec_from_file_location("optimum_sieve.modeling_copy", modeling_sieve.__file__)
+    spec = importlib.util.spec_from_file_location("optimum_sieve.modeling.modeling_copy", modeling_sieve.__file__)
     assert spec is not None
     assert spec.loader is not None
     with pytest.raises(ImportError, match=r"`transformers` must be of version 5, got 4\.57\.1\. `pip install"):

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import optimum_sieve
 
 
-CODE = ("experts.py", "fusion.py", "layers.py", "layout.py", "modeling_sieve.py", "tensor_parallel.py")
-PACKAGE = Path(optimum_sieve.__file__).parent
+CODE = ("experts.py", "layers.py", "layout.py", "modeling_sieve.py", "tensor_parallel.py", "vllm_rules.py")
+PACKAGE = Path(optimum_sieve.__file__).parent / "modeling"
 
 SCRIPT = '''
 """Load `sys.argv[1:]` the ways a user would, in an environment without optimum-sieve; write what came of it."""
