@@ -1,4 +1,8 @@
-r"""Tasks: a table of examples, a prompt, a way to answer and a metric; read from a task file. Does not import torch."""
+r"""Tasks: turn the rows named by a task file into examples, and score answers with the task's metric.
+
+`several.read_tasks` reads task files into [`Task`]s, which load, split and check the data; `Task.examples` renders one
+split for a tokenizer; `metrics` and `text_metrics` score the answers. Never imports torch.
+"""
 
 from .example import Example
 from .task import Task

@@ -1,4 +1,4 @@
-r"""`kind: choices`: every example has choices of its own, one of them right, answered by letter or by their texts."""
+r"""`kind: choices`: each example has its own choices, one of them right, scored by letter or by text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .prompts import Prompt
 
 
-# What `prompt` and `candidate` may name beside the fields of the data.
+# Names that `prompt` and `candidate` may use in addition to the fields of the data.
 _SHOWN = ("choices", "lettered_choices")
 
 
@@ -25,7 +25,7 @@ _SHOWN = ("choices", "lettered_choices")
 class Choices:
     """Read `choices`, `answer`, `candidate`, `shuffle` and `normalize` of a task file.
 
-    In the prompt, `choices` is the list of texts in the order shown and `lettered_choices` their lines, `A. first`.
+    In the prompt, `choices` is the list of texts in display order; `lettered_choices` has one line each, `A. first`.
     """
 
     keys: ClassVar[tuple[str, ...]] = ("choices", "answer", "candidate", "shuffle", "normalize")
@@ -43,28 +43,28 @@ class Choices:
         """Check the keys.
 
         Raises:
-            ValueError: If a key is absent, or letters are scored that the prompt does not show.
-            TypeError: If a value is of the wrong type.
+            ValueError: If a key is missing, or letters are scored but the prompt does not show them.
+            TypeError: If a value has the wrong type.
         """
         texts = spec.get("choices")
-        meaning = 'a template of a list, such as "{{ choices }}", or a list of templates, one for each choice'
+        meaning = 'a template of a list, such as "{{ choices }}", or a list of templates, one per choice'
         if isinstance(texts, str):
             texts = [texts]
         elif not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"`choices` must be {meaning}, got {texts!r}.")
-        answer = optional(spec, "answer", str, "a template of the right choice's place (from 0), letter or text", None)
-        # A chat template mostly ends where an answer begins without a space.
+        answer = optional(spec, "answer", str, "a template of the right choice's index (from 0), letter or text", None)
+        # After most chat templates, an answer begins without a space.
         default = "{{ letter }}" if prompt.roles else " {{ letter }}"
         candidate = RowTemplate("candidate", optional(spec, "candidate", str, "a template", default))
         unknown = candidate.names - {"letter", "choice"}
         if unknown or not candidate.names:
             raise ValueError(
-                f"`candidate` must name `letter` or `choice`, and nothing else, got {candidate.source!r}. It is the "
-                "text that is scored for each choice."
+                f"`candidate` must name `letter` or `choice`, and nothing else, got {candidate.source!r}. It renders "
+                "the text scored for each choice."
             )
         if "letter" in candidate.names and not any(set(_SHOWN) & template.names for template in prompt.templates):
             raise ValueError(
-                "`prompt` must show the choices where letters are scored, got neither `{{ lettered_choices }}` nor "
+                "`prompt` must show the choices when letters are scored, got neither `{{ lettered_choices }}` nor "
                 '`{{ choices }}`. Add one, or score the texts: `candidate: " {{ choice }}"`.'
             )
         return cls(
@@ -77,28 +77,28 @@ class Choices:
         )
 
     def shown(self, row: Row, *, shuffled: bool = True) -> Row:
-        """Return `row` with what the prompt may show of the choices; in the order of the data if not `shuffled`."""
+        """Add the choices to the fields that the prompt may use; in the order of the data if not `shuffled`."""
         texts = self._texts(row)
-        ordered = [texts[place] for place in self._order(row, len(texts))] if shuffled else texts
+        ordered = [texts[index] for index in self._order(row, len(texts))] if shuffled else texts
         lines = (f"{letter}. {text}" for letter, text in zip(ascii_uppercase, ordered, strict=False))
         return row.with_fields(choices=ordered, lettered_choices="\n".join(lines))
 
     def reference(self, row: Row) -> Reference:
-        """Return the right choice of `row` among all, in the order shown; all alone where there is no `answer`.
+        """Return the choices of `row` in display order and, if the task has an `answer`, which one is right.
 
         Raises:
-            ValueError: If there are fewer than two choices or more than letters, or the answer is not exactly one.
+            ValueError: If there are fewer than 2 or more than 26 choices, or the answer does not match exactly one.
         """
         texts = self._texts(row)
         order = self._order(row, len(texts))
-        shown = [
-            row.with_fields(letter=letter, choice=texts[place])
-            for letter, place in zip(ascii_uppercase, order, strict=False)
+        lettered_rows = [
+            row.with_fields(letter=letter, choice=texts[index])
+            for letter, index in zip(ascii_uppercase, order, strict=False)
         ]
-        candidates = tuple(self.candidate.render(one) for one in shown)
+        candidates = tuple(self.candidate.render(lettered) for lettered in lettered_rows)
         if len(set(candidates)) < len(candidates) or not all(candidates):
             raise ValueError(
-                f"`choices` must be distinct texts, none of them empty, got {', '.join(map(repr, texts))} in "
+                f"`choices` must be distinct texts, none empty, got {', '.join(map(repr, texts))} in "
                 f"{row.place}. Drop the row."
             )
         if self.answer is None:
@@ -116,27 +116,27 @@ class Choices:
         return texts
 
     def _order(self, row: Row, count: int) -> list[int]:
-        """Places of the choices in the order shown, which depends on the seed and the row alone."""
+        """Return the indices of the choices in display order, which depends only on the seed and the row."""
         if not self.shuffle:
             return list(range(count))
-        return [int(place) for place in np.random.default_rng((self.seed, row.number)).permutation(count)]
+        return [int(index) for index in np.random.default_rng((self.seed, row.number)).permutation(count)]
 
     def _right(self, value: Any, row: Row, texts: list[str]) -> int:
-        """Return the place of the right choice: a whole number is one; a text may be a letter, the choice, a number."""
+        """Return the index of the right choice: an int is the index; a string may be the letter, choice or index."""
         if isinstance(value, int):
-            places = {value} & set(range(len(texts)))
+            matches = {value} & set(range(len(texts)))
         else:
             names = {str(value), str(value).strip()}
             letters = ascii_uppercase[: len(texts)]
-            places = {
-                place
-                for place, (text, letter) in enumerate(zip(texts, letters, strict=True))
-                if names & {text, letter, letter.lower(), str(place)}
+            matches = {
+                index
+                for index, (text, letter) in enumerate(zip(texts, letters, strict=True))
+                if names & {text, letter, letter.lower(), str(index)}
             }
-        if len(places) != 1:
+        if len(matches) != 1:
             raise ValueError(
-                f"`answer` must be the place (from 0), the letter or the text of exactly one of the choices "
-                f"{', '.join(map(repr, texts))}, got {value!r}, which is {len(places) or 'none'} of them, in "
-                f"{row.place}. A whole number is always a place: `{{{{ answer | int }}}}`."
+                f"`answer` must be the index (from 0), the letter or the text of exactly one of the choices "
+                f"{', '.join(map(repr, texts))}, got {value!r} in {row.place}, which matches {len(matches) or 'none'} "
+                "of them. An integer is always an index: `{{ answer | int }}`."
             )
-        return places.pop()
+        return matches.pop()

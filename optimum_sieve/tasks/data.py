@@ -1,4 +1,4 @@
-r"""Where a task's rows come from: local files or a data set, one source for each split or one for several."""
+r"""Read a task's rows from local files or a dataset; splits may share a source."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ _DATASET_KEYS = ("dataset", "name", "revision", "split", "splits", "fractions")
 
 @dataclass(frozen=True)
 class Data:
-    """Where each split comes from. Splits that name the same source share it: it is cut between them.
+    """Source of each split. A source named by several splits is divided between them.
 
     Args:
         sources (`dict[str, str]`):
-            Split to a file (as the task file writes it) or a split of the data set.
+            Maps a split to a file (as written in the task file) or to a split of the dataset.
         fractions (`dict[str, float]`):
-            How a shared source is divided, in proportion; by default half for calibration and a quarter for each of
-            the others.
+            Relative sizes of the splits of a shared source; by default 0.5 for calibration, 0.25 for each other.
         dataset (`str`, *optional*):
             Hub id or local directory; `None` for files.
         name (`str`, *optional*):
-            Configuration of the data set.
+            Configuration of the dataset.
         revision (`str`, *optional*):
-            Revision of the data set on the Hub.
+            Revision of the dataset on the Hub.
     """
 
     sources: dict[str, str]
@@ -47,39 +46,39 @@ class Data:
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Data:
-        """Read the `data` of a task file.
+        """Read the `data` key of a task file.
 
         Raises:
-            ValueError: If a key or value breaks its rule.
-            TypeError: If a value is of the wrong type.
+            ValueError: If a key or value is invalid.
+            TypeError: If a value has the wrong type.
         """
         if ("files" in spec) == ("dataset" in spec):
             check_keys(spec, (*_FILE_KEYS, *_DATASET_KEYS), "data")
             got = "both" if "files" in spec else "neither"
-            raise ValueError(f"`data` must have `files` or `dataset`, exactly one of them, got {got}.")
+            raise ValueError(f"`data` must have exactly one of `files` and `dataset`, got {got}.")
         check_keys(spec, _FILE_KEYS if "files" in spec else _DATASET_KEYS, "data")
         if "files" in spec:
             sources = _sources(spec["files"], "data.files")
             return cls(sources, _fractions(spec.get("fractions"), sources))
         if ("split" in spec) == ("splits" in spec):
             got = "both" if "split" in spec else "neither"
-            raise ValueError(f"`data` must have `split` (cut by seed) or `splits`, exactly one of them, got {got}.")
+            raise ValueError(f"`data` must have exactly one of `split` (divided by seed) and `splits`, got {got}.")
         key = "split" if "split" in spec else "splits"
         sources = _sources(spec[key], f"data.{key}")
-        texts = {name: _optional_text(spec, name) for name in ("dataset", "name", "revision")}
-        if not texts["dataset"]:
+        dataset = {name: _optional_string(spec, name) for name in ("dataset", "name", "revision")}
+        if not dataset["dataset"]:
             raise ValueError("`data.dataset` must be a Hub id or a directory, got none.")
-        return cls(sources, _fractions(spec.get("fractions"), sources), **texts)
+        return cls(sources, _fractions(spec.get("fractions"), sources), **dataset)
 
     def sharing(self, source: str) -> list[str]:
-        """Return the splits that come from `source`."""
+        """Return the splits taken from `source`."""
         return [split for split in SPLITS if self.sources.get(split) == source]
 
     def load(self, root: Path) -> dict[str, list[Row]]:
         """Read every source once.
 
         Raises:
-            FileNotFoundError: If a file is not there.
+            FileNotFoundError: If a file does not exist.
             ValueError: If a source cannot be read or has no rows.
         """
         return {source: self._load(source, root) for source in dict.fromkeys(self.sources.values())}
@@ -98,7 +97,7 @@ class Data:
 
 
 def _read_dataset(dataset: str, split: str, name: str | None, revision: str | None, root: Path) -> list[dict[str, Any]]:
-    """Load one split; a local directory leaves no cache behind, a Hub data set uses the ordinary one."""
+    """Load one split; a local directory uses a temporary cache, a Hub dataset the default one."""
     from datasets import load_dataset
 
     local = root / dataset
@@ -108,10 +107,10 @@ def _read_dataset(dataset: str, split: str, name: str | None, revision: str | No
         with tempfile.TemporaryDirectory() as cache:
             loaded = load_dataset(str(local), name=name, split=split, cache_dir=cache, keep_in_memory=True)
             return list(loaded.to_list())
-    # `datasets` lets the errors of every file format and of the network through.
+    # `datasets` raises the errors of every file format and of the network.
     except Exception as error:
         raise ValueError(
-            f"`data.dataset` must be a data set that `datasets.load_dataset` can load, got {dataset!r} with split "
+            f"`data.dataset` must be a dataset that `datasets.load_dataset` can load, got {dataset!r} with split "
             f"{split!r}: {error.__cause__ or error}"
         ) from error
 
@@ -143,7 +142,7 @@ def _fractions(spec: Any, sources: dict[str, str]) -> dict[str, float]:
     return spec
 
 
-def _optional_text(spec: dict[str, Any], key: str) -> Any:
+def _optional_string(spec: dict[str, Any], key: str) -> Any:
     if spec.get(key) is not None and not isinstance(spec[key], str):
-        raise TypeError(f"`data.{key}` must be a text, got {spec[key]!r}. Put it in quotes.")
+        raise TypeError(f"`data.{key}` must be a string, got {spec[key]!r}. Put it in quotes.")
     return spec.get(key)

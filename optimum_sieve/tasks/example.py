@@ -1,4 +1,4 @@
-r"""`Example`: one row of a task as texts; `Reference`: what is right; `Generation`: how an answer is written."""
+r"""`Example`: one row of a task as text; `Reference`: its gold answer; `Generation`: how answers are generated."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How an answer is written: token by token, each the likeliest.
+    """Settings of greedy generation.
 
     Args:
         max_new_tokens (`int`):
-            Most tokens that are written.
+            Maximum number of tokens to generate.
         stop (`tuple[str, ...]`):
-            Texts that end an answer; it is cut where the first of them begins.
+            Stop strings; the answer ends before the first one that occurs.
     """
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
 
     def continuation(self, prompt: str, answer: str, end_of_text: str | None, *, ended: bool = True) -> str:
-        """Return `answer` as it would be written after `prompt`, with what ends it if it is `ended`.
+        """Return `answer` as the model would generate it after `prompt`.
 
-        A space comes first unless the prompt ends with one or with a line break. It ends with the first stop text or,
-        where there is none, the tokenizer's end of text.
+        A space comes first unless the prompt ends with whitespace. If `ended`, the first stop string follows; without
+        stop strings, `end_of_text` follows.
         """
         space = " " if answer and not prompt[-1:].isspace() else ""
         return space + answer + ((self.stop[0] if self.stop else end_of_text or "") if ended else "")
@@ -31,25 +31,25 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row of a task, as the texts a model is given and scored on.
+    """One row of a task as a prompt and the texts scored after it.
 
     Args:
         prompt (`str`):
-            Text the model is given, a chat template already applied.
+            Prompt, with the chat template applied.
         answer (`str`):
-            Gold text that follows the prompt, with what ends it where it is written; no text where the data has none.
+            Gold continuation of the prompt; includes the stop string or EOS if generated, empty without a gold answer.
         candidates (`tuple[str, ...]`):
-            Texts whose log-likelihoods are compared; empty where the answer is generated.
+            Texts whose log-likelihoods are compared; empty for generation.
         target (`int`, *optional*):
             Index of the gold candidate.
         normalized (`bool`):
-            Whether each candidate's log-likelihood is divided by its number of characters, without spaces around it.
+            Whether to divide each candidate's log-likelihood by its number of characters, stripped.
         accepted (`tuple[str, ...]`):
-            What a written answer is held against.
+            Accepted answers for generation.
         generation ([`Generation`], *optional*):
-            How the answer is written; `None` where candidates are scored.
+            Generation settings; `None` if candidates are scored.
         add_special_tokens (`bool`):
-            Whether the tokenizer puts its BOS before the prompt; `False` where a chat template wrote it.
+            Whether the tokenizer adds BOS before the prompt; `False` if the chat template did.
     """
 
     prompt: str
@@ -64,19 +64,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Reference:
-    """What an answer is held against.
+    """Gold answer of one row.
 
     Args:
         answer (`str`):
             Gold text.
         candidates (`tuple[str, ...]`):
-            Texts that are scored; empty where the answer is generated.
+            Texts to score; empty for generation.
         target (`int`, *optional*):
             Index of the gold candidate.
         normalized (`bool`):
-            Whether a candidate's log-likelihood counts per character.
+            Whether to divide a candidate's log-likelihood by its number of characters.
         accepted (`tuple[str, ...]`):
-            What a written answer is held against.
+            Accepted answers for generation.
     """
 
     answer: str

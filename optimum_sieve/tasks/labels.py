@@ -1,4 +1,4 @@
-r"""`kind: labels`: every example is answered by the likeliest of the same few texts."""
+r"""`kind: labels`: the answer is the label with the highest log-likelihood, out of one fixed set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelScoring:
-    """Read `answer` and `labels` of a task file: `labels` maps what the data says to the text that is scored."""
+    """Read `answer` and `labels` of a task file; `labels` maps a label of the data to the text to score."""
 
     keys: ClassVar[tuple[str, ...]] = ("answer", "labels")
     metrics: ClassVar[tuple[str, ...]] = CLASS_METRICS
@@ -27,34 +27,34 @@ class LabelScoring:
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], prompt: Prompt, seed: int) -> LabelScoring:
-        """Check the two keys; the prompt and the seed do not matter.
+        """Check the two keys; the prompt and the seed are not used.
 
         Raises:
-            ValueError: If a key is absent, there are fewer than two labels, or two have the same text.
-            TypeError: If a value is of the wrong type.
+            ValueError: If a key is missing, there are fewer than two labels, or two have the same text.
+            TypeError: If a value has the wrong type.
         """
-        labels = require(spec, "labels", dict, "a mapping from each label of the data to the text that is scored")
+        labels = require(spec, "labels", dict, "a mapping from each label of the data to the text to score")
         answer = optional(spec, "answer", str, "a template that renders to one of the labels", None)
         if len(labels) < 2:
             raise ValueError(f"`labels` must name at least two labels, got {list(labels)}.")
         for label, text in labels.items():
             if not isinstance(text, str):
-                raise TypeError(f"`labels.{label}` must be a text, got {text!r}. Put it in quotes.")
+                raise TypeError(f"`labels.{label}` must be a string, got {text!r}. Put it in quotes.")
             if not text:
-                raise ValueError(f"`labels.{label}` must not be empty: its text is what the model is scored on.")
+                raise ValueError(f"`labels.{label}` must not be empty, got ''. Its text is scored.")
         if len(set(labels.values())) < len(labels):
             raise ValueError(f"`labels` must have distinct texts, got {list(labels.values())}.")
         return cls(None if answer is None else RowTemplate("answer", answer), labels)
 
     def shown(self, row: Row, *, shuffled: bool = True) -> Row:
-        """Return `row`: there is nothing else to show in a prompt."""
+        """Return `row` unchanged: the prompt uses only its fields."""
         return row
 
     def reference(self, row: Row) -> Reference:
-        """Return the gold label of `row` among all labels, or those alone where there is no `answer`.
+        """Return the texts of all labels and, if the task has an `answer`, the gold one.
 
         Raises:
-            ValueError: If the rendered answer is none of the labels.
+            ValueError: If the rendered answer is not a label.
         """
         if self.answer is None:
             return Reference("", tuple(self.labels.values()))

@@ -1,4 +1,4 @@
-r"""Metrics over predicted and gold classes, with what each example adds to them. Plain numpy."""
+r"""Classification metrics with the contribution of each example. Plain numpy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CLASS_METRICS = ("accuracy", "macro_f1")
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    r"""A metric over examples, and its jackknife pseudo-values.
+    r"""A metric over examples and its jackknife pseudo-values.
 
     Args:
         score (`float`):
             The metric \(\theta\) over all \(n\) examples.
         values (`np.ndarray` of shape `(count,)`):
-            \(n \theta - (n - 1) \theta_{-i}\), where \(\theta_{-i}\) leaves out example \(i\). For a mean these are
-            the terms of the mean; for any metric their standard error is the jackknife's, and differences of two
+            \(n \theta - (n - 1) \theta_{-i}\), where \(\theta_{-i}\) leaves out example \(i\). For a mean they are
+            the averaged terms. Their standard error is the jackknife standard error; the differences between two
             models' values give the paired one.
     """
 
@@ -43,10 +43,10 @@ def standard_error(values: NDArray[np.float64]) -> float:
 
 
 def score_classes(metric: str, predictions: NDArray[np.int64], targets: NDArray[np.int64]) -> Scored:
-    r"""Score predicted classes against the gold ones.
+    r"""Score predicted classes against gold classes.
 
-    `"accuracy"` is the fraction of matches. `"macro_f1"` is the unweighted mean of the classes' F1, over the classes
-    that occur in `targets` (so that two models are averaged over the same ones); a class never predicted counts 0.
+    `"accuracy"` is the fraction of matches. `"macro_f1"` is the unweighted mean F1 over the classes that occur in
+    `targets`, so that two models average over the same classes; a class never predicted counts 0.
 
     Args:
         metric (`str`):
@@ -79,7 +79,7 @@ def score_classes(metric: str, predictions: NDArray[np.int64], targets: NDArray[
 
 
 def most_frequent(targets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the predictions (count,) of always answering the most frequent gold class."""
+    """Return predictions (count,) of the most frequent gold class."""
     return np.full_like(targets, np.bincount(targets).argmax())
 
 
@@ -87,7 +87,7 @@ def _score_macro_f1(predictions: NDArray[np.int64], targets: NDArray[np.int64]) 
     classes = np.unique(targets)
     predicted = (predictions[:, None] == classes).astype(np.int64)
     gold = (targets[:, None] == classes).astype(np.int64)
-    # F1 = 2 tp / (predicted + gold); both as integers, so that leaving one example out is exact.
+    # F1 = 2 tp / (predicted + gold); in integers, so that leaving one example out is exact.
     doubled, total = 2 * predicted * gold, predicted + gold
     score = _mean_ratio(doubled.sum(axis=0), total.sum(axis=0))
     left_out = _mean_ratio(doubled.sum(axis=0) - doubled, total.sum(axis=0) - total)

@@ -1,4 +1,4 @@
-r"""Templates over the fields of a row: jinja2 in a sandbox, strict about what is missing; chat messages."""
+r"""Sandboxed jinja2 templates over the fields of a row, strict about missing values; prompts and chat messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _NoValueError(Exception):
-    """A template prints a field whose value is missing."""
+    """A template prints a missing value."""
 
 
 def _refuse_none(value: Any) -> Any:
@@ -35,7 +35,7 @@ _ENVIRONMENT = SandboxedEnvironment(
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the data, and where it stands: `fields`, the name of its `source`, its `number` there, from 1."""
+    """One row of the data: its `fields`, the name of its `source` and its `number` there, from 1."""
 
     fields: dict[str, Any]
     source: str
@@ -43,27 +43,27 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Say where the row is, for messages."""
+        """Describe the row's position, for messages."""
         return f"row {self.number} of {self.source}"
 
     def with_fields(self, **fields: Any) -> Row:
-        """Return the row with more fields, which take the place of its own of the same name."""
+        """Return the row with `fields` added; they replace fields of the same name."""
         return replace(self, fields={**self.fields, **fields})
 
 
 @dataclass(frozen=True)
 class RowTemplate:
-    """A jinja2 template over the fields of a row, by name or as `row["name"]`.
+    """A jinja2 template that uses the fields of a row by name or as `row["name"]`.
 
     Args:
         key (`str`):
-            Key of the task file it stands under, for messages.
+            Its key in the task file, for messages.
         source (`str`):
-            The template.
+            Source of the template.
 
     Raises:
-        ValueError: If the template's syntax is wrong; when it is rendered, if it names a field the data does not
-            have, prints a missing value, or fails.
+        ValueError: If the syntax is invalid. Rendering raises it if the template uses an unknown field, prints a
+            missing value, or fails.
     """
 
     key: str
@@ -83,48 +83,48 @@ class RowTemplate:
         return _ENVIRONMENT.from_string(self.source)
 
     def render(self, row: Row) -> str:
-        """Fill in the fields of `row`."""
+        """Render the template with the fields of `row`."""
         try:
             return str(self._compiled.render({"row": row.fields, **row.fields}))
-        # A template is a small program: whatever it raises belongs to the task file and the row.
+        # A template is a small program: any error it raises is an error in the task file or the row.
         except Exception as error:
             raise ValueError(self._explain(error, row)) from error
 
     def value(self, row: Row) -> Any:
-        """Return what a template of one expression alone, `"{{ field }}"`, stands for; of any other its text.
+        """Evaluate a template that is a single expression, `"{{ field }}"`; render any other to text.
 
-        Only whole numbers and lists are returned as they are, so that a text always reads as it is written.
+        Only an integer or a list is returned as a value; anything else is rendered, so that strings stay unchanged.
         """
         if self._expression is not None:
             try:
-                found = self._expression(**{"row": row.fields, **row.fields})
+                value = self._expression(**{"row": row.fields, **row.fields})
             except Exception as error:
                 raise ValueError(self._explain(error, row)) from error
-            if isinstance(found, list | tuple):
-                return list(found)
-            if isinstance(found, int) and not isinstance(found, bool):
-                return found
+            if isinstance(value, list | tuple):
+                return list(value)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
         return self.render(row)
 
     def texts(self, row: Row) -> list[str]:
-        """Return the items of a template that stands for a list, as texts; its one text otherwise."""
-        found = self.value(row)
-        items = found if isinstance(found, list) else [found]
+        """Return the items of a list template as strings, or the one rendered text."""
+        value = self.value(row)
+        items = value if isinstance(value, list) else [value]
         if any(item is None for item in items):
-            raise ValueError(f"`{self.key}` must not hold a missing value, got {items} for {row.place}. Drop the row.")
+            raise ValueError(f"`{self.key}` must not hold a missing value, got {items} in {row.place}. Drop the row.")
         return [str(item) for item in items]
 
     @property
     def names(self) -> set[str]:
-        """Names of the fields that the template uses."""
+        """Names of the fields used by the template."""
         return meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source)) - {"row", *_ENVIRONMENT.globals}
 
     @cached_property
     def _expression(self) -> Any:
         body = _ENVIRONMENT.parse(self.source).body
-        found = re.fullmatch(r"\s*\{\{[-+]?(.*?)[-+]?\}\}\s*", self.source, re.DOTALL)
-        alone = len(body) == 1 and isinstance(body[0], nodes.Output) and len(body[0].nodes) == 1
-        return _ENVIRONMENT.compile_expression(found[1], undefined_to_none=False) if found and alone else None
+        match = re.fullmatch(r"\s*\{\{[-+]?(.*?)[-+]?\}\}\s*", self.source, re.DOTALL)
+        single = len(body) == 1 and isinstance(body[0], nodes.Output) and len(body[0].nodes) == 1
+        return _ENVIRONMENT.compile_expression(match[1], undefined_to_none=False) if match and single else None
 
     def _explain(self, error: Exception, row: Row) -> str:
         names = self.names
@@ -133,22 +133,22 @@ class RowTemplate:
             closest = difflib.get_close_matches(unknown[0], list(row.fields), n=1)
             hint = f"Did you mean {closest[0]!r}? " if closest else ""
             return (
-                f"`{self.key}` must name fields of the data, got {unknown[0]!r} for {row.place}. {hint}"
+                f"`{self.key}` must name fields of the data, got {unknown[0]!r} in {row.place}. {hint}"
                 f"Its fields are: {', '.join(row.fields)}."
             )
         if isinstance(error, _NoValueError):
             missing = [name for name, value in row.fields.items() if value is None and name in (names or row.fields)]
-            shown = ", ".join(missing or names)
+            fields = ", ".join(missing or names)
             return (
-                f"`{self.key}` must not print a missing value, got one for {shown} in {row.place}. "
-                "Fill it in, drop the row, or say what to print: `{{ field or '' }}`."
+                f"`{self.key}` must not print a missing value, got one for {fields} in {row.place}. "
+                "Fill it in, drop the row, or give a default: `{{ field or '' }}`."
             )
-        return f"`{self.key}` must render for every row, got {type(error).__name__} for {row.place}: {error}"
+        return f"`{self.key}` must render for every row, got {type(error).__name__} in {row.place}: {error}"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given: one text, or the messages of a chat where there are `roles`."""
+    """The model's prompt: one template, or chat messages with `roles`."""
 
     templates: tuple[RowTemplate, ...]
     roles: tuple[str, ...] = ()
@@ -158,15 +158,16 @@ class Prompt:
         """Read `prompt` or `chat`.
 
         Raises:
-            ValueError: If not exactly one of them is there, or a message is malformed.
+            ValueError: If both or neither are given, or a message has an unknown key.
+            TypeError: If a value has the wrong type.
         """
         prompt, chat = spec.get("prompt"), spec.get("chat")
         if (prompt is None) == (chat is None):
             got = "neither" if prompt is None else "both"
-            raise ValueError(f"`prompt` or `chat` must be given, exactly one of them, got {got}.")
+            raise ValueError(f"Exactly one of `prompt` and `chat` must be given, got {got}.")
         if prompt is not None:
             if not isinstance(prompt, str):
-                raise TypeError(f"`prompt` must be a text, got {prompt!r}. For messages use `chat`.")
+                raise TypeError(f"`prompt` must be a string, got {prompt!r}. For messages use `chat`.")
             return cls((RowTemplate("prompt", prompt),))
         if not isinstance(chat, list) or not chat:
             raise TypeError(f"`chat` must be a list of messages with `role` and `content`, got {chat!r}.")
@@ -176,20 +177,20 @@ class Prompt:
         )
 
     def render(self, row: Row) -> tuple[str, ...]:
-        """Fill in the fields of `row`: one text, or the content of each message."""
+        """Render the templates with the fields of `row`: one text, or the content of each message."""
         texts = tuple(template.render(row) for template in self.templates)
         if not any(text.strip() for text in texts):
-            raise ValueError(f"`{self.templates[0].key}` must not be empty, got {texts[0]!r} for {row.place}.")
+            raise ValueError(f"`{self.templates[0].key}` must not be empty, got {texts[0]!r} in {row.place}.")
         return texts
 
     def text(self, texts: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> str:
-        """Turn rendered `texts` into the one text the model is given.
+        """Join rendered `texts` into the prompt.
 
-        Messages go through the tokenizer's chat template, up to where the model's answer begins; where the last
-        message is the assistant's own, the answer continues it.
+        Messages are formatted with the tokenizer's chat template and its generation prompt; if the last message has
+        the role `assistant`, the answer continues it.
 
         Raises:
-            ValueError: If the tokenizer has no chat template, or it refuses the messages.
+            ValueError: If the tokenizer has no chat template, or the template rejects the messages.
         """
         if not self.roles:
             return texts[0]
@@ -219,5 +220,5 @@ def _message(index: int, message: Any) -> dict[str, str]:
     check_keys(message, ("role", "content"), f"chat[{index}]")
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
-            raise TypeError(f"`chat[{index}].{key}` must be a text, got {message.get(key)!r}.")
+            raise TypeError(f"`chat[{index}].{key}` must be a string, got {message.get(key)!r}.")
     return message

@@ -6,45 +6,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.tasks import Task
+from .task import Task
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
-def read_tasks(given: Any) -> tuple[Task, ...]:
-    """Return the tasks of one or several task files, their contents or tasks.
+def read_tasks(sources: Any) -> tuple[Task, ...]:
+    """Return the tasks of one source or several: paths of task files, their contents, or tasks.
 
     Raises:
-        FileNotFoundError: If a task file or its data is not there.
-        ValueError: If a task file is wrong; the message names what and, of several, the file.
+        FileNotFoundError: If a task file or its data does not exist.
+        ValueError: If a task file is invalid; with several sources the message names the one.
     """
-    given = [given] if isinstance(given, str | Path | dict | Task) else list(given)
-    if len(given) == 1:
-        return (_read_task(given[0]),)
+    sources = [sources] if isinstance(sources, str | Path | dict | Task) else list(sources)
+    if len(sources) == 1:
+        return (_read_task(sources[0]),)
     tasks = []
-    for place, one in enumerate(given, start=1):
+    for number, source in enumerate(sources, start=1):
         try:
-            tasks.append(_read_task(one))
+            tasks.append(_read_task(source))
         except (ValueError, TypeError) as error:
-            name = one.get("name", place) if isinstance(one, dict) else one
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"Task {str(name)!r}: {error}") from error
+            name = source.get("name", number) if isinstance(source, dict) else source
+            error_type = TypeError if isinstance(error, TypeError) else ValueError
+            raise error_type(f"Task {str(name)!r}: {error}") from error
     return tuple(tasks)
 
 
-def _read_task(given: str | Path | dict[str, Any] | Task) -> Task:
-    if isinstance(given, dict):
-        return Task.from_dict(given)
-    return given if isinstance(given, Task) else Task.from_file(given)
+def _read_task(source: str | Path | dict[str, Any] | Task) -> Task:
+    if isinstance(source, dict):
+        return Task.from_dict(source)
+    return source if isinstance(source, Task) else Task.from_file(source)
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
-    """Refuse no tasks, and tasks of the same name, by which reports tell them apart.
+    """Check that there is at least one task and that names, which identify tasks in reports, are unique.
 
     Raises:
-        ValueError: The message names the task.
+        ValueError: If not; the message names the task.
     """
     names = [task.name for task in tasks]
     if not names:
@@ -52,21 +52,21 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"`task` must be tasks of different names, got {names.count(twice[0])} called {twice[0]!r}. Change `name` "
+            f"`task` must be tasks with unique names, got {names.count(twice[0])} called {twice[0]!r}. Change `name` "
             "in one of the task files."
         )
 
 
 def task_shares(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return the share of each of `count` tasks, which add up to 1; equal ones without weights.
+    """Normalize `weights` to shares that sum to 1; equal shares without weights.
 
     Raises:
-        ValueError: If there is another number of weights than of tasks.
+        ValueError: If there are not `count` weights.
     """
     if weights is not None and len(weights) != count:
         raise ValueError(
-            f"`task_weights` must be one number for each task, got {len(weights)} for {count} tasks. Leave them out "
-            "for equal ones."
+            f"`task_weights` must have one number per task, got {len(weights)} for {count} tasks. Omit them for equal "
+            "weights."
         )
     weights = weights or [1.0] * count
     return [weight / sum(weights) for weight in weights]
@@ -74,7 +74,7 @@ def task_shares(weights: Sequence[float] | None, count: int) -> list[float]:
 
 @contextmanager
 def naming(task: Task, tasks: Sequence[Task]) -> Iterator[None]:
-    """Put the name of `task` before what is wrong with it, where it is one of several."""
+    """Prefix error messages with the name of `task` if there are several tasks."""
     try:
         yield
     except ValueError as error:

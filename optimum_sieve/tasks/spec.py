@@ -1,4 +1,4 @@
-r"""Read a task file (YAML or JSON) into plain values, and check the keys of its mappings."""
+r"""Read a task file (YAML or JSON) into plain values and check the keys of its mappings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the booleans of version 1.2, without dates, and without silently repeated keys.
+    """YAML loader with the booleans of version 1.2, without dates; it rejects repeated keys.
 
-    YAML 1.1 reads the label names `yes`, `no`, `on` and `off` as booleans.
+    YAML 1.1 would read the label names `yes`, `no`, `on` and `off` as booleans.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -42,11 +42,11 @@ _Loader.add_implicit_resolver(
 
 
 def read_spec(path: Path) -> dict[str, Any]:
-    """Read the task file at `path`: JSON where it ends in `.json`, else YAML.
+    """Read the task file at `path`: JSON if it ends in `.json`, else YAML.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be parsed, repeats a key, or is no mapping.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be parsed, repeats a key, or is not a mapping.
     """
     if not path.is_file():
         raise FileNotFoundError(f"`task` must be an existing task file (YAML or JSON), got {path}.")
@@ -64,10 +64,10 @@ def read_spec(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any, key: str = "task") -> Any:
-    """Copy `value` as JSON types with text keys, so that it can be stored and hashed.
+    """Convert `value` to JSON types with string keys, so that it can be stored and hashed.
 
     Raises:
-        TypeError: If a value is of another type.
+        TypeError: If a value has another type.
     """
     if isinstance(value, dict):
         return {str(name): plain(item, f"{key}.{name}") for name, item in value.items()}
@@ -77,11 +77,11 @@ def plain(value: Any, key: str = "task") -> Any:
         return str(value)
     if value is None or isinstance(value, str | int | float):
         return value
-    raise TypeError(f"`{key}` must be a text, number, list or mapping, got {type(value).__name__}.")
+    raise TypeError(f"`{key}` must be a string, number, list or mapping, got {type(value).__name__}.")
 
 
 def check_keys(mapping: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raise `ValueError` naming the first key of `mapping` that is not `known`, and the closest that is."""
+    """Raise `ValueError` for the first key of `mapping` that is not `known`; the message suggests the closest."""
     for key in mapping:
         if key not in known:
             closest = difflib.get_close_matches(key, known, n=1)
@@ -90,7 +90,7 @@ def check_keys(mapping: Mapping[str, Any], known: Collection[str], where: str) -
 
 
 def require(spec: Mapping[str, Any], key: str, kind: type, meaning: str) -> Any:
-    """Return `spec[key]`, raising `ValueError` where it is absent and `TypeError` where it is not a `kind`."""
+    """Return `spec[key]`; raise `ValueError` if it is missing and `TypeError` if it is not a `kind`."""
     if spec.get(key) is None:
         raise ValueError(f"`{key}` must be given in the task file: {meaning}.")
     if not isinstance(spec[key], kind):
@@ -99,7 +99,7 @@ def require(spec: Mapping[str, Any], key: str, kind: type, meaning: str) -> Any:
 
 
 def optional(spec: Mapping[str, Any], key: str, kind: type, meaning: str, default: Any) -> Any:
-    """Return `spec[key]`, or `default` where it is absent, raising `TypeError` where it is not a `kind`."""
+    """Return `spec[key]`, or `default` if it is missing; raise `TypeError` if it is not a `kind`."""
     return default if spec.get(key) is None else require(spec, key, kind, meaning)
 
 

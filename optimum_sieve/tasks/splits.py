@@ -1,4 +1,4 @@
-r"""Divide rows into calibration, selection and test splits that have no prompt and no group in common."""
+r"""Divide rows into calibration, selection and test splits that share no prompt and no group."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def divide(
     limit: Mapping[str, int],
     seed: int,
 ) -> dict[str, list[Row]]:
-    """Give every split its rows: shuffled by seed, cut where a source is shared, at most `limit` each.
+    """Assign shuffled rows to each split, at most `limit` each; shared sources are divided.
 
-    In a shared source, rows with the same prompt or the same `group` stay together.
+    Rows of a shared source with the same prompt or the same `group` stay together.
 
     Args:
         data ([`Data`]):
-            Where each split comes from.
+            Source of each split.
         rows (`Mapping[str, list[Row]]`):
             Rows of each source.
         prompt (`Callable[[Row], Hashable]`):
-            What must not be in two splits.
+            Maps a row to its prompt, which must not occur in two splits.
         group (`str`, *optional*):
-            Field whose values must not be in two splits either.
+            Field whose values must not occur in two splits either.
         limit (`Mapping[str, int]`):
-            Most rows of a split.
+            Maximum number of rows per split.
         seed (`int`):
             Seed of the shuffles.
 
     Returns:
-        `dict[str, list[Row]]`: Rows of each split of `data.sources`, no two splits with a prompt or group in common.
+        `dict[str, list[Row]]`: Rows of each split in `data.sources`; no two splits share a prompt or group.
 
     Raises:
-        ValueError: If a split would be empty, or too small for the standard error of its score, or separate sources
-            have prompts or groups in common.
+        ValueError: If a split is empty or too small for the standard error of its score, or separate sources share
+            prompts or groups.
     """
     identities: dict[str, Callable[[Row], Hashable]] = {"prompt": prompt}
     if group is not None:
@@ -65,8 +65,8 @@ def divide(
     divided = {
         split: _shuffled(pools[split], [seed, SPLITS.index(split)])[: limit.get(split)] for split in data.sources
     }
-    for what, identity in identities.items():
-        _refuse_overlap(divided, identity, what)
+    for name, identity in identities.items():
+        _refuse_overlap(divided, identity, name)
     _refuse_single_rows(divided, limit)
     return divided
 
@@ -78,8 +78,8 @@ def _shuffled(items: list[_Item], seed: int | list[int]) -> list[_Item]:
 def _cut(
     pool: list[Row], fractions: Mapping[str, float], identities: Mapping[str, Callable[[Row], Hashable]], seed: int
 ) -> dict[str, list[Row]]:
-    """Deal whole components to the splits, each to the one that lacks most rows, the largest components first."""
-    components = _components([[(what, of(row)) for what, of in identities.items()] for row in pool])
+    """Deal whole components to the splits, largest first, each to the split that lacks most rows."""
+    components = _components([[(name, identity(row)) for name, identity in identities.items()] for row in pool])
     lacking = {split: len(pool) * fraction / sum(fractions.values()) for split, fraction in fractions.items()}
     dealt: dict[str, list[Row]] = {split: [] for split in fractions}
     for component in sorted(_shuffled(components, seed), key=len, reverse=True):
@@ -89,15 +89,15 @@ def _cut(
     for split, rows in dealt.items():
         if not rows:
             raise ValueError(
-                f"`data` must leave rows for every split, got none for {split}: the {len(pool)} rows of "
-                f"{pool[0].source} make {len(components)} sets that must stay together (same "
+                f"`data` must have rows for every split, got none for {split}: the {len(pool)} rows of "
+                f"{pool[0].source} form {len(components)} sets that must stay together (same "
                 f"{' or '.join(identities)}). Add rows, or name separate sources."
             )
     return dealt
 
 
 def _components(linked: list[list[Hashable]]) -> list[list[int]]:
-    """Join rows that have a key in common, directly or through others (union-find); lists of row indices."""
+    """Group rows that share a key, directly or through other rows (union-find); return lists of row indices."""
     parent = list(range(len(linked)))
 
     def root(i: int) -> int:
@@ -116,7 +116,7 @@ def _components(linked: list[list[Hashable]]) -> list[list[int]]:
     return list(components.values())
 
 
-def _refuse_overlap(divided: Mapping[str, list[Row]], identity: Callable[[Row], Hashable], what: str) -> None:
+def _refuse_overlap(divided: Mapping[str, list[Row]], identity: Callable[[Row], Hashable], name: str) -> None:
     owners: dict[Hashable, tuple[str, Row]] = {}
     for split, rows in divided.items():
         shared = [(row, *owners[identity(row)]) for row in rows if identity(row) in owners]
@@ -124,9 +124,9 @@ def _refuse_overlap(divided: Mapping[str, list[Row]], identity: Callable[[Row], 
             row, other, first = shared[0]
             count = sum(owner == other for _, owner, _ in shared)
             raise ValueError(
-                f"`data` must have disjoint splits, got {count} rows of {split} whose {what} is in {other} too (the "
-                f"first: {row.place} and {first.place}). Remove them from one of the two, or give both splits one "
-                "source, which is then cut without overlap."
+                f"`data` must have disjoint splits, got {count} rows of {split} whose {name} is in {other} too (the "
+                f"first: {row.place} and {first.place}). Remove them from one split, or give both splits the same "
+                "source, which is divided without overlap."
             )
         owners |= {identity(row): (split, row) for row in rows}
 
@@ -136,7 +136,7 @@ def _refuse_single_rows(divided: Mapping[str, list[Row]], limit: Mapping[str, in
         if split in divided and len(divided[split]) < 2:
             remedy = f"Add rows or raise `limit.{split}`." if limit.get(split) == 1 else "Add rows."
             raise ValueError(
-                f"`data` must leave at least 2 rows for {split}, whose score is reported with a standard error, got "
+                f"`data` must have at least 2 rows for {split}, to compute a standard error, got "
                 f"{len(divided[split])}. {remedy}"
             )
 
@@ -144,7 +144,7 @@ def _refuse_single_rows(divided: Mapping[str, list[Row]], limit: Mapping[str, in
 def _group(row: Row, group: str) -> str:
     if group not in row.fields:
         raise ValueError(
-            f"`group` must name a field of the data, got {group!r} for {row.place}. Its fields are: "
+            f"`group` must name a field of the data, got {group!r} in {row.place}. Its fields are: "
             f"{', '.join(row.fields)}."
         )
     if row.fields[group] is None:

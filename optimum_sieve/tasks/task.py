@@ -1,4 +1,4 @@
-r"""`Task`: examples, prompt, answers and metric of one narrow job, read from a task file."""
+r"""`Task`: examples, prompt, answers and metric of one narrow task, read from a task file."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ class _Item:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """A narrow job for a model: rows cut into disjoint splits, a prompt, the answers and a metric.
+    """A narrow task for a model: rows in disjoint splits, a prompt, answers and a metric.
 
-    Made by [`Task.from_file`] or [`Task.from_dict`], which read all data and check every row they use; nothing about
-    the data can go wrong later.
+    Create it with [`Task.from_file`] or [`Task.from_dict`]. They read all data and check every row in use, so later
+    stages raise no errors about the data.
 
     Args:
         name (`str`):
             Name of the task.
         kind (`str`):
-            How it is answered: `"labels"`, `"choices"` or `"generate"`.
+            Kind of answer: `"labels"`, `"choices"` or `"generate"`.
         metric (`str` or `Callable`):
-            How the answers are scored: a name of the task file, or a function.
+            Name of a metric, or a function.
         labels (`dict[str, str]`):
-            What the data says to the text that is scored; empty where the answers are no labels.
+            Maps a label of the data to the text to score; empty for other kinds.
         spec (`dict[str, Any]`):
-            The task file as JSON types.
+            Contents of the task file as JSON types.
     """
 
     name: str
@@ -75,22 +75,22 @@ class Task:
 
     @classmethod
     def from_file(cls, path: str | Path, *, metric: Callable[[str, Sequence[str]], float] | None = None) -> Task:
-        """Read a task file, YAML or JSON; the paths in it are relative to it.
+        """Read a task file (YAML or JSON). Paths in it are relative to the file.
 
         Args:
             path (`str` or `Path`):
                 The task file.
             metric (`Callable`, *optional*):
-                A metric of your own in place of the file's: maps an answer, and the accepted ones, to a number. The
-                mean over the examples is the score.
+                Custom metric that replaces the file's: maps an answer and the accepted answers to a number. The score
+                is the mean over the examples.
 
         Returns:
             [`Task`]: The task with its data.
 
         Raises:
-            FileNotFoundError: If the task file or a data file is not there.
-            ValueError: If a key, a value or a row breaks its rule; the message names it.
-            TypeError: If a value is of the wrong type.
+            FileNotFoundError: If the task file or a data file does not exist.
+            ValueError: If a key, value or row is invalid; the message names it.
+            TypeError: If a value has the wrong type.
         """
         path = Path(path)
         return cls.from_dict(read_spec(path), path.parent, metric=metric)
@@ -103,15 +103,15 @@ class Task:
         *,
         metric: Callable[[str, Sequence[str]], float] | None = None,
     ) -> Task:
-        """Make a task of the keys of a task file; see [`Task.from_file`].
+        """Create a task from the contents of a task file; see [`Task.from_file`].
 
         Args:
             spec (`dict[str, Any]`):
-                What a task file holds.
+                Contents of a task file.
             root (`str` or `Path`):
-                Where the paths in it start.
+                Directory that paths in `spec` are relative to.
             metric (`Callable`, *optional*):
-                A metric of your own, see [`Task.from_file`].
+                Custom metric, see [`Task.from_file`].
 
         Returns:
             [`Task`]: The task with its data.
@@ -121,7 +121,7 @@ class Task:
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
         check_keys(spec, (*_KEYS, *KINDS[kind].keys), "task")
-        name = require(spec, "name", str, "a text")
+        name = require(spec, "name", str, "a string")
         _check_metric(spec, metric, KINDS[kind].metrics)
         prompt = Prompt.from_spec(spec)
         scoring = KINDS[kind].from_spec(spec, prompt, _seed(spec))
@@ -138,12 +138,12 @@ class Task:
 
     @property
     def splits(self) -> dict[str, int]:
-        """Number of examples of each split the task has."""
+        """Number of examples in each split of the task."""
         return {split: len(items) for split, items in self._items.items()}
 
     @property
     def labelled(self) -> bool:
-        """Whether the data says what is right: whether the task file has an `answer`."""
+        """Whether the data has gold answers, that is, whether the task file has an `answer`."""
         return bool(self.spec.get("answer"))
 
     def require_splits(self, *splits: str) -> None:
@@ -152,23 +152,23 @@ class Task:
         if missing:
             raise ValueError(
                 f"`data` must have the splits {', '.join(splits)}, got none for {', '.join(missing)}. Name a file or "
-                "split of the data set for each, or give one source for all, which is then cut."
+                "dataset split for each, or one source for all, which is then divided."
             )
 
     def examples(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """Render the examples of `split`, in their seeded order.
+        """Render the examples of `split`, shuffled by the task's seed.
 
         Args:
             split (`str`):
                 `"calibration"`, `"selection"` or `"test"`.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                Whose chat template is applied, where the task has a `chat`.
+                Provides the chat template if the task has a `chat`, and EOS for generation.
 
         Returns:
-            `list[Example]`: At most as many as the split's `limit`.
+            `list[Example]`: At most the split's `limit` examples.
 
         Raises:
-            ValueError: If the task has no such split, or the tokenizer's chat template does not fit.
+            ValueError: If the task lacks the split, or the tokenizer's chat template does not fit.
         """
         if split not in SPLITS:
             raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
@@ -191,20 +191,20 @@ class Task:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the task file's content, of every row that is used, and of the source of a metric of one's own."""
+        """SHA-256 of the task file's contents, every row in use and a custom metric's source code."""
         items = {split: [[item.texts, astuple(item.reference)] for item in rows] for split, rows in self._items.items()}
         content = [self.spec, items, *([] if isinstance(self.metric, str) else [_source(self.metric)])]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read_items(spec: dict[str, Any], root: Path, prompt: Prompt, scoring: Answering) -> dict[str, tuple[_Item, ...]]:
-    """Load the data, divide it and render every row that is used."""
+    """Load the data, divide it and render every row in use."""
     rendered: dict[tuple[str, int], tuple[str, ...]] = {}
 
     def texts(row: Row) -> tuple[str, ...]:
         key = (row.source, row.number)
         if key not in rendered:
-            # Two prompts are the same whatever the order their choices are shown in.
+            # Two prompts count as equal even if their choices appear in different orders.
             rendered[key] = prompt.render(scoring.shown(row, shuffled=False))
         return rendered[key]
 
@@ -218,14 +218,14 @@ def _read_items(spec: dict[str, Any], root: Path, prompt: Prompt, scoring: Answe
 
 
 def _check_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...]) -> None:
-    """Check the file's metric, which one's own takes the place of."""
+    """Check the metric; a custom one replaces that of `spec`."""
     if metric is not None:
         if not callable(metric):
-            raise TypeError(f"`metric` must be a function of an answer and the accepted ones, got {metric!r}.")
+            raise TypeError(f"`metric` must be a function of an answer and the accepted answers, got {metric!r}.")
         spec.pop("metric", None)
     elif spec.get("metric", known[0]) not in known:
         raise ValueError(
-            f"`metric` must be one of {', '.join(known)}, got {spec['metric']!r}. One of your own is given in Python: "
+            f"`metric` must be one of {', '.join(known)}, got {spec['metric']!r}. Pass a custom metric in Python: "
             "`Task.from_file(path, metric=function)`."
         )
 
@@ -234,7 +234,7 @@ def _source(metric: Any) -> list[str]:
     try:
         return [metric_name(metric), inspect.getsource(metric)]
     except (OSError, TypeError):
-        # Made where there is no file, such as at a prompt.
+        # The function was defined without a source file, for example in an interactive session.
         return [metric_name(metric)]
 
 

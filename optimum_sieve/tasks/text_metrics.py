@@ -1,7 +1,7 @@
-r"""Metrics of written answers, with what each example adds to them. Plain numpy.
+r"""Metrics of generated answers with the contribution of each example. Plain numpy.
 
-Texts are compared as the SQuAD evaluation does it (Rajpurkar et al., 2016): in lower case, without punctuation and
-articles, with single spaces.
+Texts are normalized as in the SQuAD evaluation (Rajpurkar et al., 2016): lower case, single spaces, no punctuation or
+articles.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# A metric by name, or a function of an answer and the accepted ones.
+# Name of a metric, or a function of an answer and the accepted answers.
 Metric = str | Callable[[str, Sequence[str]], float]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-# A minus after a word, a number or a bracket is a subtraction.
+# A minus sign after a word, a number or a bracket is a subtraction.
 _NUMBER = re.compile(r"((?<![\w)])-)?\$?(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
 
 
 def metric_name(metric: Metric) -> str:
-    """Return the name that a report shows."""
+    """Return the metric's name for reports."""
     return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
 
 
 def normalize_text(text: str) -> str:
-    """Return `text` in lower case, without punctuation, articles and superfluous spaces.
+    """Return `text` in lower case without punctuation, articles and extra spaces.
 
     Example:
 
@@ -63,15 +63,15 @@ def last_number(text: str) -> Decimal | None:
 
     ```
     """
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1][0] + found[-1][1].replace(",", "")) if found else None
+    numbers = _NUMBER.findall(text)
+    return Decimal(numbers[-1][0] + numbers[-1][1].replace(",", "")) if numbers else None
 
 
 def items(text: str, separators: str = "\n") -> Counter[str]:
-    r"""Read the items of a list that was written: as JSON, or divided by `separators`; `none` is the empty list.
+    r"""Parse a generated list: JSON, or items split at any of `separators`; `none` is the empty list.
 
-    Upper and lower case are the same, and bullets, and points at an item's end, are left out. An item that is a JSON
-    object stands for its keys and values.
+    Items are lower-cased and stripped of bullets and trailing punctuation. A JSON object becomes one item with its keys
+    sorted.
 
     Example:
 
@@ -81,35 +81,42 @@ def items(text: str, separators: str = "\n") -> Counter[str]:
 
     ```
     """
-    found: list[Any] | None = None
+    parsed: list[Any] | None = None
     if text.lstrip().startswith("["):
         try:
-            found = json.JSONDecoder().raw_decode(text.lstrip())[0]
+            parsed = json.JSONDecoder().raw_decode(text.lstrip())[0]
         except json.JSONDecodeError:
-            found = None
-    if not isinstance(found, list):
-        found = [_BULLET.sub("", part) for part in re.split(f"[{re.escape(separators)}]", text)]
-    texts = [json.dumps(item, sort_keys=True, ensure_ascii=False) if isinstance(item, dict) else item for item in found]
+            parsed = None
+    if not isinstance(parsed, list):
+        parsed = [_BULLET.sub("", part) for part in re.split(f"[{re.escape(separators)}]", text)]
+    texts = [
+        json.dumps(item, sort_keys=True, ensure_ascii=False) if isinstance(item, dict) else item for item in parsed
+    ]
     cleaned = [" ".join(str(item).lower().split()).rstrip(".,; ") for item in texts]
     kept = [item for item in cleaned if item]
     return Counter() if kept == ["none"] else Counter(kept)
 
 
 def score_texts(metric: Metric, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> Scored:
-    r"""Score written texts against the accepted answers of each example.
+    r"""Score generated texts against the accepted answers of each example.
 
-    `"exact_match"`: the normalized text is an accepted answer. `"f1"`: F1 of the normalized words, with the accepted
-    answer that gives most. `"rougeL"`: F1 of the longest common subsequence of words (Lin, 2004), likewise.
-    `"numeric"`: the last number of the text is that of an accepted answer. `"set_f1"`: F1 of the sets of items, one a
-    line or divided by commas. These are means over the examples. `"entity_f1"`: F1 of the items, one a line, each as
-    often as it is written, over all examples together (micro average); its values are jackknife pseudo-values.
+    These metrics are means over the examples of the best value over the accepted answers:
+
+    - `"exact_match"`: equality of the normalized texts.
+    - `"f1"`: F1 of the normalized words.
+    - `"rougeL"`: F1 of the longest common subsequence of words (Lin, 2004).
+    - `"numeric"`: equality of the last numbers.
+    - `"set_f1"`: F1 of the sets of items, separated by line breaks, commas or semicolons.
+
+    `"entity_f1"` is the micro-averaged F1 of the multisets of items, one per line; its values are jackknife
+    pseudo-values.
 
     Args:
         metric (`str` or `Callable`):
-            One of the above, or a function of a text and its accepted answers that returns a number, whose mean is
-            the score.
+            One of the above, or a function of a text and its accepted answers that returns a number; the score is the
+            mean.
         texts (`Sequence[str]`):
-            What was written.
+            Generated texts.
         answers (`Sequence[Sequence[str]]`):
             Accepted answers of each example, at least one.
 
@@ -117,7 +124,7 @@ def score_texts(metric: Metric, texts: Sequence[str], answers: Sequence[Sequence
         [`Scored`][optimum_sieve.tasks.metrics.Scored]: The score and each example's value.
 
     Raises:
-        ValueError: If `metric` is unknown, or returns what is no finite number.
+        ValueError: If `metric` is unknown or does not return a finite number.
 
     Example:
 
@@ -136,23 +143,23 @@ def score_texts(metric: Metric, texts: Sequence[str], answers: Sequence[Sequence
         pairs = zip(texts, answers, strict=True)
         values = np.array([max(single(text, answer) for answer in accepted) for text, accepted in pairs])
     else:
-        values = np.array([_own_value(metric, *pair) for pair in zip(texts, answers, strict=True)])
+        values = np.array([_custom_value(metric, *pair) for pair in zip(texts, answers, strict=True)])
     return Scored(float(values.mean()), values)
 
 
-def _own_value(metric: Callable[[str, Sequence[str]], float], text: str, accepted: Sequence[str]) -> float:
-    found = metric(text, tuple(accepted))
+def _custom_value(metric: Callable[[str, Sequence[str]], float], text: str, accepted: Sequence[str]) -> float:
+    returned = metric(text, tuple(accepted))
     try:
-        value = float(found)
+        value = float(returned)
     except (TypeError, ValueError):
         value = float("nan")
     if not np.isfinite(value):
-        raise ValueError(f"`metric` must return a finite number for every example, got {found!r} for {text!r}.")
+        raise ValueError(f"`metric` must return a finite number for every example, got {returned!r} for {text!r}.")
     return value
 
 
 def majority_text_score(metric: Metric, answers: Sequence[Sequence[str]]) -> float:
-    """Score of always writing the most frequent of the examples' first accepted answers."""
+    """Score the constant answer that is most frequent among the examples' first accepted answers."""
     firsts = [accepted[0] for accepted in answers]
     most = Counter(map(normalize_text, firsts)).most_common(1)[0][0]
     constant = next(text for text in firsts if normalize_text(text) == most)
@@ -168,13 +175,13 @@ def _word_f1(text: str, answer: str) -> float:
 
 
 def _rouge_l(text: str, answer: str) -> float:
-    words, gold = (re.findall(r"[^\W_]+", one.lower()) for one in (text, answer))
+    words, gold = (re.findall(r"[^\W_]+", raw.lower()) for raw in (text, answer))
     if not words and not gold:
         return 1.0
     lengths = np.zeros(len(gold) + 1, dtype=np.int64)
     for word in words:
         matches = lengths[:-1] + np.array([word == other for other in gold], dtype=np.int64)
-        # A cell of the next row is the largest of the match, the cell above and the cell to its left.
+        # Each cell of the next row is the maximum of the match, the cell above and the cell to the left.
         lengths[1:] = np.maximum.accumulate(np.maximum(matches, lengths[1:]))
     return 2 * int(lengths[-1]) / (len(words) + len(gold))
 
@@ -184,13 +191,13 @@ def _numeric(text: str, answer: str) -> float:
 
 
 def _set_f1(text: str, answer: str) -> float:
-    return _counts_f1(*(Counter(set(items(one, "\n,;"))) for one in (text, answer)))
+    return _counts_f1(*(Counter(set(items(listed, "\n,;"))) for listed in (text, answer)))
 
 
-def _counts_f1(found: Counter[str], gold: Counter[str]) -> float:
-    """F1 of two multisets; 1 where both are empty."""
-    total = found.total() + gold.total()
-    return 2 * (found & gold).total() / total if total else 1.0
+def _counts_f1(predicted: Counter[str], gold: Counter[str]) -> float:
+    """F1 of two multisets; 1 if both are empty."""
+    total = predicted.total() + gold.total()
+    return 2 * (predicted & gold).total() / total if total else 1.0
 
 
 _BEST: dict[str, Callable[[str, str], float]] = {
@@ -200,19 +207,19 @@ _BEST: dict[str, Callable[[str, str], float]] = {
     "numeric": _numeric,
     "set_f1": _set_f1,
 }
-# Metrics of lists, of which an example has one.
+# Metrics of lists: each example has exactly one accepted answer, the whole list.
 LIST_METRICS = ("entity_f1", "set_f1")
 TEXT_METRICS = (*_BEST, "entity_f1")
 
 
 def _score_entities(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> Scored:
     pairs = [(items(text), items(accepted[0])) for text, accepted in zip(texts, answers, strict=True)]
-    doubled = np.array([2 * (found & gold).total() for found, gold in pairs])
-    total = np.array([found.total() + gold.total() for found, gold in pairs])
+    doubled = np.array([2 * (predicted & gold).total() for predicted, gold in pairs])
+    total = np.array([predicted.total() + gold.total() for predicted, gold in pairs])
     score, left_out = _ratio(doubled.sum(), total.sum()), _ratio(doubled.sum() - doubled, total.sum() - total)
     return Scored(float(score), len(pairs) * score - (len(pairs) - 1) * left_out)
 
 
 def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
-    """Divide; 1 where there is nothing to find and nothing found."""
+    """Divide; 1 where both multisets are empty."""
     return np.where(denominator > 0, numerator / np.maximum(denominator, 1), 1.0)

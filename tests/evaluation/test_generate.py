@@ -73,7 +73,7 @@ def test_a_metric_of_ones_own_scores_a_task(tmp_path: Path) -> None:
     assert found.score == np.mean([len(text.split()) for text in found.texts])
     assert "metric" not in task.spec
     assert task.fingerprint() != Task.from_file(path).fingerprint()
-    with pytest.raises(TypeError, match="`metric` must be a function of an answer and the accepted ones, got 'f1'"):
+    with pytest.raises(TypeError, match="`metric` must be a function of an answer and the accepted answers, got 'f1'"):
         Task.from_file(path, metric="f1")
 
 
@@ -208,24 +208,32 @@ def test_classifiers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"answer": 3}, TypeError, r"`answer` must be a text or a list of texts, got 3. Put it in quotes"),
-        ({"answer": " "}, ValueError, r"`answer` must be one text or more, none of them empty, got \[''\] in row \d+"),
-        ({"answer": "{{ [] }}"}, ValueError, r"`answer` must be one text or more, none of them empty, got \[\] in row"),
+        ({"answer": 3}, TypeError, r"`answer` must be a string or a list of strings, got 3. Put it in quotes"),
+        ({"answer": " "}, ValueError, r"`answer` must render to at least one text, none empty, got \[''\] in row \d+"),
+        ({"answer": "{{ [] }}"}, ValueError, r"`answer` must render to at least one text, none empty, got \[\] in row"),
         ({"answer": "{{ [none] }}"}, ValueError, r"`answer` must not hold a missing value"),
         ({"answer": "{{ lable }}"}, ValueError, r"`answer` must name fields of the data, got 'lable'"),
-        ({"stop": 3}, TypeError, r"`stop` must be a text or a list of texts, got 3"),
-        ({"stop": ["\n", ""]}, ValueError, r"`stop` must hold texts that are not empty"),
+        ({"stop": 3}, TypeError, r"`stop` must be a string or a list of strings, got 3"),
+        ({"stop": ["\n", ""]}, ValueError, r"`stop` must not hold empty strings"),
         ({"stop": "d"}, ValueError, r"`stop` must not occur in an answer, got 'd' in 'odd' in row \d+"),
         ({"max_new_tokens": None}, ValueError, r"`max_new_tokens` must be a whole number of at least 1, got None"),
         ({"max_new_tokens": True}, ValueError, r"`max_new_tokens` must be a whole number of at least 1, got True"),
         ({"max_new_tokens": 0}, ValueError, r"`max_new_tokens` must be a whole number of at least 1, got 0"),
-        ({"metric": "numeric"}, ValueError, r"`answer` must hold a number for the metric 'numeric', got '(odd|even)'"),
+        (
+            {"metric": "numeric"},
+            ValueError,
+            r"`answer` must contain a number for the metric 'numeric', got '(odd|even)'",
+        ),
         (
             {"metric": "entity_f1", "answer": ["a", "b"]},
             ValueError,
-            r"`answer` must be one text that holds the whole list for the metric 'entity_f1', got 2 texts",
+            r"`answer` must render the whole list as one text for the metric 'entity_f1', got 2 texts",
         ),
-        ({"metric": "accuracy"}, ValueError, r"`metric` must be one of exact_match, f1, rougeL, .*One of your own is"),
+        (
+            {"metric": "accuracy"},
+            ValueError,
+            r"`metric` must be one of exact_match, f1, rougeL, .*Pass a custom metric in Python",
+        ),
         ({"choices": "x"}, ValueError, r"`task` must have known keys only, got 'choices'"),
     ],
 )

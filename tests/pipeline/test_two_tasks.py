@@ -280,7 +280,7 @@ def test_the_plan_lists_the_examples_of_each_task(pruner: SievePruner, tasks: tu
 
 
 def test_two_tasks_of_one_name_are_refused(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
-    with pytest.raises(ValueError, match="`task` must be tasks of different names, got 2 called 'parity'"):
+    with pytest.raises(ValueError, match="`task` must be tasks with unique names, got 2 called 'parity'"):
         make_pruner(dense, tasks[0], tasks[1], tasks[0])
     with pytest.raises(ValueError, match="`task` must name at least one task, got none"):
         make_pruner(dense)

@@ -152,7 +152,7 @@ def test_parquet_and_local_data_sets_leave_no_cache(tmp_path: Path) -> None:
         task_spec(data={"dataset": "set", "splits": {"calibration": "train", "selection": "train", "test": "test"}}),
         tmp_path,
     )
-    with pytest.raises(ValueError, match=r"`data.dataset` must be a data set .* got 'set' with split 'dev': .*dev"):
+    with pytest.raises(ValueError, match=r"`data.dataset` must be a dataset .* got 'set' with split 'dev': .*dev"):
         Task.from_dict(task_spec(data={"dataset": "set", "split": "dev"}), tmp_path)
     assert prompts(one, "test") == prompts(two, "test")
     assert three.splits == {"calibration": 20, "selection": 10, "test": 9}

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     [
         ({"promt": "x"}, ValueError, r"`task` must have known keys only, got 'promt'. Did you mean `prompt`\?"),
         ({"zzz": 1}, ValueError, r"got 'zzz'. Known keys: name, kind, data"),
-        ({"name": None}, ValueError, r"`name` must be given in the task file: a text"),
-        ({"name": 3}, TypeError, r"`name` must be a text, got 3"),
+        ({"name": None}, ValueError, r"`name` must be given in the task file: a string"),
+        ({"name": 3}, TypeError, r"`name` must be a string, got 3"),
         ({"kind": None}, ValueError, r"`kind` must be given"),
         ({"kind": "label"}, ValueError, r"`kind` must be one of labels, choices, generate, got 'label'"),
         ({"metric": "accurate"}, ValueError, r"`metric` must be one of accuracy, macro_f1, got 'accurate'"),
-        ({"prompt": None}, ValueError, r"`prompt` or `chat` must be given, exactly one of them, got neither"),
-        ({"chat": []}, ValueError, r"exactly one of them, got both"),
-        ({"prompt": 3}, TypeError, r"`prompt` must be a text, got 3. For messages use `chat`"),
+        ({"prompt": None}, ValueError, r"Exactly one of `prompt` and `chat` must be given, got neither"),
+        ({"chat": []}, ValueError, r"Exactly one of `prompt` and `chat` must be given, got both"),
+        ({"prompt": 3}, TypeError, r"`prompt` must be a string, got 3. For messages use `chat`"),
         ({"prompt": None, "chat": []}, TypeError, r"`chat` must be a list of messages"),
         ({"prompt": None, "chat": ["hello"]}, TypeError, r"`chat\[0\]` must be a mapping with `role` and `content`"),
         (
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
             ValueError,
             r"`chat\[0\]` must have known keys only, got 'contents'. Did you mean `content`\?",
         ),
-        ({"prompt": None, "chat": [{"role": "user"}]}, TypeError, r"`chat\[0\].content` must be a text, got None"),
+        ({"prompt": None, "chat": [{"role": "user"}]}, TypeError, r"`chat\[0\].content` must be a string, got None"),
         ({"prompt": "{{ text }"}, ValueError, r"`prompt` must be a valid jinja2 template, got .*\(line 1\)"),
         ({"answer": "{% if %}"}, ValueError, r"`answer` must be a valid jinja2 template"),
         (
             {"prompt": "{{ txt }}"},
             ValueError,
-            r"`prompt` must name fields of the data, got 'txt' for row \d+ of rows.jsonl. Did you mean 'text'\? "
+            r"`prompt` must name fields of the data, got 'txt' in row \d+ of rows.jsonl. Did you mean 'text'\? "
             r"Its fields are: text, label",
         ),
         (
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
             r"`chat\[0\].content` must name fields of the data, got 'Q'",
         ),
         ({"answer": "{{ gold }}"}, ValueError, r"`answer` must name fields of the data, got 'gold'"),
-        ({"prompt": "{{ text.a.b }}"}, ValueError, r"`prompt` must render for every row, got UndefinedError for row"),
+        ({"prompt": "{{ text.a.b }}"}, ValueError, r"`prompt` must render for every row, got UndefinedError in row"),
         ({"prompt": "{{ text.__class__ }}"}, ValueError, r"`prompt` must render for every row, got SecurityError"),
         ({"prompt": "{{ 1 / 0 }}"}, ValueError, r"`prompt` must render for every row, got ZeroDivisionError"),
         ({"prompt": "{{ row.nothing }}"}, ValueError, r"got UndefinedError .*has no attribute 'nothing'"),
-        ({"prompt": " {{ '' }}\n"}, ValueError, r"`prompt` must not be empty, got ' \\n' for row \d+ of rows.jsonl"),
+        ({"prompt": " {{ '' }}\n"}, ValueError, r"`prompt` must not be empty, got ' \\n' in row \d+ of rows.jsonl"),
         ({"answer": 3}, TypeError, r"`answer` must be a template that renders to one of the labels, got 3"),
         (
             {"answer": "{{ label }}!"},
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
         ({"labels": None}, ValueError, r"`labels` must be given in the task file: a mapping"),
         ({"labels": ["odd", "even"]}, TypeError, r"`labels` must be a mapping from each label"),
         ({"labels": {"odd": " odd"}}, ValueError, r"`labels` must name at least two labels, got \['odd'\]"),
-        ({"labels": {"odd": 1, "even": 2}}, TypeError, r"`labels.odd` must be a text, got 1. Put it in quotes"),
+        ({"labels": {"odd": 1, "even": 2}}, TypeError, r"`labels.odd` must be a string, got 1. Put it in quotes"),
         ({"labels": {"odd": "", "even": "x"}}, ValueError, r"`labels.odd` must not be empty"),
         ({"labels": {"odd": " x", "even": " x"}}, ValueError, r"`labels` must have distinct texts, got \[' x', ' x'\]"),
         ({"limit": 5}, TypeError, r"`limit` must be a mapping from calibration, selection, test"),
@@ -72,11 +72,11 @@ if TYPE_CHECKING:
         ({"limit": {"test": True}}, ValueError, r"`limit.test` must be a whole number of at least 1, got True"),
         ({"seed": -1}, ValueError, r"`seed` must be a whole number of at least 0, got -1"),
         ({"group": 3}, TypeError, r"`group` must be the name of a field, got 3"),
-        ({"group": "author"}, ValueError, r"`group` must name a field of the data, got 'author' for row 1 of rows"),
+        ({"group": "author"}, ValueError, r"`group` must name a field of the data, got 'author' in row 1 of rows"),
         ({"data": None}, ValueError, r"`data` must be given in the task file"),
         ({"data": "rows.jsonl"}, TypeError, r"`data` must be a mapping with `files` or `dataset`, got 'rows.jsonl'"),
-        ({"data": {}}, ValueError, r"`data` must have `files` or `dataset`, exactly one of them, got neither"),
-        ({"data": {"files": "a", "dataset": "b"}}, ValueError, r"exactly one of them, got both"),
+        ({"data": {}}, ValueError, r"`data` must have exactly one of `files` and `dataset`, got neither"),
+        ({"data": {"files": "a", "dataset": "b"}}, ValueError, r"exactly one of `files` and `dataset`, got both"),
         ({"data": {"file": "a"}}, ValueError, r"`data` must have known keys only, got 'file'. Did you mean `files`\?"),
         ({"data": {"files": "a", "split": "b"}}, ValueError, r"`data` must have known keys only, got 'split'"),
         ({"data": {"files": 3}}, TypeError, r"`data.files` must be one name, or a mapping from calibration"),
@@ -88,14 +88,18 @@ if TYPE_CHECKING:
         ),
         ({"data": {"files": "rows.txt"}}, ValueError, r"`data.files` must end in one of .jsonl.*got 'rows.txt'"),
         ({"data": {"files": "no.jsonl"}}, FileNotFoundError, r"`data.files` must name existing files, got 'no.jsonl'"),
-        ({"data": {"dataset": "a"}}, ValueError, r"`data` must have `split` \(cut by seed\) or `splits`.*got neither"),
+        (
+            {"data": {"dataset": "a"}},
+            ValueError,
+            r"`data` must have exactly one of `split` \(divided by seed\) and `splits`, got neither",
+        ),
         ({"data": {"dataset": "a", "split": "b", "splits": {"test": "c"}}}, ValueError, r"`splits`.*got both"),
         ({"data": {"dataset": "", "split": "b"}}, ValueError, r"`data.dataset` must be a Hub id or a directory"),
-        ({"data": {"dataset": "a", "name": 3, "split": "b"}}, TypeError, r"`data.name` must be a text, got 3"),
+        ({"data": {"dataset": "a", "name": 3, "split": "b"}}, TypeError, r"`data.name` must be a string, got 3"),
         (
             {"data": {"dataset": "someone/nothing", "split": "train"}},
             ValueError,
-            r"`data.dataset` must be a data set that `datasets.load_dataset` can load, got 'someone/nothing'",
+            r"`data.dataset` must be a dataset that `datasets.load_dataset` can load, got 'someone/nothing'",
         ),
         ({"data": {"files": "rows.jsonl", "fractions": 0.5}}, TypeError, r"`data.fractions` must be a mapping"),
         (
@@ -146,18 +150,22 @@ def test_a_task_file_must_exist(tmp_path: Path) -> None:
 
 
 def test_a_task_must_hold_json_types() -> None:
-    with pytest.raises(TypeError, match=r"`task.seed` must be a text, number, list or mapping, got set"):
+    with pytest.raises(TypeError, match=r"`task.seed` must be a string, number, list or mapping, got set"):
         Task.from_dict(task_spec(seed={1}))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("rows.jsonl", '{"text": "1"}\n{"text":\n', r"got an error in 'rows.jsonl': line 2 is no JSON"),
-        ("rows.jsonl", '{"text": "1"}\n"2"\n', r"line 2 is no object but str"),
-        ("rows.json", '[{"text": "1"}, 2]', r"item 2 is no object but int"),
+        ("rows.jsonl", '{"text": "1"}\n{"text":\n', r"got an error in 'rows.jsonl': line 2 is not valid JSON"),
+        ("rows.jsonl", '{"text": "1"}\n"2"\n', r"line 2 is not an object but str"),
+        ("rows.json", '[{"text": "1"}, 2]', r"item 2 is not an object but int"),
         ("rows.json", '[{"text": "1"}', r"got an error in 'rows.json'"),
-        ("rows.csv", "text,label\nfine,odd\none, two,odd\n", r"line 3 has 3 cells, the header 2; a text with a comma"),
+        (
+            "rows.csv",
+            "text,label\nfine,odd\none, two,odd\n",
+            r"line 3 has 3 cells, the header has 2; quote values that contain the delimiter",
+        ),
         ("rows.csv", "text,text\n1,2\n", r"the header names a column twice: text, text"),
         ("rows.csv", 'text,label\n"1,odd\n', r"got an error in 'rows.csv': unexpected end of data"),
         ("rows.csv", b"text,label\n\xe9,odd\n", r"got an error in 'rows.csv': .*codec can't decode"),

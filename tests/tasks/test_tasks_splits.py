@@ -131,14 +131,14 @@ def test_groups_in_separate_files_must_be_disjoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        (parity_rows(2), {}, r"got none for test: the 2 rows of rows.jsonl make 2 sets that must stay together"),
-        ([{"text": "1", "label": "odd"}] * 9, {}, r"the 9 rows of rows.jsonl make 1 sets .*\(same prompt\)"),
+        (parity_rows(2), {}, r"got none for test: the 2 rows of rows.jsonl form 2 sets that must stay together"),
+        ([{"text": "1", "label": "odd"}] * 9, {}, r"the 9 rows of rows.jsonl form 1 sets .*\(same prompt\)"),
         (
             [{**row, "author": i % 2} for i, row in enumerate(parity_rows(20))],
             {"group": "author"},
-            r"make 2 sets that must stay together \(same prompt or value of 'author'\)",
+            r"form 2 sets that must stay together \(same prompt or value of 'author'\)",
         ),
-        (parity_rows(5), {}, r"`data` must leave at least 2 rows for (selection|test), whose score .* got 1. Add rows"),
+        (parity_rows(5), {}, r"`data` must have at least 2 rows for (selection|test), to compute .* got 1. Add rows"),
         (
             parity_rows(50),
             {"limit": {"test": 1}},
