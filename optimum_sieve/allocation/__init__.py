@@ -1,8 +1,8 @@
-"""Choose a rank for every matrix at a given size. Torch-free except for the stage.
+"""Choose a rank for every layer at a given size. Never imports torch.
 
-In: each matrix's loss curve (predicted loss against rank) and a budget. Out: `Ranks`, a rank by name, `None` for dense.
-`budget` counts parameters, `allocators.allocate` spends them (`uniform` or `energy`), `tolerance.search_kept_fraction`
-bisects the size; `stage.allocate_ranks` does it for a run.
+In: the loss curve of each layer (predicted loss by rank) and a parameter budget. Out: `Ranks`, rank by layer name,
+`None` for dense. `budget` counts parameters, `allocators.allocate` distributes them (`uniform` or `energy`),
+`tolerance.search_kept_fraction` bisects the size, `stage.allocate_ranks` allocates for a run.
 """
 
 from __future__ import annotations

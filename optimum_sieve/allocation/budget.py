@@ -1,13 +1,13 @@
-r"""Parameters of a linear layer as a function of its rank and storage. Does not import torch."""
+r"""Count the parameters of a linear layer by rank and storage. Never imports torch."""
 
 from __future__ import annotations
 
 
 def rank_parameters(rank: int, out_features: int, in_features: int, storage: str = "pivoted") -> int:
-    """Count the weight parameters of a factorized layer (a bias is not counted).
+    """Count the weight parameters of a factorized layer, without bias.
 
     Args:
-        rank (`int`): Rank kept.
+        rank (`int`): Rank of the factors.
         out_features (`int`): Rows of the weight.
         in_features (`int`): Columns of the weight.
         storage (`str`): `"factors"`, `"pivoted"` or `"dense"`.
@@ -33,7 +33,7 @@ def rank_parameters(rank: int, out_features: int, in_features: int, storage: str
 
 
 def rank_choices(out_features: int, in_features: int, storage: str = "pivoted", multiple: int = 8) -> list[int]:
-    """List the ranks, ascending from 0, that are multiples of `multiple` and cost less than the dense layer.
+    """List the multiples of `multiple`, ascending from 0, that have fewer parameters than the dense layer.
 
     Example:
 
@@ -49,7 +49,7 @@ def rank_choices(out_features: int, in_features: int, storage: str = "pivoted", 
 
 
 def largest_rank(budget: int, out_features: int, in_features: int, storage: str = "pivoted", multiple: int = 8) -> int:
-    """Return the largest allowed rank whose parameters fit in `budget` (0 if none but 0 does)."""
+    """Return the largest rank choice whose parameters fit in `budget`; at least 0."""
     fitting = [
         rank
         for rank in rank_choices(out_features, in_features, storage, multiple)
@@ -58,4 +58,5 @@ def largest_rank(budget: int, out_features: int, in_features: int, storage: str 
     return max(fitting, default=0)
 
 
+# Rank by layer name; `None` = dense.
 Ranks = dict[str, "int | None"]

@@ -1,10 +1,10 @@
-"""The ranks of a run at a size."""
+"""Allocation as a stage of a run: a rank for every target at a given size."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .allocators import LatencyBudget, allocate
+from .allocators import LatencyBudget, LossCurve, allocate
 
 
 if TYPE_CHECKING:
@@ -16,15 +16,23 @@ if TYPE_CHECKING:
     from .budget import Ranks
 
 
+def loss_curves(run: Run, bases: Mapping[str, FactorBasis]) -> list[LossCurve]:
+    """Return the predicted loss of every target against its rank."""
+    return [
+        LossCurve(target.name, target.out_features, target.in_features, bases[target.name].energy.cpu().numpy())
+        for target in run.targets
+    ]
+
+
 def allocate_ranks(run: Run, bases: Mapping[str, FactorBasis], kept: float) -> Ranks:
-    """Choose every target's rank (`None` = dense) so that the fraction `kept` of their parameters is left."""
+    """Choose a rank for every target (`None` = dense) such that a fraction `kept` of their parameters remains."""
     config = run.config
     total = sum(target.num_parameters for target in run.targets)
     latency = None
     if run.latencies is not None and config.latency_target is not None:
         latency = LatencyBudget(run.latencies, config.latency_target)
     return allocate(
-        run.loss_curves(bases),
+        loss_curves(run, bases),
         int(kept * total),
         # A genetic search starts from the energy allocation.
         allocation="uniform" if config.allocation == "uniform" else "energy",

@@ -1,4 +1,4 @@
-"""How far a model can be pruned within a tolerance: a search on the kept fraction. Does not import torch."""
+"""Find the smallest kept fraction within a tolerance by bisection. Never imports torch."""
 
 from __future__ import annotations
 
@@ -17,68 +17,68 @@ logger = logging.getLogger(__name__)
 
 
 class ToleranceError(RuntimeError):
-    """No size that was tried is within the tolerance."""
+    """No size tried is within the tolerance."""
 
 
 def search_kept_fraction(
     compare_at: Callable[[float], Mapping[str, Comparison]], *, tolerance: float, confidence: float, steps: int
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Halve the interval of kept fractions `steps` times; return the least that stayed within `tolerance`.
+    """Bisect the kept fraction in `steps` steps; return the smallest one within `tolerance`.
 
-    A fraction is within the tolerance where the lower bound of the paired score difference, pruned minus dense, at
-    one-sided `confidence` is at least `-tolerance`: the mean difference alone would accept a loss hidden by noise. Of
-    several tasks each must be. That needs no correction for their number: a fraction that is too small for one of them
-    passes by chance only if that one does.
+    A fraction is within the tolerance if the lower bound of the paired score difference, pruned minus dense, at
+    one-sided `confidence` is at least `-tolerance`. The mean difference alone would accept a loss hidden by noise. With
+    several tasks, each must be within the tolerance. This needs no correction for multiple tests: a fraction too small
+    for one task passes by chance only if that task's test does.
 
     Reference: Berger (1982), *Multiparameter hypothesis testing and acceptance sampling*, intersection-union tests.
 
     Args:
-        compare_at (`Callable`): Maps a kept fraction to the comparisons of the pruned model with the dense one, by
-            task.
-        tolerance (`float`): Loss accepted, in points of the metric.
+        compare_at (`Callable`): Maps a kept fraction to the comparison of pruned and dense model for each task, by
+            name.
+        tolerance (`float`): Largest acceptable drop in the metric, in absolute points.
         confidence (`float`): One-sided confidence, at least 0.5.
-        steps (`int`): Fractions tried.
+        steps (`int`): Number of fractions to try.
 
     Returns:
-        `tuple[float, list[dict]]`: The kept fraction, and each trial with its figures; with several tasks those of each
-        are under `"tasks"`, and `"lower_bound"` is the lowest.
+        `tuple[float, list[dict]]`: The kept fraction and the record of each trial. With several tasks, `"tasks"` holds
+        their records and `"lower_bound"` is the lowest.
 
     Raises:
-        ToleranceError: If no fraction tried was within the tolerance.
+        ToleranceError: If no fraction tried is within the tolerance.
     """
     low, high = 0.0, 1.0
     trials: list[dict[str, Any]] = []
     for _ in range(steps):
         kept = (low + high) / 2
         comparisons = compare_at(kept)
-        bounds = {name: one.lower_bound(confidence) for name, one in comparisons.items()}
+        bounds = {name: comparison.lower_bound(confidence) for name, comparison in comparisons.items()}
         trials.append(_trial(kept, comparisons, bounds))
-        for name, one in comparisons.items():
+        for name, comparison in comparisons.items():
             logger.info(
                 "Kept %.1f %%, %s: score difference %+.4f +- %.4f, lower bound %+.4f, agreement %.3f.",
-                100 * kept, name, one.mean, one.standard_error, bounds[name], one.agreement,
+                100 * kept, name, comparison.mean, comparison.standard_error, bounds[name], comparison.agreement,
             )  # fmt: skip
         low, high = (low, kept) if min(bounds.values()) >= -tolerance else (kept, high)
     if high == 1.0:
-        raise ToleranceError(_nothing_found(trials, tolerance))
+        raise ToleranceError(_failure(trials, tolerance))
     return high, trials
 
 
 def _trial(kept: float, comparisons: Mapping[str, Comparison], bounds: Mapping[str, float]) -> dict[str, Any]:
-    """Describe a fraction that was tried: of one task its figures, of several those of each."""
+    """Return the record of one fraction: flat for one task, nested under `"tasks"` for several."""
     if len(comparisons) == 1:
         return {"kept": kept, "lower_bound": min(bounds.values()), **next(iter(comparisons.values())).to_dict()}
-    tasks = {name: {"lower_bound": bounds[name], **one.to_dict()} for name, one in comparisons.items()}
+    tasks = {name: {"lower_bound": bounds[name], **comparison.to_dict()} for name, comparison in comparisons.items()}
     return {"kept": kept, "lower_bound": min(bounds.values()), "tasks": tasks}
 
 
-def _nothing_found(trials: list[dict[str, Any]], tolerance: float) -> str:
-    """Say by how much the best fraction failed, and on which of several tasks."""
+def _failure(trials: list[dict[str, Any]], tolerance: float) -> str:
+    """Describe how far the best fraction missed the tolerance, and on which of several tasks."""
     best = max(trials, key=lambda trial: trial["lower_bound"])
     name, worst = min(best.get("tasks", {"": best}).items(), key=lambda item: item[1]["lower_bound"])
     where = f" on {name!r}" if name else ""
     return (
-        f"`tolerance` must leave room for pruning, got {tolerance}: keeping {best['kept']:.1%} of the parameters "
-        f"already costs {-worst['mean']:.4f} +- {worst['standard_error']:.4f}{where}. Accept a larger tolerance, use "
-        "more selection examples (a smaller standard error), or set `pruning_ratio`."
+        f"No size meets tolerance={tolerance}: keeping {best['kept']:.1%} of the parameters already loses "
+        f"{-worst['mean']:.4f} +- {worst['standard_error']:.4f}{where}. Increase `tolerance`, use more selection "
+        "examples (a smaller standard error), or set `pruning_ratio`."
     )

@@ -1,8 +1,8 @@
-"""Factor one weight matrix so that truncating the factors is optimal. Imports no transformers.
+"""Factor one weight so that every truncation of the factors is optimal. Never imports transformers.
 
-In: a weight and its `Moments`. Out: a `FactorBasis`, whose first r columns and rows are the best factors of rank r.
-`moments` accumulates, `closed_form.factorize` solves, `learned` is the LLM-Sieve paper's trained adapter, `stored`
-reads a basis from disk one matrix at a time.
+In: a weight and its `Moments`. Out: a `FactorBasis`; its first r directions are the best approximation of rank r.
+`moments` accumulates second moments, `closed_form.factorize` computes the basis, `learned` trains the LLM-Sieve paper's
+adapters, `stored` reads bases from disk one tensor at a time.
 """
 
 from __future__ import annotations

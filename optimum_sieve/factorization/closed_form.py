@@ -1,9 +1,9 @@
-r"""Moments and a weight in, nested low-rank factors out. Pure functions on tensors.
+r"""Compute nested low-rank factors of a weight from its moments. Pure functions on tensors.
 
-To second order, replacing a weight `W` by `W'` raises the loss by half of `E[(g^T (W - W') x)^2]`. With that
-expectation approximated by the Kronecker product of `C = E[|g|^2 x x^T]` and `G = E[|x|^2 g g^T]` (divided by
-`E[|g|^2 |x|^2]`, so that the trace is right), the best `W'` of every rank at once is the truncated SVD of
-`L_G^T W L_C`, where `L_C L_C^T = C` and `L_G L_G^T = G`.
+To second order, replacing a weight `W` by `W'` increases the loss by half of `E[(g^T (W - W') x)^2]`. Approximate this
+expectation by the Kronecker product of `C = E[|g|^2 x x^T]` and `G = E[|x|^2 g g^T]`, divided by `E[|g|^2 |x|^2]` to
+preserve the trace. Then the truncated SVD of `L_G^T W L_C`, with `L_C L_C^T = C` and `L_G L_G^T = G`, gives the best
+`W'` for every rank at once.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 from .moments import Moments, watches_outputs
 
 
-# Of the largest: less is lost in float32 factors.
+# Relative to the largest energy; float32 factors cannot resolve less.
 _LEAST_ENERGY = 1e-10
 
 
 @dataclass
 class FactorBasis:
-    r"""Factors of one weight, ordered so that the first `r` directions are the best approximation of rank `r`.
+    r"""Ordered factors of one weight: the first `r` directions are the best approximation of rank `r`.
 
     Args:
         left (`torch.Tensor` of shape `(out_features, max_rank)`): Left factors, float32.
         right (`torch.Tensor` of shape `(max_rank, in_features)`): Right factors, float32.
         energy (`torch.Tensor` of shape `(max_rank,)`):
-            Predicted rise of the loss when a direction is dropped, descending, float64. In nats per example for the
-            joint projection, comparable between layers; a fraction of the layer's own output energy otherwise.
+            Predicted loss increase per dropped direction, descending, float64. In nats per example for the joint
+            projection, comparable between layers; otherwise a fraction of the layer's output energy.
         output_scale (`torch.Tensor` of shape `(max_rank,)`, *optional*):
-            Of the joint projection, the second moment of the gradients along each left factor, \(l_j^\top G l_j\).
+            Joint projection only: second moment of the gradients along each left factor, \(l_j^\top G l_j\).
     """
 
     left: torch.Tensor
@@ -48,42 +48,43 @@ class FactorBasis:
         return self.left[:, :rank], self.right[:rank]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that are present, by field name."""
+        """Return the tensors that are set, by field name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def token_weights(
         self, x: torch.Tensor, g: torch.Tensor, *, power: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""Return the weights of tokens in the next round's moments, \(g^\top G^{-1} g\) and \(x^\top C^{-1} x\).
+        r"""Return token weights for the next round of moments, \(g^\top G^{-1} g\) and \(x^\top C^{-1} x\).
 
-        It is one step of alternation towards the Kronecker product of the greatest likelihood, under which a token of
-        large norm counts only as far as it is unusual. The factors diagonalize both moments, \(l_i^\top G l_j\) and
-        \(r_i^\top C r_j\) being 0 for \(i \ne j\), so no inverse is needed. Without `output_scale` the weights are
-        \(|g|^2\) and \(|x|^2\).
+        This is one alternating step towards the maximum-likelihood Kronecker product. It weights tokens by Mahalanobis
+        distance under the current moments instead of by norm. The factors diagonalize both moments, \(l_i^\top G l_j =
+        r_i^\top C r_j = 0\) for \(i \ne j\), so no inverse is needed. Without `output_scale` the weights are \(|g|^2\)
+        and \(|x|^2\).
 
         Args:
             x (`torch.Tensor` of shape `(tokens, in_features)`): Inputs.
             g (`torch.Tensor` of shape `(tokens, out_features)`): Output gradients.
-            power (`float`): Exponent of the weights above in a geometric mean with \(|g|^2\) and \(|x|^2\). 1: they
-                alone.
+            power (`float`): Exponent of these weights in the geometric mean with \(|g|^2\) and \(|x|^2\); 1 ignores the
+                norms.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Both (tokens,), up to a constant factor.
+            `tuple[torch.Tensor, torch.Tensor]`: Weights for the activation and the gradient moment, both (tokens,), up
+            to a constant factor.
 
         Reference: Dutilleul (1999), *The MLE algorithm for the matrix normal distribution*.
         """
         g_square, x_square = g.square().sum(dim=1), x.square().sum(dim=1)
         if self.output_scale is None:
             return g_square, x_square
-        # What runs along directions that are worth nothing are rounding errors.
+        # Along directions of negligible energy there are only rounding errors.
         relative = (self.energy / self.energy.max().clamp_min(1e-300)).clamp_min(_LEAST_ENERGY)
-        of_outputs, of_inputs = self.output_scale, relative / self.output_scale
+        output_scale, input_scale = self.output_scale, relative / self.output_scale
         outputs, inputs = (g @ self.left.to(g)).square(), (x @ self.right.T.to(x)).square()
-        of_activation = outputs @ (of_outputs.mean() / of_outputs).to(g)
-        of_gradient = inputs @ (of_inputs.mean() / of_inputs).to(x)
+        activation_weights = outputs @ (output_scale.mean() / output_scale).to(g)
+        gradient_weights = inputs @ (input_scale.mean() / input_scale).to(x)
         if power == 1:
-            return of_activation, of_gradient
-        return of_activation**power * g_square ** (1 - power), of_gradient**power * x_square ** (1 - power)
+            return activation_weights, gradient_weights
+        return activation_weights**power * g_square ** (1 - power), gradient_weights**power * x_square ** (1 - power)
 
 
 def factorize(
@@ -93,7 +94,7 @@ def factorize(
     projection: str = "joint",
     damping: float = 1e-4,
 ) -> FactorBasis:
-    r"""Factor `weight` so that every truncation is optimal in the projection's own metric.
+    r"""Factor `weight` so that every truncation minimizes the projection's error.
 
     For each rank `r`, `left[:, :r] @ right[:r]` minimizes over all matrices \(W'\) of rank `r`
 
@@ -101,22 +102,22 @@ def factorize(
     - `"activation"`: \(E \lVert (W - W') x \rVert^2\);
     - `"joint"`: \(\mathrm{tr}\,(W - W') C (W - W')^\top G\);
 
-    and the minimum equals `energy[r:].sum()` up to the projection's unit (see `FactorBasis`).
+    and the minimum equals `energy[r:].sum()` up to the unit of `energy` (see `FactorBasis`).
 
     Args:
         weight (`torch.Tensor` of shape `(out_features, in_features)`): The weight.
-        moments (`Moments`, *optional*): The layer's moments, collected for the same projection; not used by `"svd"`.
+        moments (`Moments`, *optional*): Moments collected for the same projection; unused by `"svd"`.
         projection (`str`): `"svd"`, `"activation"` or `"joint"`.
-        damping (`float`): Added to the diagonal of both moments, as a fraction of its mean.
+        damping (`float`): Fraction of the mean diagonal added to the diagonal of both moments.
 
     Returns:
         [`FactorBasis`]: Factors of rank `min(out_features, in_features)`. Singular and all-zero moments are allowed.
 
     Raises:
-        ValueError: If `weight` or a moment is not finite, or `moments` are missing or of another projection.
+        ValueError: If `weight` or a moment is not finite, or `moments` is missing or from another projection.
 
-    Everything runs in float64: the matrix whose eigenvalues are taken holds squares of the singular values, and
-    float32 loses the small ones on which the allocation of ranks depends.
+    All steps run in float64: the eigenvalues are squared singular values, and float32 would lose the small ones that
+    rank allocation depends on.
 
     Reference: Eckart and Young (1936), *The approximation of one matrix by another of lower rank*.
 
@@ -134,12 +135,13 @@ def factorize(
     if projection == "svd":
         return _plain_basis(weight.double())
     if moments is None or (moments.gradient is None) != (projection == "activation"):
-        raise ValueError(f"`moments` must be collected with projection={projection!r}. Collect them again.")
+        got = "none" if moments is None else "another's"
+        raise ValueError(f"`moments` must be collected with projection={projection!r}, got {got}. Collect them again.")
     if not all(torch.isfinite(tensor).all() for tensor in moments.tensors().values()):
         raise ValueError("`moments` must be finite, got NaN or infinity. Calibrate in float32.")
     traces = (moments.scale, moments.activation_trace, *(() if moments.gradient is None else (moments.gradient_trace,)))
     if not all(trace > 0 for trace in traces):
-        # The layer met no input, or the loss does not depend on it: any order of directions is as good.
+        # The layer received no input or does not affect the loss, so any order of directions is optimal.
         plain = _plain_basis(weight.double())
         return FactorBasis(plain.left, plain.right, torch.zeros_like(plain.energy))
     return _basis(weight.double(), moments, damping, on_outputs=watches_outputs(weight, projection))
@@ -154,7 +156,7 @@ def _basis(weight: torch.Tensor, moments: Moments, damping: float, *, on_outputs
     if moments.gradient is not None:
         gradient = moments.gradient.double() * (scale / float(moments.gradient_trace))
     if on_outputs:
-        # M M^T for M = L_G^T W L_C; the damping of C reaches this side as W W^T.
+        # M M^T for M = L_G^T W L_C; the damping of C appears on this side as W W^T.
         root = _identity(weight, rows) if gradient is None else _cholesky(gradient, damping)
         inner = activation + (damping * scale / columns) * weight @ weight.T
         values, vectors = _descending_eigh(root.T @ inner @ root)
@@ -162,7 +164,7 @@ def _basis(weight: torch.Tensor, moments: Moments, damping: float, *, on_outputs
         right = vectors.T @ root.T @ weight
         output_scale = torch.ones_like(values)
     else:
-        # M^T M; the damping of G reaches this side as W^T W.
+        # M^T M; the damping of G appears on this side as W^T W.
         root = _cholesky(activation, damping)
         gram = weight.T @ weight
         inner = gram if gradient is None else gradient + (damping * scale / rows) * gram
@@ -196,7 +198,7 @@ def _descending_eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _cholesky(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return `L` with `L L^T = moment + damping * mean diagonal`; damps more where rounding made it indefinite."""
+    """Return `L` with `L L^T = moment + damping * mean diagonal`; increase damping until it is positive definite."""
     mean = moment.diagonal().mean()
     if not mean > 0:
         return _identity(moment, moment.shape[0])
@@ -212,7 +214,7 @@ def _cholesky(moment: torch.Tensor, damping: float) -> torch.Tensor:
 def _balanced(
     left: torch.Tensor, right: torch.Tensor, energy: torch.Tensor, output_scale: torch.Tensor | None = None
 ) -> FactorBasis:
-    """Give column i of `left` and row i of `right` the same norm, which suits low-precision dtypes; to float32."""
+    """Scale column i of `left` and row i of `right` to equal norms, for low-precision dtypes; convert to float32."""
     left_norm, right_norm = left.norm(dim=0), right.norm(dim=1)
     usable = (left_norm > 0) & (right_norm > 0)
     ratio = torch.where(usable, (right_norm / left_norm.clamp_min(1e-300)).sqrt(), torch.ones_like(left_norm))

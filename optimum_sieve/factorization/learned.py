@@ -1,11 +1,10 @@
-r"""The `learned` projection: LLM-Sieve's adapters, trained by Adam. Kept as the baseline that `joint` must beat.
+r"""The `learned` projection: LLM-Sieve's adapters, trained with Adam; the paper's baseline for comparison with `joint`.
 
-The paper (arXiv 2505.18350) describes, for each matrix, an adapter `A` (in, rank) trained to minimize
-`|| W X - W A A^+ X ||`, where `A^+` is the pseudo-inverse. Its settings reached us second-hand (200,000 tokens in
-batches of 5,000, learning rate 1e-3, 2 epochs, so 80 steps), and so are the defaults here. Two things favour the
-baseline over the paper's wording: `A` starts at the leading principal directions of the inputs, not at random, and each
-step uses the exact gradient over all calibration tokens, by `|| W (I - P) X ||^2 = tr(W (I - P) C (I - P) W^T)` with
-`C = X X^T`, not that of one batch.
+For each matrix, the paper (arXiv 2505.18350) trains an adapter `A` (in, rank) to minimize `|| W X - W A A^+ X ||`,
+where `A^+` is the pseudo-inverse. The defaults follow its settings as reported second-hand: 200,000 tokens in batches
+of 5,000, learning rate 1e-3, 2 epochs, hence 80 steps. Two changes favour the baseline. `A` starts at the leading
+principal directions of the inputs instead of at random. Each step uses the exact gradient over all calibration tokens,
+`|| W (I - P) X ||^2 = tr(W (I - P) C (I - P) W^T)` with `C = X X^T`, instead of one batch.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ def learn_adapter(
     steps: int = STEPS,
     learning_rate: float = LEARNING_RATE,
 ) -> FactorBasis:
-    r"""Train one adapter of `rank` directions and return the factors \(W Q\) and \(Q^\top\), `Q` spanning `A`.
+    r"""Train an adapter of rank `rank` and return the factors \(W Q\) and \(Q^\top\), where `Q` spans `A`.
 
-    Unlike the closed forms, the result serves this one rank: another rank is another training run.
+    Unlike the closed forms, the result is valid for this rank only.
 
     Args:
         weight (`torch.Tensor` of shape `(out_features, in_features)`): The weight.
         moments (`Moments`): Collected with `projection="learned"`.
-        rank (`int`): Directions to keep.
-        steps (`int`): Steps of Adam.
-        learning_rate (`float`): Its learning rate.
+        rank (`int`): Number of directions.
+        steps (`int`): Adam steps.
+        learning_rate (`float`): Adam's learning rate.
 
     Returns:
-        [`FactorBasis`]: Of `max_rank` equal to `rank`; its energy is the loss left, spread evenly.
+        [`FactorBasis`]: `max_rank` equals `rank`; `energy` is the remaining loss, spread evenly.
 
     Raises:
-        ValueError: If `rank` exceeds the layer's, or `moments` were collected for another projection.
+        ValueError: If `rank` exceeds the layer's, or `moments` are from another projection.
     """
     if not 0 <= rank <= min(weight.shape):
-        raise ValueError(f"`rank` must lie between 0 and {min(weight.shape)}, got {rank}.")
+        raise ValueError(f"`rank` must be between 0 and {min(weight.shape)}, got {rank}.")
     if moments.activation.shape[0] != weight.shape[1] or moments.gradient is not None:
-        raise ValueError("`moments` must be collected with projection='learned'. Collect them again.")
+        raise ValueError("`moments` must be collected with projection='learned', got another's. Collect them again.")
     weight = weight.float()
     second_moment = moments.activation.float()
     total = (weight @ second_moment @ weight.T).trace().clamp_min(torch.finfo(torch.float32).tiny)
@@ -80,6 +79,6 @@ def _train(
 
 
 def _loss(span: torch.Tensor, weight: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
-    """Squared output error left by projecting the inputs on the orthonormal `span` (in, rank)."""
+    """Squared output error after projecting the inputs onto the orthonormal `span` (in, rank)."""
     missing = weight - (weight @ span) @ span.T
     return ((missing @ second_moment) * missing).sum()

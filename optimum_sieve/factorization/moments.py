@@ -1,4 +1,4 @@
-r"""Second moments of the inputs, outputs and output gradients of a linear layer, and how tokens are added to them."""
+r"""Accumulate second moments of a linear layer's inputs, outputs and output gradients."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Moments:
-    r"""Moments of one linear layer `y = W x` over the calibration tokens, on its smaller side.
+    r"""Moments of one linear layer `y = W x` over the calibration tokens, in the smaller of its two dimensions.
 
-    With \(g\) the gradient of an example's loss with respect to \(y\), all sums over tokens divided by the number of
-    examples, and \(k = \min(m, n)\):
+    \(W\) has shape (m, n), \(k = \min(m, n)\), and \(g\) is the gradient of an example's loss with respect to \(y\),
+    which excludes the bias. \(E\) is the sum over tokens divided by the number of examples:
 
     | | `m <= n` (wide, square) | `m > n` (tall) |
     |---|---|---|
     | `activation` (k, k) | \(E[a\, y y^\top]\) | \(E[a\, x x^\top]\) |
     | `gradient` (k, k) | \(E[b\, g g^\top]\) | \(E[b\, (W^\top g)(W^\top g)^\top]\) |
 
-    with weights \(a\) and \(b\) of each token: \(|g|^2\) and \(|x|^2\), or those of an earlier round's factors, see
-    `FactorBasis.token_weights`. Without gradients \(a = 1\).
-    \(y\) excludes the bias.
+    The token weights \(a\) and \(b\) are \(|g|^2\) and \(|x|^2\), or come from the factors of an earlier round (see
+    `FactorBasis.token_weights`). Without gradients \(a = 1\).
 
     Args:
-        activation (`torch.Tensor`): Second moment of the activations; always (n, n) for the learned projection.
+        activation (`torch.Tensor`): Second moment of the activations; (n, n) for the learned projection.
         gradient (`torch.Tensor`, *optional*): Second moment of the output gradients.
         scale (`torch.Tensor`, 0-d): \(E[|g|^2 |x|^2]\), or \(E[|x|^2]\) without gradients.
         activation_trace (`torch.Tensor`, 0-d): \(E[a\,|x|^2]\).
@@ -46,29 +45,30 @@ class Moments:
     gradient_trace: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that are present, by field name."""
+        """Return the tensors that are set, by field name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Moments:
-        """Rebuild from `tensors()`."""
+        """Rebuild the moments from `tensors()`."""
         values: dict[str, Any] = {"gradient": None, **tensors}
         return cls(**values)
 
 
 def weighted_sum(parts: Iterable[tuple[float, dict[str, Moments]]]) -> dict[str, Moments]:
-    """Return the moments of each layer summed over parts with their weights; the parts are overwritten.
+    """Return the weighted sum of the moments of each layer over `parts`, in place of the first part.
 
-    With weights that add up to 1 the sum has the moments of a mixture, in which a weight is the probability that an
-    example is of that part.
+    If the weights sum to 1, these are the moments of a mixture: a weight is the probability that an example comes from
+    that part.
 
     Args:
-        parts (`Iterable`): Weight and moments by layer of each part; read one by one, so two are held at once.
+        parts (`Iterable`): Weight and moments by layer of each part, overwritten. Read lazily; at most two are in
+            memory.
     """
     total: dict[str, Moments] = {}
     for weight, moments in parts:
-        for name, own in moments.items():
-            for field, tensor in own.tensors().items():
+        for name, layer_moments in moments.items():
+            for field, tensor in layer_moments.tensors().items():
                 if name in total:
                     getattr(total[name], field).add_(tensor, alpha=weight)
                 else:
@@ -78,7 +78,7 @@ def weighted_sum(parts: Iterable[tuple[float, dict[str, Moments]]]) -> dict[str,
 
 
 def watches_outputs(weight: torch.Tensor, projection: str) -> bool:
-    """Tell whether the moments are those of `y` (wide and square layers) or of `x` (tall ones, and adapters)."""
+    """Return whether activation moments are over `y` (wide and square layers) or `x` (tall layers, adapters)."""
     return projection != "learned" and weight.shape[0] <= weight.shape[1]
 
 
@@ -106,11 +106,12 @@ def accumulate_moments(
         moments (`Moments`): From `empty_moments`; its dtype is the dtype of the sums.
         weight (`torch.Tensor` of shape `(out_features, in_features)`): The weight.
         x (`torch.Tensor` of shape `(tokens, in_features)`): Inputs.
-        g (`torch.Tensor` of shape `(tokens, out_features)`, *optional*): Gradients of the loss at the outputs.
-        on_outputs (`bool`): Whether the moments are those of the outputs; see `watches_outputs`.
-        scaling (`float`): Factor on everything added (one over the number of examples).
-        token_weights (`Callable`, *optional*): Maps `x` and `g`, of the sums' dtype, to the tokens' weights in the
-            `activation` and in the `gradient`, both (tokens,). `None`: the squares of each other's norms.
+        g (`torch.Tensor` of shape `(tokens, out_features)`, *optional*): Gradients of the loss with respect to the
+            outputs.
+        on_outputs (`bool`): Whether the moments are over the outputs; see `watches_outputs`.
+        scaling (`float`): Factor on all sums: 1 / number of examples.
+        token_weights (`Callable`, *optional*): Maps `x` and `g`, in the dtype of `moments`, to the token weights of
+            `activation` and `gradient`, both (tokens,). Default: the squared norms of `g` and `x`.
     """
     dtype = moments.activation.dtype
     x, weight = x.to(dtype), weight.to(dtype)
@@ -123,22 +124,22 @@ def accumulate_moments(
         return
     g = g.to(dtype)
     g_square = g.square().sum(dim=1)
-    of_activation, of_gradient = (g_square, x_square) if token_weights is None else token_weights(x, g)
-    _add(moments.activation, side, of_activation, scaling)
-    _add(moments.gradient, g if on_outputs else g @ weight, of_gradient, scaling)
+    activation_weights, gradient_weights = (g_square, x_square) if token_weights is None else token_weights(x, g)
+    _add(moments.activation, side, activation_weights, scaling)
+    _add(moments.gradient, g if on_outputs else g @ weight, gradient_weights, scaling)
     moments.scale.add_(g_square @ x_square, alpha=scaling)
-    moments.activation_trace.add_(of_activation @ x_square, alpha=scaling)
-    moments.gradient_trace.add_(of_gradient @ g_square, alpha=scaling)
+    moments.activation_trace.add_(activation_weights @ x_square, alpha=scaling)
+    moments.gradient_trace.add_(gradient_weights @ g_square, alpha=scaling)
 
 
 def _add(moment: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, scaling: float) -> None:
-    """Add the weighted products of rows (tokens, k) with themselves."""
+    """Add the weighted sum of outer products of `rows` (tokens, k)."""
     weighted = rows if weights is None else rows * weights[:, None]
     moment.addmm_(weighted.T, rows, alpha=scaling)
 
 
 def check_finite(name: str, moments: Moments) -> None:
-    """Raise a `ValueError` that names the layer if a moment is not finite."""
+    """Raise `ValueError` naming the layer if a moment is not finite."""
     for field, tensor in moments.tensors().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(

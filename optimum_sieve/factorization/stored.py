@@ -1,4 +1,4 @@
-"""Factor bases that stay in files until their factors are asked for."""
+"""Factor bases that read their factors from a file on access."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 class StoredBasis(FactorBasis):
     """A [`FactorBasis`][optimum_sieve.factorization.closed_form.FactorBasis] in a safetensors file, `<name>|<field>`.
 
-    Its energies are in memory; its factors are read whenever they are asked for, and `truncate` reads no more of them
-    than it returns.
+    The energies stay in memory. The factors are read on every access; `truncate` reads only the directions it returns.
 
     Args:
         path (`Path`): The file.
-        name (`str`): The layer.
-        device (`torch.device`): Where its tensors are put.
+        name (`str`): Name of the layer.
+        device (`torch.device`): Device of the returned tensors.
     """
 
     def __init__(self, path: Path, name: str, device: torch.device) -> None:
@@ -49,16 +48,16 @@ class StoredBasis(FactorBasis):
         return self._read("left", rank), self._read("right", rank)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that are present, by field name."""
+        """Return the tensors that are set, by field name."""
         return self.in_memory().tensors()
 
     def in_memory(self) -> FactorBasis:
-        """Return the same basis with its factors read."""
+        """Read the factors and return an ordinary basis."""
         return FactorBasis(self.left, self.right, self.energy, self.output_scale)
 
     def _read(self, field: str, rank: int | None) -> torch.Tensor:
         with safe_open(self._path, framework="pt") as file:
             part = file.get_slice(f"{self._name}|{field}")
             tensor: torch.Tensor = part[:, :rank] if field == "left" else part[:rank]
-            # A copy: the tensor would keep the whole file mapped.
+            # Clone, because the slice would keep the whole file mapped.
             return tensor.clone().to(self._device)

@@ -44,7 +44,7 @@ def test_a_loss_hidden_by_noise_is_not_accepted() -> None:
 
 def test_no_fraction_within_the_tolerance() -> None:
     message = (
-        r"`tolerance` must leave room for pruning, got 0\.02: keeping \d+\.\d% .* costs 0\.1000 \+- 0\.0100\. Accept"
+        r"No size meets tolerance=0\.02: keeping \d+\.\d% .* already loses 0\.1000 \+- 0\.0100\. Increase `tolerance`"
     )
     with pytest.raises(ToleranceError, match=message):
         search_kept_fraction(cliff(1.1, standard_error=0.01), tolerance=0.02, confidence=0.9, steps=4)
@@ -61,5 +61,5 @@ def test_the_worst_of_several_tasks_decides(edges: tuple[float, ...]) -> None:
 
 
 def test_the_task_that_no_fraction_holds_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"costs 0\.1000 \+- 0\.0100 on 'task 1'\. Accept"):
+    with pytest.raises(RuntimeError, match=r"loses 0\.1000 \+- 0\.0100 on 'task 1'\. Increase"):
         search_kept_fraction(cliff(0.2, 1.1, standard_error=0.01), tolerance=0.02, confidence=0.9, steps=4)

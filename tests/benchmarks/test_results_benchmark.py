@@ -206,7 +206,7 @@ def test_every_method_runs_or_is_refused(benchmark: ModuleType, world: Path, mon
 def test_nothing_within_the_tolerance_is_a_result(benchmark: ModuleType, world: Path, monkeypatch: Any) -> None:
     change_preset(benchmark, monkeypatch, cells={"parity": {"svd": (0.02,)}}, search_steps=1)
     page = run(benchmark, world)
-    assert cells(world)["svd", 0.02]["nothing"].startswith("`tolerance` must leave room for pruning")
+    assert cells(world)["svd", 0.02]["nothing"].startswith("No size meets tolerance=0.02")
     assert next(line for line in page.splitlines() if line.startswith("| svd, uniform |")).count("| none; ") == 1
 
 

@@ -47,7 +47,7 @@ def test_training_improves_and_does_not_beat_the_closed_form() -> None:
 
 def test_an_impossible_rank_and_other_moments() -> None:
     weight, _, moments = layer()
-    with pytest.raises(ValueError, match="`rank` must lie between 0 and 6, got 7"):
+    with pytest.raises(ValueError, match="`rank` must be between 0 and 6, got 7"):
         learn_adapter(weight, moments, 7)
     with pytest.raises(ValueError, match="`moments` must be collected with projection='learned'"):
         learn_adapter(weight, empty_moments(weight, projection="joint"), 3)
