@@ -194,7 +194,7 @@ def _needs_bias(layer: FactorizedLinear) -> bool:
 @torch.no_grad()
 def _filled(dense: Any, layer: FactorizedLinear) -> nn.Module:
     """Put the product of the factors into `dense`, an empty `Linear` or `Conv1D`."""
-    factor = layer.left.weight if layer.storage == "factors" else layer.rest.weight
+    factor = layer.last.weight
     exact = copy.deepcopy(layer).to(torch.promote_types(factor.dtype, torch.float32))
     weight, bias = exact.weight.to(factor.dtype), exact.bias
     # Conv1D holds its weight as (in, out).

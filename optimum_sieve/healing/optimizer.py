@@ -62,7 +62,7 @@ class HeldAsFactors:
         self._pivoted = {
             name: layer
             for name, layer in model.named_modules()
-            if isinstance(layer, FactorizedLinear) and layer.storage == "pivoted"
+            if isinstance(layer, FactorizedLinear) and layer.coefficients is not None
         }
         for name, held in {name: _as_factors(layer) for name, layer in self._pivoted.items()}.items():
             model.set_submodule(name, held)
@@ -84,7 +84,7 @@ class HeldAsFactors:
 def _as_factors(layer: FactorizedLinear) -> FactorizedLinear:
     left, right = truncate_product(*factors_of(layer), layer.rank)
     bias = None if layer.bias is None else layer.bias.detach()
-    return FactorizedLinear.from_factors(left, right, bias, dtype=layer.pivot.weight.dtype).train(layer.training)
+    return FactorizedLinear.from_factors(left, right, bias, dtype=layer.first.weight.dtype).train(layer.training)
 
 
 class FactorTraining:

@@ -14,7 +14,7 @@ import torch
 
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.modeling.layers import FactorizedLinear
-from optimum_sieve.surgery.factors import children, factors_of, is_plain, layer_like, row_norms
+from optimum_sieve.surgery.factors import factors_of, is_plain, layer_like, row_norms
 
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class WholeMatrixMixin(_LoraBase):
             )
         base = self._unmerged()
         if not is_plain(base):
-            kinds = ", ".join(sorted({type(child).__name__ for child in children(base)}))
+            kinds = ", ".join(sorted({type(child).__name__ for child in (base.first, base.last)}))
             raise ValueError(
                 f"`target_modules` must name layers of plain factors to put adapters around them, got {kinds} in "
                 f"{name!r}. Put adapters on quantized factors themselves, see `factor_targets`."
@@ -193,7 +193,7 @@ class WholeMatrixMixin(_LoraBase):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = children(self.base_layer)[0].weight
+        weight = self.base_layer.first.weight
         # The model may have moved meanwhile.
         self.base_layer = self._before.pop().to(weight.device, weight.dtype).train(self.training)
         self.merged_adapters.clear()
@@ -242,5 +242,5 @@ class WholeMatrixMixin(_LoraBase):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # Not by its weight, which is multiplied out at every access and is on the meta device where it cannot be.
         assert isinstance(base_layer, FactorizedLinear)
-        found: tuple[Any, Any] = super()._get_base_layer_device_and_dtype(children(base_layer)[0])  # type: ignore[no-untyped-call]
+        found: tuple[Any, Any] = super()._get_base_layer_device_and_dtype(base_layer.first)  # type: ignore[no-untyped-call]
         return found

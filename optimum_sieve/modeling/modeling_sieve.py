@@ -141,8 +141,7 @@ def read_rank_pattern(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """
     pattern = {}
     for name, layer in _factorized_layers(model.base_model):
-        biased = layer.left if layer.storage == "factors" else layer.pivot
-        pattern[name] = {"rank": layer.rank, "storage": layer.storage, "bias": biased.bias is not None}
+        pattern[name] = {"rank": layer.rank, "storage": layer.storage, "bias": layer.has_bias}
     return pattern
 
 

@@ -45,10 +45,10 @@ def factor_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
             dense.add(container)
             continue
         style = plan.get(container, "")
-        first, last = ("right", "left") if module.storage == "factors" else ("pivot", "rest")
+        first, last = module.child_names
         if "rowwise" in style:
             rules |= {f"{container}.{first}": style, f"{container}.{last}": "replicate"}
-        elif "colwise" in style and module.storage == "factors":
+        elif "colwise" in style and module.can_split_output:
             rules |= {f"{container}.{first}": "replicate", f"{container}.{last}": style}
         elif style:
             return {}

@@ -1,4 +1,4 @@
-"""Put ranks into a model and take them out again. Needs torch (and SciPy for the pivots) alone."""
+"""Replace linear layers with low-rank factors, and undo it. Needs torch, and SciPy for the pivots."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Above this the coefficients amplify rounding of the pivots visibly in bfloat16 (8 bits of mantissa).
+# Larger coefficients visibly amplify the rounding of the pivots in bfloat16 (8 bits of mantissa).
 MAX_COEFFICIENT = 32.0
 
 
 @dataclass(frozen=True)
 class Pivots:
-    """Rows of a weight from which its other rows are combined.
+    """Rows of a weight that combine into its other rows.
 
     Args:
         rows (`torch.Tensor` of shape `(rank,)`): Indices of the kept rows.
-        coefficients (`torch.Tensor` of shape `(out_features - rank, rank)`): Float64; the other rows, in ascending
-            order, from the kept ones.
-        row_order (`torch.Tensor` of shape `(out_features,)`): Place of each row among kept rows, then others.
+        coefficients (`torch.Tensor` of shape `(out_features - rank, rank)`): Float64; they combine the kept rows into
+            the others, in ascending order.
+        row_order (`torch.Tensor` of shape `(out_features,)`): Position of each row in the kept rows followed by the
+            others.
     """
 
     rows: torch.Tensor
@@ -46,7 +47,7 @@ class Pivots:
 
     @property
     def max_coefficient(self) -> float:
-        """Largest absolute coefficient; 1 to 10 is usual, large values lose precision."""
+        """Largest absolute coefficient; usually 1 to 10. Large values lose precision."""
         return float(self.coefficients.abs().max()) if self.coefficients.numel() else 0.0
 
 
@@ -54,8 +55,8 @@ def choose_pivots(left: torch.Tensor) -> Pivots:
     r"""Choose `rank` rows of `left @ right` that span the others, by QR with column pivoting.
 
     Args:
-        left (`torch.Tensor` of shape `(out_features, rank)`): Left factor. Only its column space matters, so an
-            orthonormal basis of it is pivoted, which keeps the coefficients small whatever the scale of its columns.
+        left (`torch.Tensor` of shape `(out_features, rank)`): Left factor. Only its column space matters: pivoting an
+            orthonormal basis of it keeps the coefficients small at any scale of the columns.
 
     Returns:
         [`Pivots`]: On the CPU.
@@ -84,17 +85,17 @@ def factorized_layer(
 ) -> FactorizedLinear | None:
     """Make the layer that holds the first `rank` directions of `basis`.
 
-    Pivoted storage falls back to factors where the coefficients exceed `MAX_COEFFICIENT`, and to `None` (leave the
-    layer dense) where factors would not be smaller than the dense weight.
+    Pivoted storage falls back to factors if coefficients exceed `MAX_COEFFICIENT`, and to `None` (the layer stays
+    dense) if factors would not be smaller than the dense weight.
     """
     left, right = basis.truncate(rank)
-    bias = None if bias is None else bias.detach().float().to(left.device)
     if storage == "pivoted" and rank:
         pivots = choose_pivots(left)
         if pivots.max_coefficient <= MAX_COEFFICIENT:
             rows = (left.double()[pivots.rows.to(left.device)] @ right.double()).float()
-            coefficients = pivots.coefficients.to(rows)
-            return FactorizedLinear.from_pivots(rows, coefficients, pivots.row_order.to(left.device), bias, dtype=dtype)
+            coefficients, order = pivots.coefficients.to(rows), pivots.row_order.to(left.device)
+            bias = None if bias is None else bias.detach().to(rows)
+            return FactorizedLinear.from_pivots(rows, coefficients, order, bias, dtype=dtype)
         out_features, in_features = left.shape[0], right.shape[1]
         if rank_parameters(rank, out_features, in_features, "factors") >= out_features * in_features:
             return None
@@ -104,10 +105,10 @@ def factorized_layer(
 def apply_ranks(
     model: nn.Module, bases: Mapping[str, FactorBasis], ranks: Mapping[str, int | None], *, storage: str = "pivoted"
 ) -> dict[str, nn.Module]:
-    """Replace the layers named in `ranks` (`None` = leave dense) by factorized ones, in place; all of them or none.
+    """Replace the layers named in `ranks` (`None`: stays dense) with factorized ones, in place; all of them or none.
 
     Returns:
-        `dict[str, torch.nn.Module]`: The replaced layers by name, for `restore`.
+        `dict[str, torch.nn.Module]`: The dense layers that were replaced, by name, for `restore`.
 
     Raises:
         KeyError: If a name is not in `bases`.
@@ -139,7 +140,7 @@ def _replacement(dense: nn.Module, basis: FactorBasis, rank: int, storage: str) 
 
 
 def restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put `layers` back in place, by name."""
+    """Put `layers` back into the model, by name."""
     for name, layer in layers.items():
         model.set_submodule(name, layer)
 
@@ -148,7 +149,7 @@ def restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def truncated(
     model: nn.Module, bases: Mapping[str, FactorBasis], ranks: Mapping[str, int | None], *, storage: str = "pivoted"
 ) -> Iterator[nn.Module]:
-    """Hold `ranks` in `model` inside the context; its dense layers are back afterwards, whatever happened inside."""
+    """Apply `ranks` to `model` inside the context and restore its dense layers on exit, also after an error."""
     replaced = apply_ranks(model, bases, ranks, storage=storage)
     try:
         yield model
@@ -159,8 +160,7 @@ def truncated(
 def largest_coefficient(model: nn.Module) -> float | None:
     """Return the largest absolute coefficient of the pivoted layers in `model`; `None` if it has none.
 
-    The larger it is, the more the rounding of the kept rows shows in the others; see `MAX_COEFFICIENT`.
+    Larger coefficients pass on more of the rounding of the kept rows to the others; see `MAX_COEFFICIENT`.
     """
-    layers = (module for module in model.modules() if isinstance(module, FactorizedLinear))
-    found = [layer.rest.weight.detach() for layer in layers if layer.storage == "pivoted"]
-    return max((float(weight.abs().max()) for weight in found if weight.numel()), default=None)
+    found = [module.coefficients for module in model.modules() if isinstance(module, FactorizedLinear)]
+    return max((float(c.detach().abs().max()) for c in found if c is not None and c.numel()), default=None)

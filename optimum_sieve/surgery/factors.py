@@ -1,6 +1,6 @@
-r"""Other products in place of a factorized layer's own: wider ones, and the best approximations of lower rank.
+r"""Change the product of a factorized layer: raise its rank, or lower it by the best approximation.
 
-Works on factors alone; the dense weight is never formed. Does not import PEFT.
+Everything is computed from the factors; the dense weight is never formed. Does not import PEFT.
 """
 
 from __future__ import annotations
@@ -23,33 +23,22 @@ if TYPE_CHECKING:
 
 
 def factors_of(layer: FactorizedLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `left` (out, rank) and `right` (rank, in) of a layer of either storage, detached, in float32 or wider.
+    """Check a layer and return its [`factors`][optimum_sieve.modeling.layers.FactorizedLinear.factors].
 
     Raises:
         ValueError: If the factors are quantized, offloaded or carry adapters of their own.
     """
     check_plain(layer)
-    first, last = children(layer)
-    dtype = torch.promote_types(first.weight.dtype, torch.float32)
-    right, left = first.weight.detach().to(dtype), last.weight.detach().to(dtype)
-    if layer.storage == "pivoted":
-        identity = torch.eye(layer.rank, dtype=dtype, device=left.device)
-        left = torch.cat([identity, left]).index_select(0, layer.row_order)
-    return left, right
-
-
-def children(layer: FactorizedLinear) -> tuple[Any, Any]:
-    """Return the two children in the order in which the input meets them."""
-    return (layer.right, layer.left) if layer.storage == "factors" else (layer.pivot, layer.rest)
+    return layer.factors()
 
 
 def is_plain(layer: FactorizedLinear) -> bool:
-    """Tell whether the children are plain linears, neither quantized nor wrapped. Offloaded ones are not told apart."""
-    # torchao leaves the class of the module as it is, and changes that of the tensor.
+    """Tell whether the children are plain linears, neither quantized nor wrapped. Offloaded ones count as plain."""
+    # torchao changes the class of the tensor, not of the module.
     tensors = (torch.Tensor, nn.Parameter)
     return all(
         type(child) is nn.Linear and type(child.weight) in tensors and type(child.weight.data) is torch.Tensor
-        for child in children(layer)
+        for child in (layer.first, layer.last)
     )
 
 
@@ -57,22 +46,23 @@ def check_plain(layer: FactorizedLinear) -> None:
     """Refuse a layer whose factors cannot be read or replaced.
 
     Raises:
-        ValueError: If they are quantized, offloaded or carry adapters of their own.
+        ValueError: If the factors are quantized, offloaded or carry adapters of their own.
     """
+    children = (layer.first, layer.last)
     if not is_plain(layer):
-        kinds = ", ".join(f"{type(child).__name__} of {type(child.weight).__name__}" for child in children(layer))
+        kinds = ", ".join(f"{type(child).__name__} of {type(child.weight).__name__}" for child in children)
         raise ValueError(
             f"`model` must have plain factors to merge into, got {kinds}. Load it without quantization, and merge "
             "adapters of the factors first."
         )
-    if any(child.weight.is_meta for child in children(layer)):
+    if any(child.weight.is_meta for child in children):
         raise ValueError("`model` must be in memory, got factors that are offloaded. Load it without `device_map`.")
 
 
 def row_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return the length of every row of `left @ right` (out,), in float64.
 
-    The rows of `left @ triangle` have the same lengths, where `right` is `triangle` times an orthonormal basis.
+    With `right = triangle @ orthonormal`, the rows of `left @ triangle` have the same lengths.
     """
     if not right.shape[0]:
         return torch.zeros(left.shape[0], dtype=torch.float64, device=left.device)
@@ -84,17 +74,16 @@ def row_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def truncate_product(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Return the factors of the best approximation of `left @ right` of rank `rank`, in the Frobenius norm.
 
-    With QR decompositions of both factors only the product of two triangles is decomposed into singular values.
-    Everything runs in float64.
+    After QR decompositions of both factors, only the product of two triangles needs an SVD. Computed in float64.
 
     Args:
         left (`torch.Tensor` of shape `(out_features, r)`): Any `r`, also above `min(out_features, in_features)`.
         right (`torch.Tensor` of shape `(r, in_features)`): The other factor.
-        rank (`int`): Rank wanted; at `min(r, out_features, in_features)` and above, the product is unchanged.
+        rank (`int`): New rank; `min(r, out_features, in_features)` or more leaves the product unchanged.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Of shapes `(out_features, rank)` and `(rank, in_features)` or smaller, in
-        the dtype of `left`, column and row of each direction of the same length.
+        the dtype of `left`. The column and the row of a direction have the same length.
 
     Reference: Eckart and Young (1936), *The approximation of one matrix by another of lower rank*.
 
@@ -121,21 +110,19 @@ def truncate_product(left: torch.Tensor, right: torch.Tensor, rank: int) -> tupl
 def layer_like(
     layer: FactorizedLinear, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None
 ) -> FactorizedLinear:
-    """Make a layer of the storage, dtype, device and mode of `layer` that holds `left @ right` and `bias`.
+    """Make a layer that holds `left @ right` and `bias`, with the storage, dtype, device and mode of `layer`.
 
-    The rank is that of the factors, but never above `min(out_features, in_features)`, where the product is factorized
-    anew. Pivoted storage falls back to factors where coefficients would exceed
-    [`MAX_COEFFICIENT`][optimum_sieve.surgery.apply.MAX_COEFFICIENT], and a layer of rank 0 is always held as factors.
+    The rank is that of the factors; factors of more than `min(out_features, in_features)` are factorized again.
+    Pivoted storage falls back to factors if coefficients would exceed
+    [`MAX_COEFFICIENT`][optimum_sieve.surgery.apply.MAX_COEFFICIENT], and at rank 0.
     """
-    weight = children(layer)[0].weight
+    weight = layer.first.weight
     limit = min(layer.out_features, layer.in_features)
     if right.shape[0] > limit:
         left, right = truncate_product(left, right, limit)
-    made = None
     rank = right.shape[0]
-    if layer.storage == "pivoted":
-        basis = FactorBasis(left, right, torch.zeros(rank, dtype=torch.float64))
-        made = factorized_layer(basis, rank, bias=bias, dtype=weight.dtype)
+    basis = FactorBasis(left, right, torch.zeros(rank, dtype=torch.float64))
+    made = factorized_layer(basis, rank, storage=layer.storage, bias=bias, dtype=weight.dtype)
     if made is None:
         made = FactorizedLinear.from_factors(left, right, bias, dtype=weight.dtype)
     return made.to(weight.device).train(layer.training).requires_grad_(weight.requires_grad)
@@ -143,18 +130,18 @@ def layer_like(
 
 @torch.no_grad()
 def recompress(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
-    """Bring factorized layers of a model back to lower ranks, in place, each by its best approximation.
+    """Lower the ranks of factorized layers in place, each by its best approximation.
 
-    Best is meant in the Frobenius norm of the weight: no data are looked at. Layers whose rank is not above the one
-    asked for stay as they are.
+    The approximation is best in the Frobenius norm of the weight; no data are used. Layers whose rank is not above the
+    requested one stay unchanged.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): With or without a head, no adapters left in it.
+        model ([`~transformers.PreTrainedModel`]): With or without a head, without adapters.
         ranks (`Mapping[str, int]`): Module name relative to the base model, as in a rank pattern -> rank.
 
     Raises:
         ValueError: If a name is not that of a factorized layer, a rank is negative, or factors are quantized,
-            offloaded or carry adapters. The model is unchanged then.
+            offloaded or carry adapters. The model is then unchanged.
 
     Example:
 

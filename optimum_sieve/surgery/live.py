@@ -1,4 +1,4 @@
-"""Ranks that change many times in one model: factors are views of the bases, and unchanged layers stay as they are."""
+"""Change the ranks of one model many times: factors are views of the bases, and unchanged layers are not touched."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from optimum_sieve.factorization.closed_form import FactorBasis
 
 
-# No rank: the layer is put in anew, whatever is asked for.
+# Equal to no rank, so that the layer is replaced at the next call.
 _UNKNOWN = -1
 
 
 class LiveRanks:
-    """Hold one rank pattern after another in a model; as a context manager, its dense layers are back afterwards.
+    """Hold one rank pattern after another in a model; as a context manager, restore its dense layers on exit.
 
-    A layer of low rank computes with views of its basis, which costs no copy. Where two factors would cost more
-    arithmetic than one weight, they are multiplied out instead. Pivots are left for the pattern that is chosen: they
-    hold the same product.
+    A layer of low rank computes with views of its basis, without a copy. Where two factors would cost more arithmetic
+    than one weight, their product is stored instead. Pivots are only computed for the final pattern; they hold the
+    same product.
 
     Args:
         model (`torch.nn.Module`): The dense model.
-        bases (`Mapping[str, FactorBasis]`): A basis of every layer that may change, on its device.
+        bases (`Mapping[str, FactorBasis]`): Basis of every layer that may change, on the device of the layer.
 
     Example:
 
@@ -57,10 +57,10 @@ class LiveRanks:
         restore(self.model, self._dense)
 
     def hold(self, ranks: Mapping[str, int | None]) -> int:
-        """Put `ranks` (`None` = dense) into the model; layers that are not named become dense.
+        """Apply `ranks` (`None`: dense) to the model; layers that are not named become dense.
 
         Returns:
-            `int`: Number of layers that were touched.
+            `int`: Number of layers that changed.
 
         Raises:
             KeyError: If a name has no basis.
@@ -70,16 +70,16 @@ class LiveRanks:
             raise KeyError(f"`ranks` must name layers that have a basis, got {sorted(unknown)[0]!r}.")
         changed = {name: ranks.get(name) for name, held in self._ranks.items() if ranks.get(name) != held}
         for name, rank in changed.items():
-            # An interrupt between the two lines below must not leave a wrong entry.
+            # An interrupt between the next two lines must not leave a wrong entry.
             self._ranks[name] = _UNKNOWN
             self.model.set_submodule(name, self._layer(name, rank))
             self._ranks[name] = rank
         return len(changed)
 
     def factors(self, windows: Mapping[str, tuple[int, int | None]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return the left and right factors of some directions: the first and the one after the last, by layer."""
+        """Return left and right factors of a range of directions of each layer, given as (first, last + 1)."""
         parts = {name: slice(*window) for name, window in windows.items()}
-        return {name: (self._bases[name].left[:, own], self._bases[name].right[own]) for name, own in parts.items()}
+        return {name: (self._bases[name].left[:, part], self._bases[name].right[part]) for name, part in parts.items()}
 
     def _layer(self, name: str, rank: int | None) -> nn.Module:
         dense = self._dense[name]
@@ -95,8 +95,8 @@ class LiveRanks:
             last.weight = nn.Parameter(left @ right, requires_grad=False)
         else:
             layer = FactorizedLinear(columns, rows, rank, bias=False, device=torch.device("meta"))
-            layer.right.weight = nn.Parameter(right, requires_grad=False)
-            layer.left.weight = nn.Parameter(left, requires_grad=False)
-            last = layer.left
+            layer.first.weight = nn.Parameter(right, requires_grad=False)
+            layer.last.weight = nn.Parameter(left, requires_grad=False)
+            last = layer.last
         last.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
         return layer.train(dense.training)

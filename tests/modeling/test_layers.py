@@ -138,3 +138,27 @@ def test_an_unknown_storage() -> None:
 def test_it_prints_its_shape_and_rank() -> None:
     shown = repr(random_layer("pivoted"))
     assert "in_features=8, out_features=6, rank=3, storage='pivoted', bias=True" in shown
+
+
+@each_storage
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [0, 1, 3, 6])
+def test_factors_multiply_to_the_weight_in_the_order_of_its_rows(storage: Any, bias: bool, rank: int) -> None:
+    layer = random_layer(storage, rank=rank, bias=bias)
+    left, right = layer.factors()
+    assert (left.shape, right.shape) == ((6, rank), (rank, 8))
+    assert not any(factor.requires_grad for factor in (left, right))
+    torch.testing.assert_close(left @ right, layer.weight)
+    half = layer.to(torch.bfloat16)
+    assert {factor.dtype for factor in half.factors()} == {torch.float32}
+
+
+@each_storage
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_names_its_children_in_the_order_of_the_computation(storage: Any, bias: bool) -> None:
+    layer = random_layer(storage, bias=bias)
+    assert [layer.get_submodule(name) for name in layer.child_names] == [layer.first, layer.last]
+    assert (layer.first.in_features, layer.first.out_features, layer.last.in_features) == (8, 3, 3)
+    assert layer.has_bias is bias
+    assert layer.can_split_output is (storage == "factors")
+    assert (layer.coefficients is layer.last.weight) is (storage == "pivoted")
