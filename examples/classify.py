@@ -1,6 +1,6 @@
 """Use a pruned model with plain transformers: `python examples/classify.py MODEL LABEL LABEL ... < prompts.txt`.
 
-Each line of the input is a prompt; the label whose tokens are likeliest after it is printed in front of it.
+Each input line is a prompt. The script prints the most likely label in front of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(path: str, *labels: str) -> None:
-    """Label every line of the standard input. No import of optimum_sieve: that it is installed is enough."""
+    """Label every line of the standard input. An installed optimum_sieve suffices; no import is needed."""
     model = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     for line in sys.stdin:

@@ -1,6 +1,6 @@
 """Fine-tune a pruned model with TRL and LoRA: `python examples/lora_sft.py PRUNED TASK_FILE ADAPTER [EPOCHS]`.
 
-Trains adapters of the factors on the task's calibration examples, with the loss on the answers alone, and saves them.
+Trains adapters on the factors with the task's calibration examples, with the loss on the answers only, and saves them.
 Needs `pip install peft trl`.
 """
 
@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from optimum_sieve import Task
-from optimum_sieve.lora.layer import factor_targets
+from optimum_sieve.lora import factor_targets
 
 
 def main(pruned: str, task_file: str, adapter: str, epochs: str = "1") -> None:
-    """Train, save the adapter and say how to merge it."""
+    """Train and save the adapter, and print the command that merges it."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
     examples = Task.from_file(task_file).examples("calibration", tokenizer)
     trainer = SFTTrainer(
@@ -29,7 +29,7 @@ def main(pruned: str, task_file: str, adapter: str, epochs: str = "1") -> None:
             num_train_epochs=float(epochs),
             learning_rate=2e-4,
             per_device_train_batch_size=8,
-            # TRL asks for it everywhere, and transformers refuses it where there is none.
+            # TRL enables bfloat16 by default, and transformers refuses it on devices without support.
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             save_strategy="no",
             report_to="none",

@@ -9,9 +9,9 @@ from optimum_sieve.publish.report import format_table
 
 
 def main(model: str, task: str, output: str, tolerance: str = "0.02") -> None:
-    """Prune `model` until it loses `tolerance` points on the task's selection split."""
+    """Prune `model` as far as `tolerance` allows on the task's selection split, and save it."""
     pruner = SievePruner.from_pretrained(model, task=task)
-    # The work directory keeps finished stages: run the same command again after a stop and it goes on there.
+    # The work directory stores finished stages: after an interruption, the same command resumes.
     result = pruner.prune(SieveConfig(tolerance=float(tolerance)), work_dir=f"{output}-work")
     pruner.save_pretrained(output)
     print(format_table(result.report))

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import optimum_sieve
 
@@ -38,6 +39,28 @@ def test_every_requirement_has_a_tested_version():
 @pytest.mark.parametrize("name", optimum_sieve.__all__)
 def test_every_public_name_is_in_the_documentation(name):
     assert re.search(rf"^::: optimum_sieve\.(\w+\.)*{name}$", read("docs/api.md"), flags=re.MULTILINE)
+
+
+def test_the_documentation_has_five_groups_and_at_most_twenty_pages():
+    # The custom tags of mkdocs.yml are none of the navigation's.
+    navigation = yaml.safe_load(re.search(r"^nav:\n(?:[ -].*\n)+", read("mkdocs.yml"), flags=re.MULTILINE)[0])["nav"]
+    assert [title for group in navigation for title in group] == ["Start", "Guides", "Method", "Results", "Reference"]
+    pages = [page for group in navigation for entries in group.values() for entry in entries for page in entry.values()]
+    assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert len(pages) <= 20
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"])
+def test_the_links_of_a_page_outside_the_documentation_lead_somewhere(name):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", read(name)):
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        headings = re.findall(r"^#+ (.+)$", read(path or name), flags=re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings]
 
 
 def test_the_wheel_brings_the_command_and_the_hook(tmp_path):

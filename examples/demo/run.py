@@ -1,6 +1,6 @@
-"""The main job, whole: prune a real model for a real task, reload it with plain transformers, use it, time it.
+"""End-to-end demo: prune a real model for a real task, reload it with plain transformers, use it, time it.
 
-`DEMO_MODEL` (Hub id or directory) and `DEMO_TASK` (task file) put another model or task in place of the demo's.
+`DEMO_MODEL` (Hub id or directory) and `DEMO_TASK` (task file) replace the demo's model or task.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from use import classify, sibling, write
 
 from optimum_sieve import SieveConfig, SievePruner, Task
-from optimum_sieve.backbone.loading import copy_parameters, load_model
+from optimum_sieve.backbone.loading import load_model
+from optimum_sieve.modeling.layout import copy_parameters
 from optimum_sieve.publish.report import format_table
 
 

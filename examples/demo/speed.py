@@ -1,4 +1,4 @@
-"""Time the generation of several models in one process, in turns, so that a noisy machine treats them alike."""
+"""Time the generation of several models in one process, alternating, so that background load affects all alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def decode_speeds(
 ) -> dict[str, tuple[float, float]]:
     """Return for each model the median generated tokens per second (batch 1), and (max - min) / median over rounds.
 
-    The weights must lie in ordinary memory, see `optimum_sieve.modeling.layout.copy_parameters`.
+    Copy memory-mapped weights into ordinary memory first, see `optimum_sieve.modeling.layout.copy_parameters`.
     """
     texts = tokenizer("The film begins with", return_tensors="pt")
     inputs = {name: texts.to(model.device) for name, model in models.items()}

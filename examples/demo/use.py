@@ -1,4 +1,4 @@
-"""What the demo does with the reloaded model: write, classify, and be scored on data of a sibling task."""
+"""Use the reloaded model: generate, classify, and score it on data of a related task."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(model: Any, tokenizer: Any) -> list[int]:
 
 
 def classify(model: torch.nn.Module, tokenizer: Any, task: Task) -> None:
-    """Print the likelier label of a few sentences, read from the next-token logits."""
+    """Print the more likely label of a few sentences, from the next-token logits."""
     tokens = {label: tokenizer(text, add_special_tokens=False).input_ids[0] for label, text in task.labels.items()}
     for sentence in SENTENCES:
         inputs = tokenizer(f"Review: {sentence}\nSentiment:", return_tensors="pt")
@@ -34,7 +34,7 @@ def classify(model: torch.nn.Module, tokenizer: Any, task: Task) -> None:
 
 
 def sibling(dense: torch.nn.Module, pruned: torch.nn.Module, tokenizer: Any) -> None:
-    """Score both models on product reviews, which neither calibration nor search has seen anything of."""
+    """Score both models on product reviews, which neither calibration nor search used."""
     task = Task.from_file(Path(__file__).with_name("amazon.yaml"))
     examples = task.examples("test", tokenizer)
     scores = [evaluate(model, examples, tokenizer, metric="accuracy", batch_size=32) for model in (dense, pruned)]
