@@ -25,6 +25,9 @@ Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 # Positions of each prompt whose next tokens are looked at.
 PROMPT_SITES = 32
+# Weight of all prompt tokens together, relative to the answer's. Without them, the moments of short answers span few
+# directions.
+PROMPT_WEIGHT = 1.0
 
 
 def calibration_loss(
@@ -151,7 +154,7 @@ def _token_signs(batch: Batch, width: int, seed: int) -> torch.Tensor:
 def calibration_batches(run: Run, examples: Sequence[Example]) -> tuple[list[Batch], Loss]:
     """Return the batches of a task's calibration examples, all processes' together, and their loss."""
     config = run.config
-    loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=config.prompt_weight)
+    loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=PROMPT_WEIGHT)
     inputs = input_format(run.model)
     batches = make_batches(
         examples, run.tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs

@@ -1,4 +1,4 @@
-"""What the subcommands share: the options that name model and task, and errors as one line."""
+"""Base of the subcommands: options for the model and the task, and errors printed as one line."""
 
 from __future__ import annotations
 
@@ -27,39 +27,41 @@ class SieveSubcommand(BaseOptimumCLICommand):
 
     @abstractmethod
     def execute(self, arguments: Namespace) -> None:
-        """Do the work of the subcommand."""
+        """Run the subcommand."""
 
     def run(self) -> None:
-        """Do the work; an error is printed as one line, with its traceback under `--debug`."""
+        """Run the subcommand; print an error as one line, or with its traceback under `--debug`."""
         with one_line_errors(debug=self.args.debug):
             self.execute(self.args)
 
 
 def add_debug(parser: ArgumentParser) -> None:
     """Add the option that `SieveSubcommand.run` reads."""
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks of errors.")
 
 
 def add_task(parser: ArgumentParser, *, required: bool = True, several: bool = True) -> None:
-    """Add the option that names the task, which may be given more than once where there can be several."""
-    text = "Task file, YAML or JSON." + (" Give it again for each further task the model is to do." * several)
+    """Add the `--task` option; it can be repeated if the command accepts several tasks."""
+    text = "Task file, YAML or JSON." + (" Repeat for each additional task." * several)
     action = "append" if several else "store"
     parser.add_argument("--task", required=required, action=action, metavar="FILE", help=text)
 
 
 def add_source(parser: ArgumentParser, *, required: bool = True, several: bool = True) -> None:
-    """Add the options that name the model, the task or tasks, and how to load them."""
+    """Add the options that name the model and the tasks, and those that control loading."""
     parser.add_argument("--model", required=required, metavar="MODEL", help="Hub id or directory of the model.")
     add_task(parser, required=required, several=several)
-    parser.add_argument("--dtype", help="Floating-point type to load in, such as bfloat16 (default: as saved).")
+    parser.add_argument(
+        "--dtype", help="Floating-point type of the loaded model, such as bfloat16 (default: as saved)."
+    )
     parser.add_argument(
         "--device",
-        help="Where to compute, such as cpu, cuda or cuda:1 (default: the accelerator if there is one, else cpu).",
+        help="Device, such as cpu, cuda or cuda:1 (default: the accelerator if available, else cpu).",
     )
     parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-    parser.add_argument("--gguf-file", metavar="FILE", help="File of a GGUF repository to read the model from.")
+    parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file to load from the model repository.")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Run modelling code that lies beside the weights."
+        "--trust-remote-code", action="store_true", help="Run modeling code from the model's repository."
     )
     add_debug(parser)
 
@@ -67,7 +69,7 @@ def add_source(parser: ArgumentParser, *, required: bool = True, several: bool =
 def load_pruner(arguments: Namespace, config: SieveConfig | None = None) -> SievePruner:
     """Load the model and the tasks that the options of `add_source` name.
 
-    Where the settings limit the memory and leave no room for the model, its blocks stay on disk.
+    If the model does not fit the memory limit of the settings, its blocks stay on disk.
     """
     from optimum_sieve.plan.fits import fits
     from optimum_sieve.pruner import SievePruner
@@ -90,7 +92,7 @@ def load_pruner(arguments: Namespace, config: SieveConfig | None = None) -> Siev
 
 @contextmanager
 def one_line_errors(*, debug: bool) -> Iterator[None]:
-    """Print an error that tells the user something as one line, and end with status 1."""
+    """Print expected errors as one line and exit with status 1; let unexpected ones through."""
     try:
         yield
     except KeyboardInterrupt:
@@ -107,7 +109,7 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
 
 
 def _is_reported(error: Exception) -> bool:
-    """Whether `error` tells the user something: any other type is a mistake of ours, whose traceback is wanted."""
+    """Whether the user can act on `error`. Any other type is a bug of this package, whose traceback is needed."""
     from safetensors import SafetensorError
 
     return isinstance(error, (*_REPORTED, SafetensorError))

@@ -24,12 +24,12 @@ _WHEN = {"dense": "before", "pruned": "after"}
 
 
 class EvaluateCommand(SieveSubcommand):
-    """Score a model on a task, alone or against another one."""
+    """Score a model on a task, alone or compared with another model."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve evaluate`."""
-        parser.description = "Score a model, pruned or not, on one split of a task."
+        parser.description = "Score a dense or pruned model on one split of a task."
         add_source(parser, several=False)
         parser.add_argument(
             "--split",
@@ -38,9 +38,11 @@ class EvaluateCommand(SieveSubcommand):
             help="Split of the task to score (default: test).",
         )
         parser.add_argument(
-            "--compare-to", metavar="MODEL", help="Dense model to score on the same examples, for a paired comparison."
+            "--compare-to", metavar="MODEL", help="Dense model for a paired comparison on the same examples."
         )
-        parser.add_argument("--json", metavar="FILE", help="File for the figures, in the form of sieve_report.json.")
+        parser.add_argument(
+            "--json", metavar="FILE", help="Write the results to this file, in the format of sieve_report.json."
+        )
         parser.add_argument(
             "--batch-size",
             type=int,
@@ -50,29 +52,29 @@ class EvaluateCommand(SieveSubcommand):
         )
 
     def execute(self, arguments: Namespace) -> None:
-        """Score the model or models, print a table and write the JSON file."""
+        """Score one or two models, print a table and write the JSON file."""
         from optimum_sieve.evaluation.comparison import compare
         from optimum_sieve.publish.report import build_report, format_table, task_block, write_report
         from optimum_sieve.tasks import Task
 
         if arguments.json and not os.access(Path(arguments.json).absolute().parent, os.W_OK | os.X_OK):
             raise FileNotFoundError(
-                f"`--json` must lie in an existing directory that can be written, got {arguments.json}. Make it."
+                f"`--json` must name a file in an existing, writable directory, got {arguments.json}. Create it."
             )
         task = Task.from_file(arguments.task)
         task.require_splits(arguments.split)
         if not task.labelled and arguments.compare_to is None:
             raise ValueError(
-                "`answer` must be given in the task file, or `--compare-to` on the command line, got neither: without "
-                "labels a model is scored against the answers of another one."
+                "`answer` must be given in the task file, or `--compare-to` on the command line, got neither. Without "
+                "labels, a model is scored against the answers of another model."
             )
         if arguments.compare_to is None:
-            only = _score(arguments.model, task, arguments)
-            scored = {"pruned" if only.is_pruned else "dense": only}
+            model = _score(arguments.model, task, arguments)
+            scored = {"pruned" if model.is_pruned else "dense": model}
         else:
             dense = _score(arguments.compare_to, task, arguments, is_reference=True)
             scored = {"dense": dense, "pruned": _score(arguments.model, task, arguments, dense.examples)}
-        evaluations = {side: one.evaluation for side, one in scored.items()}
+        evaluations = {side: model.evaluation for side, model in scored.items()}
         block = task_block(
             task.name,
             evaluations.get("dense"),
@@ -83,9 +85,9 @@ class EvaluateCommand(SieveSubcommand):
         )
         report = build_report(
             [block],
-            parameters={f"model_{_WHEN[side]}": one.num_parameters for side, one in scored.items()},
-            num_bytes={_WHEN[side]: one.num_bytes for side, one in scored.items() if one.num_bytes} or None,
-            seconds={f"evaluate_{side}": one.seconds for side, one in scored.items()},
+            parameters={f"model_{_WHEN[side]}": model.num_parameters for side, model in scored.items()},
+            num_bytes={_WHEN[side]: model.num_bytes for side, model in scored.items() if model.num_bytes} or None,
+            seconds={f"evaluate_{side}": model.seconds for side, model in scored.items()},
             vocabulary=scored["pruned"].vocabulary if "pruned" in scored else None,
         )
         if arguments.json:
@@ -95,7 +97,7 @@ class EvaluateCommand(SieveSubcommand):
 
 @dataclass(frozen=True)
 class _Scored:
-    """What is kept of a scored model; the model itself is let go, so that two need not fit in memory."""
+    """Results kept after the scored model is freed, so that two models never need to fit in memory."""
 
     evaluation: Evaluation
     examples: list[Example] | None
@@ -114,7 +116,7 @@ def _score(
     *,
     is_reference: bool = False,
 ) -> _Scored:
-    """Score a model, on `labelled` examples if there are any; without labels, a reference gives its own."""
+    """Score a model on `labelled` if given. On a task without labels, the reference model labels the examples first."""
     from optimum_sieve.backbone.loading import load_model
     from optimum_sieve.evaluation.labelling import label_by_model
     from optimum_sieve.evaluation.scores import evaluate
@@ -135,7 +137,7 @@ def _score(
         examples=labelled,
         is_pruned=model.config.model_type == "sieve",
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        # Of the files, so 0 for a model on the Hub or in another format.
+        # Size of the files: 0 for a model on the Hub or in another format.
         num_bytes=sum(path.stat().st_size for path in Path(model_name).glob("*.safetensors")),
         seconds=time.perf_counter() - start,
         vocabulary=(getattr(model.config, "sieve", None) or {}).get("vocabulary"),

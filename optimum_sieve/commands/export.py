@@ -15,41 +15,47 @@ if TYPE_CHECKING:
 
 
 class ExportCommand(SieveSubcommand):
-    """Write a pruned model in a form that needs nothing of optimum-sieve."""
+    """Write a pruned model in a format that does not need optimum-sieve."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve export`."""
-        parser.description = "Write a pruned model as a dense one of its base architecture, or as an ONNX graph."
+        parser.description = "Convert a pruned model to a dense model of its base architecture, or to an ONNX graph."
         parser.add_argument("--model", metavar="MODEL", required=True, help="Hub id or directory of the pruned model.")
-        parser.add_argument("--output", metavar="DIR", required=True, help="Directory of the export.")
+        parser.add_argument("--output", metavar="DIR", required=True, help="Directory for the exported model.")
         form = parser.add_mutually_exclusive_group(required=True)
         form.add_argument(
-            "--dense", action="store_true", help="Multiply the factors out: the dense size and speed, loads anywhere."
+            "--dense",
+            action="store_true",
+            help="Multiply the factors out: dense size and speed, loads with plain transformers.",
         )
-        form.add_argument("--onnx", action="store_true", help="ONNX graph with the factors, checked in ONNX Runtime.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
+        form.add_argument(
+            "--onnx",
+            action="store_true",
+            help="Write an ONNX graph that keeps the factors, and verify it in ONNX Runtime.",
+        )
+        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
         parser.add_argument(
             "--dtype",
-            help="Floating-point type to load in, such as bfloat16 (default: as saved; float32 for --onnx).",
+            help="Floating-point type of the exported model, such as bfloat16 (default: as saved; float32 for --onnx).",
         )
         parser.add_argument(
             "--tolerance",
             type=float,
             metavar="X",
-            help="With --onnx: largest difference of a logit allowed, as a part of the largest one (default: 0.001).",
+            help="With --onnx: maximum logit difference, relative to the largest logit (default: 0.001).",
         )
         parser.add_argument(
-            "--max-shard-size", metavar="SIZE", help="With --dense: largest file of weights, such as 2GB."
+            "--max-shard-size", metavar="SIZE", help="With --dense: maximum size of a weight file, such as 2GB."
         )
         parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:
-        """Load the model, export it and say where."""
+        """Load the model, export it and print the directory."""
         for option, form in (("tolerance", "onnx"), ("max_shard_size", "dense")):
             if getattr(arguments, option) is not None and not getattr(arguments, form):
-                self.parser.error(f"--{option.replace('_', '-')} goes with --{form}")
+                self.parser.error(f"--{option.replace('_', '-')} requires --{form}")
 
         from optimum_sieve.export.dense import save_dense
         from optimum_sieve.export.onnx import TOLERANCE, check_onnx_packages, export_onnx
@@ -73,7 +79,7 @@ class ExportCommand(SieveSubcommand):
 
 
 def _load(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the pruned model on the CPU, once its configuration says that it is one."""
+    """Load the pruned model on the CPU, after its configuration was checked."""
     from transformers import AutoConfig
 
     from optimum_sieve.backbone.loading import load_model

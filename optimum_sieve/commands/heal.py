@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 class HealCommand(SieveSubcommand):
-    """Train the factors of a pruned model for a few steps against the dense model."""
+    """Train the factors of a pruned model for a few steps to match the dense model."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve heal`."""
         parser.description = (
-            "Train the factors of a pruned model for a few steps against the dense model it came from, on the "
-            "calibration examples of the task, or of several, and write the result with its report and card."
+            "Recover accuracy of a pruned model: train its factors for a few steps to match the dense model on the "
+            "calibration examples of one or more tasks, and save the result with its report and model card."
         )
         parser.add_argument("--model", metavar="MODEL", required=True, help="Hub id or directory of the pruned model.")
         parser.add_argument(
-            "--dense", metavar="MODEL", required=True, help="Hub id or directory of the model it was pruned from."
+            "--dense", metavar="MODEL", required=True, help="Hub id or directory of the dense base model."
         )
         add_task(parser)
         parser.add_argument(
@@ -35,25 +35,27 @@ class HealCommand(SieveSubcommand):
             type=float,
             nargs="+",
             metavar="X",
-            help="How often each task's examples are drawn, relative to the others' (default: all the same).",
+            help="Relative sampling weights of the tasks, in the order of --task (default: equal weights).",
         )
-        parser.add_argument("--output", metavar="DIR", required=True, help="Directory of the healed model.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
+        parser.add_argument("--output", metavar="DIR", required=True, help="Directory for the healed model.")
+        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
         parser.add_argument(
             "--work-dir",
             metavar="DIR",
-            help="Directory for intermediate results: a run that was stopped resumes there.",
-        )
-        parser.add_argument("--dtype", help="Floating-point type to load in, such as bfloat16 (default: as saved).")
-        parser.add_argument("--device", help="Where to compute (default: the accelerator if there is one, else cpu).")
-        parser.add_argument("--gguf-file", metavar="FILE", help="File of a GGUF repository to read --dense from.")
-        parser.add_argument(
-            "--trust-remote-code", action="store_true", help="Run modelling code that lies beside the weights."
+            help="Directory for intermediate results; an interrupted run resumes from it.",
         )
         parser.add_argument(
-            "--seed", type=int, metavar="N", default=0, help="Seed of the examples' order (default: %(default)s)."
+            "--dtype", help="Floating-point type of the loaded model, such as bfloat16 (default: as saved)."
         )
-        add_heal_settings(parser.add_argument_group("settings"), exclude=("rounds",))
+        parser.add_argument("--device", help="Device (default: the accelerator if available, else cpu).")
+        parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file to load from the repository of --dense.")
+        parser.add_argument(
+            "--trust-remote-code", action="store_true", help="Run modeling code from the model's repository."
+        )
+        parser.add_argument(
+            "--seed", type=int, metavar="N", default=0, help="Seed of the example order (default: %(default)s)."
+        )
+        add_heal_settings(parser, exclude=("rounds",))
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:

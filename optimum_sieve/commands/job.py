@@ -1,4 +1,4 @@
-"""What a search was started with, kept in its work directory, so that a worker needs to be told nothing else."""
+"""The arguments of a search, stored in its work directory, so that a worker needs only that directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SOURCE = ("model", "task", "dtype", "gguf_file", "revision")
 
 
 def write_job(arguments: Namespace, config: SieveConfig) -> None:
-    """Write down the model, the task, the settings and, unless there is a secret in it, the study's storage."""
+    """Store the model, the tasks, the settings and the study storage, unless its URL contains a password."""
     from optimum_sieve.run.files import replacing
     from optimum_sieve.run.workdir import WorkDir
     from optimum_sieve.search.study.storage import absolute_url, holds_secret
@@ -35,21 +35,21 @@ def write_job(arguments: Namespace, config: SieveConfig) -> None:
 
 
 def _absolute(name: str) -> str:
-    """Return the whole path, as a worker may be started elsewhere; a Hub id stays one."""
+    """Return an absolute path, as a worker may start in another directory; Hub ids stay as they are."""
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def read_job(arguments: Namespace) -> SieveConfig:
-    """Fill in what the leading process was given, where it is not given again; return its settings.
+    """Fill in the arguments of the leading process that are not given again; return its settings.
 
     Raises:
         FileNotFoundError: If no search was started with this work directory.
-        ValueError: If the file is damaged, or the storage's URL has to be given.
+        ValueError: If the file is damaged, or the URL of the study storage must be given.
     """
     path = Path(arguments.work_dir) / _NAME
     if not path.exists():
         raise FileNotFoundError(
-            f"`--work-dir` must be that of a search that was started, got {arguments.work_dir} without {_NAME}. Start "
+            f"`--work-dir` must be the directory of a started search, got {arguments.work_dir} without {_NAME}. Start "
             "`optimum-cli sieve search` without --worker first."
         )
     try:
@@ -59,7 +59,7 @@ def read_job(arguments: Namespace) -> SieveConfig:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"`{path}` must be written by a search, got {error!r}. Start the search again.") from error
     if values.pop("study_storage_is_secret") and arguments.study_storage is None:
-        raise ValueError("`--study-storage` must be given to each worker where its URL holds a password, got none.")
+        raise ValueError("`--study-storage` must be given to each worker if its URL contains a password, got none.")
     for name, value in values.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

@@ -18,28 +18,26 @@ class MergeCommand(SieveSubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve merge`."""
-        parser.description = "Merge a LoRA adapter into a pruned model, which stays factorized, and write the result."
+        parser.description = "Merge a LoRA adapter into a pruned model and save the result, which stays factorized."
         parser.add_argument("--model", metavar="MODEL", required=True, help="Hub id or directory of the pruned model.")
         parser.add_argument(
-            "--adapter", metavar="DIR", required=True, help="Directory of the adapter, as PEFT saves it."
+            "--adapter", metavar="DIR", required=True, help="Directory of the adapter, as saved by PEFT."
         )
-        parser.add_argument("--output", metavar="DIR", required=True, help="Directory of the merged model.")
+        parser.add_argument("--output", metavar="DIR", required=True, help="Directory for the merged model.")
         parser.add_argument(
             "--rank",
             choices=("widen", "keep"),
             default="widen",
-            help="What an adapter of whole matrices does to the ranks: they grow by its own, exactly, or "
-            "each layer is brought back to its old rank by the best approximation (default: widen).",
+            help="Ranks after merging an adapter of whole matrices: widen (adds the adapter's rank; exact) or keep "
+            "(truncates each layer to its previous rank; approximate) (default: %(default)s).",
         )
-        parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
-        parser.add_argument(
-            "--dtype", help="Floating-point type to merge and save in (default: as the model is saved)."
-        )
+        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
+        parser.add_argument("--dtype", help="Floating-point type of the merged model (default: as saved).")
         parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:
-        """Merge, save and say what became of the size."""
+        """Merge, save and print the sizes before and after."""
         from transformers import AutoConfig
 
         from optimum_sieve.backbone.loading import load_model
@@ -69,7 +67,7 @@ class MergeCommand(SieveSubcommand):
 
 
 def _sizes(model: Any) -> dict[str, int]:
-    """Count parameters, biases included, and add up ranks."""
+    """Count parameters, including biases, and sum the ranks."""
     from optimum_sieve.modeling.layers import FactorizedLinear
 
     layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]

@@ -1,4 +1,4 @@
-"""Command-line options made of settings classes: fields give names, types and defaults, docstrings the help."""
+"""Command-line options of the settings: dataclass fields give names, types and defaults, docstrings the help."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.sieve import SieveConfig
 
+from .help_all import add_help_all
+
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,22 +27,26 @@ _HEAL = "heal"
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add one option for each field of `SieveConfig` and, after `--heal-`, of `HealConfig`.
 
-    An option that is not given leaves no trace in the parsed arguments, so that `--config` can be overridden option by
-    option.
+    Options that are not given are absent from the parsed arguments, so that each one given overrides its value in the
+    `--config` file. `--help` leaves the advanced ones to `--help-all`.
     """
-    settings = parser.add_argument_group("settings", "Every setting of the method, with its default.")
-    stop = settings.add_mutually_exclusive_group()
-    own = [field.name for field in dataclasses.fields(SieveConfig) if field.name not in (*_STOP_CRITERIA, _HEAL)]
-    _add_fields(stop, SieveConfig, _STOP_CRITERIA)
-    _add_fields(settings, SieveConfig, own)
-    healing = parser.add_argument_group("healing", "A short training after pruning, where any of these is given.")
-    add_heal_settings(healing, prefix=f"{_HEAL}_")
+    settings = parser.add_argument_group("settings", "Settings of pruning. --help-all also shows the advanced ones.")
+    healing = parser.add_argument_group("healing", "A short training after pruning. Any of these options turns it on.")
+    advanced = parser.add_argument_group("advanced settings")
+    _add_fields(settings.add_mutually_exclusive_group(), SieveConfig, _STOP_CRITERIA)
+    _add_fields(settings, SieveConfig, _everyday(SieveConfig, (*_STOP_CRITERIA, _HEAL)))
+    _add_fields(healing, HealConfig, _everyday(HealConfig), f"{_HEAL}_")
+    hidden = _add_fields(advanced, SieveConfig, SieveConfig.ADVANCED)
+    hidden += _add_fields(advanced, HealConfig, HealConfig.ADVANCED, f"{_HEAL}_")
+    add_help_all(parser, hidden)
 
 
-def add_heal_settings(group: Any, *, prefix: str = "", exclude: Sequence[str] = ()) -> None:
-    """Add one option for each field of `HealConfig` but those in `exclude`, their names after `prefix`."""
-    names = [field.name for field in dataclasses.fields(HealConfig) if field.name not in exclude]
-    _add_fields(group, HealConfig, names, prefix)
+def add_heal_settings(parser: argparse.ArgumentParser, *, exclude: Sequence[str] = ()) -> None:
+    """Add one option for each field of `HealConfig` that is not in `exclude`; `--help-all` shows the advanced ones."""
+    settings = parser.add_argument_group("settings", "Settings of healing. --help-all also shows the advanced ones.")
+    advanced = parser.add_argument_group("advanced settings")
+    _add_fields(settings, HealConfig, _everyday(HealConfig, exclude))
+    add_help_all(parser, _add_fields(advanced, HealConfig, [n for n in HealConfig.ADVANCED if n not in exclude]))
 
 
 def heal_settings_from(arguments: argparse.Namespace, *, prefix: str = "") -> dict[str, Any]:
@@ -50,7 +56,7 @@ def heal_settings_from(arguments: argparse.Namespace, *, prefix: str = "") -> di
 
 
 def settings_from(arguments: argparse.Namespace) -> SieveConfig:
-    """Make the configuration of the `--config` file, if any, and the options given beside it.
+    """Make the configuration from the `--config` file, if any, and the options, which take precedence.
 
     Raises:
         ValueError: If a value breaks its rule, or no stop criterion is given.
@@ -59,19 +65,25 @@ def settings_from(arguments: argparse.Namespace) -> SieveConfig:
     names = [field.name for field in dataclasses.fields(SieveConfig) if field.name != _HEAL]
     given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if any(name in given for name in _STOP_CRITERIA):
-        # A criterion on the command line takes the place of the file's, whichever that is.
+        # Either criterion on the command line replaces either one in the file.
         given = dict.fromkeys(_STOP_CRITERIA) | given
     config = SieveConfig.from_json_file(arguments.config, **given) if arguments.config else SieveConfig.from_dict(given)
     healing = heal_settings_from(arguments, prefix=f"{_HEAL}_")
     if not healing:
         return config
-    before = {} if config.heal is None else config.heal.to_dict()
-    return dataclasses.replace(config, heal=HealConfig.from_dict({**before, **healing}))
+    from_file = {} if config.heal is None else config.heal.to_dict()
+    return dataclasses.replace(config, heal=HealConfig.from_dict({**from_file, **healing}))
 
 
-def _add_fields(group: Any, settings: type[Any], names: Sequence[str], prefix: str = "") -> None:
-    """Add an option for each of the fields `names` of a configuration class."""
-    types_by_name, help_by_name = typing.get_type_hints(settings), _described(settings)
+def _everyday(settings: type[SieveConfig | HealConfig], exclude: Sequence[str] = ()) -> list[str]:
+    """Return the names of the fields that are neither advanced nor in `exclude`."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    return [name for name in names if name not in (*settings.ADVANCED, *exclude)]
+
+
+def _add_fields(group: Any, settings: type[Any], names: Sequence[str], prefix: str = "") -> list[str]:
+    """Add an option for each of the fields `names` of a settings class; return their names in the parsed arguments."""
+    types_by_name, help_by_name = typing.get_type_hints(settings), _descriptions(settings)
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     for name in names:
         group.add_argument(
@@ -80,21 +92,22 @@ def _add_fields(group: Any, settings: type[Any], names: Sequence[str], prefix: s
             help=help_by_name[name] + _default_text(defaults[name]),
             **_arguments(types_by_name[name]),
         )
+    return [prefix + name for name in names]
 
 
 def _arguments(annotation: Any) -> dict[str, Any]:
-    """Return what `add_argument` needs to read a value of type `annotation`."""
+    """Return the arguments of `add_argument` that read a value of type `annotation`."""
     if annotation is bool:
         return {"action": "store_true"}
     members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     kind = next(member for member in members if member is not type(None))
     if typing.get_origin(kind) is tuple:
-        own = typing.get_args(kind)[0]
-        return {"nargs": "+", "type": own, "metavar": {float: "X", str: "PATTERN"}[own]}
+        item = typing.get_args(kind)[0]
+        return {"nargs": "+", "type": item, "metavar": {float: "X", str: "PATTERN"}[item]}
     return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
 
 
-def _described(settings: type[Any]) -> dict[str, str]:
+def _descriptions(settings: type[Any]) -> dict[str, str]:
     """Read the description of each field from the docstring, as plain text."""
     section = inspect.getdoc(settings).split("\nArgs:\n")[1].split("\n\n")[0]  # type: ignore[union-attr]
     entries = re.findall(r"^    (\w+) \(.*?\):((?:\s*.+\n?)*?)(?=^    \w|\Z)", section, flags=re.MULTILINE)
@@ -102,7 +115,7 @@ def _described(settings: type[Any]) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """Take the markup out of a docstring's prose, and escape what argparse would interpolate."""
+    """Strip the markup from a docstring, and escape `%` for argparse."""
     text = re.sub(r"\\\(|\\\)", "", text).replace(r"\lVert", "|").replace(r"\rVert", "|").replace("`", "")
     return " ".join(text.split()).replace("%", "%%")
 

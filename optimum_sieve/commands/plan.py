@@ -11,36 +11,49 @@ from .options import add_settings, settings_from
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-# Of optimum_sieve.plan.hardware, which imports torch.
+# The names in optimum_sieve.plan.hardware, which imports torch.
 _HARDWARE = ("this", "a100", "h100", "h200")
 
 
 class PlanCommand(SieveSubcommand):
-    """Say what pruning a model would take, from its configuration alone."""
+    """Estimate the cost of pruning a model from its configuration alone."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve plan`."""
         parser.description = (
-            "Say what memory, disk and time pruning a model would take, from its config.json alone: no weights and no "
-            "task are read. `prune --dry-run` does so for a task."
+            "Estimate the memory, disk space and time of pruning a model from its config.json, without weights and "
+            "task. For a given task, use `prune --dry-run`."
         )
         parser.add_argument(
             "--model", required=True, metavar="MODEL", help="Hub id, directory or config.json of the model."
         )
-        parser.add_argument("--examples", type=int, default=256, metavar="N", help="Calibration examples (256).")
-        parser.add_argument("--tokens", type=int, default=256, metavar="N", help="Tokens of each (256).")
-        parser.add_argument("--dtype", default="bfloat16", help="What the model is loaded in (default: bfloat16).")
+        parser.add_argument(
+            "--examples",
+            type=int,
+            default=256,
+            metavar="N",
+            help="Number of calibration examples (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--tokens", type=int, default=256, metavar="N", help="Tokens per example (default: %(default)s)."
+        )
+        parser.add_argument(
+            "--dtype", default="bfloat16", help="Floating-point type of the loaded model (default: %(default)s)."
+        )
         parser.add_argument(
             "--hardware",
             choices=_HARDWARE,
             default="this",
-            help="What it runs on: this machine, which is measured, or a device by its data sheet (default: this).",
+            help="Hardware of the run: this machine, which is measured, or a device by its data sheet "
+            "(default: %(default)s).",
         )
         parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-        parser.add_argument("--trust-remote-code", action="store_true", help="Run configuration code that lies there.")
         parser.add_argument(
-            "--config", metavar="FILE", help="JSON file of settings; an option given beside it takes precedence."
+            "--trust-remote-code", action="store_true", help="Run configuration code from the model's repository."
+        )
+        parser.add_argument(
+            "--config", metavar="FILE", help="JSON file of settings; options on the command line take precedence."
         )
         add_settings(parser)
         add_debug(parser)
@@ -56,7 +69,7 @@ class PlanCommand(SieveSubcommand):
 
         from optimum_sieve.plan.forecast import forecast
 
-        found = forecast(
+        estimate = forecast(
             arguments.model,
             config,
             examples=arguments.examples,
@@ -66,4 +79,4 @@ class PlanCommand(SieveSubcommand):
             revision=arguments.revision,
             trust_remote_code=arguments.trust_remote_code,
         )
-        print(found.format())
+        print(estimate.format())

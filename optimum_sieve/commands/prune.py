@@ -15,33 +15,37 @@ if TYPE_CHECKING:
 
 
 class PruneCommand(SieveSubcommand):
-    """Prune a model for a task and save it with its report and card."""
+    """Prune a model for one or more tasks and save it with its report and model card."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve prune`."""
         parser.description = (
-            "Prune a model for a task, or for several: until the score loss on one of them reaches --tolerance, or "
-            "to a given --pruning-ratio."
+            "Prune a model for one or more tasks: as far as --tolerance allows on every task, or to --pruning-ratio. "
+            "Save it with its report and model card."
         )
         add_source(parser)
-        parser.add_argument("--output", metavar="DIR", help="Directory of the pruned model. Not needed by --dry-run.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
+        parser.add_argument(
+            "--output", metavar="DIR", help="Directory for the pruned model. Not needed with --dry-run."
+        )
+        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
         parser.add_argument(
             "--work-dir",
             metavar="DIR",
-            help="Directory for intermediate results: a run that was stopped resumes there.",
+            help="Directory for intermediate results; an interrupted run resumes from it.",
         )
         parser.add_argument(
             "--study-storage",
             metavar="URL",
-            help="Optuna storage of a genetic search, which workers can join (default: a file in --work-dir).",
+            help="URL of the Optuna storage of a genetic search; workers can join it (default: a file in --work-dir).",
         )
         parser.add_argument(
-            "--dry-run", action="store_true", help="Show what would be pruned, with sizes and memory, and stop."
+            "--dry-run",
+            action="store_true",
+            help="Show the layers to prune, their sizes and the memory needed, and exit.",
         )
         parser.add_argument(
-            "--config", metavar="FILE", help="JSON file of settings; an option given beside it takes precedence."
+            "--config", metavar="FILE", help="JSON file of settings; options on the command line take precedence."
         )
         add_settings(parser)
 

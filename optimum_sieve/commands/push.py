@@ -17,19 +17,21 @@ class PushCommand(SieveSubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve push`."""
-        parser.description = "Push a directory that `sieve prune` wrote to the Hub, in one commit."
+        parser.description = "Push a directory written by `sieve prune` to the Hub, in one commit."
         parser.add_argument("--model", metavar="DIR", required=True, help="Directory of the pruned model.")
         parser.add_argument("--repo-id", metavar="NAME", required=True, help="Repository, such as user/name.")
         parser.add_argument(
             "--private",
             action="store_true",
             default=None,
-            help="Make a new repository private (default: as the account's settings say).",
+            help="Make a new repository private (default: the account's setting).",
         )
-        parser.add_argument("--revision", metavar="BRANCH", help="Branch to push to; made if it is not there.")
-        parser.add_argument("--commit-message", metavar="TEXT", help="Message of the commit.")
-        parser.add_argument("--create-pr", action="store_true", help="Open a pull request in place of a commit.")
-        parser.add_argument("--token", help="Token of the Hub (default: HF_TOKEN, or what `hf auth login` stored).")
+        parser.add_argument("--revision", metavar="BRANCH", help="Branch to push to; created if it does not exist.")
+        parser.add_argument("--commit-message", metavar="TEXT", help="Commit message.")
+        parser.add_argument(
+            "--create-pr", action="store_true", help="Open a pull request instead of committing to the branch."
+        )
+        parser.add_argument("--token", help="Hub token (default: HF_TOKEN, or the token stored by `hf auth login`).")
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 class ReportCommand(SieveSubcommand):
-    """Show what a search found, as a page that fetches nothing and as pictures."""
+    """Show the result of a search as a self-contained page and as figures."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve report`."""
-        parser.description = "Write a page (search.html) and pictures of what the last search in --work-dir found."
+        parser.description = "Write a page (search.html) and figures about the last search in --work-dir."
         parser.add_argument("--work-dir", metavar="DIR", required=True, help="Work directory of the search.")
-        parser.add_argument("--output", metavar="DIR", required=True, help="Directory of the page and the pictures.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace what --output holds.")
+        parser.add_argument("--output", metavar="DIR", required=True, help="Directory for the page and the figures.")
+        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:

@@ -22,32 +22,32 @@ class SieveCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (
         CommandInfo(
             name="prune",
-            help="Prune a model for a task and save it with its report and card.",
+            help="Prune a model for one or more tasks and save it with its report and model card.",
             subcommand_class=PruneCommand,
         ),
         CommandInfo(
             name="plan",
-            help="Say what memory, disk and time pruning would take, from a model's configuration alone.",
+            help="Estimate the memory, disk space and time of pruning from a model's configuration.",
             subcommand_class=PlanCommand,
         ),
         CommandInfo(
             name="evaluate",
-            help="Score a model on a task, alone or against another one.",
+            help="Score a model on a task, alone or compared with another model.",
             subcommand_class=EvaluateCommand,
         ),
         CommandInfo(
             name="search",
-            help="Search a rank for every matrix with a genetic algorithm, on one or many machines.",
+            help="Search the rank of every matrix with a genetic algorithm, on one or more machines.",
             subcommand_class=SearchCommand,
         ),
         CommandInfo(
             name="heal",
-            help="Train the factors of a pruned model for a few steps against the dense model.",
+            help="Train the factors of a pruned model for a few steps to match the dense model.",
             subcommand_class=HealCommand,
         ),
         CommandInfo(
             name="report",
-            help="Show what a search found, as a page and as pictures.",
+            help="Show the result of a search as a page and as figures.",
             subcommand_class=ReportCommand,
         ),
         CommandInfo(
@@ -57,7 +57,7 @@ class SieveCommand(BaseOptimumCLICommand):
         ),
         CommandInfo(
             name="export",
-            help="Write a pruned model as a dense one, or as an ONNX graph.",
+            help="Convert a pruned model to a dense model or to an ONNX graph.",
             subcommand_class=ExportCommand,
         ),
         CommandInfo(

@@ -1,10 +1,10 @@
-"""`HealConfig`: the settings of healing, their defaults and rules. Does not import torch."""
+"""`HealConfig`: every setting of healing, with its default and its rule. Imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .validate import check_choice, check_flag, check_float, check_integer, check_known
 
@@ -14,38 +14,38 @@ HEAL_LOSSES = ("candidates", "vocabulary")
 
 @dataclass(frozen=True, kw_only=True)
 class HealConfig:
-    r"""Settings of healing: a short distillation of a pruned model's factors against the dense model.
+    r"""Settings of healing: a short training that distills the dense model into the factors of the pruned one.
+
+    The settings from `batch_size` on are advanced: their defaults suit almost every run.
 
     Args:
         steps (`int`):
-            Steps of the optimizer at most.
+            Maximum number of optimizer steps.
         learning_rate (`float`):
-            Rate of AdamW at its height, as a part of the root mean square of each factor: it rises over the first tenth
-            of the steps and falls to 0 along a cosine.
-        batch_size (`int`):
-            Calibration examples of each step.
-        rows_per_pass (`int`):
-            Rows per forward pass; gradients of the passes of one step are added up. Less takes less memory.
-        loss (`str`):
-            What is held to the dense model: `"candidates"` (its distribution over the task's candidate texts) or
-            `"vocabulary"` (its next-token distributions along the gold answer). A task without candidates always takes
-            `"vocabulary"`.
-        gold_weight (`float`):
-            Share of the loss that is the gold answer's negative log-likelihood, from 0 up to below 1. 0 holds the
-            model to the dense one alone.
-        eval_steps (`int`):
-            Steps between two scores on the monitored part of the selection split; the state is kept as often.
-        patience (`int`):
-            Scores in a row without gain after which healing stops. The best weights are taken.
-        monitor_fraction (`float`):
-            Part of the selection split that is monitored. With a `tolerance`, the rest decides on the size.
+            Peak learning rate of AdamW relative to each factor's RMS; 10 % warmup, cosine decay.
         rounds (`int`):
-            How often pruning and healing alternate on the way to the size, in equal ratios. Each round takes moments
-            on the model healed so far.
+            Rounds of pruning and healing until the final size, each with the same ratio. Every round calibrates on the
+            model healed so far.
+        batch_size (`int`):
+            Calibration examples per step.
+        rows_per_pass (`int`):
+            Rows per forward pass; gradients accumulate over the passes of a step. Smaller values save memory.
+        loss (`str`):
+            Distribution that is matched to the dense model's: `"candidates"` (over the task's candidate texts) or
+            `"vocabulary"` (next tokens along the gold answer). Tasks without candidates always use `"vocabulary"`.
+        gold_weight (`float`):
+            Weight of the gold answer's negative log-likelihood in the loss, from 0 up to below 1. 0 matches the dense
+            model alone.
+        eval_steps (`int`):
+            Steps between evaluations on the monitored part of the selection split; each one saves a checkpoint.
+        patience (`int`):
+            Stop after this many evaluations without improvement; keep the best weights.
+        monitor_fraction (`float`):
+            Fraction of the selection split to monitor. With a `tolerance`, the rest decides the size.
         train_norms (`bool`):
-            Whether the weights of normalization layers are trained too.
+            Also train the weights of normalization layers.
         gradient_checkpointing (`bool`):
-            Whether activations are computed twice instead of kept, which takes less memory.
+            Recompute activations in the backward pass instead of storing them, to save memory.
 
     Raises:
         ValueError: If a value breaks its rule; the message names the setting, the rule and the value.
@@ -61,6 +61,7 @@ class HealConfig:
 
     steps: int = 128
     learning_rate: float = 5e-4
+    rounds: int = 1
     batch_size: int = 16
     rows_per_pass: int = 16
     loss: str = "candidates"
@@ -68,9 +69,14 @@ class HealConfig:
     eval_steps: int = 16
     patience: int = 4
     monitor_fraction: float = 0.25
-    rounds: int = 1
     train_norms: bool = False
     gradient_checkpointing: bool = False
+
+    # Settings that the command line shows only with `--help-all`.
+    ADVANCED: ClassVar[tuple[str, ...]] = (
+        *("batch_size", "rows_per_pass", "loss", "gold_weight", "eval_steps", "patience", "monitor_fraction"),
+        *("train_norms", "gradient_checkpointing"),
+    )
 
     def __post_init__(self) -> None:
         check_choice("heal.loss", self.loss, HEAL_LOSSES)
@@ -83,10 +89,10 @@ class HealConfig:
             check_flag(f"heal.{name}", getattr(self, name))
 
     def monitor_count(self, num_examples: int) -> int:
-        """Return how many of the selection split's examples are monitored; the others come after them.
+        """Return the number of selection examples to monitor; they are the first ones.
 
         Raises:
-            ValueError: If fewer than two would be monitored, or left.
+            ValueError: If fewer than two examples would be monitored or remain.
         """
         count = round(num_examples * self.monitor_fraction)
         if not 2 <= count <= num_examples - 2:

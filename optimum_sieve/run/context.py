@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from optimum_sieve.vocabulary import TaskVocabulary
 
 # Settings that moments and factor bases depend on, beside the model, the tasks and the rounds before.
-MOMENT_SETTINGS = ("projection", "loss", "label_source", "prompt_weight", "seed")
+MOMENT_SETTINGS = ("projection", "loss", "label_source", "seed")
 # See `FactorBasis.token_weights`; 0: tokens count by their norms.
 WEIGHTING_POWERS = {"norms": 0.0, "balanced": 0.5, "likelihood": 1.0}
 BASIS_SETTINGS = (*MOMENT_SETTINGS, "damping", "weighting")

@@ -1,4 +1,4 @@
-"""Several tasks on the command line: prune, search with a worker, heal, export; and the benchmark of two tasks."""
+"""Several tasks on the command line: prune, search with a worker, heal and export."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from benchmark_module import load_benchmark
 from toy import parity_rows, task_spec, write_rows
-from transformers import AutoModelForCausalLM
-from two_tasks import SIZE, TOKENIZER, learn_both, make_tasks, score
+from two_tasks import SIZE, TOKENIZER, learn_both, make_tasks
 
-from optimum_sieve import SieveConfig
 from optimum_sieve.publish.report import format_table
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    from transformers import PreTrainedModel
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +31,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tasks_of(world: Path) -> tuple[object, ...]:
     return ("--task", world / "parity.json", "--task", world / "size.json")
-
-
-def dense_of(world: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(world / "dense")
 
 
 def test_prune_evaluate_heal_and_export(run: Callable[..., int], world: Path, tmp_path: Path, capsys: Any) -> None:
@@ -104,8 +95,8 @@ def test_errors_are_one_line_before_any_work(run: Callable[..., int], world: Pat
     words = ("prune", "--model", world / "dense", "--device", "cpu", "--tolerance", 0.1, "--output", tmp_path / "out")
     twice = ("--task", world / "size.json", "--task", world / "size.json")
     for more, message in (
-        (twice, "error: `task` must be tasks of different names, got 2 called 'size'"),
-        ((*tasks_of(world), "--task-weights", 1), "error: `task_weights` must be one number for each task, got 1 for"),
+        (twice, "error: `task` must be tasks with unique names, got 2 called 'size'"),
+        ((*tasks_of(world), "--task-weights", 1), "error: `task_weights` must have one number per task, got 1 for"),
         ((*tasks_of(world), "--task-weights", 1, 0), "error: `task_weights` must be above 0"),
         (("--task", world / "size.json", "--task", "gone.yaml"), "error: `task` must be an existing task file"),
     ):
@@ -114,28 +105,3 @@ def test_errors_are_one_line_before_any_work(run: Callable[..., int], world: Pat
         assert not (tmp_path / "out").exists()
     heal = ("heal", "--model", tmp_path, "--dense", world / "dense", *tasks_of(world), "--output", tmp_path / "out")
     assert run(*heal, "--steps", 1) == 1
-
-
-def test_the_benchmark_prunes_for_each_task_and_for_both(world: Path, tmp_path: Path, capsys: Any) -> None:
-    benchmark = load_benchmark("two_tasks")
-    words = ["--model", world / "dense", *tasks_of(world), "--tolerance", 0.1, "--confidence", 0.5, "--search-steps", 3,
-             "--rank-multiple", 1, "--test", 40, "--work-dir", tmp_path / "work", "--json",
-             tmp_path / "rows.jsonl"]  # fmt: skip
-    benchmark.main([*map(str, words)])
-    first, second, both, targets, model = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert [row["pruned_for"] for row in (first, second, both)] == [["parity"], ["size"], ["parity", "size"]]
-    for row in (first, second, both):
-        assert set(row["tasks"]) == {"parity", "size"}
-        assert {own["count"] for own in row["tasks"].values()} == {40}
-        for own in row["tasks"].values():
-            assert own["mean"] == pytest.approx(own["score"] - own["dense"])
-    for part, row in (("targets", targets), ("model", model)):
-        assert row["part"] == part
-        assert row["each"] == first["parameters"][f"{part}_after"] + second["parameters"][f"{part}_after"]
-        assert row["together"] == both["parameters"][f"{part}_after"]
-    assert SieveConfig.from_dict(both["settings"]).tolerance == 0.1
-    dense = score(dense_of(world), make_tasks(world, 300, limit={"test": 40})[1])
-    assert second["tasks"]["size"]["dense"] == dense.score
-    shown = capsys.readouterr().out
-    assert "pruned for parity and size: " in shown
-    assert "targets: one sieve " in shown

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.sieve import SieveConfig
 
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
         ({"pruning_ratio": 0.0}, r"`pruning_ratio` must be above 0 and below 1, got 0\.0"),
         ({"pruning_ratio": 1.0}, r"`pruning_ratio` must be above 0 and below 1, got 1\.0"),
         ({"damping": 1.0}, "`damping` must be at least 0 and below 1"),
-        ({"prompt_weight": -0.5}, "`prompt_weight` must be at least 0 and finite, got -0.5"),
-        ({"prompt_weight": float("inf")}, "`prompt_weight` must be at least 0 and finite, got inf"),
         ({"confidence": 0.4}, r"`confidence` must be at least 0\.5 and below 1, got 0\.4"),
         ({"confidence": 1.0}, r"`confidence` must be at least 0\.5 and below 1, got 1\.0"),
         ({"projection": "pca"}, "`projection` must be one of 'svd', 'activation', 'joint', 'learned', got 'pca'"),
@@ -105,6 +104,21 @@ def test_json_round_trip(tmp_path: Path) -> None:
     config.to_json_file(tmp_path / "settings.json")
     assert SieveConfig.from_json_file(tmp_path / "settings.json") == config
     assert SieveConfig.from_json_file(tmp_path / "settings.json", seed=4) == dataclasses.replace(config, seed=4)
+
+
+def test_a_removed_setting_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """Settings saved by an earlier version: in a job, a report or the configuration of a pruned model."""
+    saved = {**SieveConfig(pruning_ratio=0.5, seed=3).to_dict(), "prompt_weight": 1.0}
+    assert SieveConfig.from_dict(saved) == SieveConfig(pruning_ratio=0.5, seed=3)
+    assert caplog.text == ""
+    assert SieveConfig.from_dict({**saved, "prompt_weight": 0.0}) == SieveConfig(pruning_ratio=0.5, seed=3)
+    assert "`prompt_weight` is no longer a setting: 0.0 is ignored, its value is 1.0." in caplog.text
+
+
+@pytest.mark.parametrize("settings", [SieveConfig, HealConfig])
+def test_advanced_settings_are_the_last_fields(settings: type[SieveConfig | HealConfig]) -> None:
+    names = [field.name for field in dataclasses.fields(settings)]
+    assert tuple(names[-len(settings.ADVANCED) :]) == settings.ADVANCED
 
 
 @pytest.mark.parametrize(

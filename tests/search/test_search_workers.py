@@ -238,4 +238,4 @@ def test_a_worker_needs_a_search_that_was_started(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", "search", "--worker", "--work-dir", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
-    assert "`--work-dir` must be that of a search that was started" in capsys.readouterr().err
+    assert "`--work-dir` must be the directory of a started search" in capsys.readouterr().err
