@@ -84,6 +84,15 @@ def test_a_worker_takes_what_the_leader_was_given(tmp_path, monkeypatch):
     assert worker.study_storage == f"sqlite:///{tmp_path / 'x.db'}"
 
 
+def test_a_worker_reads_a_job_with_a_setting_that_was_removed(tmp_path):
+    config = SieveConfig(tolerance=0.03, allocation="genetic")
+    write_job(arguments(tmp_path), config)
+    job = json.loads((tmp_path / "job.json").read_text())
+    job["settings"]["prompt_weight"] = 1.0
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    assert read_job(arguments(tmp_path)) == config
+
+
 def test_a_password_is_not_written_down(tmp_path):
     url = "postgresql+psycopg://user:secret@host/studies"
     write_job(arguments(tmp_path, study_storage=url), SieveConfig(tolerance=0.03, allocation="genetic"))
