@@ -1,8 +1,9 @@
 """Score a model on a task's examples and compare two models.
 
 In: a model, a tokenizer and examples. Out: an `Evaluation`, or a `Comparison` of two. `encoding` tokenizes, `batches`
-pads, `likelihoods` scores candidates, `generation` writes answers, `scores.evaluate` joins them; `teacher` keeps the
-dense model's predictions for healing; `stage.score` caches evaluations in the work directory.
+pads and reads log-likelihoods, `likelihoods` scores candidates, `generation` generates answers, `scores.evaluate`
+combines them. `teacher` stores the dense model's predictions for healing; `stage.score` caches evaluations in the work
+directory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Score a model one block at a time, whose weights need not be in memory together."""
+"""Score a model block by block, with only one block's weights in memory."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 def block_held(
     model: nn.Module, block: str, bases: Mapping[str, FactorBasis], ranks: Mapping[str, int | None]
 ) -> Iterator[None]:
-    """Hold the ranks of one block's layers inside the context."""
-    own = {name: rank for name, rank in ranks.items() if name.startswith(f"{block}.")}
-    with truncated(model, {name: bases[name] for name in own}, own, storage="factors"):
+    """Truncate the layers of one block to `ranks` inside the context."""
+    block_ranks = {name: rank for name, rank in ranks.items() if name.startswith(f"{block}.")}
+    with truncated(model, {name: bases[name] for name in block_ranks}, block_ranks, storage="factors"):
         yield
 
 
@@ -55,19 +55,19 @@ def evaluate_by_block(
     progress: bool = True,
     description: str = "",
 ) -> Evaluation:
-    """Do as [`evaluate`][optimum_sieve.evaluation.scores.evaluate] for examples with candidates, block by block.
+    """Evaluate examples with candidates block by block; see [`evaluate`][optimum_sieve.evaluation.scores.evaluate].
 
     Args:
-        model (`torch.nn.Module`): A model of transformers, whose blocks may be offloaded.
+        model (`torch.nn.Module`): A model of transformers; its blocks may be offloaded.
         examples (`Sequence[Example]`): At least two, each with candidates and the index of the gold one.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        metric (`str` or `Callable`): As of `evaluate`.
-        batch_size (`int`): Most rows of one forward pass.
-        bases (`Mapping[str, FactorBasis]`, *optional*): Bases of the layers that `ranks` names.
-        ranks (`Mapping[str, int | None]`, *optional*): Ranks that the model is to have meanwhile; `None`: as it is.
-        directory (`Path`, *optional*): Where the hidden states between the blocks are kept; they go afterwards.
+        metric (`str` or `Callable`): See `evaluate`.
+        batch_size (`int`): Maximum rows per forward pass.
+        bases (`Mapping[str, FactorBasis]`, *optional*): Bases of the layers in `ranks`.
+        ranks (`Mapping[str, int | None]`, *optional*): Temporary ranks of the layers. Default: the model as it is.
+        directory (`Path`, *optional*): Parent of the temporary directory for hidden states between blocks.
         progress (`bool`): Show a progress bar.
-        description (`str`): Text before the bar.
+        description (`str`): Label of the progress bar.
 
     Raises:
         ValueError: If an example cannot be scored, or the model returns values that are not finite.
@@ -77,7 +77,7 @@ def evaluate_by_block(
     blocks = find_blocks(model)
     with TemporaryDirectory(prefix="states-", dir=directory) as spool, evaluating(model):
         run = BlockRun(model, blocks, batches, log_likelihoods, device=input_device(model), spool=Spool(Path(spool)))
-        for place, block in enumerate(tqdm(blocks, desc=description or None, unit="block", disable=not progress)):
+        for index, block in enumerate(tqdm(blocks, desc=description or None, unit="block", disable=not progress)):
             with block_held(model, block, bases or {}, ranks or {}):
-                run.forward(place, keep_inputs=False)
+                run.forward(index, keep_inputs=False)
         return evaluation_of(gather_scores(batches, run.outputs(), examples), examples, metric)

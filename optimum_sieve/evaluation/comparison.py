@@ -1,4 +1,4 @@
-r"""Compare two models that were scored on the same examples."""
+r"""Compare two models scored on the same examples."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    r"""A pruned model against the dense one, on the same examples.
+    r"""Paired comparison of a pruned model with the dense one.
 
     Args:
         mean (`float`):
-            Score of the pruned model minus the dense model's.
+            Score of the pruned model minus score of the dense model.
         standard_error (`float`):
-            Standard error of `mean`, from each example's difference.
+            Standard error of `mean`, from the paired differences.
         agreement (`float`):
-            Fraction of examples with the same prediction; of written answers, with the same normalized text.
+            Fraction of examples with the same prediction or, for generation, the same normalized text.
         kl (`float`, *optional*):
             Mean of \(\mathrm{KL}(\text{dense} \Vert \text{pruned})\) over the candidate distributions, in nats; `None`
-            where answers are written, which have no candidates.
+            for generation.
         count (`int`):
             Number of examples.
     """
@@ -42,7 +42,7 @@ class Comparison:
     count: int
 
     def lower_bound(self, confidence: float) -> float:
-        """Return what the true difference exceeds with `confidence` (one-sided, normal approximation).
+        """Return the one-sided lower confidence bound of the difference (normal approximation).
 
         Example:
 
@@ -66,14 +66,14 @@ def compare(dense: Evaluation, pruned: Evaluation) -> Comparison:
     """Compare a pruned model with the dense one example by example.
 
     Raises:
-        ValueError: If the two were not scored on the same examples with the same metric.
+        ValueError: If examples or metric differ.
     """
     if dense.metric != pruned.metric:
         raise ValueError(f"`pruned` must be scored with the dense model's {dense.metric!r}, got {pruned.metric!r}.")
     if dense.fingerprint != pruned.fingerprint:
         raise ValueError(
-            f"`pruned` must be scored on the same examples as `dense` ({dense.count} of them), got {pruned.count} that "
-            "differ in prompts, candidates or order. Evaluate both on one list of examples."
+            f"`pruned` must be scored on the same {dense.count} examples as `dense`, got {pruned.count} that differ in "
+            "prompts, candidates or order. Evaluate both on the same list."
         )
     return Comparison(
         mean=pruned.score - dense.score,
@@ -86,20 +86,20 @@ def compare(dense: Evaluation, pruned: Evaluation) -> Comparison:
 
 
 def divergences(dense: Evaluation, pruned: Evaluation) -> NDArray[np.float64]:
-    r"""Return \(\mathrm{KL}(\text{dense} \Vert \text{pruned})\) of every example (count,), in nats."""
+    r"""Return \(\mathrm{KL}(\text{dense} \Vert \text{pruned})\) for each example (count,), in nats."""
     return expected_rises(np.exp(dense.log_probs), dense, pruned)
 
 
 def expected_rises(labels: NDArray[np.float64], dense: Evaluation, pruned: Evaluation) -> NDArray[np.float64]:
-    """Return each example's expected rise of its label's negative log-likelihood (count,), in nats.
+    """Return the expected increase of each example's negative log-likelihood (count,), in nats.
 
     Args:
-        labels (`numpy.ndarray` of shape `(count, candidates)`): How likely each label is.
-        dense (`Evaluation`): The dense model's scores.
-        pruned (`Evaluation`): The pruned model's scores of the same examples.
+        labels (`numpy.ndarray` of shape `(count, candidates)`): Probability of each label.
+        dense (`Evaluation`): Scores of the dense model.
+        pruned (`Evaluation`): Scores of the pruned model on the same examples.
     """
-    # A missing candidate is -inf on both sides and adds nothing.
+    # A missing candidate is -inf in both models and adds nothing.
     with np.errstate(invalid="ignore"):
         terms = np.where(labels > 0, labels * (dense.log_probs - pruned.log_probs), 0.0)
-    rises: NDArray[np.float64] = terms.sum(axis=1)
-    return rises
+    increases: NDArray[np.float64] = terms.sum(axis=1)
+    return increases

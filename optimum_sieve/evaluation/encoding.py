@@ -1,6 +1,6 @@
-r"""From text to token ids: where an example's prompt ends, which tokens are scored, which rows the model must see.
+r"""Tokenize examples: the rows of token ids to run, the end of the context and the tokens to score.
 
-Does not import torch.
+Never imports torch.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """One example as token ids, padded to nothing.
+    """One example as token ids, without padding.
 
     Args:
         index (`int`):
-            Position of the example in its list.
+            Index of the example in its list.
         rows (`list[list[int]]`):
-            Distinct inputs of the model: a candidate whose tokens another's begin with needs no row of its own.
+            Distinct model inputs. A candidate that is a prefix of another shares its row.
         reads (`list[tuple[int, int, int, int]]`):
-            For each token scored: its row, the position that predicts it, its id, its candidate.
+            For each token to score: row, position that predicts it, token id, candidate.
         num_candidates (`int`):
             Number of candidates.
         shadowed (`bool`):
-            Whether one candidate's tokens are the beginning of another's.
+            Whether one candidate is a prefix of another.
         source (`list[int]`, *optional*):
-            Input of the encoder, where the rows are those of a decoder.
+            Input of the encoder; the rows are then inputs of the decoder.
         weights (`list[float]`, *optional*):
-            What each candidate's log-likelihood is multiplied by.
+            Factor on each candidate's log-likelihood.
     """
 
     index: int
@@ -54,18 +54,18 @@ class EncodedExample:
 
     @property
     def length(self) -> int:
-        """Number of tokens of the longest input."""
+        """Length of the longest input in tokens."""
         return max(len(row) for row in [*self.rows, self.source or []])
 
 
 def encode_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
 ) -> list[EncodedExample]:
-    """Tokenize every candidate, or only the gold answer, of `examples`.
+    """Tokenize every candidate of `examples`, or only the gold answer.
 
     Raises:
-        ValueError: If an example has nothing to score, no token comes before its continuation, two candidates are the
-            same tokens, or they are no labels of a classifier.
+        ValueError: If an example has nothing to score, no context or two identically tokenized candidates, or its
+            candidates are not the labels of the classifier.
     """
     for index, example in enumerate(examples):
         if not (example.candidates or (not candidates and inputs.kind != "classification")):
@@ -85,8 +85,8 @@ def encode_examples(
     shadowed = sum(row.shadowed for row in rows)
     if shadowed:
         logger.warning(
-            "In %d of %d examples one candidate's tokens are the beginning of another's, which therefore can never "
-            "score higher. End the texts alike, for instance with a line break.",
+            "In %d of %d examples one candidate's tokens are a prefix of another's, so the longer one can never score "
+            "higher. End all candidates with the same text, for example a line break.",
             shadowed,
             len(examples),
         )
@@ -96,10 +96,10 @@ def encode_examples(
 def encode_prompts(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat
 ) -> list[list[int]]:
-    """Tokenize the prompts alone, as a model that writes the answers is given them.
+    """Tokenize the prompts for generation.
 
     Raises:
-        ValueError: If a prompt has no token.
+        ValueError: If a prompt has no tokens.
     """
     with _restored(tokenizer):
         if inputs.kind == "seq2seq":
@@ -114,13 +114,13 @@ def encode_prompts(
 
 
 def answer_lengths(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the number of tokens of each gold answer, with what ends it."""
+    """Return the number of tokens of each gold answer, including its stop string or EOS."""
     with _restored(tokenizer):
         return [len(ids) for ids in _token_ids(tokenizer, [example.answer for example in examples])]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokenize whole texts, with all special tokens."""
+    """Tokenize whole texts with all special tokens."""
     with _restored(tokenizer):
         return _token_ids(tokenizer, list(texts), special=True)
 
@@ -128,7 +128,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
 def _encode_as_one_text(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool
 ) -> list[EncodedExample]:
-    """Lay out prompt and continuation as one text, for causal language models."""
+    """Encode prompt and continuation as one text, for causal language models."""
     continuations = [_continuations(example, candidates) for example in examples]
     texts: list[str] = []
     for example, texts_after in zip(examples, continuations, strict=True):
@@ -146,10 +146,10 @@ def _encode_as_one_text(
 def _encode_for_decoder(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
 ) -> list[EncodedExample]:
-    """Give the prompt to the encoder and each continuation, after the start token, to the decoder."""
+    """Encode the prompt for the encoder and each continuation, after the start token, for the decoder."""
     assert inputs.start_token_id is not None
     sources = _whole_texts(examples, tokenizer)
-    # What a decoder writes does not follow the prompt's text, so no space comes between.
+    # The decoder's text does not continue the prompt, so it needs no leading space.
     continuations = [
         tuple(text.lstrip() if example.generation else text for text in _continuations(example, candidates))
         for example in examples
@@ -166,7 +166,7 @@ def _encode_for_decoder(
 def _encode_for_classifier(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool, inputs: InputFormat
 ) -> list[EncodedExample]:
-    """Give the prompt alone; what is read is a label in place of a token."""
+    """Encode only the prompt; labels take the place of tokens in the reads."""
     rows = []
     for index, (example, row) in enumerate(zip(examples, _whole_texts(examples, tokenizer), strict=True)):
         classes = inputs.classes(example.candidates)
@@ -187,11 +187,12 @@ def _weights(example: Example) -> list[float] | None:
 
 
 def _whole_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokenize the prompts with all special tokens, but where a chat template wrote them."""
+    """Tokenize the prompts with all special tokens, unless the chat template added them."""
     prompts = [example.prompt for example in examples]
     special, plain = (_token_ids(tokenizer, prompts, special) for special in (True, False))
     rows = [
-        own if example.add_special_tokens else bare for example, own, bare in zip(examples, special, plain, strict=True)
+        with_special if example.add_special_tokens else without
+        for example, with_special, without in zip(examples, special, plain, strict=True)
     ]
     _refuse_empty(rows, examples)
     return rows
@@ -205,25 +206,25 @@ def _refuse_empty(rows: list[list[int]], examples: Sequence[Example]) -> None:
 
 
 def _encode_row(index: int, example: Example, prompt: list[int], wholes: list[list[int]]) -> EncodedExample:
-    """Lay out one example: `prompt` and `wholes` (prompt and continuation) are token ids with their prefix."""
+    """Encode one example from the token ids of the prompt and of the prompt with each continuation (`wholes`)."""
     context = _common_prefix([prompt, *wholes])
     shown = repr(example.prompt if len(example.prompt) <= 60 else example.prompt[:60] + "...")
     if context == 0:
         raise ValueError(
-            f"`examples[{index}]` must have at least one token before its continuation, got prompt {shown}. Put "
-            "something in front of the answer: this tokenizer adds no token of its own."
+            f"`examples[{index}]` must have at least one token before its continuation, got prompt {shown}. This "
+            "tokenizer adds no BOS: start the prompt with some text."
         )
     if any(len(whole) == context for whole in wholes):
         raise ValueError(
-            f"`examples[{index}]` must have continuations of at least one token each, got one of none after the "
+            f"`examples[{index}]` must have continuations of at least one token each, got an empty one after the "
             f"prompt {shown}. Check the texts of the labels or answers with this tokenizer."
         )
     if len(set(map(tuple, wholes))) < len(wholes):
         raise ValueError(
-            f"`examples[{index}]` must have candidates of distinct tokens, got two that are the same to this tokenizer "
-            f"among {', '.join(map(repr, example.candidates))}. Choose other texts for them."
+            f"`examples[{index}]` must have candidates of distinct tokens, got two with the same tokens among "
+            f"{', '.join(map(repr, example.candidates))}. Choose other texts."
         )
-    # The last token of a continuation is predicted, never read, so it needs no place in the row.
+    # The last token of a continuation is predicted but not an input, so the row ends before it.
     rows, owners = _merge_prefixes([whole[:-1] for whole in wholes])
     reads = [
         (owner, position - 1, whole[position], candidate)
@@ -235,11 +236,11 @@ def _encode_row(index: int, example: Example, prompt: list[int], wholes: list[li
 
 
 def _merge_prefixes(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Leave out every sequence that another begins with; return the rest and, for each sequence, which holds it."""
+    """Drop every sequence that is a prefix of another; return the rest and the index there of each sequence."""
     kept: list[list[int]] = []
     owners = [0] * len(sequences)
     previous: list[int] | None = None
-    # In descending order a sequence comes right after one that begins with it, if there is any.
+    # In descending order, a sequence directly follows a sequence that it is a prefix of, if any.
     for i in sorted(range(len(sequences)), key=lambda i: sequences[i], reverse=True):
         if previous is None or previous[: len(sequences[i])] != sequences[i]:
             kept.append(sequences[i])
@@ -249,7 +250,7 @@ def _merge_prefixes(sequences: list[list[int]]) -> tuple[list[list[int]], list[i
 
 
 def _common_prefix(sequences: list[list[int]]) -> int:
-    """Length of what all `sequences` begin with."""
+    """Return the length of the common prefix of all `sequences`."""
     for length, tokens in enumerate(zip(*sequences, strict=False)):
         if len(set(tokens)) > 1:
             return length
@@ -269,7 +270,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bo
 
 
 def _special_prefix(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[int]:
-    """Find what `tokenizer` puts before a text when asked for its special tokens."""
+    """Return the special tokens that `tokenizer` adds before a text."""
     text = next((example.prompt + example.answer for example in examples if example.add_special_tokens), None)
     if text is None:
         return []
@@ -278,14 +279,14 @@ def _special_prefix(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
         if full[start : start + len(plain)] == plain:
             return full[:start]
     raise ValueError(
-        f"`tokenizer` must put its special tokens around a text and leave the text's own as they are, got {full} for "
-        f"{plain}. Use `chat` in the task file, which adds none."
+        f"`tokenizer` must add its special tokens around a text without changing the others, got {full} for {plain}. "
+        "Use `chat` in the task file, which adds none."
     )
 
 
 @contextmanager
 def _restored(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Put back the truncation and padding of a fast tokenizer, which a call without them switches off."""
+    """Restore the truncation and padding of a fast tokenizer, which a call without them disables."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
     try:

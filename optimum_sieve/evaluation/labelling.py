@@ -1,4 +1,4 @@
-"""Examples whose gold answers are those of the dense model: for data without labels, and to keep what a model does."""
+"""Replace gold answers by the dense model's answers, for unlabelled data or to preserve the model's behaviour."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def label_by_model(
     seed: int | None = None,
     progress: bool = True,
 ) -> list[Example]:
-    """Return the examples with the model's own answers for gold, whatever theirs are.
+    """Return the examples with the model's answers as gold answers.
 
     Args:
         model (`torch.nn.Module`): The dense model.
-        examples (`Sequence[Example]`): The examples.
+        examples (`Sequence[Example]`): The examples; existing gold answers are ignored.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        batch_size (`int`): Most rows of one forward pass.
-        seed (`int`, *optional*): Draw each answer by its probability, with this seed and the example's place. `None`:
-            the likeliest candidate, or the text of the likeliest tokens.
-        progress (`bool`): Whether a progress bar is shown.
+        batch_size (`int`): Maximum rows per forward pass.
+        seed (`int`, *optional*): Sample each answer from the model's distribution, seeded by this and the example's
+            index. Default: the most likely candidate, or greedy decoding.
+        progress (`bool`): Show a progress bar.
     """
     with tqdm(total=len(examples), desc="labels by the model", unit="example", disable=not progress) as bar:
         if examples[0].generation is not None:
@@ -53,16 +53,16 @@ def label_by_model(
         batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
         scores = candidate_scores(model, batches, examples, bar.update)
     if seed is not None:
-        # The largest of scores with Gumbel noise is drawn by their softmax.
+        # Gumbel-max trick: the argmax of scores plus Gumbel noise is a sample from their softmax.
         scores = scores + np.stack(
-            [np.random.default_rng((seed, place)).gumbel(size=scores.shape[1]) for place in range(len(scores))]
+            [np.random.default_rng((seed, index)).gumbel(size=scores.shape[1]) for index in range(len(scores))]
         )
     return [_with_target(*pair) for pair in zip(examples, scores.argmax(axis=1), strict=True)]
 
 
 def _with_text(example: Example, written: Written, tokenizer: PreTrainedTokenizerBase) -> Example:
     assert example.generation is not None
-    # Where nothing can be read of what was written, it counts as ended, so that there is a token to score.
+    # An empty answer counts as ended, so that there is at least one token to score.
     ended = written.ended or not written.text
     answer = example.generation.continuation(example.prompt, written.text, tokenizer.eos_token, ended=ended)
     return replace(example, answer=answer, accepted=(written.text,))

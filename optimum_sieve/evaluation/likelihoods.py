@@ -1,4 +1,4 @@
-"""The log-likelihoods of all candidates of a list of examples."""
+"""Compute the log-likelihoods of all candidates of a list of examples."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def candidate_scores(
     """Compute the log-likelihood of every candidate.
 
     Args:
-        model (`torch.nn.Module`): The model; in evaluation mode and without gradients meanwhile.
+        model (`torch.nn.Module`): The model; runs in evaluation mode without gradients.
         batches (`Sequence[Batch]`): Batches of `examples`, on any device.
         examples (`Sequence[Example]`): The examples.
         on_batch (`Callable`): Called after each batch with its number of examples.
-        prefix (`int`): Leading tokens that all rows of all batches share, computed once, where the model allows it.
+        prefix (`int`): Length of the prefix shared by all rows of all batches, computed once if the model allows it.
 
     Returns:
-        `numpy.ndarray` of shape `(count, candidates)`: `-inf` where an example has fewer candidates.
+        `numpy.ndarray` of shape `(count, candidates)`: `-inf` for missing candidates.
 
     Raises:
         ValueError: If the model returns values that are not finite.
@@ -66,15 +66,15 @@ def gather_scores(
     examples: Sequence[Example],
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> NDArray[np.float64]:
-    """Put each batch's log-likelihoods in the order of the examples; see [`candidate_scores`].
+    """Arrange the log-likelihoods of all batches in the order of the examples; see [`candidate_scores`].
 
     Raises:
         ValueError: If the model returned values that are not finite.
     """
     scores = np.full((len(examples), max(len(example.candidates) for example in examples)), -np.inf)
-    for batch, own in zip(batches, sums, strict=True):
-        found = own.double().cpu().numpy()
-        scores[list(batch.indices), : found.shape[1]] = found
+    for batch, batch_sums in zip(batches, sums, strict=True):
+        batch_scores = batch_sums.double().cpu().numpy()
+        scores[list(batch.indices), : batch_scores.shape[1]] = batch_scores
         on_batch(batch.num_examples)
     present = np.array([[c < len(example.candidates) for c in range(scores.shape[1])] for example in examples])
     check_finite((np.isfinite(scores) | ~present).all(axis=1))
@@ -82,7 +82,7 @@ def gather_scores(
 
 
 def check_finite(finite: NDArray[np.bool_]) -> None:
-    """Raise a `ValueError` that counts the examples (count,) whose values are not finite, if there are any."""
+    """Raise `ValueError` with the number of examples that are not `finite` (count,), if any."""
     broken = int((~finite).sum())
     if broken:
         raise ValueError(

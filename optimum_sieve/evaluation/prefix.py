@@ -1,4 +1,4 @@
-"""The tokens that all prompts of a task begin with (instructions, examples), computed once instead of for every row."""
+"""Compute the prefix shared by all prompts of a task (instructions, few-shot examples) once, not for every row."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from .batches import Batch
 
 
-# Shorter prefixes save less than the handling of their cache costs.
+# For shorter prefixes, handling the cache costs more than it saves.
 LEAST_TOKENS = 16
 
 
 def shared_prefix(batches: Sequence[Batch]) -> int:
-    """Return how many tokens all rows begin with, at most so many that every needed position comes after them.
+    """Return the length of the prefix shared by all rows, ending before the first position to read.
 
-    Example: with few-shot prompts, everything up to the text in question. 0 where it is too short to pay, and for
-    models that are not causal.
+    With few-shot prompts it covers everything before the example's text. Returns 0 if the prefix is too short to pay
+    off, and for models that are not causal.
     """
     if batches[0].kind != "causal":
         return 0
@@ -40,18 +40,18 @@ def shared_prefix(batches: Sequence[Batch]) -> int:
 
 
 def prefill(model: nn.Module, batch: Batch, length: int) -> DynamicCache | None:
-    """Return the model's cache of the first `length` tokens, or `None` where it keeps another kind of cache."""
+    """Return the model's cache of the first `length` tokens, or `None` if it does not use a `DynamicCache`."""
     ids = batch.input_ids[:1, :length]
-    found: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-    cache = getattr(found, "past_key_values", None)
+    outputs: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    cache = getattr(outputs, "past_key_values", None)
     return cache if type(cache) is DynamicCache else None
 
 
 def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
-    """Return a copy of a cache of one row for `rows` rows; a forward pass writes into it."""
-    own = copy.deepcopy(cache)
-    own.batch_repeat_interleave(rows)
-    return own
+    """Return a copy of a one-row cache repeated to `rows` rows, which a forward pass may modify."""
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(rows)
+    return copied
 
 
 def without_prefix(batch: Batch, length: int) -> Batch:

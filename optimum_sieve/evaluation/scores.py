@@ -1,4 +1,4 @@
-r"""Score a model on examples, and keep what each example got, so that two models can be compared."""
+r"""Score a model on examples and keep the result of each, so that two models can be compared."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _ARRAYS = ("predictions", "targets", "values", "log_probs")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """A model's scores on examples, in the order the examples were given.
+    """A model's scores on examples, in the order of the examples.
 
     Args:
         metric (`str`):
@@ -56,21 +56,19 @@ class Evaluation:
         standard_error (`float`):
             Sample standard error of `score`.
         majority_score (`float`):
-            Score of always giving the most frequent gold answer of the same examples; of multiple choice, the place
-            that is right most often.
+            Score of the constant answer that is most often right: a gold answer, or an index for multiple choice.
         predictions (`np.ndarray` of shape `(count,)`):
-            Index of the likeliest candidate; of shape `(0,)`, as the other arrays of candidates, where answers are
-            written.
+            Index of the most likely candidate; like all candidate arrays, empty for generation.
         targets (`np.ndarray` of shape `(count,)`):
             Index of the gold candidate.
         values (`np.ndarray` of shape `(count,)`):
-            What each example adds to the score (see [`~optimum_sieve.tasks.metrics.Scored`]).
+            Contribution of each example to the score (see [`~optimum_sieve.tasks.metrics.Scored`]).
         log_probs (`np.ndarray` of shape `(count, candidates)`):
-            Logarithm of the distribution over each example's candidates, `-inf` where it has fewer.
+            Log-probabilities over each example's candidates, `-inf` for missing candidates.
         fingerprint (`str`):
-            SHA-256 of the examples; two evaluations compare only where it is the same.
+            SHA-256 of the examples; only evaluations with equal fingerprints can be compared.
         texts (`tuple[str, ...]`):
-            What was written for each example; empty where candidates are scored.
+            Generated text of each example; empty if candidates are scored.
     """
 
     metric: str
@@ -91,11 +89,11 @@ class Evaluation:
 
     @property
     def answers(self) -> NDArray[Any]:
-        """What was answered, in a form whose equality tells agreement: the candidate, or the normalized text."""
+        """Answers to test for agreement: index of the candidate, or normalized text."""
         return np.array([normalize_text(text) for text in self.texts]) if self.texts else self.predictions
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures a report shows, as JSON types."""
+        """Return the figures for a report as JSON types."""
         return {
             "metric": self.metric,
             "score": self.score,
@@ -105,7 +103,7 @@ class Evaluation:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write everything to a safetensors file; `path` is either the whole file or what it was before."""
+        """Write a safetensors file atomically."""
         path = Path(path)
         scalars = {name: getattr(self, name) for name in _SCALARS} | ({"texts": self.texts} if self.texts else {})
         metadata = {"format_version": str(FORMAT_VERSION), "evaluation": json.dumps(scalars, sort_keys=True)}
@@ -115,10 +113,10 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        """Read what [`Evaluation.save`] wrote.
+        """Read a file written by [`Evaluation.save`].
 
         Raises:
-            ValueError: If the file is damaged, is no evaluation, or was written by a newer version.
+            ValueError: If the file is damaged, not an evaluation, or written by a newer version.
         """
         try:
             with safe_open(path, framework="numpy") as file:
@@ -132,7 +130,7 @@ class Evaluation:
             raise ValueError(f"`path` must be a file written by `Evaluation.save`, got {path} ({error}).") from error
         raise ValueError(
             f"`path` must have format_version {FORMAT_VERSION} or older, got {version} in {path}. "
-            "Upgrade optimum-sieve, or delete the file to score again."
+            "Upgrade optimum-sieve, or delete the file to recompute it."
         )
 
 
@@ -146,10 +144,10 @@ def evaluate(
     progress: bool = True,
     description: str = "",
 ) -> Evaluation:
-    """Predict the likeliest candidate of every example, or let the model write its answer, and score the predictions.
+    """Predict the most likely candidate of every example, or generate its answer, and score the predictions.
 
-    The result does not depend on `batch_size` or on the order of the examples. The model is in evaluation mode and
-    without gradients meanwhile, and is left as it was.
+    The result does not depend on `batch_size` or on the order of the examples. The model runs in evaluation mode
+    without gradients; its mode is restored.
 
     Args:
         model (`torch.nn.Module`):
@@ -159,18 +157,18 @@ def evaluate(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer.
         metric (`str` or `Callable`):
-            `"accuracy"` or `"macro_f1"`; of written answers, those of
+            `"accuracy"` or `"macro_f1"`; for generation, a metric of
             [`score_texts`][optimum_sieve.tasks.text_metrics.score_texts]. Or a function of an answer and the accepted
-            ones.
+            answers.
         batch_size (`int`):
-            Most rows of one forward pass.
+            Maximum rows per forward pass.
         progress (`bool`):
             Show a progress bar.
         description (`str`):
-            Text before the bar.
+            Label of the progress bar.
 
     Returns:
-        [`Evaluation`]: Score, standard error and what each example got.
+        [`Evaluation`]: Score, standard error and the result of each example.
 
     Raises:
         ValueError: If an example cannot be scored, or the model returns values that are not finite.
@@ -187,16 +185,16 @@ def evaluate(
 
 
 def check_scorable(examples: Sequence[Example], metric: Metric) -> None:
-    """Refuse what has no score with a standard error.
+    """Check that `examples` can be scored with `metric`.
 
     Raises:
-        ValueError: If there are fewer than two examples, one has neither candidates with a gold one nor accepted
-            answers, or `metric` is unknown.
+        ValueError: If there are fewer than two examples, an example lacks a gold candidate or accepted answers, or
+            `metric` is unknown.
     """
     if len(examples) < 2:
         raise ValueError(
-            f"`examples` must hold at least 2 examples to have a standard error, got {len(examples)}. Add rows to the "
-            "split."
+            f"`examples` must hold at least 2 examples to compute a standard error, got {len(examples)}. Add rows to "
+            "the split."
         )
     written = examples[0].generation is not None
     known = TEXT_METRICS if written else CLASS_METRICS
@@ -205,11 +203,11 @@ def check_scorable(examples: Sequence[Example], metric: Metric) -> None:
     if not written:
         _targets(examples)
     elif any(example.generation != examples[0].generation or not example.accepted for example in examples):
-        raise ValueError("`examples` must all have accepted answers and the same `generation`, got some that differ.")
+        raise ValueError("`examples` must have accepted answers and the same `generation`, got some that differ.")
 
 
 def evaluation_of(scores: NDArray[np.float64], examples: Sequence[Example], metric: Metric) -> Evaluation:
-    """Turn the log-likelihoods of every candidate (count, candidates) into an [`Evaluation`] of the same examples."""
+    """Compute the [`Evaluation`] of `examples` from their candidates' log-likelihoods (count, candidates)."""
     targets = _targets(examples)
     predictions = scores.argmax(axis=1)
     scored = _score(metric, predictions, targets, examples)
@@ -227,7 +225,7 @@ def evaluation_of(scores: NDArray[np.float64], examples: Sequence[Example], metr
 
 
 def evaluation_of_texts(texts: Sequence[str], examples: Sequence[Example], metric: Metric) -> Evaluation:
-    """Turn what was written into an [`Evaluation`] of the same examples."""
+    """Compute the [`Evaluation`] of `examples` from generated texts."""
     accepted = [example.accepted for example in examples]
     scored = score_texts(metric, texts, accepted)
     return Evaluation(
@@ -249,10 +247,10 @@ def _score(
 ) -> Scored:
     if isinstance(metric, str):
         return score_classes(metric, predictions, targets)
-    # An example may have fewer candidates than the place that is right most often.
+    # The majority index can exceed an example's number of candidates.
     texts = [
-        example.candidates[place].strip() if place < len(example.candidates) else ""
-        for place, example in zip(predictions, examples, strict=True)
+        example.candidates[index].strip() if index < len(example.candidates) else ""
+        for index, example in zip(predictions, examples, strict=True)
     ]
     return score_texts(metric, texts, [(example.answer.strip(),) for example in examples])
 

@@ -1,6 +1,6 @@
-r"""What the dense model says of the calibration examples, computed once: all that healing needs of it.
+r"""Store the dense model's predictions on the calibration examples, so that healing does not need the model.
 
-A teacher maps a model and a batch to one divergence and one negative log-likelihood of the gold answer per example.
+A teacher maps a model and a batch to the KL divergence and the negative log-likelihood of the gold answer per example.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from .batches import Batch
 
 
-# Tokens of each distribution that are kept one by one; the others count as one event.
+# Most likely tokens kept per distribution; all others count as one event.
 TOP_TOKENS = 128
 _STAGE = "teacher"
-# Raised when the tensors mean something else, so that files from before are left alone.
+# Increment when the meaning of the tensors changes, so that older files are ignored.
 _FORMAT = 1
 
 
@@ -45,9 +45,9 @@ class CandidateTeacher:
     r"""The dense model's distribution over the candidates of each example.
 
     Args:
-        fingerprint (`str`): Hash of all that the distributions depend on.
+        fingerprint (`str`): Hash of everything the distributions depend on.
         targets (`torch.Tensor` of shape `(count,)`): Index of each example's gold candidate.
-        log_probs (`torch.Tensor` of shape `(count, candidates)`): `-inf` where an example has fewer candidates.
+        log_probs (`torch.Tensor` of shape `(count, candidates)`): `-inf` for missing candidates.
     """
 
     fingerprint: str
@@ -64,7 +64,7 @@ class CandidateTeacher:
         scores = log_likelihoods(model, batch)
         present = batch.present.to(scores.device)
         indices = list(batch.indices)
-        # A missing candidate is 0 on both sides, where it adds nothing and has no gradient.
+        # Missing candidates are set to 0 in both models: no contribution, no gradient.
         log_p = scores.log_softmax(dim=-1).masked_fill(~present, 0.0)
         log_q = self.log_probs[indices, : present.shape[1]].to(scores).masked_fill(~present, 0.0)
         gold = self.targets[indices].to(scores.device)
@@ -73,14 +73,14 @@ class CandidateTeacher:
 
 @dataclass(frozen=True, eq=False)
 class VocabularyTeacher:
-    r"""The dense model's next-token distributions along each example's gold answer: its likeliest tokens, and the rest.
+    r"""The dense model's next-token distributions along each example's gold answer, reduced to the top tokens.
 
     Args:
-        fingerprint (`str`): Hash of all that the distributions depend on.
-        starts (`torch.Tensor` of shape `(count + 1,)`): Where the rows of each example begin.
-        tokens (`torch.Tensor` of shape `(rows, top)`): Ids of the likeliest tokens.
+        fingerprint (`str`): Hash of everything the distributions depend on.
+        starts (`torch.Tensor` of shape `(count + 1,)`): First row of each example.
+        tokens (`torch.Tensor` of shape `(rows, top)`): Ids of the most likely tokens.
         log_probs (`torch.Tensor` of shape `(rows, top)`): Their log-probabilities.
-        rest (`torch.Tensor` of shape `(rows,)`): Logarithm of what all other tokens have together.
+        rest (`torch.Tensor` of shape `(rows,)`): Log-probability of all other tokens together.
     """
 
     fingerprint: str
@@ -94,7 +94,7 @@ class VocabularyTeacher:
     def losses(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         r"""Return the mean over answer tokens of \(\mathrm{KL}(\text{dense} \Vert \text{model})\) and \(-\log p\).
 
-        Tokens that are not among the likeliest count as one event, which can only lower the divergence. Both
+        All tokens outside the top tokens count as one event, which can only lower the divergence. Both
         (num_examples,), float32, differentiable.
         """
         logits = site_logits(model, batch)
@@ -115,12 +115,12 @@ Teacher = CandidateTeacher | VocabularyTeacher
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lesson:
-    """What a model is healed on: some examples of one task, and what the dense model says of them.
+    """Training data for healing: examples of one task with the dense model's predictions.
 
     Args:
-        teacher (`Teacher`): What [`teach`] made of the examples.
+        teacher (`Teacher`): Returned by [`teach`] for the examples.
         examples (`Sequence[Example]`): The examples.
-        weight (`float`): How often they are drawn, relative to those of other lessons.
+        weight (`float`): Sampling weight relative to other lessons.
     """
 
     teacher: Teacher
@@ -129,7 +129,7 @@ class Lesson:
 
 
 def lessons_fingerprint(lessons: Sequence[Lesson]) -> str:
-    """Hash all that the lessons consist of; of one lesson it is the teacher's."""
+    """Return the hash of all lessons; for a single lesson, its teacher's fingerprint."""
     if len(lessons) == 1:
         return lessons[0].teacher.fingerprint
     return content_key(lessons=[(lesson.teacher.fingerprint, lesson.weight) for lesson in lessons])
@@ -145,16 +145,16 @@ def teach(
     work: WorkDir | None = None,
     progress: bool = True,
 ) -> Teacher:
-    """Run the dense model over `examples` and keep what healing needs, or take it from the work directory.
+    """Compute the dense model's predictions on `examples`, or load them from the work directory.
 
     Args:
-        model (`PreTrainedModel`): The dense model. It need not stay in memory afterwards.
+        model (`PreTrainedModel`): The dense model; the caller may free it afterwards.
         examples (`Sequence[Example]`): The calibration examples.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        loss (`str`): `"candidates"` or `"vocabulary"`; examples without candidates always get the latter.
-        batch_size (`int`): Rows per forward pass.
-        work (`WorkDir`, *optional*): Keeps the result under a hash of model, tokens and loss.
-        progress (`bool`): Whether a progress bar is shown.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        loss (`str`): `"candidates"` or `"vocabulary"`; examples without candidates always use the latter.
+        batch_size (`int`): Maximum rows per forward pass.
+        work (`WorkDir`, *optional*): Caches the result under a hash of model, tokens and loss.
+        progress (`bool`): Show a progress bar.
 
     Raises:
         ValueError: If an example cannot be scored, or the model returns values that are not finite.
@@ -172,13 +172,13 @@ def teach(
         top=TOP_TOKENS,
         format=_FORMAT,
     )
-    found = work.load(_STAGE, key)
-    if found is None:
+    tensors = work.load(_STAGE, key)
+    if tensors is None:
         batches = make_batches(examples, tokenizer, batch_size=batch_size, candidates=by_candidate, inputs=inputs)
         with tqdm(total=len(examples), desc="dense model", unit="example", disable=not progress) as bar:
-            found = _by_candidate(model, batches, examples, bar) if by_candidate else _by_token(model, batches, bar)
-        work.save(_STAGE, key, found)
-    return CandidateTeacher(key, **found) if by_candidate else VocabularyTeacher(key, **found)
+            tensors = _by_candidate(model, batches, examples, bar) if by_candidate else _by_token(model, batches, bar)
+        work.save(_STAGE, key, tensors)
+    return CandidateTeacher(key, **tensors) if by_candidate else VocabularyTeacher(key, **tensors)
 
 
 def _by_candidate(
@@ -190,19 +190,19 @@ def _by_candidate(
 
 
 def _by_token(model: PreTrainedModel, batches: list[Batch], bar: tqdm) -> dict[str, torch.Tensor]:
-    """Keep the likeliest tokens at every site, in the order of the examples."""
+    """Return the top tokens at every site, in the order of the examples."""
     rows: dict[int, tuple[torch.Tensor, ...]] = {}
     device = input_device(model)
     with evaluating(model):
         for batch in batches:
             logits = site_logits(model, batch.to(device))
-            # One token at least is left to the rest.
+            # At least one token remains for the rest.
             tokens = logits.topk(min(TOP_TOKENS, logits.shape[1] - 1), dim=-1).indices
             kept = (tokens.int().cpu(), *(part.cpu() for part in _split(logits, tokens)))
             slots = batch.reads[:, 2]
-            for place, index in enumerate(batch.indices):
-                own = batch.reads[slots == place, 0]
-                rows[index] = tuple(part[own] for part in kept)
+            for slot, index in enumerate(batch.indices):
+                sites = batch.reads[slots == slot, 0]
+                rows[index] = tuple(part[sites] for part in kept)
             bar.update(batch.num_examples)
     ordered = [rows[index] for index in sorted(rows)]
     tokens, log_probs, rest = (torch.cat(parts) for parts in zip(*ordered, strict=True))

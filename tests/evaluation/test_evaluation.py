@@ -213,9 +213,9 @@ def test_lower_bound_is_the_one_sided_normal_one() -> None:
 
 def test_compare_refuses_other_examples_and_metrics() -> None:
     examples = make_examples()
-    with pytest.raises(ValueError, match="`pruned` must be scored on the same examples as `dense`"):
+    with pytest.raises(ValueError, match="`pruned` must be scored on the same 40 examples as `dense`"):
         compare(run(), run(examples=examples[::-1]))
-    with pytest.raises(ValueError, match=r"same examples as `dense` \(40 of them\), got 39"):
+    with pytest.raises(ValueError, match=r"same 40 examples as `dense`, got 39"):
         compare(run(), run(examples=examples[:39]))
     with pytest.raises(ValueError, match="`pruned` must be scored with the dense model's 'accuracy', got 'macro_f1'"):
         compare(run(), run(metric="macro_f1"))
@@ -232,7 +232,7 @@ def test_a_model_that_returns_nan_is_refused() -> None:
 @pytest.mark.parametrize(
     ("examples", "options", "message"),
     [
-        (make_examples(1), {}, "`examples` must hold at least 2 examples to have a standard error, got 1"),
+        (make_examples(1), {}, "`examples` must hold at least 2 examples to compute a standard error, got 1"),
         (
             [*make_examples(), Example(prompt="7", answer=" odd", candidates=(" odd",), target=0)],
             {},

@@ -182,7 +182,7 @@ def test_the_command_line_prunes_and_evaluates(
 
 def test_a_prompt_must_leave_room_for_the_answer(tmp_path: Path) -> None:
     task = load_task(tmp_path, **WRITTEN | {"max_new_tokens": 61})
-    message = r"`examples\[\d+\]` must leave room for an answer in the 64 tokens the model takes, got \d+ of the prompt"
+    message = r"`examples\[\d+\]` must leave room for an answer in the 64 tokens the model takes, got \d+ prompt tokens"
     pruner = SievePruner(make_model(), make_tokenizer(), task)
     with pytest.raises(ValueError, match=message):
         pruner.plan(SieveConfig(pruning_ratio=0.5))
@@ -201,7 +201,7 @@ def test_gold_answers_longer_than_what_may_be_written_are_told(
 
 def test_classifiers_are_refused(tmp_path: Path) -> None:
     pruner = SievePruner(make_kind("bert"), make_tokenizer(), load_task(tmp_path, **WRITTEN))
-    with pytest.raises(ValueError, match="`model` must be one that writes for a task of the kind 'generate'"):
+    with pytest.raises(ValueError, match="`model` must be generative for a task of kind 'generate'"):
         pruner.plan(SieveConfig(pruning_ratio=0.5))
 
 

@@ -273,7 +273,7 @@ def test_input_device_passes_over_offloaded_parameters() -> None:
 def test_a_shadowed_candidate_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         make_batches(make_examples((" very", " very odd"), count=2), make_tokenizer(), batch_size=8)
-    assert "In 2 of 2 examples one candidate's tokens are the beginning of another's" in caplog.text
+    assert "In 2 of 2 examples one candidate's tokens are a prefix of another's" in caplog.text
     caplog.clear()
     make_batches(make_examples(LONG_LABELS), make_tokenizer(), batch_size=8)
     assert not caplog.text
@@ -328,5 +328,5 @@ def test_a_tokenizer_that_changes_the_text_for_its_special_tokens_is_refused() -
         def __call__(self, texts: list[str], add_special_tokens: bool, **_: Any) -> dict[str, list[list[int]]]:
             return {"input_ids": [[9] if add_special_tokens else list(range(len(text))) for text in texts]}
 
-    with pytest.raises(ValueError, match="`tokenizer` must put its special tokens around a text"):
+    with pytest.raises(ValueError, match="`tokenizer` must add its special tokens around a text"):
         make_batches(make_examples(), Odd(), batch_size=4)

@@ -1,0 +1,49 @@
+"""Compute logits only at the positions that are scored."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def head_at(model: nn.Module, sites: torch.Tensor, shape: torch.Size) -> Iterator[list[bool]]:
+    """Pass only the hidden states at `sites` to the model's output head, as (1, sites, features).
+
+    The vocabulary is much wider than the hidden states: logits at all positions would be the largest tensor of a run.
+
+    Args:
+        model (`torch.nn.Module`): A model of transformers.
+        sites (`torch.Tensor` of shape `(sites, 2)`): Row and position of each hidden state to keep.
+        shape (`torch.Size`): Shape (rows, length) of the input; hidden states of another shape pass unchanged.
+
+    Returns:
+        `list[bool]`: Non-empty after the forward pass if the head received the selected states.
+    """
+    owner: Any = model
+    head = owner.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    selected: list[bool] = []
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        states = args[0] if args else None
+        if not isinstance(states, torch.Tensor) or states.dim() != 3 or states.shape[:2] != shape:
+            return None
+        rows, positions = sites.to(states.device).unbind(dim=1)
+        selected.append(True)
+        return (states[rows, positions][None], *args[1:])
+
+    if not isinstance(head, nn.Module):
+        yield selected
+        return
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield selected
+    finally:
+        handle.remove()
