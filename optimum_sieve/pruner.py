@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.backbone.latency import measure_latencies, total_seconds
+from optimum_sieve.backbone.experts import separated_view
+from optimum_sieve.backbone.latency import total_seconds, with_latencies
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.offloading import bring_in
 from optimum_sieve.backbone.sizes import measure_sizes
 from optimum_sieve.calibration.stage import calibrate
-from optimum_sieve.evaluation.stage import score, score_dense, with_answers
+from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned, with_answers
 from optimum_sieve.healing.stage import hold_ranks, make_healer
 from optimum_sieve.pipeline.checks import check_model
 from optimum_sieve.pipeline.prepare import check_inputs, check_vocabulary, plan_run, prepare
@@ -21,9 +21,8 @@ from optimum_sieve.pipeline.ranks import choose_ranks
 from optimum_sieve.publish.card import public_name
 from optimum_sieve.publish.hub import push_folder
 from optimum_sieve.publish.result import SieveResult, TaskScores, make_result, save_result
-from optimum_sieve.run.context import Run, timed
-from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.search.stage import join_search, run_search, wait_for_search
+from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import check_tasks, read_tasks
 from optimum_sieve.vocabulary.stage import reduce_vocabulary, reduced_vocabulary, restore_vocabulary
 
@@ -35,8 +34,12 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.evaluation.scores import Evaluation
+    from optimum_sieve.healing.stage import Healer
     from optimum_sieve.plan.plan import PrunePlan
+    from optimum_sieve.run.context import Run
 
     from .tasks import Task
 
@@ -132,9 +135,10 @@ class SievePruner:
     def plan(self, config: SieveConfig) -> PrunePlan:
         """Return what `prune` would do, from the shapes alone. Runs nothing but, to try a vocabulary, one example."""
         self._check_is_dense()
-        targets = check_inputs(self.model, self.tokenizer, self.tasks, config)
+        view = separated_view(self.model)
+        targets = check_inputs(view, self.tokenizer, self.tasks, config)
         vocabulary = check_vocabulary(self.model, self.tokenizer, self.tasks, config)
-        return plan_run(self.model, self.tokenizer, self.tasks, config, targets, vocabulary)
+        return plan_run(view, self.tokenizer, self.tasks, config, targets, vocabulary)
 
     def search(
         self,
@@ -163,7 +167,7 @@ class SievePruner:
         """
         run = self._prepare_search(config, work_dir, study_storage, progress)
         with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
-            return run_search(run, calibrate(run, {}), num_bottlenecks=num_bottlenecks)
+            return run_search(run, calibrate(run), num_bottlenecks=num_bottlenecks)
 
     def join_search(
         self, config: SieveConfig, *, work_dir: str | Path, study_storage: str | None = None, progress: bool = True
@@ -176,7 +180,7 @@ class SievePruner:
         run = self._prepare_search(config, work_dir, study_storage, progress)
         with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
             wait_for_search(run)
-            return join_search(run, calibrate(run, {}, must_exist=True))
+            return join_search(run, calibrate(run, must_exist=True))
 
     def _prepare_search(
         self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
@@ -221,48 +225,50 @@ class SievePruner:
             RuntimeError: If the model was pruned before.
             ToleranceError: If nothing within the tolerance was found; a `RuntimeError`. The model is dense then.
         """
-        seconds: dict[str, float] = {}
         run = self._prepare(config, work_dir, study_storage, progress)
-        with timed(seconds, "examples"):
-            run = with_answers(run, "calibration", "selection", "test")
         with ExitStack() as undo:
-            run = reduce_vocabulary(run)
+            run = reduce_vocabulary(with_answers(run, *SPLITS))
             undo.callback(restore_vocabulary, run)
-            bases = calibrate(run, seconds)
-            if config.latency_target is not None:
-                with timed(seconds, "latency"):
-                    run = replace(run, latencies=measure_latencies(run))
-            healer = make_healer(run, seconds)
-            with timed(seconds, "ranks"):
-                ranks, trials = choose_ranks(run, bases, healer)
-            with timed(seconds, "test"):
-                dense = [score_dense(run, task, task.test, "test") for task in run.tasks]
-            before = measure_sizes(self.model, run.targets, run.vocabulary)
-            undo.callback(hold_ranks(run, bases, ranks, healer, seconds))
+            bases = calibrate(run)
+            run = with_latencies(run)
+            healer = make_healer(run)
+            ranks, trials = choose_ranks(run, bases, healer)
+            dense, sizes = score_test_dense(run), measure_sizes(self.model, run.targets, run.vocabulary)
+            undo.callback(hold_ranks(run, bases, ranks, healer))
             del bases
-            with timed(seconds, "test"):
-                # Not from the work directory: what is scored here is what will be saved.
-                fresh = replace(run, work=WorkDir(None))
-                pruned = [score(fresh, task, task.test, "pruned model on test") for task in run.tasks]
-            bring_in(self.model)
-            self.result = make_result(
-                self.model,
-                scores=[TaskScores.of(*each) for each in zip(run.tasks, dense, pruned, strict=True)],
-                sizes=(before, measure_sizes(self.model, run.targets)),
-                trials=trials,
-                settings=config.to_dict(),
-                seconds={stage: round(value, 3) for stage, value in seconds.items()},
-                loading=self.loading,
-                base_model=public_name(self.base_model),
-                base_revision=self._base_revision(),
-                healing=None if healer is None else healer.report(),
-                vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
-                latency=None if run.latencies is None else total_seconds(run, ranks),
-            )
+            pruned = score_test_pruned(run)
+            self.result = self._make_result(run, dense, pruned, sizes, ranks, trials, healer)
             self.model, self.tokenizer = self.result.model, run.tokenizer
-            # Done: nothing of it is to be undone.
+            # Success: keep the pruned model.
             undo.pop_all()
         return self.result
+
+    def _make_result(
+        self,
+        run: Run,
+        dense: list[Evaluation],
+        pruned: list[Evaluation],
+        sizes: dict[str, int],
+        ranks: Ranks,
+        trials: list[dict[str, Any]],
+        healer: Healer | None,
+    ) -> SieveResult:
+        """Turn the model into one of type `sieve`; `dense` and `sizes` are those of the dense model."""
+        bring_in(self.model)
+        return make_result(
+            self.model,
+            scores=[TaskScores.of(*each) for each in zip(run.tasks, dense, pruned, strict=True)],
+            sizes=(sizes, measure_sizes(self.model, run.targets)),
+            trials=trials,
+            settings=run.config.to_dict(),
+            seconds=run.seconds,
+            loading=self.loading,
+            base_model=public_name(self.base_model),
+            base_revision=self._base_revision(),
+            healing=None if healer is None else healer.report(),
+            vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
+            latency=None if run.latencies is None else total_seconds(run, ranks),
+        )
 
     def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False) -> Path:
         """Write model, tokenizer, model card and report; all of it or, if anything fails, nothing.

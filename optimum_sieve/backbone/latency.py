@@ -1,10 +1,11 @@
-"""How long a linear layer takes for one row, against its rank: measured on the device that it computes on."""
+"""Latency of linear layers for one row against their rank, measured on the device that they compute on."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,22 +28,30 @@ if TYPE_CHECKING:
     from optimum_sieve.modeling.layers import Storage
     from optimum_sieve.run.context import Run
 
-# Weights that take turns fill more than a processor's caches, as in a model that decodes.
+# Copies of a layer take turns and together exceed a processor's caches, as the layers of a decoding model do.
 _COLD_BYTES, _MOST_LAYERS = 64_000_000, 256
-# Ranks of a shape that are measured; the others are interpolated.
+# Number of ranks measured for each shape; the others are interpolated.
 _POINTS = 9
 _ROUNDS = 5
 
 
+def with_latencies(run: Run) -> Run:
+    """Return the run with the latencies of its targets, if the settings have a `latency_target`."""
+    if run.config.latency_target is None:
+        return run
+    with run.timed("latency"):
+        return replace(run, latencies=measure_latencies(run))
+
+
 def measure_latencies(run: Run) -> dict[str, np.ndarray]:
-    """Measure every shape of the targets, eager, in the model's dtype, or take the times from the work directory.
+    """Measure every shape of the targets in eager mode and the model's dtype, or read the work directory.
 
     Args:
         run (`Run`): The run.
 
     Returns:
-        `dict[str, numpy.ndarray]`: By name of the target, seconds of each of [`LossCurve.choices`]: float64, ascending
-        with the rank, the dense layer at the end.
+        `dict[str, numpy.ndarray]`: Target name -> seconds of each of [`LossCurve.choices`]: float64, ascending with the
+        rank, the dense layer last.
     """
     first = run.model.get_submodule(run.targets[0].name)
     weight: Any = first.weight
@@ -54,27 +63,26 @@ def measure_latencies(run: Run) -> dict[str, np.ndarray]:
         shapes=distinct, storage=storage, multiple=multiple, dtype=str(weight.dtype), device=str(device),
         threads=torch.get_num_threads(),
     )  # fmt: skip
-    found = run.work.load("latencies", key)
-    if found is None:
+    stored = run.work.load("latencies", key)
+    if stored is None:
         bar = tqdm(distinct, "latency", unit="shape", disable=not (run.progress and distributed.is_first()))
         measured = [_measure_shape(shape, storage, multiple, weight.dtype, device) for shape in bar]  # type: ignore[arg-type]
-        # Ranks depend on them: all processes take the same.
-        found = {
-            str(shape): torch.tensor(own) for shape, own in zip(distinct, distributed.agree(measured), strict=True)
-        }
-        run.work.save("latencies", key, found)
-    return {name: found[str(shape)].numpy() for name, shape in shapes.items()}
+        # Ranks depend on the latencies, so all processes must use the same.
+        agreed = distributed.agree(measured)
+        stored = {str(shape): torch.tensor(seconds) for shape, seconds in zip(distinct, agreed, strict=True)}
+        run.work.save("latencies", key, stored)
+    return {name: stored[str(shape)].numpy() for name, shape in shapes.items()}
 
 
 def total_seconds(run: Run, ranks: Ranks) -> dict[str, float]:
-    """Add up what all targets take, `"dense"` and `"pruned"` to `ranks`."""
+    """Return the summed seconds of all targets, `"dense"` and `"pruned"` to `ranks`."""
     latencies: Mapping[str, np.ndarray] = run.latencies or {}
     pruned = 0.0
     for target in run.targets:
         shape = (target.out_features, target.in_features)
         choices = [*rank_choices(*shape, run.config.storage, run.config.rank_multiple), None]
         pruned += float(latencies[target.name][choices.index(ranks[target.name])])
-    return {"dense": float(sum(own[-1] for own in latencies.values())), "pruned": pruned}
+    return {"dense": float(sum(seconds[-1] for seconds in latencies.values())), "pruned": pruned}
 
 
 def _measure_shape(
@@ -83,25 +91,25 @@ def _measure_shape(
     """Return the seconds of every rank and of the dense layer."""
     rows, columns = shape
     ranks = rank_choices(rows, columns, storage, multiple)
-    tried = sorted({ranks[round(place)] for place in np.linspace(0, len(ranks) - 1, _POINTS)})
+    tried = sorted({ranks[round(index)] for index in np.linspace(0, len(ranks) - 1, _POINTS)})
 
     with torch.device("meta"):
         factorized = [FactorizedLinear(columns, rows, rank, storage=storage, bias=False, dtype=dtype) for rank in tried]
         whole = nn.Linear(columns, rows, bias=False, dtype=dtype)
     seconds = [_seconds(layer, columns, dtype, device) for layer in factorized]
     dense = _seconds(whole, columns, dtype, device)
-    # What is shorter at a higher rank is noise.
+    # A shorter time at a higher rank is noise.
     return [*np.maximum.accumulate(np.interp(ranks, tried, seconds)).tolist(), dense]
 
 
 def _seconds(empty: nn.Module, columns: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the median seconds of a layer, given without weights, of several copies that take turns."""
+    """Return the median seconds of a layer on the meta device, over several copies that take turns."""
     size = sum(parameter.nbytes for parameter in empty.parameters())
     count = min(_MOST_LAYERS, 1 + _COLD_BYTES // max(size, 1))
     layers = [copy.deepcopy(empty).to_empty(device=device) for _ in range(count)]
     for layer in layers:
         for parameter in layer.parameters():
-            # What lies in fresh memory may be too small a number to be multiplied at full speed.
+            # Fresh memory may hold subnormal numbers, whose arithmetic is slow.
             nn.init.ones_(parameter)
         for name, order in layer.named_buffers():
             layer.register_buffer(name, torch.arange(len(order), dtype=order.dtype, device=device))
@@ -112,7 +120,7 @@ def _seconds(empty: nn.Module, columns: int, dtype: torch.dtype, device: torch.d
             start = time.perf_counter()
             for layer in layers:
                 y = layer(x)
-            # Waits for the device.
+            # Wait for the device.
             y.sum().item()
             seconds.append((time.perf_counter() - start) / len(layers))
     return statistics.median(seconds[1:])

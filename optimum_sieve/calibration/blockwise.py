@@ -1,9 +1,9 @@
-"""One round of moments and factor bases, one block at a time: weights, moments and bases of one block in memory."""
+"""A round of calibration one block at a time, for models larger than the memory."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -21,12 +21,12 @@ from optimum_sieve.factorization.closed_form import FactorBasis, factorize
 from optimum_sieve.factorization.moments import check_finite, empty_moments
 from optimum_sieve.factorization.stored import StoredBasis
 from optimum_sieve.run import distributed
-from optimum_sieve.run.context import timed
 from optimum_sieve.run.workdir import flatten
 
 from .collect import accumulator
 from .factors import factor_together, token_weights
 from .losses import calibration_batches
+from .rounds import Bases, Round
 
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.evaluation.batches import Batch
     from optimum_sieve.factorization.moments import Moments
     from optimum_sieve.run.context import Run
@@ -45,7 +44,7 @@ def targets_by_block(run: Run) -> dict[str, list[str]]:
     """Return the names of the targets in each block, the blocks in order.
 
     Raises:
-        ValueError: If the model has not one sequence of blocks, or a target lies outside.
+        ValueError: If the model is not one sequence of blocks, or a target is outside of them.
     """
     blocks = find_blocks(run.model)
     owned: dict[str, list[str]] = {block: [] for block in blocks}
@@ -60,96 +59,105 @@ def targets_by_block(run: Run) -> dict[str, list[str]]:
     return owned
 
 
-class BlockCalibration:
-    """One round of moments and bases.
+class BlockRound(Round):
+    """A round with the weights, moments and bases of one block in memory at a time; the work directory has a path."""
 
-    Args:
-        run (`Run`): The run, whose work directory has a path.
-        gold (`Sequence[Sequence[Example]]`): The calibration examples of each task, with the answers that count.
-        ranks (`Mapping[str, int | None]`): Ranks at which the moments are taken; none: of the dense model.
-        bases (`Mapping[str, FactorBasis]`): Bases of the round before, where there was one.
-    """
+    @cached_property
+    def owned(self) -> dict[str, list[str]]:
+        """Names of the targets in each block, the blocks in order."""
+        return targets_by_block(self.run)
 
-    def __init__(
-        self,
-        run: Run,
-        gold: Sequence[Sequence[Example]],
-        ranks: Ranks,
-        bases: Mapping[str, FactorBasis],
-    ) -> None:
-        self.run, self.ranks, self.bases = run, ranks, bases
-        self.owned = targets_by_block(run)
-        self.blocks = list(self.owned)
-        self.gold = gold
+    def load(self) -> Bases | None:
+        """Return the bases, each read from the work directory when it is used; `None` if some are not there."""
+        bases: dict[str, FactorBasis] = {}
+        for number, names in enumerate(self.owned.values()):
+            path = self.run.work.find("bases", f"{self.key}-{number}")
+            if path is None:
+                return None
+            for name in names:
+                bases[name] = StoredBasis(path, name, execution_device(self.run.model.get_submodule(name)))
+        return Bases(bases, self.key)
 
-    def compute(self, key: str, seconds: dict[str, float]) -> dict[str, FactorBasis]:
-        """Write the bases of every block to the work directory, and return them as they lie there."""
-        model, joint = self.run.model, self.run.config.projection == "joint"
-        order = list(enumerate(self.blocks))
-        steps = len(order) * (2 if joint else 1)
+    def compute(self, gold: Sequence[Sequence[Example]]) -> Bases:
+        """Take the moments and factor the weights, block by block; return the bases as they were saved.
+
+        The joint projection needs gradients: a forward pass through all blocks keeps their inputs on disk, and a
+        backward pass takes the moments. The other projections take them in the forward pass.
+        """
+        run, joint = self.run, self.run.config.projection == "joint"
+        order = list(enumerate(self.owned))
         with ExitStack() as stack:
-            directory = stack.enter_context(TemporaryDirectory(prefix="states-", dir=self.run.work.path))
-            stack.enter_context(frozen(model))
-            description = "moments" if joint else "moments and factors"
-            bar = stack.enter_context(tqdm(total=steps, desc=description, unit="block", disable=not self.run.progress))
-            with timed(seconds, "moments"):
-                # `svd` looks at no example.
-                gold = () if self.run.config.projection == "svd" else self.gold
-                block_runs = [
-                    self._start(examples, Path(directory) / str(place)) for place, examples in enumerate(gold)
-                ]
-            for place, block in order if joint else ():
-                with timed(seconds, "moments"), block_held(model, block, self.bases, self.ranks):
-                    for block_run in block_runs:
-                        block_run.forward(place)
+            directory = stack.enter_context(TemporaryDirectory(prefix="states-", dir=run.work.path))
+            stack.enter_context(frozen(run.model))
+            bar = stack.enter_context(self._bar(len(order) * (2 if joint else 1)))
+            with run.timed("moments"):
+                passes = self._start_all(gold, Path(directory))
+            if joint:
+                with run.timed("moments"):
+                    self._forward(passes, bar)
+            for number, block in reversed(order) if joint else order:
+                with run.timed("moments"):
+                    weights, moments = self._moments(passes, gold, number, block)
+                with run.timed("factors"):
+                    self._factor(number, weights, moments)
                 bar.update()
-            with timed(seconds, "moments"):
-                for block_run in block_runs if joint else ():
-                    block_run.start_backward()
-            for place, block in reversed(order) if joint else order:
-                with timed(seconds, "moments"):
-                    weights, moments = self._moments(block_runs, place, block, joint=joint)
-                with timed(seconds, "factors"):
-                    self._factor(key, place, weights, moments)
-                bar.update()
-        found = stored_bases(self.run, key)
-        assert found is not None
-        return found
+        saved = self.load()
+        assert saved is not None
+        return saved
+
+    def _bar(self, steps: int) -> tqdm:
+        description = "moments" if self.run.config.projection == "joint" else "moments and factors"
+        return tqdm(total=steps, desc=description, unit="block", disable=not self.run.progress)
+
+    def _start_all(self, gold: Sequence[Sequence[Example]], directory: Path) -> list[BlockRun[Batch]]:
+        """Begin a pass over the examples of every task; `svd` looks at no example."""
+        gold = () if self.run.config.projection == "svd" else gold
+        return [self._start(examples, directory / str(number)) for number, examples in enumerate(gold)]
 
     def _start(self, examples: Sequence[Example], directory: Path) -> BlockRun[Batch]:
-        """Begin the run over a task's examples, whose states go to a new directory."""
-        model = self.run.model
+        """Begin a pass over a task's examples, whose hidden states go to a new directory."""
+        model, blocks = self.run.model, list(self.owned)
         batches, loss = calibration_batches(self.run, examples)
         device = input_device(model)
         if not self.ranks:
-            check_blocks(model, self.blocks, partial(loss, model, batches[-1].to(device)))
+            check_blocks(model, blocks, partial(loss, model, batches[-1].to(device)))
         directory.mkdir()
-        return BlockRun(model, self.blocks, distributed.share(batches), loss, device=device, spool=Spool(directory))
+        return BlockRun(model, blocks, distributed.share(batches), loss, device=device, spool=Spool(directory))
+
+    def _forward(self, passes: Sequence[BlockRun[Batch]], bar: tqdm) -> None:
+        """Run all blocks, keep their inputs and start the backward pass."""
+        for number, block in enumerate(self.owned):
+            with block_held(self.run.model, block, self.before, self.ranks):
+                for each in passes:
+                    each.forward(number)
+            bar.update()
+        for each in passes:
+            each.start_backward()
 
     def _moments(
-        self, block_runs: Sequence[BlockRun[Batch]], place: int, block: str, *, joint: bool
+        self, passes: Sequence[BlockRun[Batch]], gold: Sequence[Sequence[Example]], number: int, block: str
     ) -> tuple[dict[str, torch.Tensor], dict[str, Moments]]:
-        """Return the dense weights and the moments of a block's targets, the weighted sum of the tasks'."""
+        """Return the dense weights and the moments of a block's targets, the weighted sum of the tasks' moments."""
         config, model, names = self.run.config, self.run.model, self.owned[block]
+        joint = config.projection == "joint"
         # Read before the block is pruned.
         weights = {name: linear_weight(model.get_submodule(name)) for name in names}
         moments = {name: empty_moments(weight, projection=config.projection) for name, weight in weights.items()}
-        before = {name: _in_memory(self.bases[name]) for name in names if name in self.bases}
-        weigh = token_weights(config, before)
-        with block_held(model, block, self.bases, self.ranks):
-            for block_run, task, examples in zip(block_runs, self.run.tasks, self.gold, strict=False):
+        weigh = token_weights(config, {name: _in_memory(self.before[name]) for name in names if name in self.before})
+        with block_held(model, block, self.before, self.ranks):
+            for each, task, examples in zip(passes, self.run.tasks, gold, strict=False):
                 scaling = task.weight / len(examples)
                 visit = accumulator(moments, weights, config.projection, scaling=scaling, token_weights=weigh)
+                watch = Watch(model, names, visit, gradients=joint)
                 if joint:
-                    block_run.backward(place, Watch(model, names, visit, gradients=True))
+                    each.backward(number, watch)
                 else:
-                    block_run.forward(place, Watch(model, names, visit, gradients=False), keep_inputs=False)
+                    each.forward(number, watch, keep_inputs=False)
         distributed.add_up(tensor for own in moments.values() for tensor in own.tensors().values())
         return weights, moments
 
-    def _factor(
-        self, key: str, place: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]
-    ) -> None:
+    def _factor(self, number: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]) -> None:
+        """Factor the weights of a block and save its bases."""
         config = self.run.config
         for name, own in moments.items():
             check_finite(name, own)
@@ -158,20 +166,8 @@ class BlockCalibration:
             return factorize(weight, moments[name], projection=config.projection, damping=config.damping)
 
         bases = factor_together(weights, one, progress=False)
-        self.run.work.save("bases", f"{key}-{place}", flatten(bases))
+        self.run.work.save("bases", f"{self.key}-{number}", flatten(bases))
 
 
 def _in_memory(basis: FactorBasis) -> FactorBasis:
     return basis.in_memory() if isinstance(basis, StoredBasis) else basis
-
-
-def stored_bases(run: Run, key: str) -> dict[str, FactorBasis] | None:
-    """Return the bases of a round as they lie in the work directory; `None` where it was not finished."""
-    found: dict[str, FactorBasis] = {}
-    for place, names in enumerate(targets_by_block(run).values()):
-        path = run.work.find("bases", f"{key}-{place}")
-        if path is None:
-            return None
-        for name in names:
-            found[name] = StoredBasis(path, name, execution_device(run.model.get_submodule(name)))
-    return found

@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from optimum_sieve.factorization.closed_form import FactorBasis
 from optimum_sieve.run import distributed
-from optimum_sieve.run.context import WEIGHTING_POWERS
 
 
 if TYPE_CHECKING:
@@ -19,10 +18,13 @@ if TYPE_CHECKING:
     from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.factorization.moments import TokenWeights
 
+# See `FactorBasis.token_weights`; 0 weights tokens by their norms alone.
+_WEIGHTING_POWERS = {"norms": 0.0, "balanced": 0.5, "likelihood": 1.0}
+
 
 def token_weights(config: SieveConfig, bases: Mapping[str, FactorBasis]) -> dict[str, TokenWeights] | None:
     """Return how tokens are weighted by the bases of the round before; `None`: by their norms alone."""
-    power = WEIGHTING_POWERS[config.weighting]
+    power = _WEIGHTING_POWERS[config.weighting]
     if not (power and bases):
         return None
     return {name: partial(basis.token_weights, power=power) for name, basis in bases.items()}

@@ -1,4 +1,4 @@
-"""The stages up to the factor bases, each a function from values to a value, kept in the work directory when done."""
+"""Calibration as a stage of a run: rounds of moments and factor bases, cached in the work directory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from optimum_sieve.allocation.allocators import predicted_loss
-from optimum_sieve.allocation.stage import allocate_ranks
+from optimum_sieve.allocation.stage import allocate_ranks, loss_curves
 from optimum_sieve.backbone.offloading import execution_device
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.evaluation.batches import input_device
@@ -17,14 +17,14 @@ from optimum_sieve.factorization.closed_form import FactorBasis, factorize
 from optimum_sieve.factorization.learned import learn_adapter
 from optimum_sieve.factorization.moments import Moments, weighted_sum
 from optimum_sieve.run import distributed
-from optimum_sieve.run.context import BASIS_SETTINGS, MOMENT_SETTINGS, timed
 from optimum_sieve.run.workdir import flatten, on_device, unflatten
 from optimum_sieve.surgery.apply import truncated
 
-from .blockwise import BlockCalibration, stored_bases
+from .blockwise import BlockRound
 from .collect import collect_moments
 from .factors import factor_together, token_weights
 from .losses import calibration_batches
+from .rounds import Bases, Round
 
 
 if TYPE_CHECKING:
@@ -36,190 +36,166 @@ if TYPE_CHECKING:
     from optimum_sieve.tasks import Example
 
 
-# Predicted rise of the loss, in nats per example, of the model on which a later round takes its moments.
+# Largest predicted loss increase, in nats per example, of a model on which a later round takes its moments.
 _ROUND_RISE = 0.01
 
 
-def calibrate(run: Run, seconds: dict[str, float], *, must_exist: bool = False) -> dict[str, FactorBasis]:
+def calibrate(run: Run, *, must_exist: bool = False) -> Bases:
     """Return a factor basis of every target's dense weight, from moments taken in one or more rounds.
 
-    Moments are taken on the calibration examples of every task and summed with the tasks' weights.
-
-    The first round's moments are the dense model's. Each later round takes them on the model pruned part of the way
-    with the bases so far (see [`ranks_in_round`]), where inputs and gradients are what the pruned layers will really
-    meet. Of joint moments it weights the tokens by those bases.
+    Moments are taken on the calibration examples of every task and summed with the tasks' weights. The first round takes
+    them on the dense model. Each later round takes them on the model pruned part of the way with the previous bases (see
+    [`ranks_in_round`]), where the layers have the inputs and gradients that they will have in the pruned model; it
+    weights the tokens of joint moments by those bases.
 
     Args:
-        run (`Run`): The run.
-        seconds (`dict[str, float]`): Wall-clock time is added under `"moments"` and `"factors"`.
-        must_exist (`bool`): Only read what lies in the work directory.
+        run (`Run`): The run, whose model is dense.
+        must_exist (`bool`): Only read the work directory.
 
     Raises:
-        ValueError: If it must exist and does not.
+        ValueError: If bases must exist and do not.
     """
-    names = [target.name for target in run.targets]
-    bases: dict[str, FactorBasis] = {}
-    history: list[Ranks] = []
     gold: list[Sequence[Example]] | None = None
-    for number in range(run.config.num_rounds):
-        if number:
-            history.append(ranks_in_round(run, bases, number))
-        key = run.key(*BASIS_SETTINGS, names=names, history=history, learned=_learned(run.config))
-        found = _load_bases(run, key)
-        if found is None and must_exist:
+    bases = Bases({}, "")
+    for number in range(1, run.config.num_rounds + 1):
+        ranks = ranks_in_round(run, bases, number - 1) if number > 1 else {}
+        step = (BlockRound if run.by_block else WholeRound)(run, number, ranks, bases)
+        stored = step.load()
+        if stored is None and must_exist:
             raise ValueError(
-                f"`work_dir` must hold the bases of the search, got {run.work.path} without bases-{key}. Give the "
+                f"`work_dir` must hold the bases of the search, got {run.work.path} without bases-{step.key}. Give the "
                 "worker the leader's work directory, or a copy of it."
             )
-        if found is None:
-            with timed(seconds, "moments"):
+        if stored is None:
+            with run.timed("moments"):
                 gold = gold or [gold_examples(run, task) for task in run.tasks]
-            if run.by_block:
-                found = BlockCalibration(run, gold, history[-1] if history else {}, bases).compute(key, seconds)
-            else:
-                bases = _calibrate_once(run, gold, history, bases, seconds)
-                run.work.save("bases", key, flatten(bases))
-                if run.work.path is not None:
-                    # As a run that goes on will have them: products of tensors that lie otherwise in memory round
-                    # otherwise. Not two sets at once.
-                    bases.clear()
-                    found = _load_bases(run, key)
-        bases = found or bases
+            stored = step.compute(gold)
+        bases = stored
     return bases
 
 
-def _calibrate_once(
-    run: Run,
-    gold: Sequence[Sequence[Example]],
-    history: Sequence[Ranks],
-    bases: Mapping[str, FactorBasis],
-    seconds: dict[str, float],
-) -> dict[str, FactorBasis]:
-    """Take the moments of one round, on the model pruned to the last ranks of `history`, and factor every weight."""
-    weights = {target.name: linear_weight(run.model.get_submodule(target.name)) for target in run.targets}
-    with (
-        timed(seconds, "moments"),
-        truncated(run.model, bases, history[-1] if history else {}, storage="factors"),
-    ):
-        moments = collect(run, gold, weights, history, bases)
-    with timed(seconds, "factors"):
-        return factor(run, weights, moments)
+class WholeRound(Round):
+    """A round with the whole model, all moments and all bases in memory."""
 
+    def load(self) -> Bases | None:
+        """Return the bases from the work directory; `None` if they are not there."""
+        stored = self.run.work.load("bases", self.key)
+        if stored is None:
+            return None
+        model = self.run.model
+        return Bases(
+            {
+                name: FactorBasis(**on_device(tensors, execution_device(model.get_submodule(name))))
+                for name, tensors in unflatten(stored).items()
+            },
+            self.key,
+        )
 
-def _load_bases(run: Run, key: str) -> dict[str, FactorBasis] | None:
-    """Take bases from the work directory, if they are there."""
-    if run.by_block:
-        return stored_bases(run, key)
-    found = run.work.load("bases", key)
-    if found is None:
-        return None
-    return {
-        name: FactorBasis(**on_device(tensors, execution_device(run.model.get_submodule(name))))
-        for name, tensors in unflatten(found).items()
-    }
+    def compute(self, gold: Sequence[Sequence[Example]]) -> Bases:
+        """Take the moments, factor every weight and save the bases; return them as they were saved."""
+        run = self.run
+        weights = {target.name: linear_weight(run.model.get_submodule(target.name)) for target in run.targets}
+        with run.timed("moments"), truncated(run.model, self.before, self.ranks, storage="factors"):
+            moments = collect(self, gold, weights)
+        with run.timed("factors"):
+            bases = factor(run, weights, moments)
+        run.work.save("bases", self.key, flatten(bases))
+        if run.work.path is None:
+            return Bases(bases, self.key)
+        # Tensors with other strides round products differently, so a resumed run must get the same ones.
+        # Freed first: two sets of bases may not fit in memory.
+        bases.clear()
+        saved = self.load()
+        assert saved is not None
+        return saved
 
 
 def gold_examples(run: Run, task: TaskRun) -> Sequence[Example]:
-    """Return a task's calibration examples with the answers whose likelihood counts; the model must be dense."""
+    """Return a task's calibration examples with the answers that the loss is taken of; the model must be dense."""
     config, examples = run.config, task.calibration
-    # The Fisher information of candidates looks at no answer, and `svd` at no example.
+    # The Fisher information over candidates needs no answer, and `svd` no example.
     unused = config.projection == "svd" or (config.loss == "fisher" and bool(examples[0].candidates))
     if config.label_source == "data" or unused:
         return examples
     return label_examples(run, examples, config.seed if config.label_source == "sampled" else None)
 
 
-def _learned(config: SieveConfig) -> list[object]:
-    """What adapters depend on beside the moments: they are trained for one rank."""
-    return [config.pruning_ratio, config.storage, config.rank_multiple] if config.projection == "learned" else []
-
-
 def kept_in_round(config: SieveConfig, number: int) -> float:
-    """Kept fraction at which round `number` (from 1) takes its moments: in equal ratios on the way to the goal.
+    """Return the kept fraction of the model after round `number` (from 1): equal ratios on the way to the final size.
 
-    The goal is what `pruning_ratio` keeps, or a quarter where a search has yet to find it.
+    The final size is that of `pruning_ratio`, or a quarter if it is yet to be searched.
     """
-    goal = 0.25 if config.pruning_ratio is None else 1 - config.pruning_ratio
-    return float(goal ** (number / config.rounds))
+    final = 0.25 if config.pruning_ratio is None else 1 - config.pruning_ratio
+    return float(final ** (number / config.rounds))
 
 
 def ranks_in_round(run: Run, bases: Mapping[str, FactorBasis], number: int) -> Ranks:
-    """Ranks at which round `number` (from 1) takes its moments: those of [`kept_in_round`], or of less pruning.
+    """Return the ranks of the model after round `number` (from 1), on which the next round takes its moments.
 
-    A model that is much worse than the dense one has other inputs and gradients than the one that will be accepted, and
-    moments of it lead to a worse one than the dense model's. So what is removed is halved until the predicted rise of
-    the loss is within `_ROUND_RISE`. Only the joint projection predicts it.
+    They keep the fraction [`kept_in_round`], or more: a model much worse than the dense one has other inputs and
+    gradients than the model that will be accepted, and moments taken on it give a worse result than those of the dense
+    model. The removed fraction is halved until the predicted loss increase is at most `_ROUND_RISE`. Only the joint
+    projection predicts it.
     """
     kept = kept_in_round(run.config, number)
     ranks = allocate_ranks(run, bases, kept)
     if run.config.projection == "joint":
-        curves = run.loss_curves(bases)
+        curves = loss_curves(run, bases)
         while predicted_loss(curves, ranks) > _ROUND_RISE:
             kept = (1 + kept) / 2
             ranks = allocate_ranks(run, bases, kept)
     return ranks
 
 
-def collect(
-    run: Run,
-    gold: Sequence[Sequence[Example]],
-    weights: Mapping[str, torch.Tensor],
-    history: Sequence[Ranks] = (),
-    bases: Mapping[str, FactorBasis] | None = None,
-) -> dict[str, Moments]:
-    """Collect the moments of every target, the weighted sum of the tasks' own; none for the `svd` projection."""
-    if run.config.projection == "svd":
+def collect(step: Round, gold: Sequence[Sequence[Example]], weights: Mapping[str, torch.Tensor]) -> dict[str, Moments]:
+    """Return the weighted sum of all tasks' moments of every target; none for the `svd` projection."""
+    if step.run.config.projection == "svd":
         return {}
-    pairs = zip(run.tasks, gold, strict=True)
-    return weighted_sum(
-        (task.weight, collect_task(run, task, examples, weights, history, bases or {})) for task, examples in pairs
-    )
+    pairs = zip(step.run.tasks, gold, strict=True)
+    return weighted_sum((task.weight, _moments_of(step, task, examples, weights)) for task, examples in pairs)
 
 
-def collect_task(
-    run: Run,
-    task: TaskRun,
-    examples: Sequence[Example],
-    weights: Mapping[str, torch.Tensor],
-    history: Sequence[Ranks],
-    bases: Mapping[str, FactorBasis],
+def _moments_of(
+    step: Round, task: TaskRun, examples: Sequence[Example], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Moments]:
-    """Collect the moments of every target over one task's calibration examples, or read them.
-
-    Tokens are weighted by the bases of the round before, where there are any.
-    """
-    config = run.config
-    settings = BASIS_SETTINGS if history else MOMENT_SETTINGS
-    # A model that is pruned part of the way depends on all tasks of the run.
-    shared = {"together": run.fingerprint} if history and len(run.tasks) > 1 else {}
-    key = run.key(*settings, task=task, names=list(weights), history=list(history), **shared)
-    kept = run.work.load("moments", key)
-    if kept is not None:
+    """Return the moments of every target on one task's calibration examples, from the work directory if stored."""
+    work, key = step.run.work, step.moments_key(task)
+    stored = work.load("moments", key)
+    if stored is not None:
         return {
             name: Moments.from_tensors(on_device(tensors, weights[name].device))
-            for name, tensors in unflatten(kept).items()
+            for name, tensors in unflatten(stored).items()
         }
+    moments = _collect(step, task, examples, weights)
+    work.save("moments", key, flatten(moments))
+    return moments
+
+
+def _collect(
+    step: Round, task: TaskRun, examples: Sequence[Example], weights: Mapping[str, torch.Tensor]
+) -> dict[str, Moments]:
+    """Run the model over one task's calibration examples, with the processes sharing the batches."""
+    run = step.run
     batches, loss = calibration_batches(run, examples)
     device = input_device(run.model)
-    description = f"moments, round {len(history) + 1}" + (f", {task.name}" if len(run.tasks) > 1 else "")
+    description = f"moments, round {step.number}" + (f", {task.name}" if len(run.tasks) > 1 else "")
     with tqdm(distributed.share(batches), desc=description, unit="batch", disable=not run.progress) as bar:
         moments = collect_moments(
             run.model,
             run.targets,
             (batch.to(device) for batch in bar),
             loss,
-            projection=config.projection,
+            projection=run.config.projection,
             num_examples=len(examples),
             weights=weights,
-            token_weights=token_weights(config, bases),
+            token_weights=token_weights(run.config, step.before),
         )
     distributed.add_up(tensor for own in moments.values() for tensor in own.tensors().values())
-    run.work.save("moments", key, flatten(moments))
     return moments
 
 
 def factor(run: Run, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]) -> dict[str, FactorBasis]:
-    """Factor every weight; one basis serves every rank, but for `learned`, which is trained for its rank."""
+    """Factor every weight. One basis serves every rank, except for `learned`, which is trained for its rank."""
     config = run.config
     ranks = _ranks_to_learn(run) if config.projection == "learned" else {}
 
@@ -233,7 +209,7 @@ def factor(run: Run, weights: Mapping[str, torch.Tensor], moments: Mapping[str, 
 
 
 def _ranks_to_learn(run: Run) -> Ranks:
-    """Ranks of the uniform allocation, which looks at no energy."""
+    """Return the ranks of the uniform allocation, which ignores energies."""
     config = run.config
     flat = {t.name: FactorBasis(torch.empty(0), torch.empty(0), torch.zeros(t.max_rank)) for t in run.targets}
     return allocate_ranks(run, flat, 1 - (config.pruning_ratio or 0.0))

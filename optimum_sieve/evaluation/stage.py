@@ -1,13 +1,17 @@
-"""Score a run's model, and keep the scores in its work directory."""
+"""Evaluation as a stage of a run: scores and answers of the run's model, scores cached in the work directory."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.run import distributed
-from optimum_sieve.run.context import Run, TaskRun
+from optimum_sieve.run.context import WHOLE
+from optimum_sieve.run.workdir import WorkDir, content_key
+from optimum_sieve.tasks.task import metric_source
 
+from .batches import tokens_fingerprint
 from .blockwise import evaluate_by_block
 from .labelling import label_by_model
 from .scores import Evaluation, evaluate
@@ -15,73 +19,104 @@ from .scores import Evaluation, evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
 
+# Raise it when the same model and examples give another evaluation: those of earlier versions are then computed again.
+_FORMAT = 1
+
+
+def examples_fingerprint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> str:
+    """Hash examples: their texts and the token ids that the model receives."""
+    tokens = tokens_fingerprint(examples, tokenizer, input_format(model))
+    return content_key(texts=[astuple(example) for example in examples], tokens=tokens)
+
 
 def score(
     run: Run,
     task: TaskRun,
-    examples: Sequence[Example],
-    description: str,
+    split: str,
+    part: slice = WHOLE,
     *,
+    label: str,
+    pruned: str | None = None,
     held: tuple[Mapping[str, FactorBasis], Mapping[str, int | None]] | None = None,
-    **key: object,
 ) -> Evaluation:
-    """Score the model as it is now on examples of a task, or take the score from the work directory.
+    """Evaluate the model as it is now on a split, or take the evaluation from the work directory.
 
     Args:
         run (`Run`): The run.
         task (`TaskRun`): The task.
-        examples (`Sequence[Example]`): Examples of it.
-        description (`str`): What is scored on what.
-        held (`tuple`, *optional*): Bases and ranks that the model is to have meanwhile, block by block.
-        key (`object`): What the score depends on beside the run and the description.
+        split (`str`): The split.
+        part (`slice`): Part of its examples.
+        label (`str`): Name of the model for the progress bar.
+        pruned (`str`, *optional*): Hash of what makes the model differ from the dense one. `None`: it is dense.
+        held (`tuple`, *optional*): Bases and ranks to hold during the evaluation, block by block.
     """
-    name = run.key(task=task, description=description, **key)
-    if (found := run.work.find("evaluation", name)) is not None:
-        return Evaluation.load(found)
+    inputs = {"examples": task.fingerprint(split, part), "metric": metric_source(task.metric), "pruned": pruned}
+    key = run.key(**inputs, format=_FORMAT)
+    if (stored := run.work.find("evaluation", key)) is not None:
+        return Evaluation.load(stored)
+    examples = task.examples(split, part)
     options: dict[str, Any] = {"metric": task.metric, "batch_size": run.config.batch_size}
-    options |= {"progress": run.progress, "description": description}
+    options |= {"progress": run.progress, "description": f"{label} on {split}"}
     if run.by_block and examples[0].generation is None:
         bases, ranks = held or ({}, {})
         options |= {"bases": bases, "ranks": ranks, "directory": run.work.path}
         evaluation = evaluate_by_block(run.model, examples, run.tokenizer, **options)
     else:
         evaluation = evaluate(run.model, examples, run.tokenizer, **options)
-    path = run.work.file("evaluation", name)
+    path = run.work.file("evaluation", key)
     if path is not None and distributed.is_first():
         evaluation.save(path)
     distributed.wait()
     return evaluation
 
 
-def score_dense(run: Run, task: TaskRun, examples: Sequence[Example], part: str) -> Evaluation:
-    """Score the dense model, which `setting` must hold now, with the vocabulary that it was given with."""
-    description = f"dense model on {part}"
+def score_dense(run: Run, task: TaskRun, split: str, part: slice = WHOLE) -> Evaluation:
+    """Evaluate the dense model, which the run must hold now, with its original vocabulary."""
     if run.vocabulary is None or run.given is None:
-        return score(run, task, examples, description)
-    (given,) = (own for own in run.given.tasks if own.name == task.name)
+        return score(run, task, split, part, label="dense model")
     with run.vocabulary.undone():
-        return score(run.given, given, examples, description)
+        return score(run.given, task, split, part, label="dense model")
+
+
+def score_test_dense(run: Run) -> list[Evaluation]:
+    """Evaluate the dense model on the test split of every task."""
+    with run.timed("test"):
+        return [score_dense(run, task, "test") for task in run.tasks]
+
+
+def score_test_pruned(run: Run) -> list[Evaluation]:
+    """Evaluate the pruned model, which the run must hold now, on the test split of every task.
+
+    The work directory is not used: the evaluation is of the very model that will be saved.
+    """
+    fresh = replace(run, work=WorkDir(None))
+    with run.timed("test"):
+        return [score(fresh, task, "test", label="pruned model") for task in run.tasks]
 
 
 def with_answers(run: Run, *splits: str) -> Run:
-    """Return the run with the dense model's likeliest answers for gold in these splits of tasks without labels."""
+    """Return the run with the dense model's likeliest answers as gold answers of tasks that have none."""
 
     def answered(task: TaskRun) -> TaskRun:
         if task.labelled:
             return task
-        found: dict[str, Any] = {split: label_examples(run, getattr(task, split)) for split in splits}
-        return replace(task, **found)
+        answers: dict[str, Any] = {split: label_examples(run, task.examples(split)) for split in splits}
+        return replace(task, **answers)
 
-    return replace(run, tasks=tuple(answered(task) for task in run.tasks))
+    with run.timed("examples"):
+        return replace(run, tasks=tuple(answered(task) for task in run.tasks))
 
 
 def label_examples(run: Run, examples: Sequence[Example], seed: int | None = None) -> list[Example]:
-    """Return the examples with the model's own answers for gold: the likeliest, or drawn with a seed."""
+    """Return the examples with the model's own answers as gold answers: the likeliest, or sampled with a seed."""
     size, progress = run.config.batch_size, run.progress
     return label_by_model(run.model, examples, run.tokenizer, batch_size=size, seed=seed, progress=progress)

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 
 _WARMUP = 0.1
-# Raised when the same settings lead to other weights, so that results from before are left alone.
-_FORMAT = 2
+# Raise it when the same settings give other weights: results of earlier versions are then computed again.
+FORMAT = 2
 _STATE, _RESULT = "healing", "healed"
 
 
@@ -172,7 +172,7 @@ class _Run:
             settings=config.to_dict(),
             monitor=None if monitor is None else monitor.fingerprint,
             seed=seed,
-            format=_FORMAT,
+            format=FORMAT,
         )
         self.held = HeldAsFactors(model)
         self.training = FactorTraining(trained_parameters(model, norms=config.train_norms))

@@ -1,10 +1,11 @@
-"""Healing as a stage of a pruning run: what it holds to, on which examples, in how many rounds."""
+"""Healing as a stage of a run: its reference, the dense model, and its rounds of pruning and training."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,12 @@ from optimum_sieve.backbone.fingerprint import model_fingerprint
 from optimum_sieve.backbone.targets import is_conv1d
 from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.evaluation.stage import score_dense
-from optimum_sieve.evaluation.teacher import Lesson, teach
+from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
 from optimum_sieve.modeling.layers import FactorizedLinear
-from optimum_sieve.run.context import timed
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.surgery.apply import apply_ranks, restore
 
-from .loop import Healing, heal
+from .loop import FORMAT, Healing, heal
 from .monitor import Monitored, SelectionMonitor
 from .optimizer import norm_parameters
 
@@ -35,83 +35,125 @@ if TYPE_CHECKING:
     from optimum_sieve.config.heal import HealConfig
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.run.context import Run, TaskRun
-    from optimum_sieve.tasks import Example
 
 
-def make_healer(run: Run, seconds: dict[str, float]) -> Healer | None:
-    """Make the healer of a run, whose model is dense still; `None` where the settings ask for none."""
+def make_healer(run: Run) -> Healer | None:
+    """Make the healer of a run whose model is still dense; `None` if the settings have no `heal`."""
     if run.config.heal is None:
         return None
-    with timed(seconds, "healing"):
+    with run.timed("healing"):
         return Healer(run)
 
 
-def hold_ranks(
-    run: Run,
-    bases: Mapping[str, FactorBasis],
-    ranks: Ranks,
-    healer: Healer | None,
-    seconds: dict[str, float],
-) -> Callable[[], None]:
-    """Put `ranks` into the dense model, healed where there is a healer; return what makes it dense again."""
+def hold_ranks(run: Run, bases: Mapping[str, FactorBasis], ranks: Ranks, healer: Healer | None) -> Callable[[], None]:
+    """Put `ranks` into the dense model and heal it if there is a healer; return what makes it dense again."""
     if healer is None:
         return partial(restore, run.model, apply_ranks(run.model, bases, ranks, storage=run.config.storage))
-    with timed(seconds, "healing"):
+    with run.timed("healing"):
         healer.apply(bases, ranks)
     return healer.restore
 
 
-class Healer:
-    """Prunes to given ranks and heals, as one step of a run whose model is dense when it is made.
+def heal_config(run: Run) -> HealConfig:
+    """Return the healing settings of a run that heals."""
+    assert run.config.heal is not None
+    return run.config.heal
 
-    The factors are trained on the calibration examples of every task, in proportion to the tasks' weights. The first
-    selection examples of each are monitored, the others are left to the choice of the size.
+
+def monitored_part(run: Run, task: TaskRun) -> slice:
+    """Return the part of a task's selection split that is monitored while healing: the first examples."""
+    return slice(heal_config(run).monitor_count(len(task.selection)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What healing needs of the dense model, which may be freed afterwards.
 
     Args:
-        run (`Run`): The run, whose configuration has `heal`.
+        lessons (`Sequence[Lesson]`): The calibration examples of each task, with the dense model's predictions.
+        monitor (`SelectionMonitor`): Compares a model with the dense one on part of each task's selection split.
     """
 
-    def __init__(self, run: Run) -> None:
-        assert run.config.heal is not None
-        self.run = run
-        self.config: HealConfig = run.config.heal
-        counts = [self.config.monitor_count(len(task.selection)) for task in run.tasks]
-        pairs = list(zip(run.tasks, counts, strict=True))
-        self.unseen: list[Sequence[Example]] = [task.selection[count:] for task, count in pairs]
-        self.lessons = [self._lesson(task) for task in run.tasks]
-        self.monitor = SelectionMonitor(
-            parts=[self._monitored(task, count) for task, count in pairs],
+    lessons: Sequence[Lesson]
+    monitor: SelectionMonitor
+
+    @classmethod
+    def of(cls, run: Run) -> Reference:
+        """Evaluate the dense model, which the run must hold now."""
+        monitor = SelectionMonitor(
+            parts=[_monitored(run, task) for task in run.tasks],
             tokenizer=run.tokenizer,
             batch_size=run.config.batch_size,
         )
+        return cls(lessons=[_lesson(run, task) for task in run.tasks], monitor=monitor)
+
+    def heal(self, run: Run) -> Healing:
+        """Train the factors of the model, which the run must hold pruned now."""
+        return heal(
+            run.model,
+            self.lessons,
+            run.tokenizer,
+            heal_config(run),
+            monitor=self.monitor,
+            seed=run.config.seed,
+            work=run.work,
+            progress=run.progress,
+        )
+
+
+def _lesson(run: Run, task: TaskRun) -> Lesson:
+    teacher = teach(
+        run.model,
+        task.calibration,
+        run.tokenizer,
+        loss=heal_config(run).loss,
+        batch_size=run.config.batch_size,
+        work=run.work,
+        progress=run.progress,
+    )
+    return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight)
+
+
+def _monitored(run: Run, task: TaskRun) -> Monitored:
+    part = monitored_part(run, task)
+    dense = score_dense(run, task, "selection", part)
+    return Monitored(task=task.name, examples=task.examples("selection", part), dense=dense)
+
+
+class Healer:
+    """Prunes the model of a run to given ranks and heals it, as often as a search asks.
+
+    The factors are trained on the calibration examples of every task, in proportion to the tasks' weights. The first
+    selection examples of each task are monitored; the others decide the size.
+
+    Args:
+        run (`Run`): The run, whose model is dense and whose settings have `heal`.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config = heal_config(run)
+        self.reference = Reference.of(run)
         self.rounds: list[Healing] = []
         self._dense = {target.name: run.model.get_submodule(target.name) for target in run.targets}
         norms = norm_parameters(run.model) if self.config.train_norms else {}
         self._norms = [(parameter, parameter.detach().clone()) for parameter in norms.values()]
 
-    def _lesson(self, task: TaskRun) -> Lesson:
-        run = self.run
-        teacher = teach(
-            run.model,
-            task.calibration,
-            run.tokenizer,
-            loss=self.config.loss,
-            batch_size=run.config.batch_size,
-            work=run.work,
-            progress=run.progress,
+    @property
+    def key(self) -> str:
+        """Hash of everything that a healed model depends on, besides its bases and ranks."""
+        return self.run.key(
+            *("heal", "seed", "storage", "allocation", "rank_multiple", "latency_target"),
+            lessons=lessons_fingerprint(self.reference.lessons),
+            monitor=self.reference.monitor.fingerprint,
+            format=FORMAT,
         )
-        return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight)
-
-    def _monitored(self, task: TaskRun, count: int) -> Monitored:
-        examples = task.selection[:count]
-        dense = score_dense(self.run, task, examples, f"{count} monitored examples of selection")
-        return Monitored(task=task.name, examples=examples, dense=dense)
 
     def apply(self, bases: Mapping[str, FactorBasis], ranks: Ranks) -> None:
-        """Put `ranks` into the dense model and heal it; in several rounds where the settings ask for them.
+        """Put `ranks` into the dense model and heal it, in one or several rounds.
 
-        In round i of n the model is pruned to the (i/n)-th power of the part that `ranks` keep, and healed. Its healed
-        matrices, multiplied out, are the weights of the next round, which takes its moments on them. After an error the
+        Round i of n prunes the model to the (i/n)-th power of the fraction that `ranks` keep and heals it. The products
+        of the healed factors are the weights of the next round, which takes its moments on them. After an error the
         model is dense again.
         """
         run, rounds = self.run, self.config.rounds
@@ -120,7 +162,7 @@ class Healer:
         try:
             for number in range(1, rounds + 1):
                 own = ranks if rounds == 1 else allocate_ranks(run, bases, kept ** (number / rounds))
-                # An early round may be too large to factorize anything.
+                # An early round may keep so much that no layer is factorized.
                 if apply_ranks(run.model, bases, own, storage=run.config.storage):
                     self._heal()
                 if number < rounds:
@@ -131,7 +173,7 @@ class Healer:
             raise
 
     def restore(self) -> None:
-        """Make the model the dense one again that it was when this was made."""
+        """Make the model dense again."""
         restore(self.run.model, self._dense)
         with torch.no_grad():
             for parameter, value in self._norms:
@@ -147,34 +189,23 @@ class Healer:
             self.restore()
 
     def report(self) -> dict[str, Any]:
-        """Return what the last call of `apply` did, for the report."""
-        rounds = [one.to_dict() for one in self.rounds]
+        """Return the figures of the last call of `apply` for the report."""
+        rounds = [done.to_dict() for done in self.rounds]
         ends = {"before": rounds[0]["before"], "after": rounds[-1]["after"]} if rounds else {}
         return {
-            "steps": sum(one["steps"] for one in rounds),
-            "examples": sum(len(lesson.examples) for lesson in self.lessons),
-            "seconds": round(sum(one["seconds"] for one in rounds), 3),
-            "monitored": self.monitor.count,
+            "steps": sum(figures["steps"] for figures in rounds),
+            "examples": sum(len(lesson.examples) for lesson in self.reference.lessons),
+            "seconds": round(sum(figures["seconds"] for figures in rounds), 3),
+            "monitored": self.reference.monitor.count,
             **ends,
             "rounds": rounds,
         }
 
     def _heal(self) -> None:
-        run = self.run
-        done = heal(
-            run.model,
-            self.lessons,
-            run.tokenizer,
-            self.config,
-            monitor=self.monitor,
-            seed=run.config.seed,
-            work=run.work,
-            progress=run.progress,
-        )
-        self.rounds.append(done)
+        self.rounds.append(self.reference.heal(self.run))
 
     def _kept(self, ranks: Ranks) -> float:
-        """Part of the targets' parameters that `ranks` keep."""
+        """Return the fraction of the targets' parameters that `ranks` keep."""
         targets, storage = self.run.targets, self.run.config.storage
         kept = 0
         for target in targets:
@@ -184,7 +215,7 @@ class Healer:
         return kept / sum(target.num_parameters for target in targets)
 
     def _multiply_out(self) -> None:
-        """Put a dense layer in place of each factorized one, with its weight and bias."""
+        """Replace each factorized layer by a dense one with its weight and bias."""
         for name, dense in self._dense.items():
             layer = self.run.model.get_submodule(name)
             if isinstance(layer, FactorizedLinear):
@@ -197,11 +228,8 @@ class Healer:
                 self.run.model.set_submodule(name, whole)
 
     def _calibrate_again(self) -> dict[str, FactorBasis]:
-        """Take moments on the model as it is now and factor its weights."""
-        healed = model_fingerprint(self.run.model)
-        tasks = tuple(
-            dataclasses.replace(task, fingerprint=content_key(run=task.fingerprint, healed=healed))
-            for task in self.run.tasks
-        )
+        """Take one round of moments on the model as it is now and factor its weights."""
+        key = content_key(model=self.run.model_key, healed=model_fingerprint(self.run.model))
         config = dataclasses.replace(self.run.config, rounds=1)
-        return calibrate(dataclasses.replace(self.run, tasks=tasks, config=config), {})
+        # Its time counts as healing.
+        return calibrate(dataclasses.replace(self.run, model_key=key, config=config, seconds={}))

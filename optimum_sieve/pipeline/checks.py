@@ -1,4 +1,4 @@
-"""What a run can be refused for before any long work: the model, the targets, the examples."""
+"""Checks of the model, the targets and the examples before any long work."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse what is no dense language model or sequence classifier.
+    """Check that the model is a dense language model or sequence classifier.
 
     Raises:
-        ValueError: If the model is pruned already, neither writes nor classifies, or carries adapters.
+        ValueError: If the model is already pruned, neither generates nor classifies, or has adapters.
     """
     if getattr(model.config, "model_type", None) == "sieve":
         raise ValueError("`model` must be a dense model, got one that is pruned already. Prune its base model.")
@@ -46,10 +46,10 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse splits that are missing, and examples that cannot be scored.
+    """Check that the task has all splits and that its examples can be scored.
 
     Raises:
-        ValueError: The message names the split or the example.
+        ValueError: If not; the message names the split or the example.
     """
     task.require_splits(*SPLITS)
     inputs = input_format(model)
@@ -61,7 +61,7 @@ def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
-    """Refuse targets that cannot be factorized or saved.
+    """Check that the targets can be factorized and saved.
 
     Raises:
         ValueError: If a weight is quantized, offloaded, shared or not finite, or its layer could not be saved.

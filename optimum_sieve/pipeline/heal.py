@@ -1,32 +1,30 @@
-"""Heal a model that was pruned and saved before, against the dense model it came from."""
+"""Heal a model that was pruned and saved before, against the dense model it was pruned from."""
 
 from __future__ import annotations
 
 import copy
-import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sizes import measure_sizes
-from optimum_sieve.backbone.targets import find_targets, is_linear, linear_weight
-from optimum_sieve.config.validate import check_task_weights
-from optimum_sieve.evaluation.batches import tokens_fingerprint
-from optimum_sieve.evaluation.scores import Evaluation, evaluate
-from optimum_sieve.evaluation.teacher import Lesson, teach
-from optimum_sieve.healing.loop import heal
-from optimum_sieve.healing.monitor import Monitored, SelectionMonitor
+from optimum_sieve.backbone.targets import is_linear, linear_weight
+from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.evaluation.stage import examples_fingerprint, score_test_dense, score_test_pruned
+from optimum_sieve.healing.stage import Reference, heal_config
 from optimum_sieve.modeling.conversion import check_pruned
-from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.publish.result import TaskScores, make_result
+from optimum_sieve.run.context import Run
 from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks.several import check_tasks, naming, task_shares
+from optimum_sieve.vocabulary.stage import use_vocabulary
 from optimum_sieve.vocabulary.vocabulary import matching_vocabulary
 
 from .checks import check_model, check_task
+from .prepare import model_key, prepare, task_runs
 
 
 if TYPE_CHECKING:
@@ -37,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.config.heal import HealConfig
+    from optimum_sieve.evaluation.scores import Evaluation
+    from optimum_sieve.healing.loop import Healing
     from optimum_sieve.publish.result import SieveResult
     from optimum_sieve.tasks import Task
 
@@ -56,72 +56,81 @@ def heal_pruned(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[SieveResult, PreTrainedTokenizerBase]:
-    """Load a pruned model, heal it on the calibration split, and score it beside the dense one on the test split.
+    """Load a pruned model, heal it on the calibration split, and score it and the dense model on the test split.
 
     The two models are in memory one after the other.
 
     Args:
         model (`str | Path`): Directory or Hub id of the pruned model.
         dense (`str | Path`): Directory or Hub id of the model it was pruned from.
-        tasks (`Sequence[Task]`): The tasks, mostly one.
-        config ([`HealConfig`][optimum_sieve.config.heal.HealConfig]): The settings; there is one round.
-        task_weights (`Sequence[float]`, *optional*): How often each task's examples are drawn, relative to the others'.
-            `None`: all the same.
-        dtype (`str | torch.dtype`, *optional*): Such as `"bfloat16"`; `None`: as the checkpoints were saved.
-        device (`str | torch.device`, *optional*): Where to work; `None`: the GPU if there is one.
-        trust_remote_code (`bool`): Whether code that lies with the models may run.
+        tasks (`Sequence[Task]`): The tasks, usually one.
+        config ([`HealConfig`][optimum_sieve.config.heal.HealConfig]): The settings; there is always one round.
+        task_weights (`Sequence[float]`, *optional*): Relative task weights. Default: equal ones.
+        dtype (`str | torch.dtype`, *optional*): For example `"bfloat16"`. Default: as the checkpoints were saved.
+        device (`str | torch.device`, *optional*): Device to compute on. Default: the GPU if there is one.
+        trust_remote_code (`bool`): Whether to run code that is saved with the models.
         gguf_file (`str`, *optional*): Name of a GGUF file in the dense model's repository or directory.
         seed (`int`): Seed of the examples' order.
-        work_dir (`str | Path`, *optional*): Keeps the state, so that a stopped run goes on.
-        progress (`bool`): Whether progress bars are shown.
+        work_dir (`str | Path`, *optional*): Stores the state, so that a stopped run resumes.
+        progress (`bool`): Whether to show progress bars.
 
     Returns:
         `tuple[SieveResult, PreTrainedTokenizerBase]`: The healed model with its report, and its tokenizer.
 
     Raises:
-        ValueError: If `model` is not pruned, `dense` is not what it was pruned from, or a task does not fit or has no
-            answers.
+        ValueError: If `model` is not pruned, `dense` is not the model it was pruned from, or a task does not fit or has
+            no answers.
         OSError: If a model cannot be loaded.
     """
-    pruned_config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    check_pruned(pruned_config)
-    check_tasks(tasks)
-    shares = task_shares(check_task_weights(task_weights), len(tasks))
-    _check_answers(tasks)
-    block: dict[str, Any] = copy.deepcopy(pruned_config.sieve)
-    work = WorkDir(work_dir)
+    saved = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    check_pruned(saved)
+    block: dict[str, Any] = copy.deepcopy(saved.sieve)
+    settings = _settings(block["settings"], config, task_weights, seed)
+    _check_tasks(tasks, settings)
+    work_dir = WorkDir(work_dir).path
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
 
     reduced = None
     if "vocabulary" in block:
         reduced = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    options = {**loading, "gguf_file": gguf_file}
-    reference = _Reference(dense, tasks, shares, config, block["settings"], work, options, progress, reduced)
+    base, tokenizer, _ = load_model(dense, gguf_file=gguf_file, **loading)
+    before = _evaluate(_dense_run(base, tokenizer, tasks, settings, reduced, work_dir=work_dir, progress=progress))
+    del base
     pruned, tokenizer, _ = load_model(model, **loading)
-    reference.check_fits(pruned, tokenizer)
-    start = time.perf_counter()
-    healing = heal(
-        pruned,
-        reference.lessons,
-        tokenizer,
-        config,
-        monitor=reference.monitor,
-        seed=seed,
-        work=work,
-        progress=progress,
+    run = Run(
+        model=pruned,
+        tokenizer=tokenizer,
+        tasks=task_runs(pruned, tokenizer, tasks, settings),
+        model_key=model_key(pruned),
+        **before.context,
     )
-    seconds = {"healing": round(time.perf_counter() - start, 3)}
-    settings = {**config.to_dict(), "seed": seed}
-    if task_weights is not None:
-        settings["task_weights"] = list(task_weights)
-    after = [_score(pruned, tokenizer, task, config) for task in tasks]
-    described = {**healing.to_dict(), "monitored": reference.monitor.count, "settings": settings}
-    return reference.make_result(pruned, after, block, described, seconds), tokenizer
+    _check_fits(run, before)
+    with run.timed("healing"):
+        healing = before.reference.heal(run)
+    return _make_result(run, before, healing, block, task_weights), tokenizer
 
 
-def _check_answers(tasks: Sequence[Task]) -> None:
-    """Refuse tasks without gold answers, which the monitor and the test compare with."""
+def _settings(
+    pruned: dict[str, Any], config: HealConfig, task_weights: Sequence[float] | None, seed: int
+) -> SieveConfig:
+    """Return the settings of the run. The ranks are given, so nothing uses its `pruning_ratio`."""
+    return SieveConfig(
+        pruning_ratio=0.5,
+        target_modules=pruned.get("target_modules"),
+        exclude_modules=pruned.get("exclude_modules") or (),
+        task_weights=None if task_weights is None else tuple(task_weights),
+        batch_size=config.rows_per_pass,
+        seed=seed,
+        heal=config,
+    )
+
+
+def _check_tasks(tasks: Sequence[Task], settings: SieveConfig) -> None:
+    """Check the tasks and their weights before a model is loaded."""
+    check_tasks(tasks)
+    task_shares(settings.task_weights, len(tasks))
     for task in tasks:
+        # The monitor and the test compare with them.
         if not task.labelled:
             raise ValueError(
                 f"`task` must have an `answer` to heal a pruned directory, got none in {task.name!r}. Add it to the "
@@ -129,131 +138,108 @@ def _check_answers(tasks: Sequence[Task]) -> None:
             )
 
 
-class _Reference:
-    """All that is needed of the dense model, which is let go.
+def _dense_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    settings: SieveConfig,
+    reduced: PreTrainedTokenizerBase | None,
+    *,
+    work_dir: Path | None,
+    progress: bool,
+) -> Run:
+    """Make the run of the dense model, with the vocabulary of the pruned model's tokenizer if that is reduced."""
+    check_model(model)
+    run = prepare(model, tokenizer, tasks, settings, work_dir=work_dir, study_storage=None, progress=progress)
+    if reduced is None:
+        return run
+    for task in tasks:
+        with naming(task, tasks):
+            check_task(task, model, reduced)
+    return use_vocabulary(run, matching_vocabulary(model, tokenizer, reduced))
 
-    `reduced` is the pruned model's tokenizer, where it has fewer tokens.
+
+@dataclass(frozen=True, kw_only=True)
+class _Dense:
+    """What is kept of the dense model and its run, which are freed.
+
+    Args:
+        reference (`Reference`): What healing needs.
+        scores (`list[Evaluation]`): Its evaluation on each task's test split.
+        sizes (`dict[str, int]`): Its sizes.
+        linears (`dict[str, tuple[int, ...]]`): Shapes of the weights of its linear layers.
+        tokens (`list[str]`): Hash of each task's calibration examples as tokens.
+        context (`dict[str, Any]`): The fields of its run that the pruned model's run shares.
     """
 
-    def __init__(
-        self,
-        dense: str | Path,
-        tasks: Sequence[Task],
-        shares: Sequence[float],
-        config: HealConfig,
-        settings: dict[str, Any],
-        work: WorkDir,
-        loading: dict[str, Any],
-        progress: bool,
-        reduced: PreTrainedTokenizerBase | None,
-    ) -> None:
-        self.tasks = tasks
-        model, tokenizer, _ = load_model(dense, **loading)
-        check_model(model)
-        for task in tasks:
-            with naming(task, tasks):
-                check_task(task, model, tokenizer)
-                if reduced is not None:
-                    check_task(task, model, reduced)
-                config.monitor_count(task.splits["selection"])
-        separate_experts(model)
-        self.linears = {name: tuple(linear_weight(m).shape) for name, m in model.named_modules() if is_linear(m)}
-        self.targets = find_targets(model, settings.get("target_modules"), settings.get("exclude_modules") or ())
-        self.sizes = measure_sizes(model, self.targets)
-        vocabulary = None if reduced is None else matching_vocabulary(model, tokenizer, reduced)
-        monitored = [_monitored(model, tokenizer, task, config, progress) for task in tasks]
-        self.test = [_score(model, tokenizer, task, config) for task in tasks]
-        if vocabulary is not None:
-            # What is taught is about the tokens that the pruned model has.
-            vocabulary.apply()
-            tokenizer = vocabulary.tokenizer
-        self.tokens = _tokens(model, tokenizer, tasks)
-        self.lessons = [
-            _lesson(model, tokenizer, task, share, config, work, progress)
-            for task, share in zip(tasks, shares, strict=True)
-        ]
-        self.monitor = SelectionMonitor(parts=monitored, tokenizer=tokenizer, batch_size=config.rows_per_pass)
+    reference: Reference
+    scores: list[Evaluation]
+    sizes: dict[str, int]
+    linears: dict[str, tuple[int, ...]]
+    tokens: list[str]
+    context: dict[str, Any]
 
-    def check_fits(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a pruned model that did not come from this one."""
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
-        wrong = [
-            name for name, layer in layers.items() if self.linears.get(name) != (layer.out_features, layer.in_features)
-        ]
-        if wrong:
-            raise ValueError(
-                f"`dense` must be the model that `model` was pruned from, got one without {len(wrong)} of its "
-                f"{len(layers)} factorized layers, such as {wrong[0]!r}. Name the base model."
-            )
-        if _tokens(model, tokenizer, self.tasks) != self.tokens:
-            raise ValueError(
-                "`dense` must have the tokenizer of the model that was pruned from it, got other tokens for the same "
-                "examples. Name the base model, in the revision that was pruned."
-            )
 
-    def make_result(
-        self,
-        pruned: PreTrainedModel,
-        after: Sequence[Evaluation],
-        block: dict[str, Any],
-        healing: dict[str, Any],
-        seconds: dict[str, float],
-    ) -> SieveResult:
-        """Make the result of the healed model, whose scores are `after`; `block` is what its pruning wrote."""
-        return make_result(
-            pruned,
-            scores=[
-                TaskScores(task=task.name, dense=dense, pruned=found)
-                for task, dense, found in zip(self.tasks, self.test, after, strict=True)
-            ],
-            sizes=(self.sizes, measure_sizes(pruned, self.targets)),
-            trials=[],
-            settings=block["settings"],
-            seconds=seconds,
-            loading=None,
-            base_model=block.get("base_model"),
-            base_revision=block.get("base_revision"),
-            vocabulary=block.get("vocabulary"),
-            healing=healing,
+def _evaluate(run: Run) -> _Dense:
+    """Evaluate the dense model for everything that is needed of it."""
+    with run.timed("healing"):
+        reference = Reference.of(run)
+    return _Dense(
+        reference=reference,
+        scores=score_test_dense(run),
+        sizes=measure_sizes(run.model, run.targets, run.vocabulary),
+        linears={
+            name: tuple(linear_weight(module).shape) for name, module in run.model.named_modules() if is_linear(module)
+        },
+        tokens=_tokens(run),
+        context={name: getattr(run, name) for name in ("config", "targets", "work", "progress", "seconds")},
+    )
+
+
+def _tokens(run: Run) -> list[str]:
+    return [examples_fingerprint(run.model, run.tokenizer, task.calibration) for task in run.tasks]
+
+
+def _check_fits(run: Run, dense: _Dense) -> None:
+    """Check that the pruned model of the run was pruned from the dense one.
+
+    Raises:
+        ValueError: If a layer has another shape or the examples have other tokens.
+    """
+    layers = {name: layer for name, layer in run.model.named_modules() if isinstance(layer, FactorizedLinear)}
+    wrong = [
+        name for name, layer in layers.items() if dense.linears.get(name) != (layer.out_features, layer.in_features)
+    ]
+    if wrong:
+        raise ValueError(
+            f"`dense` must be the model that `model` was pruned from, got one without {len(wrong)} of its "
+            f"{len(layers)} factorized layers, such as {wrong[0]!r}. Name the base model."
+        )
+    if _tokens(run) != dense.tokens:
+        raise ValueError(
+            "`dense` must have the tokenizer of the model that was pruned from it, got other tokens for the same "
+            "examples. Name the base model, in the revision that was pruned."
         )
 
 
-def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> list[str]:
-    inputs = input_format(model)
-    return [tokens_fingerprint(task.examples("calibration", tokenizer), tokenizer, inputs) for task in tasks]
-
-
-def _lesson(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    weight: float,
-    config: HealConfig,
-    work: WorkDir,
-    progress: bool,
-) -> Lesson:
-    examples, size = task.examples("calibration", tokenizer), config.rows_per_pass
-    teacher = teach(model, examples, tokenizer, loss=config.loss, batch_size=size, work=work, progress=progress)
-    return Lesson(teacher=teacher, examples=examples, weight=weight)
-
-
-def _monitored(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: HealConfig, progress: bool
-) -> Monitored:
-    selection = task.examples("selection", tokenizer)
-    examples = selection[: config.monitor_count(len(selection))]
-    dense = evaluate(
-        model,
-        examples,
-        tokenizer,
-        metric=task.metric,
-        batch_size=config.rows_per_pass,
-        progress=progress,
-        description="dense model on selection",
+def _make_result(
+    run: Run, dense: _Dense, healing: Healing, block: dict[str, Any], task_weights: Sequence[float] | None
+) -> SieveResult:
+    """Score the healed model and make its result; `block` is what its pruning wrote to the configuration."""
+    after = score_test_pruned(run)
+    settings = {**heal_config(run).to_dict(), "seed": run.config.seed}
+    if task_weights is not None:
+        settings["task_weights"] = list(task_weights)
+    return make_result(
+        run.model,
+        scores=[TaskScores.of(*each) for each in zip(run.tasks, dense.scores, after, strict=True)],
+        sizes=(dense.sizes, measure_sizes(run.model, run.targets)),
+        trials=[],
+        settings=block["settings"],
+        seconds=run.seconds,
+        loading=None,
+        base_model=block.get("base_model"),
+        base_revision=block.get("base_revision"),
+        vocabulary=block.get("vocabulary"),
+        healing={**healing.to_dict(), "monitored": dense.reference.monitor.count, "settings": settings},
     )
-    return Monitored(task=task.name, examples=examples, dense=dense)
-
-
-def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: HealConfig) -> Evaluation:
-    examples = task.examples("test", tokenizer)
-    return evaluate(model, examples, tokenizer, metric=task.metric, batch_size=config.rows_per_pass, progress=False)

@@ -1,17 +1,17 @@
-"""From what a user gives to the setting of a run: everything is checked before any long work."""
+"""Make the run of what a user passed, with everything checked before any long work."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from optimum_sieve import __version__
 from optimum_sieve.backbone.fingerprint import architecture, model_fingerprint
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.offloading import holds_offloaded
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.losses import PROMPT_SITES
-from optimum_sieve.evaluation.batches import make_batches, tokens_fingerprint
+from optimum_sieve.evaluation.batches import make_batches
+from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.plan.memory import BatchSizes
 from optimum_sieve.plan.plan import make_plan
@@ -40,13 +40,12 @@ if TYPE_CHECKING:
 def check_inputs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
 ) -> list[Target]:
-    """Return the targets; refuse tasks, examples or layers that do not fit.
+    """Check the tasks, their examples and the layers; return the targets.
 
     Raises:
-        ValueError: The message names what does not fit and, of several tasks, the task.
+        ValueError: If something does not fit; the message names it and, with several tasks, the task.
     """
     task_shares(config.task_weights, len(tasks))
-    separate_experts(model)
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(model, targets)
     for task in tasks:
@@ -58,10 +57,10 @@ def check_inputs(
 def check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
 ) -> TaskVocabulary | None:
-    """Return the vocabulary of the calibration splits, as it is known before any label of the model's own, if any.
+    """Return the vocabulary of the calibration splits, without the model's own answers; `None` for the whole one.
 
     Raises:
-        ValueError: If the tokenizer or the model cannot be reduced to it, or an example, cut into its tokens, cannot be
+        ValueError: If the tokenizer or the model cannot be reduced to it, or an example tokenized with it cannot be
             scored.
     """
     if config.vocabulary == "whole":
@@ -105,31 +104,30 @@ def prepare(
     study_storage: str | None,
     progress: bool,
 ) -> Run:
-    """Check everything and return the setting of a run.
+    """Check everything and return the run.
 
     Raises:
         ValueError: If the settings, the model or the data break a rule.
         OSError: If the work directory cannot be used.
     """
+    separate_experts(model)
     targets = check_inputs(model, tokenizer, tasks, config)
     vocabulary = check_vocabulary(model, tokenizer, tasks, config)
-    # Only then is it worth to tokenize all examples for a plan.
+    # A plan tokenizes all examples, so it is made only if needed.
     limited = config.memory_limit is not None or holds_offloaded(model)
     by_block = limited and plan_run(model, tokenizer, tasks, config, targets, vocabulary).blocks is not None
-    # Healed sizes are too dear to be forgotten during a search, which takes up the best one again.
+    # A search heals the best size again at its end unless the result is cached.
     searches_healed = config.heal is not None and config.tolerance is not None
     return Run(
         model=model,
         tokenizer=tokenizer,
         config=config,
         targets=targets,
-        tasks=tuple(
-            task_run(model, tokenizer, task, share)
-            for task, share in zip(tasks, task_shares(config.task_weights, len(tasks)), strict=True)
-        ),
+        tasks=task_runs(model, tokenizer, tasks, config),
         work=WorkDir.temporary() if work_dir is None and (searches_healed or by_block) else WorkDir(work_dir),
         by_block=by_block,
         progress=progress and distributed.is_first(),
+        model_key=model_key(model),
         study_storage=study_storage,
     )
 
@@ -142,10 +140,10 @@ def plan_run(
     targets: list[Target],
     vocabulary: TaskVocabulary | None,
 ) -> PrunePlan:
-    """Work out the plan of a run whose inputs were checked.
+    """Plan a run whose inputs were checked.
 
     Raises:
-        ValueError: If the `memory_limit` cannot be kept; the message says what can.
+        ValueError: If the `memory_limit` is too low; the message gives the lowest one.
     """
     splits = {task.name: task.splits for task in tasks}
     return make_plan(model, targets, config, splits, batch_sizes(model, tokenizer, tasks, config), vocabulary)
@@ -156,7 +154,7 @@ def batch_sizes(
 ) -> BatchSizes:
     """Measure the batches of all splits of all tasks."""
     inputs, vocabulary = input_format(model), getattr(model.config.get_text_config(), "vocab_size", 0)
-    found = []
+    sizes = []
     for task in tasks:
         written = task.kind == "generate"
         for split in SPLITS[:1] if written else SPLITS:
@@ -165,32 +163,36 @@ def batch_sizes(
                 examples, tokenizer, batch_size=config.batch_size, candidates=not written, inputs=inputs
             )
             own = BatchSizes.of(batches, vocabulary)
-            # Of written answers, the prompt's own next tokens are looked at, too.
+            # Calibration on written answers also needs logits of the prompts.
             prompts = config.batch_size * PROMPT_SITES * vocabulary if written else 0
-            found.append(replace(own, logits=own.logits + prompts))
+            sizes.append(replace(own, logits=own.logits + prompts))
     return BatchSizes(
-        tokens=max(own.tokens for own in found),
-        logits=max(own.logits for own in found),
-        states=max(own.states for own in found),
+        tokens=max(own.tokens for own in sizes),
+        logits=max(own.logits for own in sizes),
+        states=max(own.states for own in sizes),
     )
 
 
-def task_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, weight: float = 1.0) -> TaskRun:
-    """Render a task's examples, and hash everything but the settings that results on it depend on."""
-    inputs = input_format(model)
+def model_key(model: PreTrainedModel) -> str:
+    """Hash a model: its parameters and its architecture."""
+    return content_key(model=model_fingerprint(model), architecture=architecture(model))
+
+
+def task_runs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
+) -> tuple[TaskRun, ...]:
+    """Render the examples of every task with the tokenizer and hash those of each split."""
+    shares = task_shares(config.task_weights, len(tasks))
+    return tuple(_task_run(model, tokenizer, *each) for each in zip(tasks, shares, strict=True))
+
+
+def _task_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, share: float) -> TaskRun:
     examples = {split: task.examples(split, tokenizer) for split in SPLITS}
-    fingerprint = content_key(
-        model=model_fingerprint(model),
-        architecture=architecture(model),
-        task=task.fingerprint(),
-        tokens=[tokens_fingerprint(examples[split], tokenizer, inputs) for split in SPLITS],
-        version=__version__,
-    )
     return TaskRun(
         name=task.name,
         metric=task.metric,
-        fingerprint=fingerprint,
-        weight=weight,
+        fingerprints={split: examples_fingerprint(model, tokenizer, own) for split, own in examples.items()},
+        weight=share,
         labelled=task.labelled,
         **examples,
     )

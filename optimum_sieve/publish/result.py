@@ -110,7 +110,7 @@ def make_result(
         [own.block() for own in scores],
         parameters={f"{part}_{when}": own[part] for part in ("targets", "model") for when, own in named.items()},
         num_bytes={when: own["bytes"] for when, own in named.items()},
-        seconds=seconds,
+        seconds={stage: round(value, 3) for stage, value in seconds.items()},
         settings=settings,
         largest_coefficient=largest_coefficient(model),
         loading=loading,

@@ -9,7 +9,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation.allocators import allocate
-from optimum_sieve.run.context import BASIS_SETTINGS
+from optimum_sieve.allocation.stage import loss_curves
+from optimum_sieve.calibration.rounds import BASIS_SETTINGS
+from optimum_sieve.calibration.rounds import FORMAT as CALIBRATION_FORMAT
 from optimum_sieve.run.files import replacing
 from optimum_sieve.search.ranking.by_task import Goal
 from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
@@ -18,6 +20,7 @@ from optimum_sieve.search.scoring.scorer import JointScorer
 from optimum_sieve.search.study.storage import wait_for_study
 from optimum_sieve.search.study.study import SearchStudy
 from optimum_sieve.surgery.live import LiveRanks
+from optimum_sieve.tasks.task import metric_source
 from optimum_sieve.tasks.text_metrics import metric_name
 
 from .candidate import BOTTLENECK, CONFIRM, SEARCH
@@ -120,7 +123,7 @@ def preset_of(run: Run) -> SearchPreset:
 def make_search(run: Run, bases: Mapping[str, FactorBasis]) -> Search:
     """Make the search of a run."""
     config, preset = run.config, preset_of(run)
-    curves = run.loss_curves(bases)
+    curves = loss_curves(run, bases)
     space = SearchSpace.from_curves(curves, storage=config.storage, multiple=config.rank_multiple, levels=preset.levels)
 
     def allocated(allocation: str, kept: float) -> Genome:
@@ -197,8 +200,16 @@ def _storage_url(run: Run) -> str | None:
 
 def _study_name(run: Run) -> str:
     """Name a study by all that its candidates' scores depend on."""
-    names = [target.name for target in run.targets]
-    return f"sieve-{run.key(*_SETTINGS, names=names, format=_STUDY_FORMAT)}"
+    key = run.key(
+        *_SETTINGS,
+        tasks=[
+            [task.fingerprint("calibration"), task.fingerprint("selection"), metric_source(task.metric), task.weight]
+            for task in run.tasks
+        ],
+        names=[target.name for target in run.targets],
+        format=[CALIBRATION_FORMAT, _STUDY_FORMAT],
+    )
+    return f"sieve-{key}"
 
 
 def bases_digest(bases: Mapping[str, FactorBasis]) -> str:

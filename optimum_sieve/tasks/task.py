@@ -193,7 +193,7 @@ class Task:
     def fingerprint(self) -> str:
         """SHA-256 of the task file's contents, every row in use and a custom metric's source code."""
         items = {split: [[item.texts, astuple(item.reference)] for item in rows] for split, rows in self._items.items()}
-        content = [self.spec, items, *([] if isinstance(self.metric, str) else [_source(self.metric)])]
+        content = [self.spec, items, *([] if isinstance(self.metric, str) else [metric_source(self.metric)])]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -230,7 +230,10 @@ def _check_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...]) -> 
         )
 
 
-def _source(metric: Any) -> list[str]:
+def metric_source(metric: Metric) -> list[str]:
+    """Return what identifies a metric: its name and, if it is a function with a source file, its source."""
+    if isinstance(metric, str):
+        return [metric]
     try:
         return [metric_name(metric), inspect.getsource(metric)]
     except (OSError, TypeError):

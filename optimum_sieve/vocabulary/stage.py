@@ -12,14 +12,16 @@ from optimum_sieve.run.workdir import content_key
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from optimum_sieve.run.context import Run, TaskRun
+    from optimum_sieve.run.context import Run
+
+    from .vocabulary import TaskVocabulary
 
 
 def reduce_vocabulary(run: Run) -> Run:
-    """Leave out the tokens that no task needs, where the settings ask for it; return the setting from then on.
+    """Remove the tokens that no task needs if the settings ask for it; return the run with the reduced vocabulary.
 
-    Where the selection splits decide how far to prune, their tokens are not kept for their sake: their texts are cut as
-    those will be that nobody has seen, and what that costs counts against the tolerance.
+    With a `tolerance`, tokens that only the selection splits need are removed too: those texts are then tokenized like
+    unseen ones, and the loss in accuracy counts against the tolerance.
     """
     config = run.config
     if config.vocabulary == "whole":
@@ -27,32 +29,27 @@ def reduce_vocabulary(run: Run) -> Run:
 
     from optimum_sieve.vocabulary import task_vocabulary
 
-    splits = [[*task.calibration, *(task.selection if config.tolerance is None else ())] for task in run.tasks]
-    examples = [example for own in splits for example in own]
-    vocabulary = task_vocabulary(run.model, run.tokenizer, examples, size=config.vocabulary_size)
+    splits = ("calibration",) if config.tolerance is not None else ("calibration", "selection")
+    examples = [example for task in run.tasks for split in splits for example in task.examples(split)]
+    return use_vocabulary(run, task_vocabulary(run.model, run.tokenizer, examples, size=config.vocabulary_size))
+
+
+def use_vocabulary(run: Run, vocabulary: TaskVocabulary) -> Run:
+    """Remove all other tokens from the model; return the run with this vocabulary."""
     vocabulary.apply()
-
-    def reduced(task: TaskRun) -> TaskRun:
-        return replace(task, fingerprint=content_key(run=task.fingerprint, vocabulary=vocabulary.fingerprint))
-
-    return replace(
-        run,
-        tokenizer=vocabulary.tokenizer,
-        tasks=tuple(reduced(task) for task in run.tasks),
-        vocabulary=vocabulary,
-        given=run,
-    )
+    key = content_key(model=run.model_key, vocabulary=vocabulary.fingerprint)
+    return replace(run, tokenizer=vocabulary.tokenizer, model_key=key, vocabulary=vocabulary, given=run)
 
 
 def restore_vocabulary(run: Run) -> None:
-    """Give the model back what `reduce_vocabulary` left out."""
+    """Restore the tokens that `reduce_vocabulary` removed from the model."""
     if run.vocabulary is not None:
         run.vocabulary.undo()
 
 
 @contextmanager
 def reduced_vocabulary(run: Run) -> Iterator[Run]:
-    """Do as `reduce_vocabulary` inside the context; the model has all its tokens again afterwards."""
+    """Reduce the vocabulary inside the context; the model has all its tokens again afterwards."""
     run = reduce_vocabulary(run)
     try:
         yield run

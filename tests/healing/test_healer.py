@@ -191,7 +191,7 @@ def test_trained_norms_are_put_back_between_sizes(dense: PreTrainedModel, task: 
     model = copy.deepcopy(dense)
     config = SieveConfig(**FAR, heal=HealConfig(steps=4, train_norms=True, learning_rate=3e-2, patience=9))
     run = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
-    bases = calibrate(run, {})
+    bases = calibrate(run)
     healer = Healer(run)
     ranks = {target.name: 1 for target in run.targets}
     with healer.healed(bases, ranks):
@@ -205,7 +205,7 @@ def test_a_size_at_which_nothing_is_factorized_is_not_healed(dense: PreTrainedMo
     config = SieveConfig(**FAR, heal=QUICK)
     run = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
     healer = Healer(run)
-    healer.apply(calibrate(run, {}), dict.fromkeys(target.name for target in run.targets))
+    healer.apply(calibrate(run), dict.fromkeys(target.name for target in run.targets))
     assert_same(state(model), state(dense))
     assert (healer.report()["steps"], healer.report()["rounds"]) == (0, [])
 
@@ -219,7 +219,7 @@ def test_a_multiplied_out_model_computes_what_the_healed_one_does(task: Task) ->
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
     config = SieveConfig(**{**FAR, "pruning_ratio": 0.5}, heal=HealConfig(steps=3, rounds=2, learning_rate=1e-2))
     run = prepare(model, TOKENIZER, [task], config, work_dir=None, study_storage=None, progress=False)
-    bases = calibrate(run, {})
+    bases = calibrate(run)
     healer = Healer(run)
     ids = torch.tensor([[1, 7, 30, 40]])
     before = state(model)

@@ -118,7 +118,7 @@ def test_a_model_that_writes_is_pruned_within_a_limit(base: Path, tmp_path: Path
 def test_a_round_that_lies_in_the_work_directory_is_not_run_again(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
     config = SieveConfig(pruning_ratio=0.5, **SETTINGS)
     first = load(base, offload_dir=tmp_path / "o").prune(config, work_dir=tmp_path / "work", progress=False)
-    monkeypatch.setattr(blockwise.BlockCalibration, "compute", None)
+    monkeypatch.setattr(blockwise.BlockRound, "compute", None)
     again = load(base, offload_dir=tmp_path / "o").prune(config, work_dir=tmp_path / "work", progress=False)
     assert again.rank_pattern == first.rank_pattern
 
@@ -133,7 +133,7 @@ def test_bases_of_the_blocks_are_those_of_the_whole_model(base: Path, tmp_path: 
             work_dir=tmp_path / f"work-{len(found)}", study_storage=None, progress=False,
         )  # fmt: skip
         assert run.by_block == bool(options)
-        found.append(calibrate(run, {}))
+        found.append(calibrate(run))
     whole, stored = found
     assert whole.keys() == stored.keys()
     for name, basis in whole.items():

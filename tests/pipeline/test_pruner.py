@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
 from optimum_sieve.allocation.allocators import predicted_loss
-from optimum_sieve.allocation.stage import allocate_ranks
+from optimum_sieve.allocation.stage import allocate_ranks, loss_curves
 from optimum_sieve.calibration import stage as calibration_stage
 from optimum_sieve.calibration.collect import collect_moments
 from optimum_sieve.calibration.losses import answer_loss
@@ -186,7 +186,7 @@ def test_a_first_run_has_the_bases_as_one_that_goes_on(learned, task, tmp_path):
     run = prepare(
         copy.deepcopy(learned), make_tokenizer(), (task,), HALF, work_dir=tmp_path, study_storage=None, progress=False
     )
-    first, second = calibrate(run, {}), calibrate(run, {})
+    first, second = calibrate(run), calibrate(run)
     for name, basis in first.items():
         for field, tensor in basis.tensors().items():
             again = second[name].tensors()[field]
@@ -315,7 +315,7 @@ def test_later_rounds_watch_no_model_that_is_much_worse(learned, task, monkeypat
 
     def watching(run, bases, number):
         ranks = ranks_in_round(run, bases, number)
-        curves = run.loss_curves(bases)
+        curves = loss_curves(run, bases)
         goal = allocate_ranks(run, bases, kept_in_round(run.config, number))
         taken.append((predicted_loss(curves, ranks), predicted_loss(curves, goal)))
         return ranks

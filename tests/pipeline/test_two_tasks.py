@@ -21,7 +21,7 @@ from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.calibration import stage as calibration_stage
 from optimum_sieve.calibration.collect import collect_moments
-from optimum_sieve.calibration.stage import calibrate, collect
+from optimum_sieve.calibration.stage import WholeRound, calibrate, collect
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.evaluation.scores import evaluate
 from optimum_sieve.pipeline.prepare import prepare
@@ -66,7 +66,7 @@ def setting_of(model: PreTrainedModel, tasks: Any, **settings: Any) -> Run:
 
 def moments_of(run: Run) -> dict[str, Moments]:
     weights = {target.name: linear_weight(run.model.get_submodule(target.name)) for target in run.targets}
-    return collect(run, [task.calibration for task in run.tasks], weights)
+    return collect(WholeRound(run), [task.calibration for task in run.tasks], weights)
 
 
 def test_the_model_of_these_tests_does_both_tasks(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
@@ -95,16 +95,17 @@ def test_moments_of_two_parts_are_those_of_the_whole(
 
 def test_one_task_has_the_moments_it_has_alone(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
     both, alone = setting_of(dense, tasks), setting_of(dense, tasks[:1])
-    assert both.tasks[0].fingerprint == alone.fingerprint == alone.tasks[0].fingerprint
-    assert both.fingerprint != alone.fingerprint
+    pair, single = WholeRound(both), WholeRound(alone)
+    assert pair.moments_key(both.tasks[0]) == single.moments_key(alone.tasks[0])
+    assert pair.key != single.key
     assert alone.tasks[0].weight == 1.0
     assert [task.weight for task in both.tasks] == [0.5, 0.5]
 
 
 def test_only_the_ratios_of_the_weights_matter(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
     two, four, other = (setting_of(dense, tasks, task_weights=weights) for weights in ((1, 2), (2.0, 4.0), (2, 1)))
-    assert two.fingerprint == four.fingerprint != other.fingerprint
-    first, second = (calibrate(run, {}) for run in (two, other))
+    assert WholeRound(two).key == WholeRound(four).key != WholeRound(other).key
+    first, second = (calibrate(run) for run in (two, other))
     assert any(not torch.equal(first[name].energy, second[name].energy) for name in first)
 
 

@@ -61,7 +61,7 @@ def prune(
     config = SieveConfig(**{"pruning_ratio": 0.97, "rank_multiple": 1, "rounds": 1, **settings})
     model, tokenizer = copy.deepcopy(dense), tokenizer or make_tokenizer()
     run = prepare(model, tokenizer, [task], config, work_dir=None, study_storage=None, progress=False)
-    bases = calibrate(run, {})
+    bases = calibrate(run)
     apply_ranks(model, bases, allocate_ranks(run, bases, 1 - (config.pruning_ratio or 0)), storage=config.storage)
     return model
 

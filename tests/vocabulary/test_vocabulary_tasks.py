@@ -155,7 +155,7 @@ def test_the_genetic_search_compares_each_task_with_the_whole_dense_model(
     model = copy.deepcopy(dense)
     given = prepare(model, byte_level(), tasks, config, work_dir=None, study_storage=None, progress=False)
     with reduced_vocabulary(given) as run:
-        bases = calibrate(run, {})
+        bases = calibrate(run)
         search = make_search(run, bases)
         with LiveRanks(model, bases) as live:
             scorers = make_scorers(run, search, live)
