@@ -50,6 +50,13 @@ def test_the_documentation_has_five_groups_and_at_most_twenty_pages():
     assert len(pages) <= 20
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_a_benchmark_that_is_gone_is_named_with_the_commit_that_holds_it(page):
+    text = page.read_text(encoding="utf-8")
+    gone = [name for name in re.findall(r"benchmarks/\w+\.py", text) if not (ROOT / name).exists()]
+    assert not gone or "b04263d" in text
+
+
 def test_the_readme_is_short():
     assert len(read("README.md").splitlines()) <= 120
 
