@@ -11,11 +11,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from optimum_sieve.backbone.kinds import auto_class_name
-from optimum_sieve.backbone.loading import default_device
+from optimum_sieve.backbone.loading import default_device, empty_model
 from optimum_sieve.backbone.targets import find_targets
 
 
@@ -87,9 +85,9 @@ def compatible(
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("`config` must be of a model that is not quantized, got one that is. Load it as it is.")
-    skeleton = _skeleton(config)
-    linears = find_targets(skeleton, ["*"])
-    chosen = {target.name for target in find_targets(skeleton, ["*"], exclude_modules)} if exclude_modules else None
+    empty = empty_model(config)
+    linears = find_targets(empty, ["*"])
+    chosen = {target.name for target in find_targets(empty, ["*"], exclude_modules)} if exclude_modules else None
     device = torch.device(device) if device is not None else default_device()
     left_out = [
         target.name
@@ -99,17 +97,10 @@ def compatible(
     ]
     named = getattr(quantization_config, _SKIPPED[method])
     # A list replaces transformers' own, which keeps the head and tied weights.
-    named = sorted(get_keys_to_not_convert(skeleton)) if named is None else named
+    named = sorted(get_keys_to_not_convert(empty)) if named is None else named
     fitted = copy.copy(quantization_config)
     setattr(fitted, _SKIPPED[method], list(dict.fromkeys([*named, *left_out])))
     return fitted
-
-
-def _skeleton(config: PreTrainedConfig) -> Any:
-    """Make the model of `config` without data, for the names and shapes of its modules."""
-    with torch.device("meta"):
-        # A copy: what is made writes the attention it chose into its configuration.
-        return getattr(transformers, auto_class_name(config)).from_config(copy.deepcopy(config))
 
 
 def _fits(rows: int, columns: int, multiples: tuple[int, int]) -> bool:

@@ -1,13 +1,15 @@
-"""Load a dense model with its tokenizer, ready to be worked on."""
+"""Load a model with its tokenizer, or make an empty one from its configuration."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.modeling.layout import copy_parameters
 from optimum_sieve.modeling.modeling_sieve import SievePreTrainedModel
 from optimum_sieve.run import distributed
@@ -19,7 +21,7 @@ from .kinds import auto_class_name
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedConfig
 
 
 def load_model(
@@ -33,27 +35,27 @@ def load_model(
     revision: str | None = None,
     offload_dir: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
-    """Return model, tokenizer and the model's name; a model that is loaded already is taken as it is.
+    """Return the model, its tokenizer and its name; a loaded model is returned unchanged.
 
     Args:
         model (`str | Path | PreTrainedModel`): Hub id, directory or a loaded model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Required beside a loaded model.
-        dtype (`str | torch.dtype`, *optional*): `None`: as the checkpoint was saved.
-        device (`str | torch.device`, *optional*): `None`: the accelerator if there is one, else the CPU.
-        trust_remote_code (`bool`): Whether code that lies with the model may run.
-        gguf_file (`str`, *optional*): Name of a GGUF file beside the model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Required with a loaded model.
+        dtype (`str | torch.dtype`, *optional*): Default: as the checkpoint was saved.
+        device (`str | torch.device`, *optional*): Default: the accelerator if there is one, else the CPU.
+        trust_remote_code (`bool`): Whether code from the model's repository may run.
+        gguf_file (`str`, *optional*): Name of a GGUF file in the repository or directory.
         revision (`str`, *optional*): Revision on the Hub.
-        offload_dir (`str | Path`, *optional*): Leave the weights of the blocks on disk until a block is called: where
-            they lie, or in this directory if they have to be converted.
+        offload_dir (`str | Path`, *optional*): Leave the weights of the blocks on disk until a block is called: in the
+            checkpoint, or in this directory if they have to be converted.
 
     Raises:
-        ValueError: If `dtype` is no floating-point type, a loaded model comes without a tokenizer, or the model cannot
-            be offloaded.
+        ValueError: If `dtype` is not a floating-point type, a loaded model comes without a tokenizer, or the model
+            cannot be offloaded.
         OSError: If the model is not found or damaged.
     """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
-            raise ValueError("`tokenizer` must be given beside a loaded model, got None. Pass the model's tokenizer.")
+            raise ValueError("`tokenizer` must be given with a loaded model, got None. Pass the model's tokenizer.")
         return model, tokenizer, getattr(model.config, "_name_or_path", None) or None
     name = str(model)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -63,56 +65,70 @@ def load_model(
     # GGUF files hold causal language models.
     config = None if gguf_file else AutoConfig.from_pretrained(name, **options)
     auto_class = getattr(transformers, auto_class_name(config))
-    place = torch.device(device) if device is not None else default_device()
+    target_device = torch.device(device) if device is not None else default_device()
     if offload_dir is not None:
         if config is None:
             raise ValueError(
                 f"`memory_limit` must go with a model in safetensors files, got the GGUF file {gguf_file!r}, which is "
                 "unpacked in memory as a whole. Save the unpacked model with `save_pretrained` and prune that."
             )
-        options |= {"device_map": offload_map(auto_class, config, place), "offload_folder": str(offload_dir)}
-    loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=_dtype(dtype), **options)
+        options |= {"device_map": offload_map(config, target_device), "offload_folder": str(offload_dir)}
+    loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=read_dtype(dtype), **options)
     if not isinstance(loaded, SievePreTrainedModel):
-        # A pruned model has done so.
+        # Pruned models do it themselves.
         copy_parameters(loaded)
     if offload_dir is None:
-        loaded.to(place)  # type: ignore[arg-type]
+        loaded.to(target_device)  # type: ignore[arg-type]
     return loaded, tokenizer, name
 
 
-def offload_map(auto_class: Any, config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
+def offload_map(config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:
     """Return a `device_map` that leaves the blocks on disk and puts everything else on `device`.
 
     Raises:
-        ValueError: If the model has not one sequence of blocks.
+        ValueError: If the model does not have exactly one sequence of blocks.
     """
-    model = empty_model(auto_class, config)
+    model = empty_model(config)
     blocks = find_blocks(model)
-    place: dict[str, Any] = dict.fromkeys(blocks, "disk")
+    device_map: dict[str, Any] = dict.fromkeys(blocks, "disk")
 
     def add(prefix: str, module: torch.nn.Module) -> None:
         for name, child in module.named_children():
-            own = f"{prefix}{name}"
-            if any(block.startswith(f"{own}.") for block in blocks):
-                add(f"{own}.", child)
-            elif own not in place:
-                place[own] = str(device)
+            full_name = f"{prefix}{name}"
+            if any(block.startswith(f"{full_name}.") for block in blocks):
+                add(f"{full_name}.", child)
+            elif full_name not in device_map:
+                device_map[full_name] = str(device)
         for name, _ in module.named_parameters(recurse=False):
-            place[f"{prefix}{name}"] = str(device)
+            device_map[f"{prefix}{name}"] = str(device)
 
     add("", model)
-    return place
+    return device_map
 
 
-def empty_model(auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
-    """Make a model without weights, from its configuration alone."""
+def empty_model(config: PreTrainedConfig, *, model_class: Any = None, separate: bool = False) -> PreTrainedModel:
+    """Make a model without weights, on the meta device. The configuration is not changed.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): Of a dense or pruned model.
+        model_class (`type`, *optional*): Class of the model. Default: the one with the head that `load_model` loads.
+        separate (`bool`): Whether fused experts become separate linears, as in a model that is being pruned.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: Its tensors have shapes and dtypes only.
+    """
+    # Making a model may change its configuration.
+    copied = copy.deepcopy(config)
+    make: Any = model_class or getattr(transformers, auto_class_name(copied)).from_config
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class.from_config(config)
+        model: PreTrainedModel = make(copied)
+    if separate:
+        separate_experts(model)
     return model
 
 
 def default_device() -> torch.device:
-    """Return the current accelerator, of several processes this one's, or the CPU; never `mps`: it has no float64."""
+    """Return the accelerator of this process, or the CPU; never `mps`, which has no float64."""
     if distributed.size() > 1:
         return distributed.device()
     if torch.accelerator.is_available():
@@ -122,7 +138,12 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+def read_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    """Return the floating-point type that a user named; `None` and `"auto"` give `"auto"`.
+
+    Raises:
+        ValueError: If it is not a floating-point type.
+    """
     if dtype is None:
         return "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype

@@ -71,12 +71,14 @@ def load_pruner(arguments: Namespace, config: SieveConfig | None = None) -> Siev
 
     If the model does not fit the memory limit of the settings, its blocks stay on disk.
     """
-    from optimum_sieve.plan.fits import fits
+    from optimum_sieve.plan.fits import must_offload
     from optimum_sieve.pruner import SievePruner
 
     options = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    offload = config is not None and not (
-        arguments.gguf_file or fits(arguments.model, config, dtype=arguments.dtype, **options)
+    offload = (
+        config is not None
+        and not arguments.gguf_file
+        and must_offload(arguments.model, config, dtype=arguments.dtype, **options)
     )
     return SievePruner.from_pretrained(
         arguments.model,

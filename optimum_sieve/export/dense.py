@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from optimum_sieve.backbone.kinds import model_kind
+from optimum_sieve.backbone.loading import empty_model
 from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.modeling.conversion import plain_layers
 from optimum_sieve.modeling.experts import fuse_dense_experts
@@ -150,13 +151,13 @@ def _fit_biases(base_class: Any, config: Any, layers: Mapping[str, FactorizedLin
     Raises:
         ValueError: If no option does.
     """
-    empty = _empty(base_class, config)
+    empty: Any = empty_model(config, model_class=base_class)
     missing = {name for name, layer in layers.items() if _needs_bias(layer)} - _biased(empty)
     # Until all have a place, a copy is changed: the parts of a configuration are the model's own.
     trial, chosen = copy.deepcopy(config), []
     for option in [key for key, value in vars(config.get_text_config()).items() if value is False and "bias" in key]:
         setattr(trial.get_text_config(), option, True)
-        larger = _empty(base_class, trial)
+        larger: Any = empty_model(trial, model_class=base_class)
         added = _biased(larger) - _biased(empty)
         # Some options bring other tensors, such as the biases of norms.
         is_fit = larger.state_dict().keys() - empty.state_dict().keys() == {f"{name}.bias" for name in added}
@@ -174,12 +175,6 @@ def _fit_biases(base_class: Any, config: Any, layers: Mapping[str, FactorizedLin
     for option in chosen:
         setattr(config.get_text_config(), option, True)
     return empty
-
-
-def _empty(base_class: Any, config: Any) -> Any:
-    """Make a model without memory; of a copy, as making it may change the configuration."""
-    with torch.device("meta"):
-        return base_class(copy.deepcopy(config))
 
 
 def _biased(model: nn.Module) -> set[str]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 
-from optimum_sieve.backbone.kinds import auto_class_name, model_kind
+from optimum_sieve.backbone.kinds import model_kind
+from optimum_sieve.backbone.loading import empty_model
 from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.modeling.conversion import check_pruned, plain_layers
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
@@ -45,10 +43,7 @@ def check_adapter(adapter: str | Path, config: Any) -> None:
     directory = Path(adapter)
     settings = _read_settings(directory)
     shapes = _read_shapes(directory)
-    # Making a model may change its configuration.
-    with torch.device("meta"):
-        empty = getattr(transformers, auto_class_name(config)).from_config(copy.deepcopy(config))
-    modules = dict(empty.named_modules())
+    modules = dict(empty_model(config).named_modules())
     problems = [problem for key, shape in shapes.items() if (problem := _problem(modules, key, shape))]
     if problems:
         base = settings.get("base_model_name_or_path")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers import AutoConfig
 
-from optimum_sieve.backbone.kinds import auto_class_name
-from optimum_sieve.backbone.loading import _dtype, empty_model
+from optimum_sieve.backbone.loading import empty_model, read_dtype
 from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.modeling.experts import separate_names
 
 from .memory import calibration_bytes
 
@@ -22,21 +21,49 @@ if TYPE_CHECKING:
 
 
 def fits(model: str | Path, settings: SieveConfig, *, dtype: str | torch.dtype | None = None, **options: Any) -> bool:
-    """Tell whether a run on a model that is not loaded yet can keep all of it in memory.
+    """Tell whether a run keeps its `memory_limit` with the whole model, its moments and its bases in memory.
 
     Args:
-        model (`str | Path`): Hub id or directory.
-        settings (`SieveConfig`): The run's settings.
-        dtype (`str | torch.dtype`, *optional*): As of [`load_model`].
+        model (`str | Path`): Hub id or directory. Its weights are not read.
+        settings (`SieveConfig`): Settings of the run.
+        dtype (`str | torch.dtype`, *optional*): As of [`load_model`][optimum_sieve.backbone.loading.load_model].
+        options (`Any`): Other options of transformers' `from_pretrained`.
+    """
+    if settings.memory_bytes is None:
+        return True
+    weights, calibration, _ = _measure(model, settings, dtype, options)
+    return weights + calibration <= settings.memory_bytes
+
+
+def must_offload(
+    model: str | Path, settings: SieveConfig, *, dtype: str | torch.dtype | None = None, **options: Any
+) -> bool:
+    """Tell whether a run keeps its `memory_limit` only if the blocks of the model stay on disk.
+
+    Fused experts can only be separated in memory, so a model that has some is offloaded only if its weights alone
+    exceed the limit. The run is then refused.
+
+    Args:
+        model (`str | Path`): As of [`fits`], and so are the other arguments.
+        settings (`SieveConfig`): Settings of the run.
+        dtype (`str | torch.dtype`, *optional*): Type to load in.
         options (`Any`): Other options of transformers' `from_pretrained`.
     """
     limit = settings.memory_bytes
-    if limit is None:
-        return True
+    if limit is None or fits(model, settings, dtype=dtype, **options):
+        return False
+    weights, _, has_experts = _measure(model, settings, dtype, options)
+    return weights > limit or not has_experts
+
+
+def _measure(
+    model: str | Path, settings: SieveConfig, dtype: str | torch.dtype | None, options: dict[str, Any]
+) -> tuple[int, int, bool]:
+    """Return the bytes of weights and of moments and bases, and whether the model has experts to separate."""
     config = AutoConfig.from_pretrained(str(model), **options)
-    empty = empty_model(getattr(transformers, auto_class_name(config)), config)
+    empty = empty_model(config, separate=True)
     targets = find_targets(empty, settings.target_modules, settings.exclude_modules)
-    asked = _dtype(dtype)
-    size = (asked if isinstance(asked, torch.dtype) else getattr(config, "dtype", None) or torch.float32).itemsize
-    weights = sum(parameter.numel() for parameter in empty.parameters()) * size
-    return weights + calibration_bytes(targets, settings) <= limit
+    asked = read_dtype(dtype)
+    element = (asked if isinstance(asked, torch.dtype) else getattr(config, "dtype", None) or torch.float32).itemsize
+    weights = sum(parameter.numel() for parameter in empty.parameters()) * element
+    return weights, calibration_bytes(targets, settings), bool(separate_names(empty))

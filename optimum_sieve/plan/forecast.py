@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers import AutoConfig
 
-from optimum_sieve.backbone.kinds import auto_class_name
 from optimum_sieve.backbone.loading import empty_model
 from optimum_sieve.backbone.targets import find_targets
-from optimum_sieve.modeling.experts import separate_experts
 
 from .flops import Work, count_work
 from .hardware import rates_of
@@ -81,9 +78,8 @@ def forecast(
     """
     described = AutoConfig.from_pretrained(str(model), **options)
     kind: torch.dtype = getattr(torch, dtype)
-    empty = empty_model(getattr(transformers, auto_class_name(described)), described)
+    empty = empty_model(described, separate=True)
     empty.to(dtype=kind)  # type: ignore[call-arg]
-    separate_experts(empty)
     targets = find_targets(empty, config.target_modules, config.exclude_modules)
     rows = min(config.batch_size, examples)
     head: Any = empty.get_output_embeddings()  # type: ignore[no-untyped-call]
