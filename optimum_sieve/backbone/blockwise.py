@@ -1,13 +1,12 @@
-r"""Run a model one block at a time, over all batches before the next block.
+r"""Run a model block by block, each block over all batches before the next.
 
-A loss and its gradients need every block, but not all at once. Forward, block by block: the hidden states of all
-batches before each block are kept in a [`Spool`]. Then backward: each block computes its outputs again, from the states
-before it, and takes the gradient of the states after it back to those before it. One block's weights and moments, and
-one batch's activations in it, are held at a time; it costs each block a second forward pass. The result is that of
-running the whole model, up to rounding.
+Only one block's weights and moments and one batch's activations are in memory at a time. The forward pass stores the
+hidden states before each block in a [`Spool`]. The backward pass recomputes each block's outputs from these states and
+backpropagates the gradient through the block, at the cost of a second forward pass per block. Up to rounding, the
+result equals that of the whole model.
 
-What a model does around its blocks (masks, positions, embeddings, heads) is left to its own code: every run calls the
-whole model, in which all blocks but one pass the hidden states on. Needs torch alone.
+The model's own code still handles masks, positions, embeddings and heads: every run calls the whole model, but all
+blocks except one only pass the hidden states on. Depends on torch only.
 """
 
 from __future__ import annotations
@@ -35,44 +34,44 @@ BatchT = TypeVar("BatchT")
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass after the block that was wanted."""
+    """Ends a forward pass after the requested block."""
 
 
 def find_blocks(model: nn.Module) -> list[str]:
     """Return the names of the model's blocks, in order.
 
     Raises:
-        ValueError: If the model has not one sequence of blocks.
+        ValueError: If the model does not have exactly one sequence of blocks.
     """
     lists = block_lists(model)
     if len(lists) != 1:
         raise ValueError(
             f"`memory_limit` must be for a model with one sequence of blocks, got {type(model).__name__} with "
-            f"{len(lists)} ({', '.join(lists) or 'none'}). Prune it without a limit."
+            f"{len(lists)} ({', '.join(lists) or 'none'}). Omit `memory_limit`."
         )
     return [f"{lists[0]}.{name}" for name, _ in model.get_submodule(lists[0]).named_children()]
 
 
 def check_blocks(model: nn.Module, blocks: Sequence[str], read: Callable[[], object]) -> None:
-    """Refuse a model whose blocks do not each take what the one before it returns.
+    """Check that each block's input is the output of the block before it.
 
     Args:
         model (`torch.nn.Module`): The model.
-        blocks (`Sequence[str]`): From [`find_blocks`].
+        blocks (`Sequence[str]`): Returned by [`find_blocks`].
         read (`Callable`): Runs the model once.
 
     Raises:
-        ValueError: The message names the block.
+        ValueError: If not; the message names the block.
     """
     passed: list[torch.Tensor] = []
 
     def check(name: str, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
-        place = len(passed)
-        in_order = place < len(blocks) and blocks[place] == name
-        if not in_order or (passed and _given_states(args, kwargs) is not passed[-1]) or not torch.is_tensor(outputs):
+        index = len(passed)
+        in_order = index < len(blocks) and blocks[index] == name
+        if not in_order or (passed and _input_states(args, kwargs) is not passed[-1]) or not torch.is_tensor(outputs):
             raise ValueError(
-                "`memory_limit` must be for a model in which each block is given what the one before it returns, and "
-                f"nothing else, got {type(model).__name__}, where `{name}` is not. Prune it without a limit."
+                "`memory_limit` must be for a model in which each block receives only the output of the block before "
+                f"it, got {type(model).__name__}, where `{name}` does not. Omit `memory_limit`."
             )
         passed.append(outputs)
 
@@ -85,15 +84,15 @@ def check_blocks(model: nn.Module, blocks: Sequence[str], read: Callable[[], obj
     if len(passed) != len(blocks):
         raise ValueError(
             f"`memory_limit` must be for a model that runs all of its blocks, got {type(model).__name__}, which did "
-            f"not run `{blocks[len(passed)]}`. Prune it without a limit."
+            f"not run `{blocks[len(passed)]}`. Omit `memory_limit`."
         )
 
 
 class Spool:
-    """Tensors by name, in memory or as files of a directory.
+    """Tensors by name, in memory or in files.
 
     Args:
-        directory (`Path`, *optional*): An empty directory. `None`: they stay in memory.
+        directory (`Path`, *optional*): An empty directory for the files. Default: in memory.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -101,7 +100,7 @@ class Spool:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a tensor, in place of one of that name."""
+        """Store a tensor; replace one with the same name."""
         if self._directory is None:
             self._tensors[name] = tensor.detach()
         else:
@@ -111,14 +110,14 @@ class Spool:
         """Return a tensor.
 
         Raises:
-            KeyError: If there is none of that name; FileNotFoundError where they are files.
+            KeyError: If there is no tensor with this name; FileNotFoundError if tensors are in files.
         """
         if self._directory is None:
             return self._tensors[name].to(device)
         return load_file(self._directory / name, device=str(device))["tensor"]
 
     def drop(self, name: str) -> None:
-        """Forget a tensor, if it is there."""
+        """Delete a tensor if it exists."""
         if self._directory is None:
             self._tensors.pop(name, None)
         else:
@@ -126,18 +125,18 @@ class Spool:
 
 
 class BlockRun(Generic[BatchT]):
-    """One run of a model over some batches, driven block by block.
+    """Run a model over batches block by block.
 
-    The model must be in evaluation mode, its parameters without gradients: see
+    The model must be in evaluation mode and its parameters must not require gradients: see
     [`frozen`][optimum_sieve.backbone.modes.frozen].
 
     Args:
-        model (`torch.nn.Module`): The model. Blocks may be changed between two calls, but not what surrounds them.
-        blocks (`Sequence[str]`): From [`find_blocks`].
+        model (`torch.nn.Module`): The model. Only its blocks may change between calls.
+        blocks (`Sequence[str]`): Returned by [`find_blocks`].
         batches (`Sequence`): The batches, on any device.
-        read (`Callable`): Maps `(model, batch)`, the batch on `device`, to what is wanted: a loss, or scores.
-        device (`torch.device`): Where the model takes its inputs.
-        spool (`Spool`): Keeps the states between blocks.
+        read (`Callable`): Maps `(model, batch)`, with the batch on `device`, to the result: a loss, or scores.
+        device (`torch.device`): Device of the model's inputs.
+        spool (`Spool`): Stores the states between blocks.
 
     Example:
 
@@ -165,12 +164,12 @@ class BlockRun(Generic[BatchT]):
 
     @torch.no_grad()
     def forward(self, block: int, watch: Watch | None = None, *, keep_inputs: bool = True) -> None:
-        """Run one block over all batches; those before it must have been run.
+        """Run one block over all batches, after all blocks before it.
 
         Args:
-            block (`int`): Place of the block.
-            watch (`Watch`, *optional*): Is shown the inputs of the block's layers.
-            keep_inputs (`bool`): Whether the states before the block are kept, which `backward` needs.
+            block (`int`): Index of the block.
+            watch (`Watch`, *optional*): Receives the inputs of the block's layers.
+            keep_inputs (`bool`): Whether to keep the states before the block for `backward`.
         """
         for number, batch in enumerate(self._moved()):
             with self._watched(watch, batch):
@@ -181,13 +180,13 @@ class BlockRun(Generic[BatchT]):
 
     @torch.no_grad()
     def outputs(self) -> Iterator[torch.Tensor]:
-        """Yield what `read` makes of each batch, from the states after the last block."""
+        """Yield the result of `read` for each batch, computed from the states after the last block."""
         for number, batch in enumerate(self._moved()):
             with self._passing(self._states(len(self.blocks), number)):
                 yield self._read(self.model, batch)
 
     def start_backward(self) -> None:
-        """Take the gradients of `read`, a loss, at the states after the last block.
+        """Compute the gradients of the loss `read` with respect to the states after the last block.
 
         Raises:
             ValueError: If a loss is not finite.
@@ -202,11 +201,11 @@ class BlockRun(Generic[BatchT]):
             self._spool.drop(f"states-{len(self.blocks)}-{number}")
 
     def backward(self, block: int, watch: Watch) -> None:
-        """Take the gradients through one block; the blocks after it must have been gone through.
+        """Backpropagate through one block, after all blocks behind it.
 
         Args:
-            block (`int`): Place of the block.
-            watch (`Watch`): Is shown the tokens of the block's layers.
+            block (`int`): Index of the block.
+            watch (`Watch`): Receives the inputs and output gradients of the block's layers.
         """
         for number, batch in enumerate(self._moved()):
             gradient = self._spool.get(f"gradient-{number}", self._device)
@@ -237,58 +236,58 @@ class BlockRun(Generic[BatchT]):
         self, block: int, number: int, batch: BatchT, *, gradients: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the model up to a block; return the block's inputs and outputs."""
-        found: list[torch.Tensor] = []
+        result: list[torch.Tensor] = []
 
         def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-            states = _given_states(args, kwargs)
-            # Before the first block they are what the model makes of the batch.
+            states = _input_states(args, kwargs)
+            # The first block receives its states from the model itself.
             if block:
                 states = self._states(block, number).to(states.device)
             states = states.detach().requires_grad_(gradients)
             kwargs |= {} if args else {"hidden_states": states}
             outputs = forward(*(states for _ in args[:1]), *args[1:], **kwargs)
-            found.extend((states, outputs))
+            result.extend((states, outputs))
             raise _ReachedError
 
         with contextlib.suppress(_ReachedError), self._passing(block=block, run=run):
             self._read(self.model, batch)
-        return found[0], found[1]
+        return result[0], result[1]
 
     @contextmanager
     def _passing(
         self, last: torch.Tensor | None = None, *, block: int | None = None, run: Callable[..., Any] | None = None
     ) -> Iterator[None]:
-        """Let every block pass the hidden states on, the last one `last` in their place, and one `run` instead."""
+        """Make every block pass its hidden states on, except that the last returns `last` and `block` calls `run`."""
         with ExitStack() as stack:
-            for place, name in enumerate(self.blocks):
+            for index, name in enumerate(self.blocks):
                 module = self.model.get_submodule(name)
-                ends = place == len(self.blocks) - 1
-                own: Callable[..., Any] = partial(_pass_on, last if ends else None)
-                if place == block and run is not None:
-                    own = partial(run, module.forward)
-                stack.enter_context(_replaced_forward(module, own))
+                is_last = index == len(self.blocks) - 1
+                forward: Callable[..., Any] = partial(_pass_on, last if is_last else None)
+                if index == block and run is not None:
+                    forward = partial(run, module.forward)
+                stack.enter_context(_replaced_forward(module, forward))
             yield
 
 
-def _given_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _input_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return states
 
 
 def _pass_on(states: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return _given_states(args, kwargs) if states is None else states
+    return _input_states(args, kwargs) if states is None else states
 
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Put `forward` in place of a module's own inside the context."""
-    # Offloading puts a function of its own there.
-    own = module.__dict__.get("forward")
+    """Replace a module's `forward` inside the context."""
+    # Offloading sets an instance attribute, which has to be restored.
+    original = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if original is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = original

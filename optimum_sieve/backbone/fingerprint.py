@@ -1,4 +1,4 @@
-"""Hashes that tell models apart."""
+"""Identify a model by its weights and architecture."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Hash every parameter's name, shape, dtype and a strided sample of its values."""
     digest = hashlib.sha256()
-    # A shared one counts once, under its first name.
+    # A shared parameter counts once, under its first name.
     names = {name for name, _ in model.named_parameters()}
     for prefix, module in model.named_modules():
         with loaded(module):
-            own = [each for each in module.named_parameters(prefix, recurse=False) if each[0] in names]
-        for name, parameter in own:
+            parameters = [item for item in module.named_parameters(prefix, recurse=False) if item[0] in names]
+        for name, parameter in parameters:
             flat = parameter.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -30,7 +30,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def architecture(model: Any) -> dict[str, Any]:
-    """Return what a transformers model's configuration says of it, as JSON types, without where it came from."""
+    """Return a transformers model's configuration as JSON types, without its path and the library version."""
     values = {
         name: value
         for name, value in model.config.to_diff_dict().items()

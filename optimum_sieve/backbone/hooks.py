@@ -1,4 +1,4 @@
-"""Hooks that show every token which some layers of a model meet, with the gradient of the loss at their outputs."""
+"""Hooks that pass the input tokens of layers, and the gradients of the loss at their outputs, to a function."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Masks = tuple[torch.Tensor, ...]
 
 
 class Watch:
-    """Shows the tokens of every call of some layers.
+    """Observe the tokens of every call of some layers.
 
     Args:
         model (`torch.nn.Module`): The model; the layers may be pruned.
         names (`Sequence[str]`): Module names of the layers.
-        visit (`Callable`): Called with a layer's name, its inputs `x` (tokens, in) in the model's dtype and `g`
-            (tokens, out), float32, the gradients of the loss at its outputs, or `None` without gradients. Padding is
-            left out; tokens are in the order of the batch's mask.
-        gradients (`bool`): Whether gradients are taken; `visit` is called as the backward pass reaches the layers.
+        visit (`Callable`): Called with a layer's name, its inputs `x` (tokens, in) in the model's dtype and the
+            gradients `g` (tokens, out) of the loss at its outputs, float32, or `None` without gradients. Padding is
+            excluded; tokens are in the order of the batch's attention mask.
+        gradients (`bool`): Whether to compute gradients; `visit` is then called during the backward pass.
 
     Example:
 
@@ -41,16 +41,16 @@ class Watch:
         self.model, self.names, self.gradients = model, tuple(names), gradients
         self.scale = loss_scale(model.parameters()) if gradients else 1.0
         self._visit = visit
-        # No token may be routed to an expert: it is worthless to the task then.
+        # Experts may receive no token; they are then irrelevant to the task.
         experts = tuple(f"{experts}." for experts in separate_names(model))
         self._reached = {name for name in names if name.startswith(experts)}
 
     @contextmanager
     def batch(self, masks: Masks) -> Iterator[None]:
-        """Show the calls made inside, whose rows follow one of the masks.
+        """Observe the calls inside the context; their rows follow one of the attention `masks`.
 
         Raises:
-            ValueError: If a layer was not called; the message names it.
+            ValueError: If a layer was never called; the message names it.
         """
         modules = {name: self.model.get_submodule(name) for name in self.names}
         with ExitStack() as stack:
@@ -70,30 +70,30 @@ class Watch:
                 return y
             starts = not y.requires_grad
             if starts:
-                # Parameters are frozen, so the first layers' outputs start the graph.
+                # Parameters are frozen, so the outputs of the first layers start the graph.
                 y = y.detach().requires_grad_(True)
 
             def backward(g: torch.Tensor) -> None:
                 self._visit(name, _token_rows(x, masks), _token_rows(g, masks).float() / self.scale)
 
             y.register_hook(backward)  # type: ignore[no-untyped-call]
-            # Some models change it in place, which autograd forbids for the start of a graph.
+            # Some models modify it in place, which autograd forbids for leaf tensors.
             return y.clone() if starts else y
 
         return hook
 
     def _check_reached(self) -> None:
-        """Refuse layers that the examples do not run through: they would look worthless and be removed."""
+        """Reject layers that were never called: they would seem irrelevant and be removed."""
         missing = [name for name in self.names if name not in self._reached]
         if missing:
             raise ValueError(
-                f"`target_modules` must be layers that the examples run through, got {len(missing)} that were not "
-                f"called, such as {missing[0]!r}. Name them in `exclude_modules`."
+                f"`target_modules` must be layers that the examples run through, got {len(missing)} that were never "
+                f"called (e.g. {missing[0]!r}). Add them to `exclude_modules`."
             )
 
 
 def check_loss(value: torch.Tensor) -> None:
-    """Raise a `ValueError` if a calibration loss is not finite."""
+    """Raise `ValueError` if a calibration loss is not finite."""
     if not torch.isfinite(value):
         raise ValueError(
             f"The calibration loss must be finite, got {value.item()}. "
@@ -102,7 +102,7 @@ def check_loss(value: torch.Tensor) -> None:
 
 
 def _token_rows(values: torch.Tensor, masks: Masks) -> torch.Tensor:
-    """Flatten `values` (..., features) to the rows of tokens; all rows where the shape follows no mask."""
+    """Flatten `values` (..., features) to token rows without padding; keep all rows if no mask has their shape."""
     rows = values.detach().reshape(-1, values.shape[-1])
     mask = next((mask for mask in masks if mask.numel() == rows.shape[0]), None)
     return rows if mask is None else rows[mask.reshape(-1).bool().to(rows.device)]
@@ -110,7 +110,7 @@ def _token_rows(values: torch.Tensor, masks: Masks) -> torch.Tensor:
 
 @contextmanager
 def padding_unrouted(model: nn.Module, masks: Masks) -> Iterator[None]:
-    """Route padding to no expert: which rows of an expert's input were tokens cannot be told afterwards."""
+    """Route padding to no expert, because an expert's input rows cannot be matched to the mask afterwards."""
 
     def hook(module: SeparateExperts, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         states, index, weights = args

@@ -1,4 +1,4 @@
-"""How a kind of model is given an example, and where its answer is read. Does not import torch."""
+"""Kinds of models (causal, seq2seq, classification) and the format of their inputs. Never imports torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _CLASSIFIER = "ForSequenceClassification"
 
 @dataclass(frozen=True, kw_only=True)
 class InputFormat:
-    """What must be known of a model to make its inputs.
+    """Properties of a model that determine its inputs.
 
     Args:
         kind (`str`):
-            `"causal"`: prompt and answer are one text, whose last tokens are scored. `"seq2seq"`: the encoder reads the
-            prompt, the decoder the answer. `"classification"`: the model reads the prompt and scores its labels.
-        max_length (`int`, *optional*): Most tokens the model takes.
-        pad_token_id (`int`, *optional*): Padding by the model's configuration, by which some models find a text's end.
-        start_token_id (`int`, *optional*): Token that a decoder starts with.
-        label_ids (`Mapping[str, int]`): Class of each label by its name, of a classifier.
+            `"causal"`: prompt and answer form one text; the answer's tokens are scored. `"seq2seq"`: prompt for the
+            encoder, answer for the decoder. `"classification"`: only the prompt; the model scores its labels.
+        max_length (`int`, *optional*): Maximum number of tokens.
+        pad_token_id (`int`, *optional*): The configuration's padding token, which some classifiers use to find the last
+            token.
+        start_token_id (`int`, *optional*): First token of a decoder.
+        label_ids (`Mapping[str, int]`): Class index by label name, for classifiers.
     """
 
     kind: Kind = "causal"
@@ -35,10 +36,10 @@ class InputFormat:
     label_ids: Mapping[str, int] = field(default_factory=dict)
 
     def classes(self, candidates: Sequence[str]) -> list[int]:
-        """Return the class of each candidate: the label of its name or, where labels have no names, of its place.
+        """Return the class index of each candidate, by label name or, if labels have only default names, by order.
 
         Raises:
-            ValueError: If the candidates are not labels of the model.
+            ValueError: If a candidate is not a label of the model.
         """
         names = [candidate.strip() for candidate in candidates]
         if all(name in self.label_ids for name in names):
@@ -47,16 +48,16 @@ class InputFormat:
             return list(range(len(names)))
         raise ValueError(
             f"`labels` must be the model's own, {', '.join(map(repr, self.label_ids))}, got "
-            f"{', '.join(map(repr, names))}. Write those texts in the task file, or set `id2label` in the model's "
+            f"{', '.join(map(repr, names))}. Use the model's labels in the task file, or set `id2label` in its "
             "configuration."
         )
 
 
 def input_format(model: Any) -> InputFormat:
-    """Return the format of a transformers model; of anything else that of a causal language model without limits.
+    """Return the input format of a transformers model; any other module counts as causal without a length limit.
 
     Raises:
-        ValueError: If the model classifies without at least two labels, or decodes without a start token.
+        ValueError: If a classifier has fewer than two labels, or an encoder-decoder has no start token.
     """
     config = getattr(model, "config", None)
     if config is None:
@@ -64,12 +65,12 @@ def input_format(model: Any) -> InputFormat:
     kind = model_kind(model)
     pad = _token_id(config, "pad_token_id")
     if kind == "classification":
-        labels = {str(name): int(place) for name, place in config.label2id.items()}
+        labels = {str(name): int(index) for name, index in config.label2id.items()}
         if len(labels) < 2:
             raise ValueError(
-                f"`model` must have at least two labels, got {len(labels)}: one is a regression. Load a classifier."
+                f"`model` must have at least two labels, got {len(labels)} (a regression). Load a classifier."
             )
-        # Some architectures count positions from the padding token on.
+        # Some architectures start positions after the padding token's id.
         limit = max_positions(model)
         offset = pad + 1 if pad is not None and config.model_type in _OFFSET_POSITIONS else 0
         return InputFormat(kind=kind, max_length=limit and limit - offset, pad_token_id=pad, label_ids=labels)
@@ -87,15 +88,15 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "ib
 
 
 def model_kind(model: Any) -> Kind:
-    """Tell how a transformers model, dense or pruned, is given its inputs."""
-    # A pruned model's class may have a borrower's name behind its own.
+    """Return the kind of a transformers model, dense or pruned."""
+    # The class name of a pruned model may have a suffix after two underscores.
     if type(model).__name__.partition("__")[0].endswith(_CLASSIFIER):
         return "classification"
     return "seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal"
 
 
 def auto_class_name(config: Any) -> str:
-    """Return the name of the Auto class that loads a checkpoint with this configuration, with its head."""
+    """Return the name of the Auto class that loads a checkpoint with this configuration including its head."""
     names = [name.partition("__")[0] for name in getattr(config, "architectures", None) or ()]
     if any(name.endswith(_CLASSIFIER) for name in names):
         return "AutoModelForSequenceClassification"
@@ -103,7 +104,7 @@ def auto_class_name(config: Any) -> str:
 
 
 def max_positions(model: Any) -> int | None:
-    """Return how many tokens `model` takes by its configuration, or `None` where that names no limit."""
+    """Return the context length in `model`'s configuration, or `None` if it has none."""
     config: Any = getattr(model, "config", None)
     text_config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text_config, "max_position_embeddings", None)
@@ -111,5 +112,5 @@ def max_positions(model: Any) -> int | None:
 
 
 def _token_id(config: Any, name: str) -> int | None:
-    found = getattr(config, name, None)
-    return found if isinstance(found, int) else None
+    token_id = getattr(config, name, None)
+    return token_id if isinstance(token_id, int) else None

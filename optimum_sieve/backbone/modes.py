@@ -1,4 +1,4 @@
-"""A model's modes while it is read from."""
+"""Context managers for a model's training mode and gradients."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode without gradients, and every module back into its own mode afterwards."""
+    """Run `model` in evaluation mode without gradients; restore every module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference_mode: what a forward pass caches in the model (rotary frequencies) must stay usable by autograd.
+        # Not inference_mode: tensors cached in the model (rotary frequencies) must remain usable by autograd.
         with torch.no_grad():
             yield
     finally:
@@ -30,13 +30,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def loss_scale(tensors: Iterable[torch.Tensor]) -> float:
-    """Factor of the loss, by which gradients are divided again in float32: below 6e-8, float16 ones underflow."""
+    """Return the loss scale: float16 gradients below 6e-8 would underflow. Divide gradients by it in float32."""
     return 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode without parameter gradients, and restore both."""
+    """Run `model` in evaluation mode with frozen parameters; restore both afterwards."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
     try:

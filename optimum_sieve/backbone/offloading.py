@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps on disk or in the CPU's memory until a layer is called."""
+"""Access weights that accelerate offloads to disk or CPU memory until a layer is called."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Tell whether a module's own parameters are loaded when it is called."""
+    """Return whether the module's direct parameters are offloaded."""
     return bool(has_offloaded_params(module))
 
 
 def holds_offloaded(model: nn.Module) -> bool:
-    """Tell whether any part of a model is offloaded."""
+    """Return whether any part of the model is offloaded."""
     return any(is_offloaded(module) for module in model.modules())
 
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[nn.Module]:
-    """Hold a module's own parameters in memory inside the context; tensors taken out of it stay."""
+    """Load a module's direct parameters inside the context; tensors read from it remain valid afterwards."""
     with align_module_device(module):
         yield module
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Return where a module computes."""
+    """Return the device a module computes on."""
     if is_offloaded(module):
         hook: Any = module._hf_hook
         return torch.device(hook.execution_device)
@@ -42,18 +42,17 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def bring_in(model: nn.Module) -> None:
-    """Load everything that is still offloaded, and let a model be as if nothing had been, in place."""
-    places = getattr(model, "hf_device_map", None)
-    if places is None:
+    """Load all offloaded parameters and remove the offloading hooks, in place."""
+    if getattr(model, "hf_device_map", None) is None:
         return
     for module in model.modules():
         if is_offloaded(module):
             with loaded(module):
-                own = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
+                tensors = {name: value.detach().clone() for name, value in module.named_parameters(recurse=False)}
             remove_hook_from_module(module)
-            for name, tensor in own.items():
+            for name, tensor in tensors.items():
                 setattr(module, name, nn.Parameter(tensor, requires_grad=getattr(module, name).requires_grad))
     if len({parameter.device for parameter in model.parameters()}) == 1:
-        # Those that move tensors between devices have nothing to do any more.
+        # Hooks that move tensors between devices are no longer needed.
         remove_hook_from_module(model, recurse=True)
         del model.hf_device_map

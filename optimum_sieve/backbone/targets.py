@@ -1,4 +1,4 @@
-"""Which linear layers of a model are pruned, and what their weights are. Needs torch and accelerate."""
+"""Select the linear layers to prune and read their weights. Depends on torch and accelerate only."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ class Target:
 
     @property
     def max_rank(self) -> int:
-        """Rank of the layer at most: `min(out_features, in_features)`."""
+        """Maximum rank, `min(out_features, in_features)`."""
         return min(self.out_features, self.in_features)
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the dense weight; the bias is not counted."""
+        """Number of parameters of the dense weight, without bias."""
         return self.out_features * self.in_features
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Tell GPT-2's `Conv1D`, a linear layer whose weight is (in, out); by name, so transformers is not needed."""
+    """Return whether `module` is GPT-2's `Conv1D`, a linear layer with weight (in, out); without transformers."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether `module` is a linear map that can be factorized. Routers of experts only inherit from one."""
+    """Return whether `module` is a linear layer that can be factorized; routers of experts only inherit from one."""
     return (isinstance(module, nn.Linear) and not type(module).__name__.endswith("Router")) or is_conv1d(module)
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:
-    """Return the weight (out, in) of an `nn.Linear` or `Conv1D`, detached: a view or, if it is offloaded, read."""
+    """Return the detached weight (out, in) of an `nn.Linear` or `Conv1D`; a view unless it is offloaded."""
     with loaded(module):
         weight = module.weight
         if not isinstance(weight, torch.Tensor):
@@ -63,7 +63,7 @@ def linear_weight(module: nn.Module) -> torch.Tensor:
 
 
 def block_lists(model: nn.Module) -> tuple[str, ...]:
-    """Names of the lists of transformer blocks: every `nn.ModuleList` that holds linear layers, outermost first."""
+    """Return the names of the lists of transformer blocks: each outermost `nn.ModuleList` with linear layers."""
     prefixes: list[str] = []
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{prefix}.") for prefix in prefixes)
@@ -77,20 +77,20 @@ def find_targets(
     target_modules: Sequence[str] | None = None,
     exclude_modules: Sequence[str] = (),
 ) -> list[Target]:
-    """List the linear layers to prune, in the model's own order.
+    """List the linear layers to prune, in model order.
 
     Args:
         model (`torch.nn.Module`): The model.
-        target_modules (`Sequence[str]`, *optional*): `fnmatch` patterns (not regular expressions) of module names;
-            a pattern also matches the end of a name from a dot on, so `q_proj` finds every `...self_attn.q_proj`.
-            `None` takes every `nn.Linear` and `Conv1D` inside the transformer blocks, so neither embeddings nor heads.
+        target_modules (`Sequence[str]`, *optional*): `fnmatch` patterns (not regular expressions) of module names. A
+            pattern also matches a name's end after a dot, so `q_proj` matches every `...self_attn.q_proj`. Default:
+            every `nn.Linear` and `Conv1D` inside the transformer blocks, hence neither embeddings nor heads.
         exclude_modules (`Sequence[str]`): Patterns of layers that stay dense.
 
     Returns:
         `list[Target]`: At least one.
 
     Raises:
-        ValueError: If a pattern of `target_modules` or `exclude_modules` matches no linear layer, or none is left.
+        ValueError: If a pattern matches no linear layer, or no layer is selected.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     blocks = block_lists(model)
@@ -98,8 +98,8 @@ def find_targets(
         for pattern in patterns:
             if not any(_matches(name, (pattern,)) for name in linears):
                 raise ValueError(
-                    f"`{argument}` must match linear layers of the model, got {pattern!r} which matches none. "
-                    f"The model's linear layers are named like {_sample(linears)}."
+                    f"`{argument}` must match linear layers of the model, got {pattern!r}, which matches none. "
+                    f"The model's linear layers are {_sample(linears)}."
                 )
     targets = [
         _target(name, module)
@@ -109,7 +109,7 @@ def find_targets(
     if not targets:
         raise ValueError(
             f"`model` must have linear layers to prune, got {type(model).__name__} with none selected. "
-            f"Its linear layers: {_sample(linears)}. Name some with `target_modules`."
+            f"Its linear layers: {_sample(linears)}. Select some with `target_modules`."
         )
     return targets
 

@@ -1,4 +1,9 @@
-"""The vocabulary of a task: which tokens it needs, and a tokenizer and a model that have no others."""
+"""Reduce a tokenizer and a model's embeddings to the tokens a task needs.
+
+In: a model, its tokenizer and examples. Out: a [`TaskVocabulary`]. `closure` computes the needed tokens, `backend` and
+`tokenizer` build the reduced tokenizer, `token_ids` renumbers configurations, `rows` selects embedding rows,
+`vocabulary.task_vocabulary` combines and checks them; `stage` does so for a run.
+"""
 
 from __future__ import annotations
 

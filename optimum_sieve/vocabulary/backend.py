@@ -1,4 +1,4 @@
-"""Write a serialized tokenizer again with some of its tokens, under new ids. Imports neither torch nor transformers."""
+"""Reduce a serialized tokenizer to some of its tokens, with new ids. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 
 def order(content: dict[str, Any], kept: Collection[str]) -> list[str]:
-    """Return the tokens in the order of their new ids, which are 0, 1, 2, ...
+    """Return the tokens in the order of their new ids, 0, 1, 2, ...
 
-    That is the old order, so that a tokenizer class that expects its special tokens first finds them there. Added
-    tokens that the model does not have come last: `tokenizers` gives them ids by itself.
+    The old order is kept, because some tokenizer classes expect special tokens first. Added tokens outside the model
+    come last, because `tokenizers` assigns their ids.
     """
-    own, added = model_tokens(content), added_tokens(content)
-    last = [token for token in kept if token not in own]
-    return sorted(own.keys() & set(kept), key=own.__getitem__) + sorted(last, key=added.__getitem__)
+    in_model, added = model_tokens(content), added_tokens(content)
+    last = [token for token in kept if token not in in_model]
+    return sorted(in_model.keys() & set(kept), key=in_model.__getitem__) + sorted(last, key=added.__getitem__)
 
 
 def renumber(content: dict[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return a serialized tokenizer of the tokens in `ids` alone; merges of other tokens are left out.
+    """Return a serialized tokenizer with only the tokens in `ids` and their merges.
 
     Args:
-        content (`dict`): A serialized tokenizer, which is left as it is.
-        ids (`Mapping[str, int]`): The new id of each token that is kept, by `order`.
+        content (`dict`): A serialized tokenizer, not modified.
+        ids (`Mapping[str, int]`): New id of each kept token, in the order of `order`.
     """
     old = {**model_tokens(content), **added_tokens(content)}
     numbers = {old[token]: number for token, number in ids.items()}
@@ -42,11 +42,11 @@ def renumber(content: dict[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
 
 
 def special_ids(post_processor: dict[str, Any] | None) -> set[int]:
-    """Return the ids that a post-processor puts around a text."""
-    found = post_processor or {}
-    nested = [special_ids(part) for part in found.get("processors", ())]
-    named = [set(part["ids"]) for part in _templates(found).values()]
-    pairs = [{found[name][1]} for name in ("sep", "cls") if name in found]
+    """Return the ids that a post-processor adds around a text."""
+    content = post_processor or {}
+    nested = [special_ids(part) for part in content.get("processors", ())]
+    named = [set(part["ids"]) for part in _templates(content).values()]
+    pairs = [{content[name][1]} for name in ("sep", "cls") if name in content]
     return set().union(*nested, *named, *pairs)
 
 
@@ -85,5 +85,5 @@ def _post_processor(content: dict[str, Any] | None, numbers: Mapping[int, int]) 
 
 
 def _templates(content: dict[str, Any]) -> dict[str, Any]:
-    found = content.get("special_tokens")
-    return found if isinstance(found, dict) else {}
+    templates = content.get("special_tokens")
+    return templates if isinstance(templates, dict) else {}

@@ -1,7 +1,7 @@
-"""Which tokens a tokenizer needs so that its texts are cut as before, and any other text can be.
+"""Compute the tokens a tokenizer needs to split given texts as before and any other text at all.
 
-Imports neither torch nor transformers. Works on serialized tokenizers (`tokenizers.Tokenizer.to_str()`) with a BPE, a
-WordPiece or a Unigram model.
+Works on serialized tokenizers (`tokenizers.Tokenizer.to_str()`) with a BPE, WordPiece or Unigram model. Imports neither
+torch nor transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def model_tokens(content: dict[str, Any]) -> dict[str, int]:
-    """Return the tokens of a serialized tokenizer's model with their ids; added tokens may be among them."""
+    """Return the tokens of a serialized tokenizer's model with their ids; may include added tokens."""
     vocabulary = content["model"]["vocab"]
     if isinstance(vocabulary, dict):
         return {str(token): int(number) for token, number in vocabulary.items()}
@@ -32,26 +32,26 @@ def added_tokens(content: dict[str, Any]) -> dict[str, int]:
 
 
 def needed_tokens(content: dict[str, Any], used: Iterable[str], size: int | None = None) -> set[str]:
-    """Return the tokens without which a text of `used` tokens would be cut in another way, or some text not at all.
+    """Return the tokens needed to split texts of `used` tokens as before and any other text at all.
 
     Args:
         content (`dict`): A serialized tokenizer.
-        used (`Iterable[str]`): Tokens that its texts are cut into.
-        size (`int`, *optional*): If they are fewer, others are added up to this number, those of lowest id first: the
-            most frequent ones of the texts that the tokenizer was made of.
+        used (`Iterable[str]`): Tokens of the texts.
+        size (`int`, *optional*): Minimum number of tokens, filled up in order of id: usually the most frequent ones in
+            the tokenizer's training data.
 
     Returns:
-        `set[str]`: `used`; all added tokens; what the merges of a BPE model pass through on the way to `used`; the
-        unknown token; and what every text can be cut into, see `_smallest_pieces`.
+        `set[str]`: `used`, all added tokens, the intermediate merges of a BPE model, the unknown token, and the tokens
+        that any text can be split into (see `_smallest_pieces`).
 
     Raises:
-        ValueError: If the model is none of `MODELS`.
+        ValueError: If the model is not one of `MODELS`.
     """
     kind = content["model"].get("type")
     if kind not in MODELS:
         raise ValueError(
-            f"`vocabulary='task'` must go with a tokenizer of the kind {', '.join(MODELS)}, got {kind}, whose tokens "
-            "have no smaller pieces. Set vocabulary='whole'."
+            f"`vocabulary='task'` must go with a tokenizer of the kind {', '.join(MODELS)}, got {kind}, which has no "
+            "subword tokens. Set vocabulary='whole'."
         )
     tokens = model_tokens(content)
     parts = _Merger(content["model"]).parts if kind == "BPE" else _alone
@@ -68,26 +68,26 @@ def needed_tokens(content: dict[str, Any], used: Iterable[str], size: int | None
 
 
 def _alone(token: str) -> set[str]:
-    """Return what a token is made of where there are no merges."""
+    """Return the parts of a token of a model without merges."""
     return {token}
 
 
 def _smallest_pieces(model: dict[str, Any], tokens: dict[str, int]) -> set[str]:
-    """Return the tokens that any text can be cut into as far as it could be before.
+    """Return the tokens that any text can be split into, as far as the original tokenizer could.
 
-    Those are the single characters, of a byte-level BPE the 256 that stand for bytes; at the beginning, inside and at
-    the end of a word where the model tells these apart. A token with a character that has none of its own is one too. A
-    model that falls back on bytes needs those in place of most characters; printable ASCII stays.
+    These are the single characters (256 byte symbols in byte-level BPE), in separate forms for the start, inside and
+    end of a word if the model distinguishes them, and all tokens with a character that has no token of its own. A model
+    with byte fallback needs its byte tokens and printable ASCII.
     """
     if model.get("byte_fallback") and tokens.keys() >= _BYTES:
         return set(_BYTES) | {token for token in tokens if len(token) == 1 and " " <= token <= "~"}
     pieces = {token: _characters(model, token) for token in tokens}
-    single = {token for token, own in pieces.items() if own == [token]}
-    return single | {token for token, own in pieces.items() if not single.issuperset(own)}
+    single = {token for token, characters in pieces.items() if characters == [token]}
+    return single | {token for token, characters in pieces.items() if not single.issuperset(characters)}
 
 
 def _characters(model: dict[str, Any], token: str) -> list[str]:
-    """Cut a token into its characters, each written as the model writes it at its place in a word."""
+    """Split a token into its characters, each in the model's form for its position in the word."""
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     inside = bool(prefix) and token.startswith(prefix) and token != prefix
     body = token.removeprefix(prefix) if inside else token
@@ -95,11 +95,11 @@ def _characters(model: dict[str, Any], token: str) -> list[str]:
     characters = list(body.removesuffix(suffix) if ends else body)
     if ends:
         characters[-1] += suffix
-    return [prefix + character if place or inside else character for place, character in enumerate(characters)]
+    return [prefix + character if index or inside else character for index, character in enumerate(characters)]
 
 
 def _unknown_token(model: dict[str, Any]) -> set[str]:
-    """Return the unknown token and, of a Unigram model, the token of least score, which sets the unknown's own."""
+    """Return the unknown token and, for a Unigram model, the lowest-scored token, which determines its score."""
     if model["type"] != "Unigram":
         return {model["unk_token"]} if model.get("unk_token") else set()
     vocabulary = model["vocab"]
@@ -115,29 +115,28 @@ class _Merger:
         self._ranks = {pair: rank for rank, pair in enumerate(map(merge_pair, model["merges"]))}
 
     def parts(self, token: str) -> set[str]:
-        """Return all tokens on the way from characters to `token`; none where the merges do not lead there.
+        """Return all intermediate tokens from the characters to `token`; none if the merges do not lead there.
 
-        Within a longer word, the merges of the characters of `token` are the same in the same order: none across its
-        borders took place.
+        Within a longer word, the characters of `token` merge in the same order, because no merge crosses its borders.
         """
         pieces = _characters(self._model, token)
-        found = set(pieces)
+        parts = set(pieces)
         while len(pieces) > 1:
-            ranked = [(self._ranks[pair], place) for place, pair in enumerate(pairwise(pieces)) if pair in self._ranks]
+            ranked = [(self._ranks[pair], index) for index, pair in enumerate(pairwise(pieces)) if pair in self._ranks]
             if not ranked:
                 return set()
-            place = min(ranked)[1]
-            pieces[place : place + 2] = [merged(self._model, pieces[place], pieces[place + 1])]
-            found.add(pieces[place])
-        return found
+            index = min(ranked)[1]
+            pieces[index : index + 2] = [merged(self._model, pieces[index], pieces[index + 1])]
+            parts.add(pieces[index])
+        return parts
 
 
 def merge_pair(merge: str | list[str]) -> tuple[str, str]:
-    """Return the two parts of a merge, which older versions of `tokenizers` write as one text."""
+    """Return the two parts of a merge; older versions of `tokenizers` write them as one string."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second
 
 
 def merged(model: dict[str, Any], first: str, second: str) -> str:
-    """Return what a merge makes of its two parts."""
+    """Return the token that results from a merge."""
     return first + second.removeprefix(model.get("continuing_subword_prefix") or "")

@@ -1,4 +1,4 @@
-"""The rows of a model's embeddings and head that some tokens have, in place of all: there and back."""
+"""Reduce a model's embeddings and head to the rows of some tokens, and undo it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from optimum_sieve.backbone.loading import empty_model
 
 from .token_ids import copies, named_ids, renumber_config, with_parts
 
@@ -21,37 +23,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a value of a model is kept, its old and its new value."""
+    """An attribute of a model with its old and new value; `container` is the dictionary that holds it."""
 
-    place: dict[str, Any]
+    container: dict[str, Any]
     name: str
     old: Any
     new: Any
 
 
 class RowSelection:
-    """Rows of everything in a model that has one for each token, and what goes with them.
+    """Select the rows of all of a model's per-token tensors and adapt its configuration.
 
-    What that is, the architecture tells: two models without memory are built, from the configuration and from the same
-    with another `vocab_size` and other token ids. Tensors whose shapes differ have a row (or a column) for each token,
-    and plain numbers that differ, such as `num_embeddings` or `padding_idx`, follow. So biases of heads, shared
-    embeddings of encoder-decoders and padded vocabularies need no cases of their own. Tied weights stay tied.
+    To identify them, the model is built twice on the meta device: from its configuration and from a copy with the new
+    `vocab_size` and token ids. Tensors whose shapes differ have one row (or column) per token. Integers that differ,
+    such as `num_embeddings` or `padding_idx`, change with them. Head biases, shared embeddings of encoder-decoders and
+    padded vocabularies thus need no special cases. Tied weights stay tied.
 
     Args:
-        model (`PreTrainedModel`): The model, which is left as it is until `apply`.
-        tokens (`Sequence[int]`): Old id of each token of the new vocabulary. Ids that the configuration names beside
-            them follow at the end.
+        model (`PreTrainedModel`): The model, unchanged until `apply`.
+        tokens (`Sequence[int]`): Old id of each token of the new vocabulary. Other ids in the configuration are
+            appended.
 
     Raises:
-        ValueError: If the tokens are not the model's, or its vocabulary cannot be told.
+        ValueError: If a token is outside the model's vocabulary, or the vocabulary cannot be determined.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Sequence[int]) -> None:
         self.model = model
         self.size_before = vocabulary_size(model)
         _check_tokens(tokens, self.size_before)
-        owned = [model.config, *(module.config for module in model.modules() if hasattr(module, "config"))]
-        configs = {id(config): config for own in owned for config in with_parts(own)}
+        whole_configs = [model.config, *(module.config for module in model.modules() if hasattr(module, "config"))]
+        configs = {id(config): config for whole in whole_configs for config in with_parts(whole)}
         generation = getattr(model, "generation_config", None)
         named = named_ids([*configs.values(), *([generation] if generation else [])], self.size_before)
         self.rows = [*tokens, *sorted(named - set(tokens))]
@@ -75,19 +77,19 @@ class RowSelection:
 
     @property
     def removed_elements(self) -> int:
-        """Elements of the tensors that are left out, shared ones counted once."""
+        """Number of removed tensor elements; shared tensors count once."""
         tensors = {id(slot.old): slot for slot in self._slots if isinstance(slot.old, torch.Tensor)}
         return sum(slot.old.numel() - slot.new.numel() for slot in tensors.values())
 
     def apply(self) -> None:
-        """Leave the other rows out."""
+        """Reduce the model to the kept rows."""
         for slot in self._slots:
-            slot.place[slot.name] = slot.new
+            slot.container[slot.name] = slot.new
 
     def undo(self) -> None:
-        """Put all rows back."""
+        """Restore all rows."""
         for slot in self._slots:
-            slot.place[slot.name] = slot.old
+            slot.container[slot.name] = slot.old
 
     def _renumber(self, config: Any) -> None:
         renumber_config(config, self._numbers, self.size_before)
@@ -101,8 +103,8 @@ class RowSelection:
                 yield _Slot(module.__dict__, "config", config, new[id(config)])
 
     def _structure_slots(self, config: Any) -> list[_Slot]:
-        """Compare what the two configurations build, and find the same places in the model."""
-        before, after = _empty(self.model, self.model.config), _empty(self.model, config)
+        """Compare the models built from both configurations, and locate their differences in the live model."""
+        before, after = (empty_model(each, model_class=type(self.model)) for each in (self.model.config, config))
         live = dict(self.model.named_modules(remove_duplicate=False))
         selected: dict[int, Any] = {}
         slots: list[_Slot] = []
@@ -113,7 +115,7 @@ class RowSelection:
                 slots += _number_slots(live[name], module, built[name])
         if not selected:
             raise ValueError(
-                f"`vocabulary='task'` must go with a model whose `vocab_size` gives its embeddings their size, got "
+                f"`vocabulary='task'` must go with a model whose `vocab_size` sets the size of its embeddings, got "
                 f"{type(self.model).__name__}. Set vocabulary='whole'."
             )
         return slots
@@ -125,23 +127,23 @@ class RowSelection:
             other = dict(_own_tensors(after))[key]
             if tensor.shape == other.shape:
                 continue
-            place: Any = live._parameters if key in live._parameters else live._buffers
-            found = place.get(key)
-            if found is None or found.shape != tensor.shape or found.is_meta:
+            container: Any = live._parameters if key in live._parameters else live._buffers
+            current = container.get(key)
+            if current is None or current.shape != tensor.shape or current.is_meta:
+                got = None if current is None else (tuple(current.shape), str(current.device))
                 raise ValueError(
-                    f"`vocabulary='task'` must go with a model in memory whose `{name}.{key}` is of the shape "
-                    f"{tuple(tensor.shape)} that its configuration gives it, got "
-                    f"{None if found is None else (tuple(found.shape), str(found.device))}. Set vocabulary='whole'."
+                    f"`vocabulary='task'` must go with a model in memory whose `{name}.{key}` has the shape "
+                    f"{tuple(tensor.shape)} from its configuration, got {got}. Set vocabulary='whole'."
                 )
-            if id(found) not in selected:
-                selected[id(found)] = self._select(found, tensor.shape, other.shape)
-            yield _Slot(place, key, found, selected[id(found)])
+            if id(current) not in selected:
+                selected[id(current)] = self._select(current, tensor.shape, other.shape)
+            yield _Slot(container, key, current, selected[id(current)])
 
     def _select(self, tensor: torch.Tensor, before: torch.Size, after: torch.Size) -> torch.Tensor:
         changed = [d for d, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
         if len(changed) != 1 or (before[changed[0]], after[changed[0]]) != (self.size_before, self.size):
             raise ValueError(
-                f"`vocabulary='task'` must go with a model that has one row for each token, got {tuple(before)} for "
+                f"`vocabulary='task'` must go with a model that has one row per token, got {tuple(before)} for "
                 f"{self.size_before:,} tokens and {tuple(after)} for {self.size:,} in {type(self.model).__name__}. Set "
                 "vocabulary='whole'."
             )
@@ -151,10 +153,10 @@ class RowSelection:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Return the number of rows that a model's configuration gives to its tokens.
+    """Return the vocabulary size in a model's configuration.
 
     Raises:
-        ValueError: If it does not say.
+        ValueError: If the configuration has none.
     """
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int) or size < 1:
@@ -169,24 +171,18 @@ def _check_tokens(tokens: Sequence[int], size: int) -> None:
     beyond = [token for token in tokens if token >= size]
     if beyond:
         raise ValueError(
-            f"`tokenizer` must have no tokens beyond the model's {size:,} embeddings, got {len(beyond)}, such as "
-            f"{beyond[0]}. Call `model.resize_token_embeddings(len(tokenizer))` first, or set vocabulary='whole'."
+            f"`tokenizer` must have no tokens beyond the model's {size:,} embeddings, got {len(beyond)} (e.g. "
+            f"{beyond[0]}). Call `model.resize_token_embeddings(len(tokenizer))` first, or set vocabulary='whole'."
         )
 
 
-def _empty(model: PreTrainedModel, config: Any) -> Any:
-    """Build a model of the same class without memory; of a copy, as building may change the configuration."""
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(config))
-
-
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    own = chain(module._parameters.items(), module._buffers.items())
-    return ((name, tensor) for name, tensor in own if tensor is not None)
+    tensors = chain(module._parameters.items(), module._buffers.items())
+    return ((name, tensor) for name, tensor in tensors if tensor is not None)
 
 
 def _number_slots(live: nn.Module, before: nn.Module, after: nn.Module) -> Iterator[_Slot]:
-    """Find whole numbers, such as the number of embeddings or the padding token, that follow the vocabulary."""
+    """Find integer attributes, such as `num_embeddings` or `padding_idx`, that depend on the vocabulary."""
     for name, old in vars(before).items():
         new = vars(after).get(name)
         if isinstance(old, int) and isinstance(new, int) and old != new and vars(live).get(name) == old:

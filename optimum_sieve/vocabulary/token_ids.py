@@ -1,4 +1,4 @@
-"""Token ids in configurations: which tokens they name, and the same configurations with the ids of other rows."""
+"""Find and renumber the token ids in configurations."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 
-# `image_token_index` is that of older multimodal models, `pad_index` that of XLM.
+# Older multimodal models use `image_token_index`, XLM uses `pad_index`.
 _ID = re.compile(r"_token_ids?$|_token_index$|^(bos|eos|pad|unk|mask)_index$")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-# Ids beside other numbers, or of tokens that must be written.
+# Settings that mix ids with other numbers, or force tokens to be generated.
 _UNSUPPORTED = ("forced_decoder_ids", "force_words_ids", "sequence_bias")
 
 
 def named_ids(configs: Iterable[Any], num_rows: int) -> set[int]:
-    """Return the token ids below `num_rows` that configurations name as special ones.
+    """Return the special token ids below `num_rows` in the configurations.
 
     Raises:
-        ValueError: If one holds token ids that cannot be told from other numbers.
+        ValueError: If a configuration has an unsupported setting with token ids.
     """
-    found: set[int] = set()
+    ids: set[int] = set()
     for config in configs:
         for name in _UNSUPPORTED:
             if getattr(config, name, None):
@@ -34,14 +34,14 @@ def named_ids(configs: Iterable[Any], num_rows: int) -> set[int]:
                 )
         for _, value in _entries(config):
             numbers = value if isinstance(value, list | tuple) else [value]
-            found |= {number for number in numbers if _is_id(number, num_rows)}
-    return found
+            ids |= {number for number in numbers if _is_id(number, num_rows)}
+    return ids
 
 
 def renumber_config(config: Any, numbers: Mapping[int, int], num_rows: int) -> None:
-    """Replace token ids by those of `numbers`, in place; numbers that are no row's stay.
+    """Map token ids through `numbers`, in place; keep numbers that are not rows.
 
-    In the lists of tokens that must not be written, those that are gone are left out.
+    Removed tokens are dropped from lists of suppressed tokens.
     """
     for name, value in list(_entries(config)):
         if isinstance(value, list | tuple):
@@ -54,14 +54,14 @@ def renumber_config(config: Any, numbers: Mapping[int, int], num_rows: int) -> N
 
 
 def copies(configs: Iterable[Any]) -> dict[int, Any]:
-    """Copy configurations and those they hold, by `id` of the original; what was one object stays one."""
+    """Copy configurations and their sub-configurations, keyed by `id` of the original; shared objects stay shared."""
     memo: dict[int, Any] = {}
     originals = {id(part): part for config in configs for part in with_parts(config)}
     return {key: copy.deepcopy(config, memo) for key, config in originals.items()}
 
 
 def with_parts(config: Any) -> Iterator[Any]:
-    """Yield a configuration and those it holds, such as that of its text model."""
+    """Yield a configuration and its sub-configurations, such as that of the text model."""
     yield config
     for name in getattr(config, "sub_configs", None) or ():
         if (part := getattr(config, name, None)) is not None and not isinstance(part, dict):
@@ -77,12 +77,12 @@ def _is_id(value: Any, num_rows: int) -> bool:
 
 
 def _known(values: Iterable[Any], numbers: Mapping[int, int]) -> list[Any]:
-    """Renumber a list of ids, or of lists of ids, without those that hold an id that is gone."""
+    """Renumber a list of ids, or of lists of ids; drop entries with removed ids."""
     new: list[Any] = []
     for value in values:
         if isinstance(value, list | tuple):
-            own = _known(value, numbers)
-            new += [own] if len(own) == len(value) else []
+            inner = _known(value, numbers)
+            new += [inner] if len(inner) == len(value) else []
         elif value in numbers:
             new.append(numbers[value])
     return new

@@ -1,4 +1,4 @@
-"""A tokenizer of transformers with some of its tokens, of the same class, as it will be when it is saved and loaded."""
+"""Reduce a transformers tokenizer to some of its tokens, in the form it will have after saving and loading."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ if TYPE_CHECKING:
 def reduce_tokenizer(
     tokenizer: PreTrainedTokenizerBase, used: Iterable[int], size: int | None = None
 ) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """Return a tokenizer of the `used` tokens and what else it needs, and the old id of each of its tokens.
+    """Return a tokenizer with the `used` tokens and all others it needs, and the old id of each of its tokens.
 
-    A text that was cut into `used` tokens is cut into the same ones; in any other, tokens that are gone are cut into
-    smaller ones. Class, special and added tokens, chat template and settings are those of `tokenizer`, which is left as
-    it is.
+    Texts of `used` tokens are split as before; in other texts, removed tokens are split into smaller ones. Class,
+    special and added tokens, chat template and settings are unchanged.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): One that `tokenizers` runs.
-        used (`Iterable[int]`): Ids of tokens.
-        size (`int`, *optional*): Number of tokens to fill up to, where there are fewer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer, not modified.
+        used (`Iterable[int]`): Token ids.
+        size (`int`, *optional*): Minimum number of tokens.
 
     Raises:
-        ValueError: If it is not run by `tokenizers`, its kind has no smaller pieces, or its class does not take another
+        ValueError: If the tokenizer is not fast, has no subword tokens, or its class does not accept another
             vocabulary.
     """
     content = serialized(tokenizer)
@@ -49,43 +48,43 @@ def reduce_tokenizer(
 
 
 def serialized(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what `tokenizers` writes of a tokenizer.
+    """Return a tokenizer as serialized by `tokenizers`.
 
     Raises:
-        ValueError: If it is not run by `tokenizers`, or has parts in Python that cannot be written.
+        ValueError: If the tokenizer is not fast, or has Python components that cannot be serialized.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not getattr(tokenizer, "is_fast", False) or backend is None:
         raise ValueError(
-            f"`vocabulary='task'` must go with a fast tokenizer, got {type(tokenizer).__name__}, which the library "
-            "`tokenizers` does not run. Set vocabulary='whole'."
+            f"`vocabulary='task'` must go with a fast tokenizer, got {type(tokenizer).__name__}, which is not based on "
+            "`tokenizers`. Set vocabulary='whole'."
         )
     try:
         content: dict[str, Any] = json.loads(backend.to_str())
     except Exception as error:  # `tokenizers` raises nothing more specific.
         raise ValueError(
-            f"`vocabulary='task'` must go with a tokenizer that can be written, got {type(tokenizer).__name__}: "
+            f"`vocabulary='task'` must go with a serializable tokenizer, got {type(tokenizer).__name__}: "
             f"{error}. Set vocabulary='whole'."
         ) from error
     return content
 
 
 def _load_as(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load `content` as a tokenizer of the same class and settings, by the way that a saved one takes."""
+    """Load `content` as a tokenizer of the same class and settings, from a saved directory."""
     with TemporaryDirectory(prefix="optimum-sieve-") as directory:
         tokenizer.save_pretrained(directory)
         text = json.dumps(content, ensure_ascii=False)
         (Path(directory) / "tokenizer.json").write_text(text, encoding="utf-8")
         try:
             reduced: PreTrainedTokenizerBase = type(tokenizer).from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # What a class does with its files is its own.
+        except Exception as error:  # A tokenizer class can raise any error for its files.
             raise _class_error(tokenizer, f"{type(error).__name__}: {error}") from error
     reduced.name_or_path = reduced.init_kwargs["name_or_path"] = tokenizer.name_or_path
     return reduced
 
 
-def _class_error(tokenizer: PreTrainedTokenizerBase, found: str) -> ValueError:
+def _class_error(tokenizer: PreTrainedTokenizerBase, problem: str) -> ValueError:
     return ValueError(
-        f"`vocabulary='task'` must go with a tokenizer whose class takes another vocabulary, got "
-        f"{type(tokenizer).__name__}: {found}. Set vocabulary='whole'."
+        f"`vocabulary='task'` must go with a tokenizer whose class accepts another vocabulary, got "
+        f"{type(tokenizer).__name__}: {problem}. Set vocabulary='whole'."
     )

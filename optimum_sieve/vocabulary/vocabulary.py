@@ -1,4 +1,4 @@
-"""`TaskVocabulary`: a tokenizer and rows of a model for the tokens of some examples, checked against the whole ones."""
+"""`TaskVocabulary`: a tokenizer and model rows reduced to the tokens of some examples, and checked."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TaskVocabulary:
-    """The tokens a task needs: a tokenizer that has no others, and the rows of a model that are theirs.
+    """A tokenizer and the rows of a model for the tokens a task needs.
 
-    Made by [`task_vocabulary`], which leaves the model as it is; `apply` leaves the other rows out.
+    Created by [`task_vocabulary`], which does not change the model; `apply` removes the other rows.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the kept tokens.
-        whole_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer it was made of.
-        rows (`RowSelection`): The model's rows.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The reduced tokenizer.
+        whole_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The original tokenizer.
+        rows (`RowSelection`): The selected rows of the model.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,25 +44,25 @@ class TaskVocabulary:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Rows of the embeddings `"before"` and `"after"`."""
+        """Number of embedding rows `"before"` and `"after"`."""
         return {"before": self.rows.size_before, "after": self.rows.size}
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the rows that are kept."""
+        """SHA-256 of the kept rows."""
         return hashlib.sha256(json.dumps(self.rows.rows).encode()).hexdigest()
 
     def apply(self) -> None:
-        """Leave the other rows out of the model."""
+        """Reduce the model to the kept rows."""
         self.rows.apply()
 
     def undo(self) -> None:
-        """Give the model all rows back."""
+        """Restore all rows of the model."""
         self.rows.undo()
 
     @contextmanager
     def undone(self) -> Iterator[PreTrainedTokenizerBase]:
-        """Give the model all rows back inside the context, which receives the tokenizer of all tokens."""
+        """Restore all rows inside the context and yield the original tokenizer."""
         self.undo()
         try:
             yield self.whole_tokenizer
@@ -77,29 +77,28 @@ def task_vocabulary(
     *,
     size: int | None = None,
 ) -> TaskVocabulary:
-    """Return the vocabulary of `examples`: of their prompts, candidates and answers, and all that any text needs.
+    """Return the vocabulary for the prompts, candidates and answers of `examples`, sufficient to split any text.
 
-    One example is run through the model with all rows and with those that are kept: its logits must be the same, but
-    for rounding.
+    One example runs through the model with all rows and with the kept rows; up to rounding, the logits must be equal.
 
     Args:
-        model (`PreTrainedModel`): The model, which is left as it is.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        model (`PreTrainedModel`): The model, not modified.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         examples (`Sequence[Example]`): At least one.
-        size (`int`, *optional*): Number of tokens to fill up to with the tokenizer's first ones, where there are fewer.
+        size (`int`, *optional*): Minimum number of tokens, filled up in order of id.
 
     Raises:
-        ValueError: If the tokenizer or the model cannot be reduced, or does not give the same afterwards.
+        ValueError: If the tokenizer or the model cannot be reduced, or gives different results afterwards.
     """
     serialized(tokenizer)
     texts = _texts(examples)
     before = encode_texts(texts, tokenizer)
     reduced, tokens = reduce_tokenizer(tokenizer, {token for ids in before for token in ids}, size)
-    for text, ids, own in zip(texts, before, encode_texts(texts, reduced), strict=True):
-        if [tokens[token] for token in own] != ids:
+    for text, ids, reduced_ids in zip(texts, before, encode_texts(texts, reduced), strict=True):
+        if [tokens[token] for token in reduced_ids] != ids:
             raise ValueError(
-                f"`vocabulary='task'` must leave the tokens of the task as they are, got others of {text[:60]!r} with "
-                f"{type(tokenizer).__name__}. Set vocabulary='whole'."
+                f"`vocabulary='task'` must keep the tokens of the task's texts, got different ones for {text[:60]!r} "
+                f"with {type(tokenizer).__name__}. Set vocabulary='whole'."
             )
     vocabulary = TaskVocabulary(reduced, tokenizer, RowSelection(model, tokens))
     _check_logits(model, vocabulary, examples[0])
@@ -109,28 +108,28 @@ def task_vocabulary(
 def matching_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reduced: PreTrainedTokenizerBase
 ) -> TaskVocabulary:
-    """Return the vocabulary that a reduced tokenizer has of the model and tokenizer it was made from.
+    """Return the vocabulary of the `reduced` tokenizer for the original model and tokenizer.
 
     Raises:
-        ValueError: If a token of `reduced` is none of `tokenizer`.
+        ValueError: If `tokenizer` lacks a token of `reduced`.
     """
     ids = tokenizer.get_vocab()
     tokens = sorted(reduced.get_vocab().items(), key=lambda entry: entry[1])
     if missing := [token for token, _ in tokens if token not in ids]:
         raise ValueError(
-            f"`dense` must have all tokens of the model that was pruned from it, got a tokenizer without "
-            f"{len(missing):,} of them, such as {missing[0]!r}. Name the base model."
+            f"`dense` must have all tokens of the pruned model, got a tokenizer that lacks {len(missing):,} (e.g. "
+            f"{missing[0]!r}). Pass the base model."
         )
     return TaskVocabulary(reduced, tokenizer, RowSelection(model, [ids[token] for token, _ in tokens]))
 
 
 def _texts(examples: Sequence[Example]) -> list[str]:
-    """List the texts whose tokens are kept: prompts, what follows them, and both as one text."""
+    """List the texts whose tokens are kept: prompts, continuations, and both as one text."""
     texts: dict[str, None] = {}
     for example in examples:
         after = [*example.candidates, example.answer]
         if example.generation is not None:
-            # Any accepted answer may be written, and every stop.
+            # The model may generate any accepted answer and any stop string.
             after += [example.generation.continuation(example.prompt, text, None) for text in example.accepted]
             after += example.generation.stop
         for text in (example.prompt, *(example.prompt + text for text in after), *after, *map(str.strip, after)):
@@ -139,7 +138,7 @@ def _texts(examples: Sequence[Example]) -> list[str]:
 
 
 def _check_logits(model: PreTrainedModel, vocabulary: TaskVocabulary, example: Example) -> None:
-    """Refuse a model in which tokens play a part beside their rows, such as one with embeddings in every layer."""
+    """Reject a model that uses token ids other than through its rows, such as with embeddings in every layer."""
     rows, device = vocabulary.rows, input_device(model)
 
     def logits(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -152,17 +151,17 @@ def _check_logits(model: PreTrainedModel, vocabulary: TaskVocabulary, example: E
     whole = logits(vocabulary.whole_tokenizer)
     try:
         vocabulary.apply()
-        found = logits(vocabulary.tokenizer)
+        reduced = logits(vocabulary.tokenizer)
     finally:
         vocabulary.undo()
-    # A classifier's logits are of its labels.
-    expected = whole[:, rows.rows] if whole.shape[1] == rows.size_before != found.shape[1] else whole
+    # The logits of a classifier are over its labels, not over tokens.
+    expected = whole[:, rows.rows] if whole.shape[1] == rows.size_before != reduced.shape[1] else whole
     scale = max(float(expected.abs().max()), 1e-6)
-    difference = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
-    # Rounding of a low precision, far below what a wrong row brings.
+    difference = float((reduced - expected).abs().max()) if reduced.shape == expected.shape else float("inf")
+    # Above rounding in low precision, far below the effect of a wrong row.
     if not difference <= 0.05 * scale:
         raise ValueError(
-            f"`vocabulary='task'` must go with a model whose logits are those of the kept rows, got "
+            f"`vocabulary='task'` must go with a model whose logits stay the same with the kept rows, got "
             f"{type(model).__name__}, whose logits of up to {scale:.3g} change by {difference:.3g}. Set "
             "vocabulary='whole'."
         )

@@ -130,7 +130,9 @@ def test_work_between_the_blocks_is_refused() -> None:
     x = torch.ones(2, 4)
     check_blocks(model, find_blocks(model), lambda: model(x))
     model.between = 2.0
-    with pytest.raises(ValueError, match=r"which each block is given what the one before it returns.*`layers\.1`"):
+    with pytest.raises(
+        ValueError, match=r"which each block receives only the output of the block before it.*`layers\.1`"
+    ):
         check_blocks(model, find_blocks(model), lambda: model(x))
 
 

@@ -49,7 +49,7 @@ def test_a_head_can_be_named() -> None:
 
 @pytest.mark.parametrize("argument", ["target_modules", "exclude_modules"])
 def test_a_pattern_without_match_is_refused(argument: str) -> None:
-    message = rf"`{argument}` must match linear layers of the model, got 'wq' .* named like 'model\.layers\.0.* more"
+    message = rf"`{argument}` must match linear layers of the model, got 'wq', .* layers are 'model\.layers\.0.* more"
     with pytest.raises(ValueError, match=message):
         find_targets(make_tiny_model("llama"), **{argument: ["wq"]})
 

@@ -185,7 +185,7 @@ def test_refused_models(tmp_path):
     config = make_tiny_model("llama", vocab_size=len(tokenizer)).config
     torch.manual_seed(0)
     with pytest.raises(
-        ValueError, match="whose logits are those of the kept rows, got LayeredLlama, whose logits of up"
+        ValueError, match="whose logits stay the same with the kept rows, got LayeredLlama, whose logits of up"
     ):
         task_vocabulary(LayeredLlama(config).eval(), tokenizer, examples)
     small = make_tiny_model("llama", vocab_size=300)
@@ -193,7 +193,7 @@ def test_refused_models(tmp_path):
         task_vocabulary(small, tokenizer, examples)
     resized = make_tiny_model("llama")
     resized.config.vocab_size = 60
-    with pytest.raises(ValueError, match=r"`model.embed_tokens.weight` is of the shape \(60, 32\).*got \(\(64, 32\)"):
+    with pytest.raises(ValueError, match=r"`model.embed_tokens.weight` has the shape \(60, 32\).*got \(\(64, 32\)"):
         RowSelection(resized, [0, 1, 2])
     forced = make_tiny_model("llama")
     forced.generation_config.sequence_bias = [[[3, 4], 1.0]]

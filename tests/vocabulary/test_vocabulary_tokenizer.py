@@ -194,7 +194,7 @@ class Stubborn(PreTrainedTokenizerFast):
     [
         (Slow, "`vocabulary='task'` must go with a fast tokenizer, got Slow"),
         (make_tokenizer, "of the kind BPE, WordPiece, Unigram, got WordLevel.*Set vocabulary='whole'"),
-        (Stubborn, r"whose class takes another vocabulary, got Stubborn: \d+ tokens in place of \d+"),
+        (Stubborn, r"whose class accepts another vocabulary, got Stubborn: \d+ tokens in place of \d+"),
         (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel())), "got WordLevel"),
     ],
 )
