@@ -1,9 +1,9 @@
-r"""Confirm a result on examples the search never saw.
+r"""Confirm a result on examples that the search never saw. Does not import torch.
 
-Whatever wins a search on some examples looks better there than it is. So the winner's allocation is tried again at a
-ladder of sizes, from one that is surely large enough downward, on fresh examples; the last size before the first that
-fails is taken. The order of the tests is fixed beforehand and they stop at the first failure, so the chance that a
-result below the tolerance is returned is at most `1 - confidence`, however many sizes were tried.
+The winner of a search looks better on its examples than it is. So its allocation is tested again at a ladder of sizes,
+from one that is surely large enough downward, on fresh examples; the result is the last size before the first failure.
+The order of the tests is fixed beforehand and they stop at the first failure, so the chance that a result below the
+tolerance is returned is at most `1 - confidence`, however many sizes were tested.
 
 Reference: Angelopoulos, Bates, Candes, Jordan and Lei (2021), *Learn then test*, fixed-sequence testing.
 """
@@ -18,13 +18,12 @@ from .candidate import CONFIRM, Candidate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from optimum_sieve.search.ranking.by_task import Goal
-
     from .genome import Genome, SearchSpace
+    from .ranking import Goal
 
 
-# Kept fractions above the size where the search put the limit, then the steps below it. A few hundred examples say
-# where the limit lies to some .06, so most results are found among the steps of .02.
+# Kept fractions above the size where the search put the limit, then the steps below it. A few hundred examples locate
+# the limit to some .06, so most results are among the steps of .02.
 _ABOVE = (0.24, 0.14, 0.1, 0.07, 0.045, 0.02)
 _STEP, _STEPS_BELOW = 0.02, 12
 
@@ -32,25 +31,25 @@ _STEP, _STEPS_BELOW = 0.02, 12
 def ladder(space: SearchSpace, genome: Genome, size: float) -> list[Genome]:
     """Return the genome's allocation at falling sizes around `size`, each smaller than the one before."""
     prices = space.log_prices(genome)
-    # The size is extrapolated, so it may lie outside where nearly everything, or nearly nothing, can go.
+    # The extrapolated size may lie outside the range in which sizes differ.
     size = min(max(size, _STEP), 1 - _STEP)
     sizes = [size + above for above in _ABOVE] + [size - step * _STEP for step in range(_STEPS_BELOW)]
     genomes = [space.at_prices(prices, min(kept, 1 - _STEP)) for kept in sizes if kept > 0]
     return list(dict.fromkeys(genomes))
 
 
-def next_step(steps: Sequence[Genome], tried: Sequence[Candidate], goal: Goal) -> list[Candidate]:
-    """Return the next size to try, or none where one has failed or all are tried."""
-    if len(tried) == len(steps) or (tried and not _holds(tried[-1], goal)):
+def next_step(steps: Sequence[Genome], tested: Sequence[Candidate], goal: Goal) -> list[Candidate]:
+    """Return the next size to test, or none after a failure or the last size."""
+    step = len(tested)
+    if step == len(steps) or (tested and not _holds(tested[-1], goal)):
         return []
-    place = len(tried)
-    return [Candidate(genome=steps[place], part=CONFIRM, generation=place, slot=0, origin="confirmation")]
+    return [Candidate(genome=steps[step], part=CONFIRM, generation=step, slot=0, origin="confirmation")]
 
 
-def confirmed(tried: Sequence[Candidate], goal: Goal) -> Candidate | None:
-    """Return the smallest candidate that held before the first that did not."""
+def confirmed(tested: Sequence[Candidate], goal: Goal) -> Candidate | None:
+    """Return the last candidate that held before the first that did not."""
     best = None
-    for candidate in tried:
+    for candidate in tested:
         if not _holds(candidate, goal):
             break
         best = candidate

@@ -1,17 +1,18 @@
-r"""What the search varies: one level for every matrix, and what a pattern of levels costs. Does not import torch.
+r"""The search space: a level for every matrix, and the cost of a pattern of levels. Does not import torch.
 
 A *level* is one of a matrix's ranks, in ascending order of parameters; the last one is dense. A *genome* is a level for
-every matrix, in the model's own order.
+every matrix, in the model's order.
 
-Beside levels there is a second coordinate. Along the lower convex hull of a matrix's loss curve each level is the best
-one for a range of *prices* (loss paid per parameter saved). Where all matrices share one price, the genome is the
-energy allocation; a genome's logarithmic prices say how it departs from that, on one scale for all matrices.
+A second coordinate describes a genome by prices. Each level on the lower convex hull of a matrix's loss curve is the
+best one for a range of *prices* (loss per parameter saved). With one price for all matrices, the genome is the energy
+allocation; the logarithm of each matrix's price relative to the common price says how it departs from that, on one
+scale for all matrices.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -32,14 +33,14 @@ Genome = tuple[int, ...]
 
 # Logarithm of a price that stands for 0.
 _NO_PRICE = -690.0
-# How far inside its range of prices a departing matrix is put, so that rounding does not move it out again.
+# Distance of a departing matrix's price from the ends of its range, so that rounding does not move it out again.
 _INSET = 0.05
 
 _LAYER_NAME = re.compile(r"(.*?\b\d+)\.(.+)")
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a module name into its layer and the kind of matrix; a name's first number ends the layer's name.
+    """Split a module name into its layer and the kind of matrix; the first number ends the layer's name.
 
     Example:
 
@@ -55,7 +56,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Gene:
-    """One matrix and what it can be.
+    """One matrix and its levels.
 
     Args:
         name (`str`): Module name.
@@ -85,18 +86,18 @@ class Gene:
             levels.append(int(rest[len(rest) - 1 - np.argmax(prices[::-1])]))
         corners = np.array(levels)
         saved = -np.diff(self.losses[corners]) / np.diff(self.parameters[corners])
-        # A curve that does not fall any more has price 0: bought only when nothing costs anything.
+        # A flat part of the curve has price 0: it is bought only when nothing costs anything.
         return corners, np.maximum(np.log(np.maximum(saved, 1e-300)), _NO_PRICE)
 
     def price_range(self, level: int) -> tuple[float, float]:
         """Return the logarithmic prices, above the first and up to the second, at which a hull level is the best one.
 
-        For a level off the hull: those of the next one above.
+        For a level off the hull, these are the prices of the next hull level above.
         """
         levels, prices = self.hull
-        place = int(np.searchsorted(levels, level))
-        low = float(prices[place]) if place < len(prices) and prices[place] > _NO_PRICE else -np.inf
-        return low, float(prices[place - 1]) if place else np.inf
+        index = int(np.searchsorted(levels, level))
+        low = float(prices[index]) if index < len(prices) and prices[index] > _NO_PRICE else -np.inf
+        return low, float(prices[index - 1]) if index else np.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +112,7 @@ class SearchSpace:
 
     @classmethod
     def from_curves(
-        cls,
-        curves: Sequence[LossCurve],
-        *,
-        storage: str,
-        multiple: int,
-        levels: Sequence[float] | None = None,
+        cls, curves: Sequence[LossCurve], *, storage: str, multiple: int, levels: Sequence[float] | None = None
     ) -> SearchSpace:
         """Make the space of all allowed ranks, or of those next below some kept fractions.
 
@@ -130,20 +126,14 @@ class SearchSpace:
         genes = []
         for curve in curves:
             ranks, parameters, losses = curve.choices(storage, multiple)
+            chosen = list(range(len(ranks)))
             if levels is not None:
                 shape = (curve.out_features, curve.in_features)
                 budgets = [int(level * curve.dense_parameters) for level in levels if level < 1]
-                chosen = {largest_rank(budget, *shape, storage, multiple) for budget in budgets}
-                places = [place for place, rank in enumerate(ranks) if rank is None or rank in chosen]
-            else:
-                places = list(range(len(ranks)))
-            genes.append(Gene(curve.name, tuple(ranks[i] for i in places), parameters[places], losses[places]))
+                allowed = {None, *(largest_rank(budget, *shape, storage, multiple) for budget in budgets)}
+                chosen = [index for index, rank in enumerate(ranks) if rank in allowed]
+            genes.append(Gene(curve.name, tuple(ranks[i] for i in chosen), parameters[chosen], losses[chosen]))
         return cls(tuple(genes))
-
-    def rescaled(self, factors: NDArray[np.float64]) -> SearchSpace:
-        """Return the space with the predicted losses of each matrix multiplied by a factor (matrices,)."""
-        pairs = zip(self.genes, factors, strict=True)
-        return SearchSpace(tuple(replace(gene, losses=gene.losses * float(factor)) for gene, factor in pairs))
 
     @cached_property
     def num_parameters(self) -> float:
@@ -162,8 +152,8 @@ class SearchSpace:
 
     @cached_property
     def depths(self) -> NDArray[np.float64]:
-        """Place of each matrix's layer from 0 (first) to 1 (last)."""
-        order = {layer: place for place, layer in enumerate(dict.fromkeys(self.layers))}
+        """Relative depth of each matrix's layer, from 0 (first) to 1 (last)."""
+        order = {layer: index for index, layer in enumerate(dict.fromkeys(self.layers))}
         return np.array([order[layer] for layer in self.layers]) / max(1, len(order) - 1)
 
     @property
@@ -171,20 +161,8 @@ class SearchSpace:
         """The genome that prunes nothing."""
         return tuple(gene.num_levels - 1 for gene in self.genes)
 
-    def check(self, genome: Genome) -> None:
-        """Refuse what is no genome of this space.
-
-        Raises:
-            ValueError: If it has another length or a level that does not exist.
-        """
-        if len(genome) != len(self.genes):
-            raise ValueError(f"`genome` must have {len(self.genes)} levels, got {len(genome)}.")
-        for gene, level in zip(self.genes, genome, strict=True):
-            if not 0 <= level < gene.num_levels:
-                raise ValueError(f"`genome` must have levels from 0 to {gene.num_levels - 1}, got {level}: {gene.name}")
-
     def ranks(self, genome: Genome) -> Ranks:
-        """Return the rank of every matrix, `None` where it is dense."""
+        """Return the rank of every matrix, `None` for a dense one."""
         return {gene.name: gene.ranks[level] for gene, level in zip(self.genes, genome, strict=True)}
 
     def repair(self, ranks: Mapping[str, int | None]) -> Genome:
@@ -192,12 +170,12 @@ class SearchSpace:
         genome = []
         for gene in self.genes:
             rank = ranks[gene.name]
-            below = [place for place, own in enumerate(gene.ranks[:-1]) if rank is not None and (own or 0) <= rank]
+            below = [level for level, own in enumerate(gene.ranks[:-1]) if rank is not None and (own or 0) <= rank]
             genome.append(gene.num_levels - 1 if rank is None else max(below, default=0))
         return tuple(genome)
 
     def parameters(self, genome: Genome) -> int:
-        """Return the parameters kept."""
+        """Return the number of parameters kept."""
         return int(sum(gene.parameters[level] for gene, level in zip(self.genes, genome, strict=True)))
 
     def kept(self, genome: Genome) -> float:
@@ -209,17 +187,16 @@ class SearchSpace:
         return np.array([gene.losses[level] for gene, level in zip(self.genes, genome, strict=True)])
 
     def log_prices(self, genome: Genome) -> NDArray[np.float64]:
-        """Return every matrix's logarithmic price less the genome's common one: 0 all over for an energy allocation.
+        """Return every matrix's logarithmic price minus the common one: all 0 for an energy allocation.
 
-        A level is best for a range of prices, wide for 0 and dense; where the common price lies in it, nothing departs.
+        A level is the best one for a range of prices, which is wide for rank 0 and dense. A matrix departs only if the
+        common price lies outside its range.
         """
         low, high = np.array([gene.price_range(level) for gene, level in zip(self.genes, genome, strict=True)]).T
         inner = np.isfinite(low) & np.isfinite(high)
-        if low.max() < high.min() and np.isfinite([low.max(), high.min()]).any():
-            ends = [end for end in (low.max(), high.min()) if np.isfinite(end)]
-            common = (
-                float(np.mean(ends)) if len(ends) == 2 else float(ends[0]) + (_INSET if low.max() in ends else -_INSET)
-            )
+        ends = [(float(end), step) for end, step in ((low.max(), _INSET), (high.min(), -_INSET)) if np.isfinite(end)]
+        if low.max() < high.min() and ends:
+            common = float(np.mean([end for end, _ in ends])) if len(ends) == 2 else sum(ends[0])
         else:
             common = float(np.median((low[inner] + high[inner]) / 2)) if inner.any() else 0.0
         inset = np.where(inner, np.minimum((high - low) / 2, _INSET), _INSET)
@@ -227,26 +204,25 @@ class SearchSpace:
         return prices
 
     def at_prices(self, log_prices: NDArray[np.float64], kept: float) -> Genome:
-        """Return the genome with these relative prices whose common price is the lowest that keeps `kept` at most."""
+        """Return the genome with these relative prices at the lowest common price that keeps at most `kept`."""
         levels, prices, parameters = self._hulls
-        budget = kept * self.num_parameters
-        rows = np.arange(len(self.genes))
+        budget, rows = kept * self.num_parameters, np.arange(len(self.genes))
 
-        def places_at(shift: float) -> NDArray[np.int64]:
+        def indices_at(shift: float) -> NDArray[np.int64]:
             return np.asarray((prices >= (log_prices + shift)[:, None]).sum(axis=1), dtype=np.int64)
 
+        def fits(shift: float) -> bool:
+            return bool(parameters[rows, indices_at(shift)].sum() <= budget)
+
         finite = prices[np.isfinite(prices)]
-        if not finite.size:
-            return tuple(int(level) for level in levels[:, 0])
-        low = float(finite.min() - log_prices.max()) - 1.0
-        high = float(finite.max() - log_prices.min()) + 1.0
-        if parameters[rows, places_at(low)].sum() <= budget:
+        low = finite.min(initial=0.0) - log_prices.max() - 1
+        high = finite.max(initial=0.0) - log_prices.min() + 1
+        if fits(low):
             high = low
         while high - low > 1e-3:
             middle = (low + high) / 2
-            fits = parameters[rows, places_at(middle)].sum() <= budget
-            low, high = (low, middle) if fits else (middle, high)
-        return tuple(int(level) for level in levels[rows, places_at(high)])
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return tuple(int(level) for level in levels[rows, indices_at(high)])
 
     @cached_property
     def _hulls(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
@@ -257,5 +233,5 @@ class SearchSpace:
         for row, gene in enumerate(self.genes):
             corners, own = gene.hull
             levels[row, : len(corners)], prices[row, : len(own)] = corners, own
-        parameters = np.array([gene.parameters[places] for gene, places in zip(self.genes, levels, strict=True)])
+        parameters = np.array([gene.parameters[corners] for gene, corners in zip(self.genes, levels, strict=True)])
         return levels, prices, parameters

@@ -1,55 +1,55 @@
-"""Run a search: one leader breeds and enqueues candidates, it and any number of workers score them."""
+"""Run a search: one leader breeds and enqueues candidates; the leader and any number of workers score them."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from optimum_sieve.allocation.tolerance import ToleranceError
-from optimum_sieve.search.ranking.across_tasks import Standings
-from optimum_sieve.search.ranking.correction import Shares, corrected, measure_shares
 
 from .bottlenecks import bottleneck_candidates
 from .breeding import fast, paper
-from .candidate import CONFIRM, SEARCH, Candidate, Rival
+from .candidate import BOTTLENECK, CONFIRM, SEARCH, Candidate, of_generation, of_part
 from .confirm import confirmed, ladder, next_step
+from .correction import Shares, corrected, measure_shares
+from .ranking import Ranking
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from optimum_sieve.search.ranking.by_task import Goal
-    from optimum_sieve.search.scoring.scorer import JointScorer
-    from optimum_sieve.search.study.study import SearchStudy
+    from types import ModuleType
 
     from .genome import Genome, SearchSpace
     from .presets import SearchPreset
+    from .ranking import Goal
+    from .scoring.scorer import JointScorer
+    from .study.study import SearchStudy
 
 
 logger = logging.getLogger(__name__)
 
-# How often a process looks again where all candidates are taken (seconds).
+# Pause of a process that finds all candidates taken (seconds).
 _POLL_SECONDS = 0.2
 
 
 @dataclass(eq=False, kw_only=True)
 class Search:
-    """What a search is made of; what comes next is a pure function of this and of the scored candidates.
+    """Settings and state of a search; its next candidates are a pure function of this and of the scored candidates.
 
     Args:
         space (`SearchSpace`): The space.
         preset (`SearchPreset`): Settings of the genetic algorithm.
-        goal (`Goal`): What is searched.
+        goal (`Goal`): The goal.
         allocate (`Callable`): Maps an allocation's name and a kept fraction to a genome.
-        seed (`int`): Seed of everything random.
-        num_bottlenecks (`int`): Matrices of the result to lower one by one, at the end.
-        ending (`list[Genome]`, *optional*): What `choose_ending` returned, once breeding has ended for good.
-        shares (`list[Shares]`): What was measured at the points of `next_point`, in order.
+        seed (`int`): Random seed.
+        num_bottlenecks (`int`): Matrices of the result to lower one by one at the end.
+        ending (`list[Genome]`, *optional*): Output of `choose_ending`, once breeding has ended for good.
+        shares (`list[Shares]`): Shares measured at the points of `next_point`, in order.
     """
 
     space: SearchSpace
@@ -60,87 +60,69 @@ class Search:
     num_bottlenecks: int = 0
     ending: list[Genome] | None = None
     shares: list[Shares] = field(default_factory=list)
-    _generations: list[list[Candidate]] = field(default_factory=list)
+    _generations: dict[int, list[Candidate]] = field(default_factory=dict)
     _spaces: dict[int, SearchSpace] = field(default_factory=dict)
 
     def open_candidates(self, scored: Sequence[Candidate]) -> list[Candidate]:
-        """Return the candidates to score now, those of the generation or step in progress; none at the end.
-
-        Args:
-            scored (`Sequence[Candidate]`): All candidates with outcomes.
-        """
-        if self.ending is None:
-            found = self._open_generation([candidate for candidate in scored if candidate.part == SEARCH])
-            if found:
-                return found
+        """Return the unscored candidates of the generation or step in progress; none at the end of the search."""
+        if self.ending is None and (wanted := self._open_generation(of_part(scored, SEARCH))):
+            return wanted
         if self.goal.kept is None:
-            step = next_step(self._ending(scored), _tried(scored), self.goal)
-            if step or confirmed(_tried(scored), self.goal) is None:
+            tested = of_part(scored, CONFIRM)
+            step = next_step(self._ending(scored), tested, self.goal)
+            if step or confirmed(tested, self.goal) is None:
                 return step
         if not self.num_bottlenecks:
             return []
-        places = {candidate.place for candidate in scored}
+        measured = {candidate.slot for candidate in of_part(scored, BOTTLENECK)}
         wanted = bottleneck_candidates(self.corrected, self.result(scored).genome, self.num_bottlenecks)
-        return [candidate for candidate in wanted if candidate.place not in places]
+        return [candidate for candidate in wanted if candidate.slot not in measured]
 
     @property
     def corrected(self) -> SearchSpace:
-        """The space with the predicted losses corrected by the shares measured so far."""
+        """The space with the predicted losses corrected by all shares measured so far."""
         return self._corrected(len(self.shares))
 
-    def _corrected(self, number: int) -> SearchSpace:
-        # Shares are only ever added, so a space stands for good, with the hulls it has worked out.
-        if number not in self._spaces:
-            self._spaces[number] = corrected(self.space, self.shares[:number])
-        return self._spaces[number]
+    def _corrected(self, count: int) -> SearchSpace:
+        # Shares are only ever appended, so a space and its cached hulls stay valid.
+        if count not in self._spaces:
+            self._spaces[count] = corrected(self.space, self.shares[:count])
+        return self._spaces[count]
 
     def next_point(self, scored: Sequence[Candidate]) -> Genome | None:
-        """Return where shares are to be measured before breeding goes on, if anywhere.
+        """Return the genome at which to measure shares before breeding continues, if any.
 
-        First at the energy allocation that the seeds show to be at the limit, then at the best of a generation.
+        After the seeds this is the energy allocation at the limit, after later generations the best candidate.
         """
-        number = len(self.shares)
-        if self.ending is not None or number >= min(self.preset.corrections, self.preset.generations - 1):
+        count, searched = len(self.shares), of_part(scored, SEARCH)
+        if self.ending is not None or count >= min(self.preset.corrections, self.preset.generations - 1):
             return None
-        searched = [candidate for candidate in scored if candidate.part == SEARCH]
-        if self._open_generation(searched, last=number) or not self._generations[number]:
+        if all(candidate.generation < count for candidate in searched) or self._missing(count, searched):
             return None
-        if number:
+        if count:
             return self.best(searched).genome
-        return self.allocate("energy", Standings(self.space, tuple(searched), self.goal).energy_size)
+        return self.allocate("energy", Ranking(self.space, searched, self.goal).limit)
 
-    def choose_ending(self, scored: Sequence[Candidate]) -> list[Genome]:
-        """Return what to confirm: the best candidate at falling sizes or, where a size is given, the best itself."""
-        best = self.best(scored)
-        if self.goal.kept is not None:
-            return [best.genome]
-        size = self.space.kept(best.genome)
-        if self.preset.guided:
-            searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
-            size = Standings(self.corrected, searched, self.goal).size(best)
-        return ladder(self.corrected, best.genome, size)
+    def _open_generation(self, searched: Sequence[Candidate]) -> list[Candidate]:
+        last = max((candidate.generation for candidate in searched), default=0)
+        return self._missing(last, searched) or self._missing(last + 1, searched)
 
-    def _ending(self, scored: Sequence[Candidate]) -> list[Genome]:
-        return self.choose_ending(scored) if self.ending is None else self.ending
+    def _missing(self, generation: int, searched: Sequence[Candidate]) -> list[Candidate]:
+        """Return the unscored candidates of a generation; the generations before must be complete."""
+        if generation not in self._generations:
+            history = [candidate for candidate in searched if candidate.generation < generation]
+            # As many corrections as when it was first bred, so that a resumed search breeds the same generation.
+            space = self._corrected(min(generation, len(self.shares)))
+            rng = np.random.default_rng([self.seed, generation])
+            is_over = generation >= self.preset.generations
+            genomes = [] if is_over else self._breeding.breed(self, space, history, rng)
+            self._generations[generation] = of_generation(genomes, generation)
+        places = {candidate.place for candidate in searched}
+        return [candidate for candidate in self._generations[generation] if candidate.place not in places]
 
-    def _open_generation(self, searched: Sequence[Candidate], last: int | None = None) -> list[Candidate]:
-        places, number = {candidate.place for candidate in searched}, 0
-        while last is None or number <= last:
-            if number == len(self._generations):
-                history = [candidate for candidate in searched if candidate.generation < number]
-                self._generations.append(self._breed(history, number))
-            missing = [c for c in self._generations[number] if c.place not in places]
-            if missing or not self._generations[number]:
-                return missing
-            number += 1
-        return []
-
-    def _breed(self, history: Sequence[Candidate], number: int) -> list[Candidate]:
-        if self.preset.guided:
-            # As many shares as were measured before this generation: a search that goes on breeds the same one.
-            space = self._corrected(min(number, len(self.shares)))
-            return fast.next_generation(space, self.preset, self.goal, history, self.allocate, self.seed)
-        return paper.next_generation(self.space, self.preset, self.goal, history, self.seed)
+    @property
+    def _breeding(self) -> ModuleType:
+        return paper if self.preset.name == "paper" else fast
 
     def best(self, scored: Sequence[Candidate]) -> Candidate:
         """Return the best candidate of the search part.
@@ -148,57 +130,63 @@ class Search:
         Raises:
             RuntimeError: If none was scored to the end.
         """
-        searched = [candidate for candidate in scored if candidate.part == SEARCH]
-        if self.preset.guided:
-            ranking = Standings(self.corrected, tuple(searched), self.goal).ranking if searched else []
-        else:
-            ranking = paper.rank(self.space, self.goal, [c for c in searched if c.outcome and c.outcome.complete])
-        if not ranking:
+        return self._best(scored)[0]
+
+    def _best(self, scored: Sequence[Candidate]) -> tuple[Candidate, float]:
+        searched = of_part(scored, SEARCH)
+        if not any(candidate.is_complete for candidate in searched):
             raise RuntimeError("The search must have scored at least one candidate to the end, got none. Run it again.")
-        return ranking[0]
+        best: tuple[Candidate, float] = self._breeding.best(self.corrected, searched, self.goal)
+        return best
+
+    def choose_ending(self, scored: Sequence[Candidate]) -> list[Genome]:
+        """Return the genomes to confirm: the best candidate at falling sizes; for a given size, the best itself."""
+        best, size = self._best(scored)
+        return [best.genome] if self.goal.kept is not None else ladder(self.corrected, best.genome, size)
+
+    def _ending(self, scored: Sequence[Candidate]) -> list[Genome]:
+        return self.choose_ending(scored) if self.ending is None else self.ending
 
     def result(self, scored: Sequence[Candidate]) -> Candidate:
-        """Return the candidate to use: the confirmed one or, where a size was given, the best.
+        """Return the result: the confirmed candidate or, for a given size, the best.
 
         Raises:
             ToleranceError: If no size was confirmed.
-            RuntimeError: If none was as small as asked.
+            RuntimeError: If no candidate has the size asked for.
         """
         if self.goal.kept is not None:
             wanted = self._ending(scored)[0]
-            best = next(c for c in scored if c.part == SEARCH and c.genome == wanted)
+            best = next(candidate for candidate in of_part(scored, SEARCH) if candidate.genome == wanted)
             if self.space.kept(best.genome) > self.goal.kept:
                 raise RuntimeError(
                     f"`pruning_ratio` must be within reach of the search, got {1 - self.goal.kept:.3f}: the smallest "
                     f"candidate keeps {self.space.kept(best.genome):.1%}. Use search_preset='fast' or more generations."
                 )
             return best
-        tried = _tried(scored)
-        found = confirmed(tried, self.goal)
-        if found is None:
-            outcome = tried[0].outcome if tried else None
-            tested = (
-                f"keeping {self.space.kept(tried[0].genome):.1%} of the parameters costs {-outcome.mean:.4f} +- "
-                f"{outcome.standard_error:.4f} on {outcome.worst.count} fresh examples"
-                if outcome
-                else "nothing was tested"
-            )
+        tested = of_part(scored, CONFIRM)
+        held = confirmed(tested, self.goal)
+        if held is None:
             raise ToleranceError(
-                f"`tolerance` must leave room for pruning, got {self.goal.tolerance}: {tested}. Accept a larger "
-                "tolerance, use more selection examples (a smaller standard error), or set `pruning_ratio`."
+                f"`tolerance` must leave room for pruning, got {self.goal.tolerance}: {self._failure(tested)}. Accept "
+                "a larger tolerance, use more selection examples (a smaller standard error), or set `pruning_ratio`."
             )
-        return found
+        return held
 
-
-def _tried(scored: Sequence[Candidate]) -> list[Candidate]:
-    return [candidate for candidate in scored if candidate.part == CONFIRM]
+    def _failure(self, tested: Sequence[Candidate]) -> str:
+        if not tested or tested[0].outcome is None:
+            return "nothing was tested"
+        kept, outcome = self.space.kept(tested[0].genome), tested[0].outcome
+        return (
+            f"keeping {kept:.1%} of the parameters costs {-outcome.mean:.4f} +- {outcome.standard_error:.4f} on "
+            f"{len(outcome.differences)} fresh examples"
+        )
 
 
 def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], *, progress: bool) -> list[Candidate]:
-    """Run the search to its end, scoring along; `Ctrl-C` ends the breeding, and the best so far is confirmed.
+    """Run the search to its end, scoring along; `Ctrl-C` ends the breeding and confirms the best candidate so far.
 
-    What is confirmed is written to the study before the first step, and never chosen again: neither a late score of a
-    worker nor a restart changes it.
+    The genomes to confirm are written to the study before the first step and stay fixed: neither a late score of a
+    worker nor a restart changes them.
 
     Returns:
         `list[Candidate]`: All candidates with outcomes.
@@ -209,13 +197,12 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
         while True:
             try:
                 scored = study.finished()
-                point = search.next_point(scored)
-                if point is not None:
+                if (point := search.next_point(scored)) is not None:
                     search.shares = [*search.shares, measure_shares(search.space, scorers[SEARCH], point)]
                     study.shares = search.shares
                     continue
                 wanted = search.open_candidates(scored)
-                if search.ending is None and not any(candidate.part == SEARCH for candidate in wanted):
+                if search.ending is None and not of_part(wanted, SEARCH):
                     _end_breeding(search, study, scored)
                     continue
                 # Nothing new while it waits for workers.
@@ -230,12 +217,12 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
                     time.sleep(_POLL_SECONDS)
             except KeyboardInterrupt:
                 scored = study.finished()
-                if search.ending is not None or not any(c.outcome and c.outcome.complete for c in scored):
+                if search.ending is not None or not any(candidate.is_complete for candidate in scored):
                     raise
                 logger.warning("Interrupted: the best candidate so far is confirmed. Interrupt again to stop.")
                 _end_breeding(search, study, scored)
             except Exception:
-                # Workers must not wait for what will not come.
+                # Workers must not wait for candidates that never come.
                 study.end()
                 raise
 
@@ -247,9 +234,9 @@ def _end_breeding(search: Search, study: SearchStudy, scored: Sequence[Candidate
 
 
 def work(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], *, progress: bool) -> int:
-    """Score candidates of a study that another process leads, until that ends it; return how many."""
-    count = 0
+    """Score candidates of a study that another process leads, until that process ends it; return how many."""
     with tqdm(desc="worker", unit="candidate", disable=not progress) as bar:
+        count = 0
         while not study.is_over:
             if score_one(search, study, scorers):
                 count += 1
@@ -262,19 +249,16 @@ def work(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
 def score_one(
     search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], only: Sequence[Candidate] = ()
 ) -> bool:
-    """Score one waiting candidate, if there is any; one that fails or is interrupted goes back to the queue."""
+    """Score one waiting candidate, if there is any; after an error or an interrupt it returns to the queue."""
     claimed = study.claim({candidate.place for candidate in only})
     if claimed is None:
         return False
     number, candidate = claimed
-    is_search = candidate.part == SEARCH
+    can_drop = candidate.part == SEARCH and search.goal.kept is None
     try:
         with study.alive(number):
-            outcome = scorers[candidate.part].score(
-                search.space.ranks(candidate.genome),
-                tolerance=search.goal.tolerance if is_search and search.goal.kept is None else None,
-                rivals=_rivals(study, candidate),
-            )
+            ranks = search.space.ranks(candidate.genome)
+            outcome = scorers[candidate.part].score(ranks, tolerance=search.goal.tolerance if can_drop else None)
     except BaseException:
         study.release(number)
         raise
@@ -282,24 +266,13 @@ def score_one(
     return True
 
 
-def _rivals(study: SearchStudy, candidate: Candidate) -> list[Rival]:
-    """Return what the candidate must keep up with on each task, if anything."""
-    if candidate.rival is None:
-        return []
-    outcome = next(c.outcome for c in study.finished() if c.place == (candidate.part, *candidate.rival))
-    assert outcome is not None
-    pairs = zip(outcome.parts, candidate.allowances, strict=True)
-    return [Rival(rises=own.rises, allowance=most) for own, most in pairs]
-
-
 def _show(bar: tqdm, search: Search, scored: Sequence[Candidate]) -> None:
     bar.n = len(scored)
-    searched = [candidate for candidate in scored if candidate.part == SEARCH]
-    dropped = sum(1 for candidate in searched if candidate.outcome and not candidate.outcome.complete)
-    parts = Counter(candidate.part for candidate in scored)
+    searched, tested = of_part(scored, SEARCH), of_part(scored, CONFIRM)
+    dropped = sum(not candidate.is_complete for candidate in searched)
     texts: dict[str, object] = {"generation": max((c.generation for c in searched), default=0), "dropped": dropped}
     if len(searched) > dropped:
         texts["best kept"] = f"{search.space.kept(search.best(scored).genome):.1%}"
-    if parts[CONFIRM]:
-        texts["confirmation"] = f"step {parts[CONFIRM]}"
+    if tested:
+        texts["confirmation"] = f"step {len(tested)}"
     bar.set_postfix(texts, refresh=True)

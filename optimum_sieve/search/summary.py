@@ -1,21 +1,18 @@
-"""What a search found, as JSON types: what a report is made of. Does not import torch."""
+"""Summarize a search as JSON types, for reports. Does not import torch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.search.ranking.across_tasks import Standings
-
 from .bottlenecks import SHARE, bottleneck_table
-from .candidate import BOTTLENECK, SEARCH
+from .candidate import BOTTLENECK, SEARCH, of_part
+from .ranking import Ranking
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from optimum_sieve.search.ranking.by_task import Goal
-
-    from .candidate import AnyOutcome, Candidate
+    from .candidate import Candidate, Outcome
     from .loop import Search
 
 
@@ -25,7 +22,7 @@ SUMMARY = "search"
 
 
 def summarize(search: Search, scored: Sequence[Candidate], metrics: Mapping[str, str]) -> dict[str, Any]:
-    """Return everything a report shows.
+    """Return the contents of a report.
 
     Args:
         search (`Search`): The search.
@@ -35,27 +32,27 @@ def summarize(search: Search, scored: Sequence[Candidate], metrics: Mapping[str,
     Raises:
         RuntimeError: If the search has no result.
     """
-    names = list(metrics)
-    # Corrected, as the search itself ranked and chose.
-    space, goal = search.corrected, search.goal
+    space, goal, tasks = search.corrected, search.goal, list(metrics)
     result = search.result(scored)
-    searched = tuple(candidate for candidate in scored if candidate.part == SEARCH)
-    standing = Standings(space, searched, goal) if search.preset.guided and goal.kept is None else None
-
-    def described(candidate: Candidate) -> dict[str, Any]:
-        rated = standing is not None and candidate.part == SEARCH and candidate in standing.ranking
-        return {**describe(search, candidate, names), "size": standing.size(candidate) if standing and rated else None}
-
+    tolerance = goal.tolerance if goal.kept is None else None
+    sizes = {}
+    if search.preset.name == "fast" and goal.kept is None:
+        ranking = Ranking(space, of_part(scored, SEARCH), goal)
+        sizes = {candidate.place: ranking.size(candidate) for candidate in ranking.best_first}
     return {
         "format_version": FORMAT_VERSION,
         "metric": ", ".join(dict.fromkeys(metrics.values())),
-        "tasks": names,
+        "tasks": tasks,
         "preset": search.preset.name,
-        "tolerance": goal.tolerance if goal.kept is None else None,
+        "tolerance": tolerance,
         "confidence": goal.confidence,
         "ranks": space.ranks(result.genome),
-        "result": describe(search, result, names),
-        "candidates": [described(candidate) for candidate in scored if candidate.part != BOTTLENECK],
+        "result": _describe(search, result, tasks),
+        "candidates": [
+            {**_describe(search, candidate, tasks), "size": sizes.get(candidate.place)}
+            for candidate in scored
+            if candidate.part != BOTTLENECK
+        ],
         "matrices": [
             {
                 "name": gene.name,
@@ -67,40 +64,27 @@ def summarize(search: Search, scored: Sequence[Candidate], metrics: Mapping[str,
             }
             for gene, layer, kind, level in zip(space.genes, space.layers, space.kinds, result.genome, strict=True)
         ],
-        "bottlenecks": bottleneck_table(space, result.genome, scored, goal.tolerance if goal.kept is None else None),
+        "bottlenecks": bottleneck_table(space, result.genome, scored, tolerance),
         "bottleneck_share": SHARE,
     }
 
 
-def describe(search: Search, candidate: Candidate, tasks: Sequence[str]) -> dict[str, Any]:
-    """Return a candidate's figures as JSON types; of several tasks those of the worst, and of each under `"tasks"`."""
-    outcome = candidate.outcome
+def _describe(search: Search, candidate: Candidate, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return a candidate's figures; those of several tasks are the worst, with each task's under `"tasks"`."""
+    outcome, confidence = candidate.outcome, search.goal.confidence
     assert outcome is not None
+    by_task = {name: _figures(part, confidence) for name, part in zip(tasks, outcome.parts, strict=True)}
     return {
         "kept": search.space.kept(candidate.genome),
         "predicted_loss": float(search.corrected.losses(candidate.genome).sum()),
-        "part": candidate.part,
-        "generation": candidate.generation,
-        "slot": candidate.slot,
-        "origin": candidate.origin,
+        **{name: getattr(candidate, name) for name in ("part", "generation", "slot", "origin")},
         "complete": outcome.complete,
-        **_figures(outcome, search.goal),
-        **(
-            {"tasks": {name: _figures(part, search.goal) for name, part in zip(tasks, outcome.parts, strict=True)}}
-            if len(tasks) > 1
-            else {}
-        ),
+        **_figures(outcome, confidence),
+        **({"tasks": by_task} if len(tasks) > 1 else {}),
     }
 
 
-def _figures(outcome: AnyOutcome, goal: Goal) -> dict[str, Any]:
-    return {
-        "lower_bound": outcome.bound(goal.confidence),
-        "mean": outcome.mean,
-        "expected": outcome.expected,
-        "standard_error": outcome.standard_error,
-        "agreement": outcome.agreement,
-        "loss_rise": outcome.rise,
-        "kl": outcome.kl,
-        "count": outcome.count,
-    }
+def _figures(outcome: Outcome, confidence: float) -> dict[str, Any]:
+    names = ("mean", "expected", "standard_error", "agreement", "kl", "count")
+    figures = {name: getattr(outcome, name) for name in names}
+    return {**figures, "lower_bound": outcome.bound(confidence), "loss_rise": outcome.rise}

@@ -6,7 +6,7 @@ from scipy.special import log_softmax
 
 from optimum_sieve.evaluation.comparison import expected_rises
 from optimum_sieve.evaluation.scores import Evaluation
-from optimum_sieve.search.ranking.calibrated_labels import calibrated_labels, expected_difference
+from optimum_sieve.search.labels import calibrated_labels, expected_difference
 
 
 TEMPERATURE, BIAS = 2.0, np.array([0.8, 0.0, -0.8])

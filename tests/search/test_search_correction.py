@@ -15,8 +15,8 @@ from optimum_sieve.calibration.collect import direction_gradients
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
 from optimum_sieve.factorization.closed_form import factorize
 from optimum_sieve.search.candidate import SEARCH
+from optimum_sieve.search.correction import Shares, corrected, measure_shares, windows
 from optimum_sieve.search.loop import lead
-from optimum_sieve.search.ranking.correction import Shares, corrected, measure_shares, windows
 from optimum_sieve.search.scoring import by_likelihood as scorer_module
 from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
 from optimum_sieve.search.study.study import SearchStudy
@@ -102,7 +102,7 @@ class CountingScorer(ShareScorer):
 
     passes = 0
 
-    def score(self, ranks, *, tolerance, rivals):
+    def score(self, ranks, *, tolerance):
         from optimum_sieve.search.candidate import Candidate
 
         genome = self.search.space.repair(ranks)

@@ -12,9 +12,7 @@ from search_world import COUNT, make_world, play, score, true_loss
 from optimum_sieve.allocation.tolerance import ToleranceError
 from optimum_sieve.search.candidate import CONFIRM, SEARCH, Candidate, Outcome
 from optimum_sieve.search.confirm import confirmed, ladder, next_step
-from optimum_sieve.search.ranking.across_tasks import Standings
-from optimum_sieve.search.ranking.by_task import Goal, Standing
-from optimum_sieve.search.ranking.predictor import Predictor
+from optimum_sieve.search.ranking import Goal, Ranking
 
 
 SMALL = {"levels": (1.0, 0.5, 0.1), "population_size": 12, "generations": 12}
@@ -194,22 +192,22 @@ def test_the_line_through_the_energy_seeds_is_found():
         replace(candidate, outcome=make_outcome(-0.01, rise=1.5 * float(space.losses(candidate.genome).sum())))
         for candidate in search.open_candidates([])
     )
-    standing = Standing(space, scored, search.goal)
-    for candidate in standing.complete:
+    curve = Ranking(space, scored, search.goal).curves[0]
+    for candidate in scored:
         if candidate.origin == "energy":
-            assert standing.energy_rise(space.kept(candidate.genome)) == pytest.approx(candidate.outcome.rise)
+            assert curve.rise(space.kept(candidate.genome)) == pytest.approx(candidate.outcome.rise)
 
 
 def test_size_trades_loss_for_parameters():
     search = make_world()
     seeds = seeds_of(search)
-    standing = Standings(search.space, tuple(seeds), search.goal)
-    near = [c for c in seeds if c.origin == "energy" and abs(search.space.kept(c.genome) - standing.energy_size) < 0.1]
+    ranking = Ranking(search.space, seeds, search.goal)
+    near = [c for c in seeds if c.origin == "energy" and abs(search.space.kept(c.genome) - ranking.limit) < 0.1]
     for candidate in near:
-        assert standing.size(candidate) == pytest.approx(standing.energy_size, abs=0.04)
+        assert ranking.size(candidate) == pytest.approx(ranking.limit, abs=0.04)
         better = replace(candidate.outcome, rises=candidate.outcome.rises - 0.01)
-        assert standing.size(replace(candidate, outcome=better)) == pytest.approx(
-            standing.size(candidate) - 0.01 * standing.tasks[0].exchange
+        assert ranking.size(replace(candidate, outcome=better)) == pytest.approx(
+            ranking.size(candidate) - 0.01 * ranking.curves[0].exchange
         )
 
 
@@ -217,7 +215,7 @@ def test_limit_lies_between_the_last_energy_seed_that_holds_and_the_next():
     search = make_world()
     seeds = seeds_of(search)
     energy = [candidate for candidate in seeds if candidate.origin == "energy"]
-    limit = Standing(search.space, tuple(seeds), search.goal).energy_size
+    limit = Ranking(search.space, seeds, search.goal).limit
     for candidate in energy:
         holds = candidate.outcome.bound(0.9, search.goal.confirm_counts[0]) >= -search.goal.tolerance
         assert (search.space.kept(candidate.genome) > limit) == holds
@@ -225,7 +223,7 @@ def test_limit_lies_between_the_last_energy_seed_that_holds_and_the_next():
     unlucky = replace(energy[0].outcome, expected=energy[0].outcome.expected - 0.021)
     rest = [replace(candidate, outcome=make_outcome(0.005)) for candidate in energy[1:-1]]
     mixed = (replace(energy[0], outcome=unlucky), *rest, energy[-1])
-    assert Standing(search.space, mixed, search.goal).energy_size < search.space.kept(energy[-2].genome) + 0.01
+    assert Ranking(search.space, mixed, search.goal).limit < search.space.kept(energy[-2].genome) + 0.01
 
 
 def test_a_dropped_candidate_is_judged_by_how_hard_its_examples_were():
@@ -233,21 +231,9 @@ def test_a_dropped_candidate_is_judged_by_how_hard_its_examples_were():
     seeds = seeds_of(search)
     whole = seeds[3]
     part = replace(whole.outcome, rises=whole.outcome.rises[:8], complete=False)
-    standing = Standing(search.space, (*seeds[:3], replace(whole, outcome=part), *seeds[4:]), search.goal)
-    estimate = standing.rise(standing.scored[3])
+    ranking = Ranking(search.space, (*seeds[:3], replace(whole, outcome=part), *seeds[4:]), search.goal)
+    estimate = ranking.rise(ranking.scored[3])
     assert abs(estimate - whole.outcome.rise) < 0.9 * abs(part.rise - whole.outcome.rise)
-
-
-def test_predictor_recovers_slopes_and_knows_what_it_does_not_know(rng):
-    true = np.array([0.02, -0.01, 0.0, 0.7])
-    features = rng.normal(size=(200, 4))
-    fitted = Predictor.fit(features, features @ true, np.full(200, 0.01))
-    assert fitted.mean == pytest.approx(true, abs=0.01)
-    draws = np.array([fitted.sample(rng) for _ in range(500)])
-    unknown = Predictor.fit(np.empty((0, 4)), np.empty(0), np.empty(0))
-    prior = np.array([unknown.sample(rng) for _ in range(500)])
-    assert (draws.std(axis=0) < prior.std(axis=0) / 5).all()
-    assert prior.mean(axis=0) == pytest.approx([0, 0, 0, 1], abs=0.06)
 
 
 def test_goal_is_a_value():
@@ -266,11 +252,11 @@ def test_seeds_that_are_dropped_still_say_where_the_limit_lies():
             outcome = replace(outcome, rises=outcome.rises[:16], differences=outcome.differences[:16], complete=False)
         scored.append(replace(candidate, outcome=outcome))
     assert any(not candidate.outcome.complete for candidate in scored)
-    standing = Standing(space, tuple(scored), search.goal)
+    limit = Ranking(space, scored, search.goal).limit
     holds = [space.kept(c.genome) for c in scored if c.origin == "energy" and c.outcome.mean > -0.02]
-    assert min(holds) - 0.2 < standing.energy_size < 1
+    assert min(holds) - 0.2 < limit < 1
     children = search.open_candidates(scored)
-    assert all(standing.energy_size - 0.3 < space.kept(child.genome) < 1 for child in children)
+    assert all(limit - 0.3 < space.kept(child.genome) < 1 for child in children)
 
 
 def test_few_examples_confirm_little():

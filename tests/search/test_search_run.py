@@ -14,8 +14,7 @@ from optimum_sieve.backbone.targets import find_targets, linear_weight
 from optimum_sieve.evaluation.comparison import compare, expected_rises
 from optimum_sieve.evaluation.scores import evaluate
 from optimum_sieve.factorization.closed_form import factorize
-from optimum_sieve.search.candidate import Rival
-from optimum_sieve.search.ranking.calibrated_labels import calibrated_labels, expected_difference
+from optimum_sieve.search.labels import calibrated_labels, expected_difference
 from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
 from optimum_sieve.search.scoring.scorer import JointScorer
 from optimum_sieve.surgery.apply import truncated
@@ -125,23 +124,6 @@ def test_scores_are_those_of_an_evaluation(model, tmp_path):
     assert scorer.examples_scored == 60
 
 
-def test_hopeless_candidates_are_dropped_after_a_slice(model, tmp_path):
-    bases = make_bases(model)
-    ranks = dict.fromkeys(bases, 8)
-    with LiveRanks(model, bases) as live:
-        _, scorer, _ = make_scorer(live, tmp_path, [8, 16, 30])
-        rises = scorer.score(ranks).rises
-        far_ahead = scorer.score(ranks, rivals=[Rival(rises=rises - 5.0, allowance=0.0)])
-        excused = scorer.score(ranks, rivals=[Rival(rises=rises - 5.0, allowance=5.1)])
-        behind = scorer.score(ranks, rivals=[Rival(rises=rises + 1.0, allowance=0.0)])
-        level = scorer.score(ranks, tolerance=0.99)
-    assert (far_ahead.count, far_ahead.complete) == (8, False)
-    assert far_ahead.rises == pytest.approx(rises[:8], abs=1e-6)
-    assert excused.complete
-    assert behind.complete
-    assert level.complete
-
-
 def test_a_candidate_below_the_tolerance_is_dropped(tmp_path):
     model = make_model()
     bases = make_bases(model)
@@ -152,8 +134,12 @@ def test_a_candidate_below_the_tolerance_is_dropped(tmp_path):
         for row, example in enumerate(examples):
             scorer._dense[row] = [0.0 if place == example.target else -9.0 for place in range(2)]
         outcome = joint.score(dict.fromkeys(bases, 0), tolerance=0.01)
+        tolerated = joint.score(dict.fromkeys(bases, 0), tolerance=0.99)
     assert not outcome.complete
+    assert outcome.count == 16
     assert outcome.mean < -0.2
+    assert outcome.rises == pytest.approx(tolerated.rises[:16], abs=1e-6)
+    assert tolerated.complete
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])

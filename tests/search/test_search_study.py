@@ -30,7 +30,7 @@ class WorldScorer(ShareScorer):
         self.part, self.fail_at, self.error = part, fail_at, error
         self.calls = 0
 
-    def score(self, ranks, *, tolerance, rivals):
+    def score(self, ranks, *, tolerance):
         self.calls += 1
         if self.calls == self.fail_at:
             raise self.error("stopped")
@@ -153,7 +153,7 @@ def test_dropped_candidates_are_pruned_trials_with_their_scores(tmp_path):
 
 CLAIM = """
 import os, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = sys.argv[2:]
 from test_search_study import small_world
 from optimum_sieve.search.study.study import SearchStudy
 search = small_world()
@@ -167,7 +167,7 @@ os.kill(os.getpid(), 9)
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
 def test_what_a_killed_process_had_claimed_is_scored_again(tmp_path, kind):
     url = storages(tmp_path)[kind]
-    dead = subprocess.run([sys.executable, "-c", CLAIM, url], capture_output=True, text=True, check=False)
+    dead = subprocess.run([sys.executable, "-c", CLAIM, url, *sys.path], capture_output=True, text=True, check=False)
     assert dead.returncode == -9, dead.stderr
     search = small_world()
     study = SearchStudy(url, "sieve-test", search.space)

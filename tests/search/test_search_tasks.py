@@ -17,10 +17,9 @@ from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve import pruner as pruner_module
 from optimum_sieve.commands.search import format_result
 from optimum_sieve.search.bottlenecks import bottleneck_candidates, bottleneck_table
-from optimum_sieve.search.candidate import CONFIRM, JointOutcome, Outcome, Rival, joined, read_outcome
+from optimum_sieve.search.candidate import CONFIRM, Outcome, joined
 from optimum_sieve.search.page.page import write_page
-from optimum_sieve.search.ranking.across_tasks import Standings
-from optimum_sieve.search.ranking.by_task import Standing
+from optimum_sieve.search.ranking import Ranking
 from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
 from optimum_sieve.search.scoring.scorer import JointScorer
 from optimum_sieve.search.summary import summarize
@@ -73,10 +72,10 @@ def test_a_task_twice_is_searched_as_once() -> None:
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_task_that_loses_nothing_changes_nothing(place: int) -> None:
-    def scoring(search: Search, candidate: Candidate) -> JointOutcome:
+    def scoring(search: Search, candidate: Candidate) -> Outcome:
         parts = [score(search, candidate)] * 2
         parts[place] = scaled(parts[place], 0.0)
-        return JointOutcome(tuple(parts))
+        return joined(parts)
 
     once, both = make_world(**SHORT), two_worlds(**SHORT)
     assert both.result(play(both, scoring)).genome == once.result(play(once)).genome
@@ -87,12 +86,12 @@ def test_the_result_holds_each_of_two_tasks_that_need_different_matrices(preset:
     small: dict[str, Any] = {"population_size": 12, "generations": 6} if preset == "paper" else SHORT
     search = two_worlds(preset=preset, **small)
 
-    def scoring(search: Search, candidate: Candidate) -> JointOutcome:
-        return JointOutcome((score(search, candidate), other_loss(search, candidate)))
+    def scoring(search: Search, candidate: Candidate) -> Outcome:
+        return joined((score(search, candidate), other_loss(search, candidate)))
 
     scored = play(search, scoring)
     result = search.result(scored)
-    assert isinstance(result.outcome, JointOutcome)
+    assert len(result.outcome.parts) == 2
     assert [part.bound(0.9) >= -search.goal.tolerance for part in result.outcome.parts] == [True, True]
     # Each task alone allows a smaller size, and one found for the first alone does not do for the second.
     alone = make_world(preset=preset, **small)
@@ -106,8 +105,8 @@ def test_a_size_asked_for_is_searched_by_the_worst_task() -> None:
         probe = replace(search.open_candidates([])[0], genome=genome)
         return max(true_loss(search, genome), other_loss(search, probe).kl)
 
-    def scoring(search: Search, candidate: Candidate) -> JointOutcome:
-        return JointOutcome((score(search, candidate), other_loss(search, candidate)))
+    def scoring(search: Search, candidate: Candidate) -> Outcome:
+        return joined((score(search, candidate), other_loss(search, candidate)))
 
     search = two_worlds(kept=0.5, **SHORT)
     result = search.result(play(search, scoring))
@@ -119,36 +118,28 @@ def test_the_task_that_leaves_the_tolerance_first_says_the_size() -> None:
     search = two_worlds()
     seeds = [replace(candidate, outcome=score(search, candidate)) for candidate in search.open_candidates([])]
 
-    def standings(factor: float) -> Standings:
-        pairs = [replace(c, outcome=JointOutcome((c.outcome, scaled(c.outcome, factor)))) for c in seeds]
-        return Standings(search.space, tuple(pairs), search.goal)
+    def ranking(factor: float) -> Ranking:
+        pairs = [replace(c, outcome=joined((c.outcome, scaled(c.outcome, factor)))) for c in seeds]
+        return Ranking(search.space, pairs, search.goal)
 
-    alone = Standing(search.space, tuple(seeds), search.goal.of_task(0))
-    harder, easier = standings(3.0), standings(0.3)
-    assert easier.energy_size == alone.energy_size
-    assert harder.energy_size > alone.energy_size
-    for standing in (harder, easier):
-        for candidate in standing.near:
-            sizes = [task.energy_size + task.exchange * task.departure(replace(candidate, outcome=part))
-                     for task, part in zip(standing.tasks, candidate.outcome.parts, strict=True)]  # fmt: skip
-            assert standing.size(candidate) == pytest.approx(max(sizes))
-            # What a candidate may lose more than a rival on each task leaves it at the rival's size.
-            rival = standing.near[0]
-            for task, part, against, allowance in zip(
-                standing.tasks, candidate.outcome.parts, rival.outcome.parts,
-                standing.allowances(candidate.genome, rival), strict=True,
-            ):  # fmt: skip
-                level = replace(part, rises=part.rises - part.rise + against.rise + allowance)
-                at_most = task.energy_size + task.exchange * task.departure(replace(candidate, outcome=level))
-                assert at_most == pytest.approx(standing.size(rival), abs=1e-6)
+    single = replace(search.goal, confirm_counts=search.goal.confirm_counts[:1])
+    alone = Ranking(search.space, seeds, single)
+    harder, easier = ranking(3.0), ranking(0.3)
+    assert easier.limit == alone.limit
+    assert harder.limit > alone.limit
+    for several in (harder, easier):
+        for candidate in several.best_first:
+            sizes = [curve.limit + curve.exchange * (part.rise - curve.rise(search.space.kept(candidate.genome)))
+                     for curve, part in zip(several.curves, candidate.outcome.parts, strict=True)]  # fmt: skip
+            assert several.size(candidate) == pytest.approx(max(sizes))
 
 
 def test_confirmation_ends_at_the_first_size_that_fails_on_either_task() -> None:
-    def scoring(search: Search, candidate: Candidate) -> JointOutcome:
+    def scoring(search: Search, candidate: Candidate) -> Outcome:
         parts = [scaled(score(search, candidate), 0.0)] * 2
         if candidate.part == CONFIRM and candidate.generation == 2:
             parts[1] = replace(parts[1], mean=-0.5)
-        return JointOutcome(tuple(parts))
+        return joined(parts)
 
     search = two_worlds()
     scored = play(search, scoring)
@@ -160,16 +151,16 @@ def test_confirmation_ends_at_the_first_size_that_fails_on_either_task() -> None
 def test_joint_outcomes_are_the_worst_and_survive_json() -> None:
     search = make_world()
     first = score(search, search.open_candidates([])[5])
-    joint = JointOutcome((first, replace(scaled(first, 2.0), agreement=0.7)))
+    joint = joined((first, replace(scaled(first, 2.0), agreement=0.7)))
     assert (joint.mean, joint.kl, joint.agreement) == (2 * first.mean, 2 * first.kl, 0.7)
     assert joint.rise == pytest.approx(2 * first.rise)
     assert joint.bound(0.9) == joint.parts[1].bound(0.9) < first.bound(0.9)
     assert joint.count == 2 * COUNT
     assert joint.complete
-    assert not JointOutcome((first, replace(first, complete=False))).complete
-    back = read_outcome(json.loads(json.dumps(joint.to_dict())))
+    assert not joined((first, replace(first, complete=False))).complete
+    back = Outcome.from_dict(json.loads(json.dumps(joint.to_dict())))
     assert [part.mean for part in back.parts] == [part.mean for part in joint.parts]
-    single = read_outcome(json.loads(json.dumps(first.to_dict())))
+    single = Outcome.from_dict(json.loads(json.dumps(first.to_dict())))
     assert isinstance(single, Outcome)
     assert single.parts == (single,)
 
@@ -194,14 +185,14 @@ def test_scores_on_two_tasks_are_those_on_each(tmp_path: Path) -> None:
         alone = [list(part.slices(ranks))[-1] for part in parts]
         shares = joint.shares(ranks, windows)
         own = [part.shares(ranks, windows) for part in parts]
-        rivals = [Rival(rises=outcome.rises, allowance=0.1) for outcome in alone]
-        level = joint.score(ranks, rivals=rivals)
-        behind = joint.score(ranks, rivals=[rivals[0], replace(rivals[1], rises=alone[1].rises - 5.0)])
+        # A dense model that is right on every example of the second task: pruning surely loses there alone.
+        for row, example in enumerate(parts[1]._examples):
+            parts[1]._dense[row] = [0.0 if place == example.target else -9.0 for place in range(2)]
+        behind = joint.score(dict.fromkeys(bases, 0), tolerance=0.1)
     for part, expected in zip(found.parts, alone, strict=True):
         assert part.mean == expected.mean
         np.testing.assert_allclose(part.rises, expected.rises, atol=1e-5)
-    assert level.complete
-    # Surely worse on the second task alone: dropped after the first slice of each.
+    # Dropped after the first slice of each.
     assert not behind.complete
     assert [part.count for part in behind.parts] == [8, 20]
     for name, share in shares.items():
@@ -216,7 +207,7 @@ def test_a_bottleneck_of_one_task_is_one() -> None:
     for candidate in wanted:
         whole = score(search, candidate)
         hurt = replace(whole, mean=whole.mean - 0.3 * (candidate.slot == wanted[-1].slot))
-        scored.append(replace(candidate, outcome=JointOutcome((scaled(whole, 0.0), hurt))))
+        scored.append(replace(candidate, outcome=joined((scaled(whole, 0.0), hurt))))
     rows = bottleneck_table(search.space, genome, scored, 0.02)
     assert rows[0]["name"] == search.space.genes[wanted[-1].slot].name
     assert rows[0]["cost"] > 0.3

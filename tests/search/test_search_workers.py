@@ -29,7 +29,7 @@ SETTINGS = [
 # A candidate takes this long (seconds), and as long as a file is there: a process can be killed while it scores.
 SLOWED = """
 import os, sys, time
-from optimum_sieve.search import scorer
+from optimum_sieve.search.scoring import scorer
 plain = scorer.JointScorer.score
 def slow(self, ranks, **options):
     while os.path.exists({hold!r}):

@@ -9,11 +9,11 @@ import numpy as np
 
 from optimum_sieve.allocation.allocators import LossCurve, allocate
 from optimum_sieve.search.candidate import SEARCH, Candidate, Outcome
+from optimum_sieve.search.correction import measure_shares
 from optimum_sieve.search.genome import SearchSpace
 from optimum_sieve.search.loop import Search
 from optimum_sieve.search.presets import PRESETS
-from optimum_sieve.search.ranking.by_task import Goal
-from optimum_sieve.search.ranking.correction import measure_shares
+from optimum_sieve.search.ranking import Goal
 
 
 if TYPE_CHECKING:

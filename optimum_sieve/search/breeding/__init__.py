@@ -1,5 +1,4 @@
-"""Propose the next generation: genetic operators and the two presets, `fast` and `paper`. Torch-free.
+"""Breed the next generation: genetic operators and one module for each preset, `fast` and `paper`. Torch-free.
 
-In: the scored candidates so far. Out: the candidates to score next (`fast.next_generation`, `paper.next_generation`), a
-pure function of its arguments.
+In: the scored candidates. Out: genomes to score next (`fast.breed`, `paper.breed`), a pure function of the arguments.
 """

@@ -1,7 +1,7 @@
-"""Generations of the `paper` preset: LLM-Sieve's genetic algorithm as described, to compare with.
+"""The `paper` preset: LLM-Sieve's genetic algorithm as described, for comparison. Does not import torch.
 
-Random and uniform seeds; parents by tournament; one-point crossover; one-step mutation; every child scored on all
-examples; the best candidate survives. Reference: arXiv 2505.18350.
+Random and uniform seeds; parents by tournament; crossover; one-step mutation; every child scored on all examples; the
+best candidate survives. Reference: arXiv 2505.18350.
 """
 
 from __future__ import annotations
@@ -10,101 +10,87 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optimum_sieve.search.candidate import SEARCH, Candidate
-
-from .operators import (
-    constrained_order,
-    mutation_rates,
-    one_point_crossover,
-    step_mutation,
-    tournament,
-    uniform_crossover,
-)
+from .operators import crossover, mutation_rates, step_mutation, tournament
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from optimum_sieve.search.candidate import Candidate
     from optimum_sieve.search.genome import Genome, SearchSpace
-    from optimum_sieve.search.presets import SearchPreset
-    from optimum_sieve.search.ranking.by_task import Goal
+    from optimum_sieve.search.loop import Search
+    from optimum_sieve.search.ranking import Goal
 
 
-# Tries at making a child that was not scored before.
-_TRIES = 20
+_CROSSOVER_PROB, _MUTATION_PROB, _TOURNAMENT_SIZE = 0.5, 0.2, 5
+# Attempts to make a child that was not scored before.
+_ATTEMPTS = 20
 
 
-def rank(space: SearchSpace, goal: Goal, scored: Sequence[Candidate]) -> list[Candidate]:
-    """Order scored candidates, best first: within the tolerance before below it, by size; then by violation.
+def best(space: SearchSpace, scored: Sequence[Candidate], goal: Goal) -> tuple[Candidate, float]:
+    """Return the best candidate and its size."""
+    first = best_first(space, scored, goal)[0]
+    return first, space.kept(first.genome)
 
-    With a size to reach in place of a tolerance: that size is the constraint, and the score decides.
+
+def best_first(space: SearchSpace, scored: Sequence[Candidate], goal: Goal) -> list[Candidate]:
+    """Order scored candidates: feasible before infeasible; then by size, or by violation.
+
+    If the goal is a size, that is the constraint, and the score decides. Reference: Deb (2000), *An efficient
+    constraint handling method for genetic algorithms*.
     """
-    outcomes = [candidate.outcome for candidate in scored if candidate.outcome]
-    sizes = [float(space.parameters(candidate.genome)) for candidate in scored]
-    if goal.kept is None:
-        order = constrained_order(sizes, [-goal.tolerance - o.mean for o in outcomes], [o.rise for o in outcomes])
-    else:
-        excess = [size / space.num_parameters - goal.kept for size in sizes]
-        order = constrained_order([-outcome.mean for outcome in outcomes], excess, [o.rise for o in outcomes])
-    return [scored[place] for place in order]
+
+    def key(candidate: Candidate) -> tuple[bool, float, float]:
+        assert candidate.outcome is not None
+        kept, loss = space.kept(candidate.genome), -candidate.outcome.mean
+        violation, value = (loss - goal.tolerance, kept) if goal.kept is None else (kept - goal.kept, loss)
+        return violation > 0, violation if violation > 0 else value, candidate.outcome.rise
+
+    return sorted(scored, key=key)
 
 
-def next_generation(
-    space: SearchSpace, preset: SearchPreset, goal: Goal, history: Sequence[Candidate], seed: int
-) -> list[Candidate]:
-    """Return the candidates of the generation after `history`, or none where the search is over; a pure function."""
-    generation = max((candidate.generation for candidate in history), default=-1) + 1
-    rng = np.random.default_rng([seed, generation])
-    if generation == 0:
-        found = _seeds(space, preset, goal, rng)
-    elif generation >= preset.generations or _has_stalled(space, goal, history, preset.patience):
+def breed(
+    search: Search, space: SearchSpace, history: Sequence[Candidate], rng: np.random.Generator
+) -> list[tuple[Genome, str]]:
+    """Return the genomes of the generation after `history` with their origins, or none at the end of the search."""
+    preset = search.preset
+    if not history:
+        return _seeds(space, search, rng)
+    ranking, last = best_first(space, history, search.goal), max(candidate.generation for candidate in history)
+    if last - ranking[0].generation >= preset.patience:
         return []
-    else:
-        found = _children(space, preset, rank(space, goal, history), rng)
-    return [
-        Candidate(genome=genome, part=SEARCH, generation=generation, slot=slot, origin=origin)
-        for slot, (genome, origin) in enumerate(found)
-    ]
+    # The best candidates of all generations: elites survive without another score.
+    population = [np.array(candidate.genome) for candidate in ranking[: preset.population_size]]
+    known = {candidate.genome for candidate in ranking}
+    rates = mutation_rates(space, _MUTATION_PROB)
+    children: list[tuple[Genome, str]] = []
+    for _ in range(preset.population_size):
+        bred = (_child(space, population, rates, rng) for _ in range(_ATTEMPTS))
+        child, origin = next(((child, origin) for child, origin in bred if child not in known), (None, ""))
+        if child is not None:
+            known.add(child)
+            children.append((child, origin))
+    return children
 
 
-def _seeds(space: SearchSpace, preset: SearchPreset, goal: Goal, rng: np.random.Generator) -> list[tuple[Genome, str]]:
-    """Every level for all matrices at once (where a size is given, those within it first), then random levels."""
+def _seeds(space: SearchSpace, search: Search, rng: np.random.Generator) -> list[tuple[Genome, str]]:
+    """Return every level for all matrices at once, those within a given size first, then random levels."""
     depth = max(gene.num_levels for gene in space.genes)
     equal = [tuple(min(level, gene.num_levels - 1) for gene in space.genes) for level in reversed(range(depth))]
-    most = 1.0 if goal.kept is None else goal.kept
-    equal.sort(key=lambda genome: space.kept(genome) > most)
-    found = [(genome, "uniform") for genome in dict.fromkeys(equal)][: preset.population_size]
-    while len(found) < preset.population_size:
-        found.append((tuple(int(rng.integers(gene.num_levels)) for gene in space.genes), "random"))
-    return found
+    equal.sort(key=lambda genome: space.kept(genome) > (search.goal.kept or 1.0))
+    count = search.preset.population_size
+    seeds = [(genome, "uniform") for genome in dict.fromkeys(equal)][:count]
+    while len(seeds) < count:
+        seeds.append((tuple(int(rng.integers(gene.num_levels)) for gene in space.genes), "random"))
+    return seeds
 
 
-def _children(
-    space: SearchSpace, preset: SearchPreset, ranking: list[Candidate], rng: np.random.Generator
-) -> list[tuple[Genome, str]]:
-    """Breed a generation from the best candidates ever scored, which keeps the elite without scoring it again."""
-    population = ranking[: preset.population_size]
-    known = {candidate.genome for candidate in ranking}
-    rates = mutation_rates(space, preset.mutation_prob)
-    num_levels = [gene.num_levels for gene in space.genes]
-    found: list[tuple[Genome, str]] = []
-    for _ in range(preset.population_size):
-        for _ in range(_TRIES):
-            places = range(len(population))
-            first, second = (
-                np.array(population[tournament(places, preset.tournament_size, rng)].genome) for _ in range(2)
-            )
-            crossed = rng.random() < preset.crossover_prob
-            crossover = one_point_crossover if rng.random() < 0.5 else uniform_crossover
-            child = step_mutation(crossover(first, second, rng) if crossed else first, num_levels, rates, rng)
-            if child not in known:
-                known.add(child)
-                found.append((child, "crossover" if crossed else "mutation"))
-                break
-    return found
-
-
-def _has_stalled(space: SearchSpace, goal: Goal, history: Sequence[Candidate], patience: int) -> bool:
-    """Whether the best candidate is `patience` generations old."""
-    last = max(candidate.generation for candidate in history)
-    return last - rank(space, goal, history)[0].generation >= patience
+def _child(
+    space: SearchSpace, population: Sequence[np.ndarray], rates: np.ndarray, rng: np.random.Generator
+) -> tuple[Genome, str]:
+    indices = range(len(population))
+    first, second = (population[tournament(indices, _TOURNAMENT_SIZE, rng)] for _ in range(2))
+    crossed = rng.random() < _CROSSOVER_PROB
+    parent = crossover(first, second, rng) if crossed else first
+    child = step_mutation(parent, [gene.num_levels for gene in space.genes], rates, rng)
+    return child, "crossover" if crossed else "mutation"

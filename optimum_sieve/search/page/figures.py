@@ -1,4 +1,4 @@
-"""Pictures of what a search found, drawn by matplotlib from the search's summary. Does not import torch."""
+"""Draw the pictures of a search from its summary, with matplotlib. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import numpy as np
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    Candidates = list[dict[str, Any]]
 
 _COLORS = {"energy": "#d95f02", "uniform": "#7570b3", "search": "#9aa5b1", "confirm": "#1b9e77"}
+_BASELINES = ("uniform", "energy")
 _DPI = 110
 
 
@@ -20,7 +24,7 @@ def draw_all(found: dict[str, Any]) -> dict[str, bytes]:
     """Return the pictures of a report, as PNG files by name.
 
     Args:
-        found (`dict[str, Any]`): A summary of `summarize`.
+        found (`dict[str, Any]`): A summary from `summarize`.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -31,55 +35,48 @@ def draw_all(found: dict[str, Any]) -> dict[str, bytes]:
         raise ImportError(
             "A report must be drawn by matplotlib, which is not installed. Run `pip install optimum-sieve[report]`."
         ) from error
-    drawn = {
-        "front": draw_front(found),
-        "progress": draw_progress(found),
-        "levels": draw_levels(found),
-        "prediction": draw_prediction(found),
-    }
-    return {name: _png(figure) for name, figure in drawn.items()}
+    drawings = {"front": _front, "progress": _progress, "levels": _levels, "prediction": _prediction}
+    return {name: _picture(draw, found) for name, draw in drawings.items()}
 
 
-def draw_front(found: dict[str, Any]) -> Figure:
+def _picture(draw: Callable[[Axes, dict[str, Any]], None], found: dict[str, Any]) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure, buffer = Figure(figsize=(7.2, 4.2), layout="constrained"), io.BytesIO()
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    draw(axes, found)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
+
+
+def _front(axes: Axes, found: dict[str, Any]) -> None:
     """Draw score against size: the candidates, both baselines, the dense model and the confirmation."""
-    axes = _axes("parameters of the matrices kept (%)", f"{found['metric']}, difference to dense (points)")
+    axes.set(xlabel="parameters of the matrices kept (%)", ylabel=f"{found['metric']}, difference to dense (points)")
     searched = [c for c in found["candidates"] if c["part"] == "search" and c["complete"]]
-    bred = [c for c in searched if c["origin"] not in ("energy", "uniform")]
-    axes.plot(*_points(bred, "mean"), "o", color=_COLORS["search"], markersize=4, label="candidates")
-    for origin in ("uniform", "energy"):
+    bred = [c for c in searched if c["origin"] not in _BASELINES]
+    axes.plot(*_points(bred), "o", color=_COLORS["search"], markersize=4, label="candidates")
+    for origin in _BASELINES:
         line = sorted((c for c in searched if c["origin"] == origin), key=lambda c: c["kept"])
-        axes.plot(*_points(line, "mean"), "o-", color=_COLORS[origin], label=f"{origin} allocation")
+        axes.plot(*_points(line), "o-", color=_COLORS[origin], label=f"{origin} allocation")
     steps = [c for c in found["candidates"] if c["part"] == "confirm"]
     if steps:
-        errors = [100 * c["standard_error"] for c in steps]
-        axes.errorbar(
-            *_points(steps, "mean"),
-            yerr=errors,
-            fmt="s",
-            color=_COLORS["confirm"],
-            label="confirmation, fresh examples",
-        )
+        errors, label = [100 * c["standard_error"] for c in steps], "confirmation, fresh examples"
+        axes.errorbar(*_points(steps), yerr=errors, fmt="s", color=_COLORS["confirm"], label=label)
     axes.plot([100], [0], "*", color="black", markersize=13, label="dense model")
-    result = found["result"]
-    axes.plot(
-        [100 * result["kept"]],
-        [100 * result["mean"]],
-        "o",
-        markersize=14,
-        fillstyle="none",
-        color="black",
-        label="result",
-    )
+    axes.plot(*_points([found["result"]]), "o", markersize=14, fillstyle="none", color="black", label="result")
     if found["tolerance"] is not None:
         axes.axhline(-100 * found["tolerance"], color="black", linestyle=":", linewidth=1, label="tolerance")
         axes.set_ylim(bottom=max(axes.get_ylim()[0], -1000 * max(found["tolerance"], 0.01)))
-    axes.legend(fontsize=8)
-    return axes.figure  # type: ignore[return-value]
 
 
-def draw_progress(found: dict[str, Any]) -> Figure:
-    """Draw the size each candidate would need at the tolerance, and the best so far, against the examples scored."""
-    axes = _axes("examples scored", "kept at the tolerance (%)")
+def _progress(axes: Axes, found: dict[str, Any]) -> None:
+    """Draw the size that each candidate would need at the tolerance, and the best so far, against examples scored."""
+    axes.set(xlabel="examples scored", ylabel="kept at the tolerance (%)")
     searched = [c for c in found["candidates"] if c["part"] == "search"]
     spent = np.cumsum([c["count"] for c in searched])
     rated = [(int(x), 100 * c["size"]) for x, c in zip(spent, searched, strict=True) if c["size"] is not None]
@@ -89,64 +86,36 @@ def draw_progress(found: dict[str, Any]) -> Figure:
         axes.step(x, np.minimum.accumulate(y), where="post", color=_COLORS["confirm"], label="best so far")
         best = float(y.min())
         axes.set_ylim(best - 2, min(float(y.max()), best + 30) + 1)
-        axes.legend(fontsize=8)
-    return axes.figure  # type: ignore[return-value]
 
 
-def draw_levels(found: dict[str, Any]) -> Figure:
+def _levels(axes: Axes, found: dict[str, Any]) -> None:
     """Draw the kept fraction of every matrix, layers by kinds."""
-    matrices = found["matrices"]
-    layers = list(dict.fromkeys(matrix["layer"] for matrix in matrices))
-    kinds = list(dict.fromkeys(matrix["kind"] for matrix in matrices))
+    layers, kinds = (list(dict.fromkeys(matrix[key] for matrix in found["matrices"])) for key in ("layer", "kind"))
     grid = np.full((len(kinds), len(layers)), np.nan)
-    for matrix in matrices:
+    for matrix in found["matrices"]:
         grid[kinds.index(matrix["kind"]), layers.index(matrix["layer"])] = 100 * matrix["kept"]
-    axes = _axes("layer", "")
+    axes.set_xlabel("layer")
     image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     axes.set_yticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds])
-    step = -(-len(layers) // 15)
-    axes.set_xticks(range(0, len(layers), step), [str(place) for place in range(0, len(layers), step)])
+    axes.set_xticks(range(0, len(layers), -(-len(layers) // 15)))
     axes.grid(visible=False)
     axes.figure.colorbar(image, ax=axes, label="kept (%)")
-    return axes.figure  # type: ignore[return-value]
 
 
-def draw_prediction(found: dict[str, Any]) -> Figure:
+def _prediction(axes: Axes, found: dict[str, Any]) -> None:
     """Draw measured against predicted loss."""
-    axes = _axes("predicted rise of the loss (nats)", "measured KL to the dense model (nats)")
+    axes.set(xlabel="predicted rise of the loss (nats)", ylabel="measured KL to the dense model (nats)")
     searched = [c for c in found["candidates"] if c["complete"] and c["kl"] > 0 and c["predicted_loss"] > 0]
-    for origin, color in (("bred", _COLORS["search"]), ("uniform", _COLORS["uniform"]), ("energy", _COLORS["energy"])):
-        own = [c for c in searched if (c["origin"] if c["origin"] in ("energy", "uniform") else "bred") == origin]
-        axes.plot(
-            [c["predicted_loss"] for c in own], [c["kl"] for c in own], "o", color=color, markersize=4, label=origin
-        )
-    if searched:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        low, high = min(c["predicted_loss"] for c in searched), max(c["predicted_loss"] for c in searched)
-        axes.plot([low, high], [low, high], ":", color="black", linewidth=1, label="equal")
-    axes.legend(fontsize=8)
-    return axes.figure  # type: ignore[return-value]
+    if not searched:
+        return
+    for label in ("bred", *_BASELINES):
+        own = [c for c in searched if (c["origin"] if c["origin"] in _BASELINES else "bred") == label]
+        x, y = ([c[field] for c in own] for field in ("predicted_loss", "kl"))
+        axes.plot(x, y, "o", color=_COLORS.get(label, _COLORS["search"]), markersize=4, label=label)
+    axes.set(xscale="log", yscale="log")
+    ends = [bound(c["predicted_loss"] for c in searched) for bound in (min, max)]
+    axes.plot(ends, ends, ":", color="black", linewidth=1, label="equal")
 
 
-def _axes(x_label: str, y_label: str) -> Axes:
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(7.2, 4.2), layout="constrained").add_subplot()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    return axes
-
-
-def _points(candidates: list[dict[str, Any]], field: str) -> tuple[list[float], list[float]]:
-    return [100 * c["kept"] for c in candidates], [100 * c[field] for c in candidates]
-
-
-def _png(figure: Figure) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()
+def _points(candidates: Candidates) -> tuple[list[float], list[float]]:
+    return [100 * c["kept"] for c in candidates], [100 * c["mean"] for c in candidates]

@@ -1,4 +1,4 @@
-"""The page that shows what a search found: one file that fetches nothing. Does not import torch."""
+"""Write the page that shows a search: one file that fetches nothing. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def find_summary(work_dir: str | Path) -> dict[str, Any]:
-    """Read the latest summary of a work directory.
+    """Read the latest summary in a work directory.
 
     Raises:
         FileNotFoundError: If no search has ended there.
@@ -34,25 +34,25 @@ def find_summary(work_dir: str | Path) -> dict[str, Any]:
         )
     path = max(paths, key=lambda path: path.stat().st_mtime)
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = int(found["format_version"])
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = int(summary["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"`{path}` must be a search's summary, got {error!r}. Delete it and search again.") from error
     if version > FORMAT_VERSION:
         raise ValueError(f"`{path}` must have format {FORMAT_VERSION} or older, got {version}. Upgrade optimum-sieve.")
-    return found
+    return summary
 
 
 def write_page(found: dict[str, Any], output_dir: str | Path, *, overwrite: bool = False) -> Path:
     """Write the page and its pictures; all of them or nothing.
 
     Args:
-        found (`dict[str, Any]`): A summary of `find_summary`.
+        found (`dict[str, Any]`): A summary from `find_summary`.
         output_dir (`str | Path`): A new or empty directory.
-        overwrite (`bool`): Whether a directory that holds files is replaced.
+        overwrite (`bool`): Whether to replace a directory that holds files.
 
     Returns:
-        `Path`: The page. The pictures lie beside it as PNG files, and inside it.
+        `Path`: The page. It contains the pictures, which are also PNG files in its directory.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -71,9 +71,8 @@ def write_page(found: dict[str, Any], output_dir: str | Path, *, overwrite: bool
 
 def _render(found: dict[str, Any], pictures: dict[str, bytes]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     searched = [candidate for candidate in found["candidates"] if candidate["part"] == "search"]
-    return template.render(
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         found=found,
         result=found["result"],
         searched=searched,

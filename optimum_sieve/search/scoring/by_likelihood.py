@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,14 +14,12 @@ from optimum_sieve.evaluation.likelihoods import candidate_scores
 from optimum_sieve.evaluation.prefix import shared_prefix
 from optimum_sieve.evaluation.scores import evaluation_of
 from optimum_sieve.search.candidate import Outcome
-from optimum_sieve.search.ranking.calibrated_labels import calibrated_labels, expected_difference
+from optimum_sieve.search.labels import calibrated_labels, expected_difference
 
 from .scorer import Scorer
 
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from numpy.typing import NDArray
     from torch import nn
 
@@ -30,23 +28,19 @@ if TYPE_CHECKING:
 
 
 class CandidateScorer(Scorer):
-    """Score rank patterns on labels or choices; the labels are calibrated on all examples it knows.
+    """Score rank patterns on labels or choices; labels are calibrated on all known examples. See [`Scorer`]."""
 
-    Args:
-        *arguments, **options: See [`Scorer`].
-    """
-
-    by_candidate: ClassVar[bool] = True
+    by_candidate = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._prefix = shared_prefix([batch for batches in self._batches for batch in batches])
         self._width = max(len(example.candidates) for example in self._known)
-        self._dense: NDArray[np.float64] | None = None
+        self._dense: NDArray[np.float64] = np.zeros((0, self._width))
         self._labels: NDArray[np.float64] = np.zeros((0, self._width))
 
     def _prepare(self) -> None:
-        if self._dense is None:
+        if not len(self._dense):
             self._live.hold({})
             self._dense = self._score_dense()
             self._labels = calibrated_labels(evaluation_of(self._dense, self._known, self._metric))
@@ -61,31 +55,29 @@ class CandidateScorer(Scorer):
             return candidate_scores(model, batches, self._known)
 
     def _score(self, number: int) -> NDArray[np.float64]:
-        """Return the log-likelihood of every candidate of a slice (count, candidates), `-inf` where it has fewer."""
-        part, batches = self._parts[number], self._batches[number]
-        scores = candidate_scores(self._live.model, batches, part, prefix=self._prefix)
+        """Return the log-likelihood of every candidate of a part (count, candidates), `-inf` for a missing one."""
+        scores = candidate_scores(self._live.model, self._batches[number], self._parts[number], prefix=self._prefix)
         return np.pad(scores, ((0, 0), (0, self._width - scores.shape[1])), constant_values=-np.inf)
 
     def _outcome(self, scores: list[NDArray[np.float64]], *, complete: bool) -> Outcome:
-        assert self._dense is not None
-        found = np.concatenate(scores)
-        examples, labels = self._examples[: len(found)], self._labels[: len(found)]
-        dense = evaluation_of(self._dense[: len(found)], examples, self._metric)
-        pruned = evaluation_of(found, examples, self._metric)
+        pruned_scores = np.concatenate(scores)
+        count = len(pruned_scores)
+        examples, labels = self._examples[:count], self._labels[:count]
+        dense = evaluation_of(self._dense[:count], examples, self._metric)
+        pruned = evaluation_of(pruned_scores, examples, self._metric)
         comparison = compare(dense, pruned)
-        assert comparison.kl is not None
         return Outcome(
             mean=comparison.mean,
             expected=expected_difference(labels, dense, pruned),
             differences=pruned.values - dense.values,
             agreement=comparison.agreement,
             rises=expected_rises(labels, dense, pruned),
-            kl=comparison.kl,
+            kl=comparison.kl or 0.0,
             complete=complete,
         )
 
     def _loss(self, part: int) -> Loss:
-        start = [0, *self._ends][part]
+        start = sum(len(own) for own in self._parts[:part])
         labels = torch.from_numpy(self._labels).float()
 
         def loss(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -1,9 +1,8 @@
-"""Score rank patterns by the answers a model writes and by the likelihood of the gold ones."""
+"""Score rank patterns by the answers that a model writes and by the likelihood of the gold ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -21,24 +20,17 @@ from .scorer import Scorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.calibration.losses import Loss
     from optimum_sieve.evaluation.teacher import Teacher
+    from optimum_sieve.tasks import Example
 
 
-@dataclass(frozen=True, eq=False)
-class _Scores:
-    """What a model makes of some examples.
-
-    Args:
-        texts (`list[str]`): What it wrote for each.
-        losses (`numpy.ndarray` of shape `(count,)`): Negative log-likelihood of each gold answer, mean over its tokens.
-        divergences (`numpy.ndarray` of shape `(count,)`): KL to the dense model there, mean over the same tokens.
-    """
+class _Scores(NamedTuple):
+    """Texts of some examples; negative log-likelihood and KL to the dense model, each the mean over the gold answer."""
 
     texts: list[str]
     losses: NDArray[np.float64]
@@ -46,17 +38,14 @@ class _Scores:
 
 
 class WrittenScorer(Scorer):
-    """Score rank patterns on answers that are written.
+    """Score rank patterns on written answers. See [`Scorer`].
 
-    The metric is that of the texts. The loss, by which candidates compare, is that of the gold answers: it says more
-    of a candidate than a few texts that come out differently. Shares are those of the divergence from the dense model,
-    which is 0 there, as the correction takes for granted.
-
-    Args:
-        *arguments, **options: See [`Scorer`].
+    The metric is that of the texts. The loss, which ranks the candidates, is that of the gold answers: it says more
+    about a candidate than a few different texts. Shares are those of the divergence from the dense model, which is 0
+    there, as the correction assumes.
     """
 
-    by_candidate: ClassVar[bool] = False
+    by_candidate = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -68,17 +57,16 @@ class WrittenScorer(Scorer):
             return
         self._live.hold({})
         model = cast("PreTrainedModel", self._live.model)
-        # Losses and divergences are those from the dense model with this vocabulary, texts are from that with all.
+        # Losses and divergences refer to the dense model with this vocabulary, texts to the one with the full one.
         self._teachers = [
             teach(model, part, self._tokenizer, loss="vocabulary", batch_size=self._batch_size, progress=False)
             for part in self._parts
-            if part
         ]
         texts = self._dense_texts()
-        starts = [0, *self._ends]
+        starts = [0, *self._ends[:-1]]
         self._dense = [
             _Scores(texts[start:end], *self._losses(number))
-            for number, (start, end) in enumerate(zip(starts, self._ends, strict=False))
+            for number, (start, end) in enumerate(zip(starts, self._ends, strict=True))
         ]
         self.examples_scored += len(self._known)
 
@@ -88,24 +76,23 @@ class WrittenScorer(Scorer):
         with self._vocabulary.undone() as tokenizer:
             return self._write(self._examples, tokenizer)
 
-    def _write(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def _write(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         written = write_answers(self._live.model, examples, tokenizer, batch_size=self._batch_size)
         return [answer.text for answer in written]
 
     def _losses(self, number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return loss and divergence of each example of a slice (count,), in nats.
+        """Return loss and divergence of each example of a part (count,), in nats.
 
         Raises:
             ValueError: If the model returns values that are not finite.
         """
-        model, teacher = self._live.model, self._teachers[number]
-        device, count = input_device(model), len(self._parts[number])
+        model, device, count = self._live.model, input_device(self._live.model), len(self._parts[number])
         losses, divergences = np.zeros(count), np.zeros(count)
         with evaluating(model):
             for batch in self._batches[number]:
-                places = list(batch.indices)
-                divergence, loss = teacher.losses(model, batch.to(device))
-                losses[places], divergences[places] = loss.double().cpu().numpy(), divergence.double().cpu().numpy()
+                divergence, loss = self._teachers[number].losses(model, batch.to(device))
+                indices = list(batch.indices)
+                losses[indices], divergences[indices] = loss.double().cpu().numpy(), divergence.double().cpu().numpy()
         check_finite(np.isfinite(losses))
         return losses, divergences
 
@@ -113,20 +100,18 @@ class WrittenScorer(Scorer):
         return _Scores(self._write(self._parts[number], self._tokenizer), *self._losses(number))
 
     def _outcome(self, scores: list[_Scores], *, complete: bool) -> Outcome:
-        dense, pruned = (
-            [text for own in found for text in own.texts] for found in (self._dense[: len(scores)], scores)
-        )
+        pairs = list(zip(self._dense, scores, strict=False))
+        dense, pruned = ([text for pair in pairs for text in pair[side].texts] for side in (0, 1))
         examples = self._examples[: len(pruned)]
         before, after = (evaluation_of_texts(texts, examples, self._metric) for texts in (dense, pruned))
         comparison = compare(before, after)
-        rises = [own.losses - first.losses for own, first in zip(scores, self._dense, strict=False)]
         return Outcome(
             mean=comparison.mean,
-            # Nothing says how likely a text is right, so its chance cannot be taken out.
+            # The probability that a text is right is unknown, so its chance stays in.
             expected=comparison.mean,
             differences=after.values - before.values,
             agreement=comparison.agreement,
-            rises=np.concatenate(rises),
+            rises=np.concatenate([own.losses - first.losses for first, own in pairs]),
             # Rounding alone can make the KL of two equal distributions negative.
             kl=max(0.0, float(np.concatenate([own.divergences for own in scores]).mean())),
             complete=complete,

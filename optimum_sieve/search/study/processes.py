@@ -1,4 +1,4 @@
-"""Which process scores a candidate, and whether it still lives. Does not import torch."""
+"""Identify the process that scores a candidate, and detect its death. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ from pathlib import Path
 from typing import Any
 
 
-# Start times of one process may differ by this much (seconds) where the clock was set.
+# Largest difference between start times of one process (seconds), in case the clock was set.
 _CLOCK_TOLERANCE = 5.0
 
 
 def this_process() -> list[Any]:
-    """Return where this process runs, its number and its start."""
+    """Return machine, number and start time of this process."""
     return [machine(), os.getpid(), _start_time(os.getpid())]
 
 
 def machine() -> str:
-    """Name this machine since it was started, and the container: process numbers mean something within those alone."""
-    parts = [platform.node()]
+    """Identify this boot of the machine and the container, the scope of process numbers."""
     boot, container = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    if boot.exists():
-        parts.append(boot.read_text(encoding="ascii").strip())
-    if container.exists():
-        parts.append(str(container.readlink()))
-    return " ".join(parts)
+    parts = [boot.read_text(encoding="ascii").strip()] if boot.exists() else []
+    return " ".join([platform.node(), *parts, *([str(container.readlink())] if container.exists() else [])])
 
 
 def is_dead(process: list[Any]) -> bool:
-    """Whether `process`, of `this_process`, ran on this machine and runs no more."""
+    """Whether `process`, from `this_process`, ran on this machine and has ended."""
     place, number, start = process
     if place != machine():
         return False
@@ -38,7 +34,7 @@ def is_dead(process: list[Any]) -> bool:
 
 
 def _start_time(number: int) -> float | None:
-    """When a process of this machine started; `None` if there is none. Tells a new process of an old number apart."""
+    """Return the start time of a running process; it differs when a number is used again."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""Optuna storages by URL. Does not import torch."""
+"""Open Optuna storages by URL. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often a worker looks whether the search has begun (seconds).
+# Pause between a worker's checks whether the search has begun (seconds).
 _WAIT_SECONDS = 1.0
-# How often a database is opened whose tables another process is making, and the pause between (seconds).
+# Attempts to open a database while another process makes its tables, and the pause between them (seconds).
 _ATTEMPTS, _ATTEMPT_SECONDS = 10, 0.3
-# A process shows that it lives once in the first time, and is given up after the second (seconds).
+# Interval of a process's signs of life, and silence after which it counts as dead (seconds).
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 
 
@@ -39,8 +39,7 @@ def open_storage(url: str | None, grace_seconds: int = GRACE_SECONDS) -> optuna.
     try:
         with quiet():
             if url.startswith("journal:///"):
-                backend = JournalFileBackend(url.removeprefix("journal://"))
-                return optuna.storages.JournalStorage(backend)
+                return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal://")))
             return _open_database(url, grace_seconds)
     except Exception as error:
         raise ValueError(
@@ -51,23 +50,23 @@ def open_storage(url: str | None, grace_seconds: int = GRACE_SECONDS) -> optuna.
 
 
 def _open_database(url: str, grace_seconds: int) -> optuna.storages.RDBStorage:
-    """Open a database; where another process is making its tables at the same moment, open it again."""
-    attempts = 0
-    while True:
-        attempts += 1
+    # Several processes write to one SQLite file: wait for the lock rather than fail.
+    engine: dict[str, Any] = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    options: dict[str, Any] = {"grace_period": grace_seconds, "engine_kwargs": engine}
+    for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return optuna.storages.RDBStorage(
-                url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=grace_seconds, engine_kwargs=_engine(url)
-            )
+            return optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT_SECONDS, **options)
         except DBAPIError as error:
+            # Another process may make the tables at the same moment.
             is_race = isinstance(error, IntegrityError) or "already exists" in str(error)
-            if attempts == _ATTEMPTS or not is_race:
+            if attempt == _ATTEMPTS or not is_race:
                 raise
         time.sleep(_ATTEMPT_SECONDS)
+    raise AssertionError("unreachable")
 
 
 def wait_for_study(url: str, name: str) -> None:
-    """Return when a study exists and what it is made of is recorded; its leader makes it after the calibration."""
+    """Return once a study exists and its digests are recorded; its leader makes it after the calibration."""
     is_said = False
     while not _is_made(url, name):
         if not is_said:
@@ -97,13 +96,8 @@ def close_storage(storage: optuna.storages.BaseStorage) -> None:
         storage.engine.dispose()
 
 
-def _engine(url: str) -> dict[str, Any]:
-    # Several processes write to one SQLite file: wait for the lock rather than fail.
-    return {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-
-
 def public_url(url: str) -> str:
-    """Return `url` without password and query, for messages and logs; the kind of storage alone if it is no URL."""
+    """Return `url` without password and query, for messages and logs; only its scheme if it is no valid URL."""
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -118,7 +112,7 @@ def holds_secret(url: str) -> bool:
 
 
 def absolute_url(url: str) -> str:
-    """Return `url` such that it means the same file in any working directory."""
+    """Return `url` with an absolute path, so that it names the same file in any working directory."""
     prefix = "sqlite:///"
     if not url.startswith(prefix) or url == prefix:
         return url
@@ -127,7 +121,7 @@ def absolute_url(url: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Optuna's notes on experimental features, and its lines about the studies it makes, from the user."""
+    """Suppress Optuna's warnings about experimental features and its messages about new studies."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
