@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +16,13 @@ from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.modeling.conversion import plain_layers
 from optimum_sieve.modeling.experts import fuse_dense_experts
 from optimum_sieve.modeling.modeling_sieve import SieveConfigMixin, SievePreTrainedModel
-from optimum_sieve.publish.card import write_card
-from optimum_sieve.run.files import check_output, whole_directory
+from optimum_sieve.publish.card import build_export_card
+from optimum_sieve.publish.directory import save_directory
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -93,16 +93,16 @@ def save_dense(
         FileExistsError: If `output_dir` holds files and `overwrite` is false.
         OSError: If the disk is full or the directory cannot be written.
     """
-    output = Path(output_dir)
-    layers = plain_layers(model)
-    check_output(output, overwrite, needed_bytes=tensor_bytes(model) + sum(map(_added_bytes, layers.values())))
-    block = model.config.sieve
-    export_dense(model, progress=progress)
-    with whole_directory(output) as partial:
-        model.save_pretrained(partial, **options)
-        tokenizer.save_pretrained(partial)
-        write_card(
-            partial,
+    layers, block = plain_layers(model), model.config.sieve
+
+    def write_model(directory: Path) -> None:
+        export_dense(model, progress=progress).save_pretrained(directory, **options)
+
+    return save_directory(
+        output_dir,
+        write_model,
+        tokenizer,
+        lambda: build_export_card(
             block,
             kind=model_kind(model),
             form="dense",
@@ -110,9 +110,11 @@ def save_dense(
             "`trust_remote_code`. It gives what the pruned model gives, but for rounding, at the dense model's size "
             "and speed.",
             library_name="transformers",
-            license=license_id,
-        )
-    return output
+            license_id=license_id,
+        ),
+        overwrite=overwrite,
+        needed_bytes=tensor_bytes(model) + sum(map(_added_bytes, layers.values())),
+    )
 
 
 def base_config(model: PreTrainedModel) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +16,15 @@ from optimum_sieve.backbone.kinds import max_positions, model_kind
 from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.modeling.conversion import plain_layers
 from optimum_sieve.modeling.experts import SeparateExperts
-from optimum_sieve.publish.card import write_card
-from optimum_sieve.run.files import check_output, whole_directory
+from optimum_sieve.publish.card import build_export_card
+from optimum_sieve.publish.directory import save_directory
 
 from .dense import base_config
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -73,33 +74,28 @@ def export_onnx(
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be positive, got {tolerance}. 1e-3 is the default.")
     _check_model(model)
-    output = Path(output_dir)
-    check_output(output, overwrite, needed_bytes=tensor_bytes(model))
-    was_training = model.training
-    model.train(False)
-    try:
-        with whole_directory(output) as partial:
-            _trace(model).save_pretrained(partial)
-            difference = _difference(model, partial / "model.onnx")
-            # Not `>`: it may be NaN.
-            if not difference <= tolerance:
-                raise RuntimeError(
-                    f"`tolerance` must cover what ONNX Runtime makes of the graph, got {tolerance:g} and a difference "
-                    f"of {difference:.3g} of the largest logit. Nothing was written; allow it with a higher tolerance."
-                )
-            tokenizer.save_pretrained(partial)
-            write_card(
-                partial,
-                model.config.sieve,
-                kind=model_kind(model),
-                form="ONNX",
-                text="as an ONNX graph, `model.onnx` with its weights in `model.onnx.data`. In ONNX Runtime its logits "
-                f"differ from those of the model by at most {difference:.1g} of the largest, on random inputs.",
-                library_name="onnx",
-                license=license_id,
-            )
-    finally:
-        model.train(was_training)
+    difference = math.nan
+
+    def write_model(directory: Path) -> None:
+        nonlocal difference
+        difference = _write_graph(model, directory, tolerance)
+
+    save_directory(
+        output_dir,
+        write_model,
+        tokenizer,
+        lambda: build_export_card(
+            model.config.sieve,
+            kind=model_kind(model),
+            form="ONNX",
+            text="as an ONNX graph, `model.onnx` with its weights in `model.onnx.data`. In ONNX Runtime its logits "
+            f"differ from those of the model by at most {difference:.1g} of the largest, on random inputs.",
+            library_name="onnx",
+            license_id=license_id,
+        ),
+        overwrite=overwrite,
+        needed_bytes=tensor_bytes(model),
+    )
     return difference
 
 
@@ -131,6 +127,28 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             "`model` must have a `pad_token_id` in its configuration to classify several rows, got None. Set it."
         )
+
+
+def _write_graph(model: PreTrainedModel, directory: Path, tolerance: float) -> float:
+    """Write the graph of a model in evaluation mode, check it, and return its largest relative difference.
+
+    Raises:
+        RuntimeError: If the exporter fails, or the difference exceeds `tolerance`.
+    """
+    was_training = model.training
+    model.train(False)
+    try:
+        _trace(model).save_pretrained(directory)
+        difference = _difference(model, directory / "model.onnx")
+    finally:
+        model.train(was_training)
+    # Not `>`: it may be NaN.
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"`tolerance` must cover what ONNX Runtime makes of the graph, got {tolerance:g} and a difference "
+            f"of {difference:.3g} of the largest logit. Nothing was written; allow it with a higher tolerance."
+        )
+    return difference
 
 
 def _trace(model: PreTrainedModel) -> Any:

@@ -13,8 +13,8 @@ from optimum_sieve.backbone.loading import empty_model
 from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.modeling.conversion import check_pruned, plain_layers
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
-from optimum_sieve.publish.card import write_card
-from optimum_sieve.run.files import check_output, whole_directory
+from optimum_sieve.publish.card import build_export_card
+from optimum_sieve.publish.directory import save_directory
 from optimum_sieve.surgery.factors import recompress
 
 from .layer import require_peft, whole_matrix
@@ -168,19 +168,19 @@ def save_merged(
         FileExistsError: If `output_dir` holds files and `overwrite` is false.
         OSError: If the disk is full or the directory cannot be written.
     """
-    output = Path(output_dir)
-    check_output(output, overwrite, needed_bytes=tensor_bytes(model))
-    with whole_directory(output) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_card(
-            partial,
+    return save_directory(
+        output_dir,
+        model.save_pretrained,
+        tokenizer,
+        lambda: build_export_card(
             model.config.sieve,
             kind=model_kind(model),
             form="adapted",
             text="into which a LoRA adapter was merged. Nothing was measured after the merge: "
             "`optimum-cli sieve evaluate` does.",
             library_name="transformers",
-            license=license_id,
-        )
-    return output
+            license_id=license_id,
+        ),
+        overwrite=overwrite,
+        needed_bytes=tensor_bytes(model),
+    )

@@ -1,4 +1,4 @@
-"""What a pruning run returns, and how it is written."""
+"""The result of a pruning run, and its directory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.run import distributed
-from optimum_sieve.run.files import check_output, whole_directory
 from optimum_sieve.surgery.apply import largest_coefficient
 
 from .card import PIPELINE_TAGS, base_license, build_card
-from .report import REPORT_NAME, build_report, task_block, task_blocks, write_report
+from .directory import save_directory
+from .report import build_report, task_block, task_blocks
 
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """What was scored of one task.
+    """Evaluations of one task.
 
     Args:
         task (`str`): Name of the task.
-        dense (`Evaluation`): The dense model's evaluation on the test split.
-        pruned (`Evaluation`): The pruned model's.
-        references (`str`, *optional*): Whose answers the scores are against, where the data has none.
+        dense (`Evaluation`): Evaluation of the dense model on the test split.
+        pruned (`Evaluation`): Evaluation of the pruned model on the same examples.
+        references (`str`, *optional*): Model whose answers the scores compare with, if the data has none.
     """
 
     task: str
@@ -46,25 +46,25 @@ class TaskScores:
 
     @classmethod
     def of(cls, task: TaskRun, dense: Evaluation, pruned: Evaluation) -> TaskScores:
-        """Name the task of two evaluations."""
+        """Make the scores of a task from two evaluations."""
         return cls(task=task.name, dense=dense, pruned=pruned, references=None if task.labelled else "dense model")
 
     def block(self) -> dict[str, Any]:
-        """Return what the report says of the task."""
+        """Return the section of the report."""
         comparison = compare(self.dense, self.pruned)
         return task_block(self.task, self.dense, self.pruned, comparison, references=self.references)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SieveResult:
-    """What a pruning run returns.
+    """Result of a pruning run.
 
     Args:
         model (`PreTrainedModel`): The pruned model, of model type `sieve`.
         rank_pattern (`dict[str, dict]`): Module name, relative to the base model -> `rank`, `storage`, `bias`.
-        report (`dict[str, Any]`): The content of `sieve_report.json`.
-        trials (`list[dict]`): What the search tried, with its figures on the selection split.
-        scores (`tuple[TaskScores, ...]`): What each example of the test split got, of each task.
+        report (`dict[str, Any]`): Content of `sieve_report.json`.
+        trials (`list[dict]`): Candidates of the search with their scores on the selection split.
+        scores (`tuple[TaskScores, ...]`): Evaluations of each task on its test split, with a score per example.
     """
 
     model: PreTrainedModel
@@ -89,27 +89,27 @@ def make_result(
     vocabulary: dict[str, int] | None = None,
     latency: dict[str, float] | None = None,
 ) -> SieveResult:
-    """Turn a factorized model, in place, into one of model type `sieve`, and report on it.
+    """Turn a factorized model into one of model type `sieve`, in place, and build its report.
 
     Args:
         model (`PreTrainedModel`): The factorized model.
-        scores (`Sequence[TaskScores]`): The dense and the pruned model's, of each task.
-        sizes (`tuple[dict, dict]`): Before and after, see `measure_sizes`.
-        trials (`list[dict]`): What the search tried.
+        scores (`Sequence[TaskScores]`): Evaluations of each task.
+        sizes (`tuple[dict, dict]`): Sizes before and after, see `measure_sizes`.
+        trials (`list[dict]`): Candidates of the search.
         settings (`dict[str, Any]`): `SieveConfig.to_dict()` of the run.
         seconds (`dict[str, float]`): Wall-clock time of each stage.
-        loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded.
+        loading (`dict[str, str]`, *optional*): Options that loaded the dense model.
         base_model (`str`, *optional*): Public name of the dense model.
-        base_revision (`str`, *optional*): Its commit on the Hub.
-        healing (`dict[str, Any]`, *optional*): What healing did.
-        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, where they are fewer.
-        latency (`dict[str, float]`, *optional*): Seconds of the targets for one row, where they had a target.
+        base_revision (`str`, *optional*): Commit of the dense model on the Hub.
+        healing (`dict[str, Any]`, *optional*): Result of healing.
+        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
+        latency (`dict[str, float]`, *optional*): Seconds of the targets for one row, if there was a latency target.
     """
     named = dict(zip(("before", "after"), sizes, strict=True))
     report = build_report(
-        [own.block() for own in scores],
-        parameters={f"{part}_{when}": own[part] for part in ("targets", "model") for when, own in named.items()},
-        num_bytes={when: own["bytes"] for when, own in named.items()},
+        [task.block() for task in scores],
+        parameters={f"{part}_{when}": size[part] for part in ("targets", "model") for when, size in named.items()},
+        num_bytes={when: size["bytes"] for when, size in named.items()},
         seconds={stage: round(value, 3) for stage, value in seconds.items()},
         settings=settings,
         largest_coefficient=largest_coefficient(model),
@@ -136,7 +136,7 @@ def make_result(
 
 
 def _results(report: dict[str, Any]) -> dict[str, Any]:
-    """Return what the configuration says of the scores: of one task itself, of several a list under `"tasks"`."""
+    """Return the scores for the configuration: the block of a single task, or several under `"tasks"`."""
     keys = ("task", "split", "metric", "count", "dense", "pruned")
     blocks = [{key: task[key] for key in keys} for task in task_blocks(report)]
     return blocks[0] if len(blocks) == 1 else {"tasks": blocks}
@@ -158,27 +158,25 @@ def save_result(
         FileExistsError: If `output` holds files and `overwrite` is false.
         OSError: If the disk is full or the directory cannot be written.
     """
-    if not distributed.is_first():
-        distributed.wait()
-        return output
-    check_output(output, overwrite, needed_bytes=result.report["bytes"]["after"])
-    report = result.report
-    limited = report["settings"]["memory_limit"] is not None
-    options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
-    with whole_directory(output) as partial:
-        result.model.save_pretrained(partial, **options)
-        tokenizer.save_pretrained(partial)
-        report["bytes"]["after"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-        write_report(report, partial / REPORT_NAME)
-        card = build_card(
-            report,
-            result.rank_pattern,
-            base_model=base_model,
-            base_revision=base_revision,
-            task_specs=task_specs,
-            pipeline_tag=PIPELINE_TAGS[model_kind(result.model)],
-            license_id=base_license(base_model),
+    if distributed.is_first():
+        limited = result.report["settings"]["memory_limit"] is not None
+        options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
+        save_directory(
+            output,
+            lambda directory: result.model.save_pretrained(directory, **options),
+            tokenizer,
+            lambda: build_card(
+                result.report,
+                result.rank_pattern,
+                base_model=base_model,
+                base_revision=base_revision,
+                task_specs=task_specs,
+                pipeline_tag=PIPELINE_TAGS[model_kind(result.model)],
+                license_id=base_license(base_model),
+            ),
+            report=result.report,
+            overwrite=overwrite,
+            needed_bytes=result.report["bytes"]["after"],
         )
-        card.save(partial / "README.md")
     distributed.wait()
     return output

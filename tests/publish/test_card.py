@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 
 from optimum_sieve import SieveConfig
 from optimum_sieve.commands.options import add_settings, settings_from
-from optimum_sieve.publish.card import base_license, build_card, reproduction_command
+from optimum_sieve.publish.card import base_license, build_card
+from optimum_sieve.publish.reproduction import reproduction_command
 
 
 SPEC = {"name": "toy", "prompt": "Review: {{ text }}\nSentiment:", "labels": {"no": " no", "yes": " yes"}}

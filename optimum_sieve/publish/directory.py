@@ -1,0 +1,59 @@
+"""Write the directory of a model: complete or not at all. Every command that writes a model does so here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve.run.files import check_output, whole_directory
+
+from .report import REPORT_NAME, write_report
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_directory(
+    output_dir: str | Path,
+    write_model: Callable[[Path], None],
+    tokenizer: PreTrainedTokenizerBase,
+    card: Callable[[], object],
+    *,
+    report: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    needed_bytes: int = 0,
+) -> Path:
+    """Check the output directory; write model, tokenizer, card and report to a temporary one; rename it.
+
+    If anything fails, the temporary directory is removed, and what was in `output_dir` is still there.
+
+    Args:
+        output_dir (`str | Path`): A new or empty directory.
+        write_model (`Callable[[Path], None]`): Writes the model to a directory; called after the check.
+        tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
+        card (`Callable[[], object]`): Makes the model card, whose `str` becomes README.md; called after everything else
+            is written.
+        report (`dict[str, Any]`, *optional*): Becomes `sieve_report.json`, with the size of the weights as written.
+        overwrite (`bool`): Whether to replace a directory that holds files, once the new one is complete.
+        needed_bytes (`int`): Bytes that must be free on the disk.
+
+    Returns:
+        `Path`: `output_dir`.
+
+    Raises:
+        FileExistsError: If `output_dir` holds files and `overwrite` is false.
+        OSError: If the disk is full or the directory cannot be written.
+    """
+    output = Path(output_dir)
+    check_output(output, overwrite, needed_bytes=needed_bytes)
+    with whole_directory(output) as partial:
+        write_model(partial)
+        tokenizer.save_pretrained(partial)
+        if report is not None:
+            report["bytes"]["after"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+            write_report(report, partial / REPORT_NAME)
+        (partial / "README.md").write_text(str(card()), encoding="utf-8", newline="")
+    return output
