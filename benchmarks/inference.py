@@ -1,4 +1,4 @@
-"""Time prefill and decoding of a pruned model beside the dense one, and compare with what its bytes allow.
+"""Time prefill and decoding of a pruned and a dense model, and compare with the limit that their bytes set.
 
     python benchmarks/inference.py                                      # SmolLM2's shape, float32
     python benchmarks/inference.py --compile --threads 1
@@ -6,76 +6,54 @@
     python benchmarks/inference.py --config benchmarks/configs/llama-3.1-8b --dtype bfloat16 --device cuda --compile
 
 Weights are random, as time does not depend on them. Both models come from `from_pretrained`; the dense one's parameters
-are copied into ordinary memory, as a pruned one's are when it is loaded. Each pruned model has the same part of every
-matrix of its blocks; the two models of a row take turns, so that a noisy machine treats them alike. A ratio above 1
-says that the pruned model is faster; beside it, the largest ratio of a round less the smallest. Decoding reads every
-weight once for each token, an untied embedding apart: the byte limit is the ratio of those bytes, which no layout can
-exceed where memory is what bounds. Decoding uses a static cache that holds 128 tokens before.
+are copied into ordinary memory, as loading copies a pruned one's. Each pruned model keeps the same part of every matrix
+of its blocks; the two models of a row take turns, so that a noisy machine treats them alike. A ratio above 1 means that
+the pruned model is faster; the number in brackets is the largest minus the smallest ratio of a round. Decoding reads
+every weight once per token, except an untied embedding: the byte limit is the ratio of those bytes, which no layout can
+exceed where memory bandwidth is the bottleneck. Decoding uses a static cache that holds 128 tokens before.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import itertools
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from records import append_json
-from results.measure import machine_name
-from source import choose_source
+from bench import (
+    append_json,
+    choose_source,
+    copy_parameters,
+    find_targets,
+    largest_rank,
+    machine_name,
+    make_parser,
+    sieve_model,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from optimum_sieve.allocation.budget import largest_rank, rank_parameters
-from optimum_sieve.backbone.sizes import tensor_bytes
-from optimum_sieve.backbone.targets import find_targets
-from optimum_sieve.modeling.conversion import sieve_model
-from optimum_sieve.modeling.layers import FactorizedLinear
-from optimum_sieve.modeling.layout import copy_parameters, lay_out_for_generation
+from optimum_sieve import FactorizedLinear, lay_out_for_generation
 
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
-# Tokens that lie in the cache when decoding begins.
+# Tokens in the cache when decoding begins.
 CONTEXT = 128
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one kind of step takes.
-
-    Args:
-        dense (`float`): Seconds of a step of the dense model, median over the rounds.
-        pruned (`float`): The same of the pruned model.
-        ratio (`float`): Dense over pruned, median of the rounds' ratios.
-        spread (`float`): Largest less smallest ratio of a round.
-    """
-
-    dense: float
-    pruned: float
-    ratio: float
-    spread: float
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--columns", choices=("pruned", "both"), help="which models to lay out for generation")
-    return parser.parse_args(words)
-
-
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Make a parser of the options that say which models and steps are timed, and how."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="directory with a config.json; default: the demo's model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: all")
+    parser.add_argument("--threads", type=int, help="threads of the CPU; default: all")
     parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.5, 0.3])
     parser.add_argument("--storages", nargs="+", choices=("factors", "pivoted"), default=["factors", "pivoted"])
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 1024], help="tokens of one row")
@@ -83,8 +61,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=8, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="both models, with torch.compile")
+    parser.add_argument("--columns", choices=("pruned", "both"), help="which models to lay out for generation")
     parser.add_argument("--json", type=Path, help="append the rows to this file, as JSON lines")
-    return parser
+    return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -96,36 +75,33 @@ def main(words: Sequence[str] | None = None) -> None:
     copy_parameters(dense)
     if options.columns == "both":
         lay_out_for_generation(dense)
-    machine = machine_name(torch.device(options.device))
+    machine = machine_name(options.device)
     print(f"{machine}, {options.dtype}, {'compiled' if options.compile else 'eager'}")
-    print(f"dense: {tensor_bytes(dense) / 1e6:,.0f} MB, loaded in {seconds:.1f} s\n")
+    print(f"dense: {dense.get_memory_footprint() / 1e6:,.0f} MB, loaded in {seconds:.1f} s\n")
     print("| kept | storage | MB | load s | step | dense ms | pruned ms | ratio | byte limit | of the limit |")
     print("| ---: | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
-    for kept in options.kept:
-        for storage in options.storages:
-            pruned, seconds = reload(make_pruned(dense, kept, storage))
-            if options.columns:
-                lay_out_for_generation(pruned)
-            limit = decode_bytes(dense) / decode_bytes(pruned)
-            size = tensor_bytes(pruned) / 1e6
-            for step, timing in time_pair(dense, pruned, options):
-                bound = limit if step.startswith("decode") else None
-                print_row(kept, storage, size, seconds, step, timing, bound)
-                if options.json:
-                    row = {"kept": kept, "storage": storage, "step": step, "limit": bound, **vars(timing)}
-                    settings = {"machine": machine, "compiled": options.compile, "columns": options.columns}
-                    append_json(options.json, {**row, **settings})
-            del pruned
-            torch.compiler.reset()
+    for kept, storage in itertools.product(options.kept, options.storages):
+        pruned, seconds = reload(make_pruned(dense, kept, storage))
+        if options.columns:
+            lay_out_for_generation(pruned)
+        ratio = decode_bytes(dense) / decode_bytes(pruned)
+        size = f"{pruned.get_memory_footprint() / 1e6:,.0f} | {seconds:.1f}"
+        for step, timing in time_pair(dense, pruned, options):
+            limit = ratio if step.startswith("decode") else None
+            print(f"| {kept:g} | {storage} | {size} | {step} | {format_row(timing, limit)} |", flush=True)
+            row = {"kept": kept, "storage": storage, "step": step, "limit": limit, **timing}
+            append_json(
+                options.json, {**row, "machine": machine, "compiled": options.compile, "columns": options.columns}
+            )
+        del pruned
+        torch.compiler.reset()
 
 
-def print_row(
-    kept: float, storage: str, size: float, seconds: float, step: str, timing: Timing, bound: float | None
-) -> None:
-    """Print a row of the table."""
-    limit = " | " if bound is None else f"{bound:.2f} | {timing.ratio / bound:.2f}"
-    times = f"{1e3 * timing.dense:.1f} | {1e3 * timing.pruned:.1f} | {timing.ratio:.2f} ({timing.spread:.2f})"
-    print(f"| {kept:g} | {storage} | {size:,.0f} | {seconds:.1f} | {step} | {times} | {limit} |", flush=True)
+def format_row(timing: dict[str, float], limit: float | None) -> str:
+    """Format the times of a row of the table."""
+    bound = " | " if limit is None else f"{limit:.2f} | {timing['ratio'] / limit:.2f}"
+    times = " | ".join(f"{1e3 * timing[name]:.1f}" for name in ("dense", "pruned"))
+    return f"{times} | {timing['ratio']:.2f} ({timing['spread']:.2f}) | {bound}"
 
 
 def read_config(directory: Path | None) -> Any:
@@ -134,52 +110,44 @@ def read_config(directory: Path | None) -> Any:
         return AutoConfig.from_pretrained(directory)
     path, _, gguf_file = choose_source(None, None)
     config = AutoConfig.from_pretrained(path, gguf_file=gguf_file)
-    # Of the file that the configuration was read from; the weights here are plain.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    # The GGUF file is quantized, the random weights are not.
+    vars(config).pop("quantization_config", None)
     return config
 
 
 def make_dense(config: Any, dtype: str, device: str) -> Any:
-    """Make the dense model, of random weights."""
+    """Make the dense model, with random weights."""
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 def make_pruned(dense: Any, kept: float, storage: str) -> Any:
-    """Copy a model with the part `kept` of every matrix of its blocks, in new random factors."""
+    """Copy a model, with random factors that keep the part `kept` of every matrix of its blocks."""
     model = copy.deepcopy(dense)
     for parameter in model.parameters():
-        # To be saved: the dense model may be laid out for generation.
+        # Saving needs it: the dense model may be laid out for generation.
         parameter.data = parameter.data.contiguous()
     for target in find_targets(model):
         shape = (target.out_features, target.in_features)
         rank = largest_rank(round(kept * target.num_parameters), *shape, storage)
-        assert rank_parameters(rank, *shape, storage) <= kept * target.num_parameters + 1
         parent, _, name = target.name.rpartition(".")
         weight = model.get_submodule(target.name).weight
-        layer = FactorizedLinear(
-            target.in_features,
-            target.out_features,
-            rank,
-            storage=storage,  # type: ignore[arg-type]
-            bias=target.has_bias,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        options = {"storage": storage, "bias": target.has_bias, "device": weight.device, "dtype": weight.dtype}
+        layer = FactorizedLinear(target.in_features, target.out_features, rank, **options)
         setattr(model.get_submodule(parent), name, layer.eval())
     return sieve_model(model, base_model=None, settings={}, results={})
 
 
 def decode_bytes(model: Any) -> int:
-    """Return the bytes that decoding one token reads: all weights but an embedding that is not the head too."""
+    """Return the bytes that decoding one token reads: all weights except an embedding that is not also the head."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return tensor_bytes(model) - (0 if embedding is head else embedding.numel() * embedding.element_size())
+    weights = int(model.get_memory_footprint(return_buffers=False))
+    return weights - (0 if embedding is head else embedding.numel() * embedding.element_size())
 
 
 def reload(model: Any) -> tuple[Any, float]:
-    """Return a model as `from_pretrained` gives it, and the seconds that took; the file is in the page cache."""
+    """Save and load a model; return it and the seconds of the loading, with the file in the page cache."""
     with tempfile.TemporaryDirectory(prefix="inference-") as directory:
         model.save_pretrained(directory)
         start = time.perf_counter()
@@ -187,7 +155,7 @@ def reload(model: Any) -> tuple[Any, float]:
         return loaded.eval(), time.perf_counter() - start
 
 
-def time_pair(dense: Any, pruned: Any, options: argparse.Namespace) -> list[tuple[str, Timing]]:
+def time_pair(dense: Any, pruned: Any, options: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
     """Time every kind of step of two models."""
     rows = []
     for length in options.prefill:
@@ -199,25 +167,31 @@ def time_pair(dense: Any, pruned: Any, options: argparse.Namespace) -> list[tupl
     return rows
 
 
-def take_turns(dense: Callable[[], Any], pruned: Callable[[], Any], *, rounds: int, steps: int) -> Timing:
-    """Time two functions of `steps` steps in turns; the first two rounds warm up."""
+def take_turns(dense: Callable[[], Any], pruned: Callable[[], Any], *, rounds: int, steps: int) -> dict[str, float]:
+    """Time two functions of `steps` steps in turns, after two rounds of warmup.
+
+    Returns:
+        `dict[str, float]`: Median seconds per step, `dense` and `pruned`; `ratio`, the median over the rounds, and
+        `spread`, the largest minus the smallest ratio of a round.
+    """
     seconds: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():
         for number in range(rounds + 2):
-            for run, own in zip((dense, pruned), seconds, strict=True):
+            for run, times in zip((dense, pruned), seconds, strict=True):
                 start = time.perf_counter()
                 run()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 if number >= 2:
-                    own.append((time.perf_counter() - start) / steps)
+                    times.append((time.perf_counter() - start) / steps)
     ratios = [before / after for before, after in zip(*seconds, strict=True)]
     before, after = map(statistics.median, seconds)
-    return Timing(before, after, statistics.median(ratios), max(ratios) - min(ratios))
+    spread = max(ratios) - min(ratios)
+    return {"dense": before, "pruned": after, "ratio": statistics.median(ratios), "spread": spread}
 
 
 def forward(model: Any, options: argparse.Namespace) -> Any:
-    """Return the model's forward pass, compiled where asked for: with CUDA graphs on a GPU."""
+    """Return the model's forward pass, compiled if `--compile` is set: with CUDA graphs on a GPU."""
     if not options.compile:
         return model
     mode = "reduce-overhead" if options.device.startswith("cuda") else "default"
@@ -225,20 +199,14 @@ def forward(model: Any, options: argparse.Namespace) -> Any:
 
 
 def prefill(model: Any, length: int, options: argparse.Namespace) -> Callable[[], Any]:
-    """Return a function that runs `length` tokens, the last one's logits alone, as generation does."""
+    """Return a function that runs `length` tokens and computes the last one's logits alone, as generation does."""
     ids = torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
     run = forward(model, options)
     return lambda: run(ids, use_cache=False, logits_to_keep=1)
 
 
 class Decoding:
-    """Decode `options.steps` tokens at each call, greedily, from a static cache that is filled to `CONTEXT` tokens.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        batch (`int`): Rows that decode together.
-        options (`argparse.Namespace`): Of the command line.
-    """
+    """Decode `options.steps` tokens of `batch` rows at each call, greedily, with a static cache of `CONTEXT` tokens."""
 
     def __init__(self, model: Any, batch: int, options: argparse.Namespace) -> None:
         self.steps, self.position = options.steps, CONTEXT
@@ -251,8 +219,8 @@ class Decoding:
 
     def _step(self, run: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         output = run(ids, past_key_values=self.cache, position_ids=positions[None], logits_to_keep=1)
-        # CUDA graphs use their outputs' memory again.
-        return output.logits[:, -1:].argmax(-1).clone()  # type: ignore[no-any-return]
+        # CUDA graphs reuse the memory of their outputs.
+        return output.logits[:, -1:].argmax(-1).clone()
 
     def __call__(self) -> None:
         """Decode."""

@@ -1,47 +1,70 @@
-"""Time the stages of pruning models of several sizes, and compare time and memory with what `sieve plan` says before.
+"""Prune models of several sizes, with and without a memory limit, and compare time and memory with the plan.
 
     python benchmarks/pruning.py                                        # SmolLM2 and two random models
-    python benchmarks/pruning.py --sizes 2048x20 --memory-limit 3GB --examples 32
+    python benchmarks/pruning.py --sizes demo --memory-limits none 700MB
+    python benchmarks/pruning.py --sizes 1536x40 --memory-limits 3GB --examples 32 --rounds 1
 
-Each run is a process of its own, `optimum-cli sieve prune` on the demo's task, and the machine should have no other
-work: the plan measures how fast it is. A size is `demo`, the demo's model in float32, or hidden size x blocks of a
-random Llama in bfloat16. Memory is the resident size of the process; the plan's is with what it says of Python and its
-libraries. The plan tells the time of `moments` and `factors`; `ranks` and `test` score selection and test examples.
+Each run is a process of its own, `optimum-cli sieve prune` on the demo's task. The machine should have no other work,
+as the plan measures its speed. A size is `demo`, the demo's model in float32, or hidden size x blocks of a random Llama
+in bfloat16. Memory is the peak resident size of the process; the planned one includes Python and its libraries. The
+plan covers `moments` and `factors`; `ranks` and `test` score selection and test examples. With several limits, the KL
+divergence from the first result shows that the others are the same.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
 import json
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from memory_limit import prune, save_model, write_task
-from results.measure import machine_name
-from transformers import AutoTokenizer
+from bench import CACHE, choose_source, forecast, load_model, machine_name, make_parser, read_spec, save_model, score
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from optimum_sieve import SieveConfig, Task
-from optimum_sieve.plan.forecast import forecast
+from optimum_sieve import SieveConfig, SievePruner, Task, compare
 
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
-HEADER = (
-    "| model | parameters | memory, planned | measured | / planned | moments, planned | measured | factors, planned "
-    "| measured | ranks | test | in all |\n| --- |" + " ---: |" * 11
+COLUMNS = (
+    *("model", "limit", "parameters", "memory, planned", "measured", "/ planned", "moments, planned", "measured"),
+    *("factors, planned", "measured", "ranks", "test", "in all"),
 )
+# Runs in a process of its own: the peak of a child includes the memory that its parent had at the start, and this
+# process holds models.
+WAIT = """
+import resource, subprocess, sys
+with open(sys.argv[1], "w") as log:
+    status = subprocess.call(sys.argv[2:], stdout=log, stderr=subprocess.STDOUT)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The pruned model of a run, its wall-clock time, and the peak resident size of its process in bytes."""
+
+    output: Path
+    seconds: float
+    peak: int
+    planned: int
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["demo", "768x12", "1024x24"], help="demo, or hidden x blocks")
-    parser.add_argument("--memory-limit", help="such as 3GB")
+    parser.add_argument("--memory-limits", nargs="+", default=["none"], help="none, or such as 3GB; each is a run")
     parser.add_argument("--pruning-ratio", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=SieveConfig.rounds)
     parser.add_argument("--batch-size", type=int, default=SieveConfig.batch_size)
@@ -51,49 +74,115 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Print a row for each size."""
+    """Print a row for each size and limit."""
     arguments = parse_arguments(words)
-    print(f"{machine_name(torch.device('cpu'))}, {torch.get_num_threads()} threads\n\n{HEADER}", flush=True)
+    header = f"| {' | '.join(COLUMNS)} |\n| --- | --- |{' ---: |' * (len(COLUMNS) - 2)}"
+    print(f"{machine_name()}, {torch.get_num_threads()} threads\n\n{header}", flush=True)
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory(prefix="pruning-") as name:
-            print(measure(size, Path(name), arguments), flush=True)
+            directory = Path(name)
+            task = write_task(directory, arguments)
+            write_model(directory / "model", size)
+            outputs = []
+            for limit in arguments.memory_limits:
+                row, output = measure(size, limit, directory, task, arguments)
+                outputs.append(output)
+                print(row, flush=True)
+            for limit, output in zip(arguments.memory_limits[1:], outputs[1:], strict=True):
+                print(f"\nKL of {size}, {limit}, to the first: {divergence(task, outputs[0], output):.2e}")
 
 
-def measure(size: str, directory: Path, arguments: argparse.Namespace) -> str:
-    """Prune a model of one size; return its row."""
-    arguments = copy.copy(arguments)
-    arguments.hidden, arguments.layers = (None, None) if size == "demo" else map(int, size.split("x"))
-    model, task = directory / "model", write_task(directory, arguments)
-    save_model(model, arguments)
-    config = SieveConfig(
-        pruning_ratio=arguments.pruning_ratio,
-        rounds=arguments.rounds,
-        batch_size=arguments.batch_size,
-        memory_limit=arguments.memory_limit,
-    )
-    tokens = calibration_tokens(model, task)
+def measure(size: str, limit: str, directory: Path, task: Path, arguments: argparse.Namespace) -> tuple[str, Path]:
+    """Prune the model in `directory`; return its row and the pruned model."""
+    names = ("pruning_ratio", "rounds", "batch_size")
+    settings = {name: getattr(arguments, name) for name in names} | ({} if limit == "none" else {"memory_limit": limit})
+    tokens = calibration_tokens(directory / "model", task)
     expected: dict[str, float] = forecast(
-        model,
-        config,
+        directory / "model",
+        SieveConfig(**settings),
         examples=len(tokens),
         tokens=round(statistics.mean(tokens)),
         dtype="float32" if size == "demo" else "bfloat16",
     ).seconds
-    run = prune(model, task, arguments.memory_limit, directory, arguments)
+    run = prune(directory, task, directory / f"out-{limit}", settings)
     report: dict[str, Any] = json.loads((run.output / "sieve_report.json").read_text())
     seconds = report["seconds"]
-    columns = [size, f"{report['parameters']['model_before'] / 1e6:,.0f} M"]
+    columns = [size, limit, f"{report['parameters']['model_before'] / 1e6:,.0f} M"]
     columns += [f"{run.planned / 1e6:,.0f} MB", f"{run.peak / 1e6:,.0f} MB", f"{run.peak / run.planned:.2f}"]
     columns += [f"{each[stage]:.0f} s" for stage in ("moments", "factors") for each in (expected, seconds)]
     columns += [*(f"{seconds[stage]:.0f} s" for stage in ("ranks", "test")), f"{run.seconds:.0f} s"]
-    return f"| {' | '.join(columns)} |"
+    return f"| {' | '.join(columns)} |", run.output
+
+
+def prune(directory: Path, task: Path, output: Path, settings: dict[str, Any]) -> Run:
+    """Prune in a process of its own."""
+    model, work = directory / "model", directory / "work"
+    offload = {"offload_dir": directory / "offloaded"} if "memory_limit" in settings else {}
+    plan = SievePruner.from_pretrained(model, task=task, device="cpu", **offload).plan(SieveConfig(**settings))
+    words: list[object] = [Path(sys.executable).with_name("optimum-cli"), "sieve", "prune", "--device", "cpu"]
+    words += ["--model", model, "--task", task, "--output", output, "--work-dir", work]
+    for name, value in settings.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    start = time.perf_counter()
+    peak = spawn(words, directory)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(work)
+    return Run(output=output, seconds=seconds, peak=peak, planned=plan.peak_bytes + plan.library_bytes)
+
+
+def spawn(words: list[object], directory: Path) -> int:
+    """Run a command; return the peak resident size of its process in bytes.
+
+    Raises:
+        SystemExit: If it fails; its output is printed.
+    """
+    command = [sys.executable, "-S", "-c", WAIT, str(directory / "log"), *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit((directory / "log").read_text()[-3000:])
+    # Kilobytes, except on macOS.
+    return int(result.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_task(directory: Path, arguments: argparse.Namespace) -> Path:
+    """Write the demo's task with other numbers of rows."""
+    spec = read_spec(choose_source(None, None)[1])
+    spec["data"]["files"] = str(CACHE / "movie.jsonl")
+    spec["limit"] = {"calibration": arguments.examples, "selection": 20, "test": arguments.test}
+    path = directory / "task.json"
+    path.write_text(json.dumps(spec))
+    return path
+
+
+def write_model(directory: Path, size: str) -> None:
+    """Save the demo's model, or a random one with its tokenizer, as safetensors."""
+    path, _, gguf_file = choose_source(None, None)
+    model, tokenizer, _ = load_model(path, dtype="float32", gguf_file=gguf_file)
+    if size != "demo":
+        torch.manual_seed(0)
+        hidden, layers = map(int, size.split("x"))
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 64 * 64,
+            num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
+        )  # fmt: skip
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    save_model(model, tokenizer, directory, max_shard_size="1GB")
 
 
 def calibration_tokens(model: Path, task: Path) -> list[int]:
-    """Return the tokens of each calibration example, without its answers."""
+    """Return the number of tokens of each calibration example, without its answers."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     examples = Task.from_file(task).examples("calibration", tokenizer)
     return [len(tokenizer(example.prompt).input_ids) for example in examples]
+
+
+def divergence(task: Path, first: Path, second: Path) -> float | None:
+    """Return the KL divergence between two pruned models on the test split."""
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    models = (AutoModelForCausalLM.from_pretrained(path) for path in (first, second))
+    return compare(*(score(model, tokenizer, Task.from_file(task)) for model in models)).kl
 
 
 if __name__ == "__main__":

@@ -4,52 +4,56 @@
     python benchmarks/results.py --preset medium                  # a night; on a GPU, minutes
     python benchmarks/results.py --preset full                    # several nights
     python benchmarks/results.py --preset small --tasks movie snips --methods joint-energy
-    python benchmarks/results.py --preset small --render          # the page alone, from the figures that are there
-    python benchmarks/results.py --preset small --list            # what is there, and what is still to come
+    python benchmarks/results.py --preset medium --render         # only the page, from the figures in --figures
+    python benchmarks/results.py --preset small --list            # which cells are measured
 
-A cell is a method on a task within a tolerance. Each is kept in `--figures` under a hash of its settings, the task
-file, the numbers of rows, the model, its dtype and the version of this package; a run that was killed goes on, and
-other weights or rows are measured anew. Several processes may share both directories if their `--tasks` differ;
-tokens per second then say little. bfloat16 is three times as fast as float32 where the processor knows it.
+A cell is a method on a task within a tolerance. Its figures are stored in `--figures` under a hash of its settings, the
+task file, the numbers of rows, the model, its dtype and the version of this package; a run that was killed resumes, and
+other weights or rows are measured again. Several processes may share both directories if their `--tasks` differ; tokens
+per second then say little. bfloat16 is three times as fast as float32 on processors that support it.
 
-The rows of the demo's task come from the package index. Those of the others lie in `--data`, one folder for each data
-set with train.jsonl, validation.jsonl and test.jsonl (see examples/tasks/); `SIEVE_DATA` names it without the option.
+The rows of the demo's task come from the package index. `--data` holds the others, in one folder for each data set
+with train.jsonl, validation.jsonl and test.jsonl (see examples/tasks/); `SIEVE_DATA` names it without the option.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from results.cells import Cell, base_key, list_cells
-from results.dense import load_dense
+from bench import make_parser, write_text
+from results.cells import Cache, Cell, base_key, list_cells
+from results.dense import Setup, load_dense
 from results.measure import measure
 from results.methods import METHODS, PRESETS, Method
 from results.plots import write_pictures
-from results.setup import Setup, add_options
-from results.suite import JOBS, ROOT, Job
+from results.suite import JOBS, ROOT, Job, Places
 from results.table import collect, number, render
-
-from optimum_sieve.run.files import replacing
 
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--tasks", nargs="+", choices=[job.name for job in JOBS], help="default: all of the preset")
     parser.add_argument("--methods", nargs="+", choices=[method.name for method in METHODS], help="default: all")
-    add_options(parser)
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "docs" / "results.md", help="the page, pictures beside it"
-    )
+    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the model")
+    data = os.environ.get("SIEVE_DATA", str(ROOT.parent / "shared" / "data"))
+    parser.add_argument("--data", type=Path, default=Path(data), help="directory with a folder for each data set")
+    parser.add_argument("--cache", type=Path, default=ROOT / "results-cache", help="directory of weights and moments")
+    figures = ROOT / "benchmarks" / "results" / "figures"
+    parser.add_argument("--figures", type=Path, default=figures, help="directory of the figures, as JSON")
+    page = ROOT / "docs" / "results.md"
+    parser.add_argument("--output", type=Path, default=page, help="the page; its pictures are in the same directory")
     parser.add_argument("--batch-size", type=int, default=16, help="rows per forward pass; 32 or more suit a GPU")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--list", action="store_true", help="measure and write nothing")
@@ -63,7 +67,14 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Measure what is missing and write the page."""
     chosen = parse_arguments(words)
-    setup = Setup.from_options(chosen, PRESETS[chosen.preset])
+    setup = Setup(
+        preset=PRESETS[chosen.preset],
+        model=chosen.model,
+        dtype=chosen.dtype,
+        places=Places(data=chosen.data, cache=chosen.cache),
+        figures=Cache(chosen.figures),
+        batch_size=chosen.batch_size,
+    )
     jobs = [job for job in JOBS if job.name in (chosen.tasks or setup.preset.limits)]
     methods = tuple(method for method in METHODS if chosen.methods is None or method.name in chosen.methods)
     if chosen.list:
@@ -77,9 +88,9 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def print_cells(jobs: Sequence[Job], methods: tuple[Method, ...], setup: Setup) -> None:
-    """Print which cells are there."""
+    """Print which cells are measured."""
     for job in jobs:
-        for cell in list_cells(job, methods, setup.preset, setup.source.name):
+        for cell in list_cells(job, methods, setup.preset, setup.model_name):
             print(f"{'done' if setup.figures.read(cell.name) else 'to do':5} {describe(cell)}")
 
 
@@ -87,7 +98,7 @@ def check_rows(jobs: Sequence[Job], setup: Setup) -> None:
     """Read every task once, before any long work.
 
     Raises:
-        SystemExit: If the rows of a task are not there.
+        SystemExit: If the rows of a task are missing.
     """
     for job in jobs:
         try:
@@ -102,8 +113,8 @@ def check_rows(jobs: Sequence[Job], setup: Setup) -> None:
 
 
 def run_job(job: Job, methods: tuple[Method, ...], setup: Setup) -> None:
-    """Measure the cells of a task that are not there, and let its work directory go once it has all."""
-    preset, figures, name = setup.preset, setup.figures, setup.source.name
+    """Measure the missing cells of a task, and delete its work directory once none is missing."""
+    preset, figures, name = setup.preset, setup.figures, setup.model_name
     dense = load_dense(job, setup)
     test = dense.figures["test"]
     print(
@@ -129,13 +140,11 @@ def describe(cell: Cell) -> str:
 
 
 def write_page(output: Path, setup: Setup) -> None:
-    """Write the page and its pictures from the figures that are there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    results = collect(JOBS, setup.preset, setup.source.name, setup.figures)
+    """Write the page and its pictures from the stored figures."""
+    results = collect(JOBS, setup.preset, setup.model_name, setup.figures)
     pictures = write_pictures(results, output.parent)
-    text = render(results, setup.preset, setup.source.name, {title: path.name for title, path in pictures.items()})
-    with replacing(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    names = {title: path.name for title, path in pictures.items()}
+    write_text(output, render(results, setup.preset, setup.model_name, names))
     print(f"wrote {output}")
 
 

@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/results.py`: what is measured, on what, and how it is written down."""
+"""The parts of `benchmarks/results.py`: jobs, methods, measurements and the page."""

@@ -1,14 +1,15 @@
-"""Which file of the cache holds what, by a hash of everything it depends on."""
+"""The files of the figures: each is named by a hash of all that its content depends on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from bench import write_text
+
 from optimum_sieve import __version__
-from optimum_sieve.run.files import replacing
-from optimum_sieve.run.workdir import content_key
 
 
 if TYPE_CHECKING:
@@ -21,15 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One entry of the table: a method on a task within a tolerance.
+    """One entry of the table: a method on a task within a tolerance, with the settings of `SieveConfig`.
 
-    Args:
-        job (`Job`): The task.
-        method (`Method`): The method.
-        tolerance (`float`): Points of the metric that may be lost, as a fraction.
-        settings (`dict[str, Any]`): Of [`SieveConfig`][optimum_sieve.config.sieve.SieveConfig].
-        key (`str`): Hash of the task file, rows of each split, the tuning, the model's name, the settings and the
-            version of this package.
+    The key hashes task file, rows of each split, tuning, model's name, settings and version of the package.
     """
 
     job: Job
@@ -40,13 +35,18 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of its file in the cache, without the ending."""
+        """Name of its file, without the extension."""
         return f"cell-{self.job.name}-{self.method.name}-{self.tolerance:g}-{self.key}"
+
+
+def content_key(**parts: Any) -> str:
+    """Return a short hash of `parts`, which must be JSON types."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
 def weights_key(job: Job, model: str) -> str:
     """Hash what the weights of a tuned dense model depend on."""
-    tuning = None if job.tuning is None else asdict(job.tuning)
+    tuning = job.tuning and asdict(job.tuning)
     return content_key(spec=job.rows.spec({}), tuning=tuning, model=model, version=__version__)
 
 
@@ -61,12 +61,12 @@ def base_key(job: Job, preset: Preset, model: str) -> str:
 
 
 def base_name(job: Job, preset: Preset, model: str) -> str:
-    """Name of the file of a job's dense model in the cache, without the ending."""
+    """Name the file of a job's dense model, without the extension."""
     return f"base-{job.name}-{base_key(job, preset, model)}"
 
 
 def list_cells(job: Job, methods: tuple[Method, ...], preset: Preset, model: str) -> Iterator[Cell]:
-    """Yield the cells that a preset measures on a job, but for those that the package refuses."""
+    """Yield the cells that a preset measures on a job, except those that the package refuses."""
     for method in methods:
         if method.refusal:
             continue
@@ -78,20 +78,17 @@ def list_cells(job: Job, methods: tuple[Method, ...], preset: Preset, model: str
 
 
 class Cache:
-    """Measured figures, each in a JSON file of its own.
+    """Measured figures, each in a JSON file of its own in `directory`.
 
-    A file's name says what was asked for. What cannot be known without reading weights and rows, their fingerprint, is
-    in the file: figures of other weights or rows are not taken.
-
-    Args:
-        directory (`Path`): Where the files lie; made when the first is written.
+    A file's name says what was asked for. The file contains the fingerprint of weights and rows, which only reading
+    them tells: figures of other weights or rows are measured again.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def read(self, name: str, fingerprint: str | None = None) -> dict[str, Any] | None:
-        """Return the figures, or `None` where there are none, or none with this fingerprint.
+        """Return the figures, or `None` if there are none, or none with this fingerprint.
 
         Raises:
             ValueError: If the file is damaged; the message names it.
@@ -107,7 +104,5 @@ class Cache:
         return found if same else None
 
     def write(self, name: str, figures: dict[str, Any]) -> None:
-        """Keep figures; the file is whole or not there."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with replacing(self.directory / f"{name}.json") as temporary:
-            temporary.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        """Write figures to the file `name`."""
+        write_text(self.directory / f"{name}.json", json.dumps(figures, indent=1, sort_keys=True) + "\n")

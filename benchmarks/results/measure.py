@@ -6,19 +6,17 @@ import copy
 import dataclasses
 import os
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from source import decode_speeds
+from bench import ToleranceError, decode_speeds, machine_name, rescore, search_kept_fraction, standard_error
 
 from optimum_sieve import SieveConfig, SievePruner, compare
-from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
-from optimum_sieve.run.context import timed
-from optimum_sieve.tasks.metrics import standard_error
 
-from .dense import rescore, scored_by
+from .dense import scored_by
 
 
 if TYPE_CHECKING:
@@ -36,11 +34,8 @@ MEMORY_SECONDS = 0.05
 def measure(cell: Cell, dense: Dense, work_dir: Path, speed: Mapping[str, int]) -> dict[str, Any]:
     """Return the figures of a cell.
 
-    Args:
-        cell (`Cell`): What is measured.
-        dense (`Dense`): The model and the task.
-        work_dir (`Path`): Keeps moments, bases and scores, for the other cells of the task and for a second start.
-        speed (`Mapping[str, int]`): `new_tokens` and `rounds` of the timing.
+    `work_dir` keeps moments, bases and scores for the other cells of the task and for a resumed run; `speed` has the
+    `new_tokens` and `rounds` of the timing.
     """
     figures: dict[str, Any] = {
         "job": cell.job.name,
@@ -51,19 +46,19 @@ def measure(cell: Cell, dense: Dense, work_dir: Path, speed: Mapping[str, int]) 
         "threads": torch.get_num_threads(),
         "machine": machine_name(dense.model.device),
     }
-    seconds: dict[str, float] = {}
-    with peak_memory(dense.model.device) as peak, timed(seconds, "whole"):
+    start, result = time.perf_counter(), None
+    with peak_memory(dense.model.device) as peak:
         try:
             result = prune(cell, dense, work_dir)
         except ToleranceError as error:
-            result, figures["nothing"] = None, str(error)
-    figures |= {"seconds": {"whole": seconds["whole"]}, "peak_bytes": peak["bytes"]}
+            figures["nothing"] = str(error)
+    figures |= {"seconds": {"whole": time.perf_counter() - start}, "peak_bytes": peak["bytes"]}
     if result is not None:
         figures["seconds"] |= result.report["seconds"]
         figures |= own_figures(cell, dense, result) | {"siblings": sibling_figures(dense, result)}
         speeds = decode_speeds({"dense": dense.model, "pruned": result.model}, dense.tokenizer, **speed)
         figures["tokens_per_second"] = {name: {"median": each[0], "spread": each[1]} for name, each in speeds.items()}
-    # Of the last minutes, this process's own threads among them.
+    # Of the last minutes, this process's own threads included.
     figures["load"] = max(os.getloadavg())
     return figures
 
@@ -87,7 +82,7 @@ def prune_copy(dense: Dense, config: SieveConfig, work_dir: Path) -> SieveResult
 
 
 def prune_by_ratio(cell: Cell, dense: Dense, work_dir: Path) -> SieveResult:
-    """Search the size within the tolerance where each size is a run of its own; held to the selection split.
+    """Bisect the size on the selection split where each size is a run of its own.
 
     Raises:
         ToleranceError: If no size that was tried is within the tolerance.
@@ -100,15 +95,10 @@ def prune_by_ratio(cell: Cell, dense: Dense, work_dir: Path) -> SieveResult:
     def compare_at(kept: float) -> dict[str, Comparison]:
         config = SieveConfig.from_dict({**settings, "pruning_ratio": 1 - kept})
         results[kept] = prune_copy(dense, config, work_dir)
-        after = dense.score(results[kept].model, examples)
-        return {dense.task.name: compare(before, after)}
+        return {dense.task.name: compare(before, dense.score(results[kept].model, examples))}
 
-    found, _ = search_kept_fraction(
-        compare_at,
-        tolerance=cell.tolerance,
-        confidence=SieveConfig.confidence,
-        steps=cell.settings["search_steps"],
-    )
+    options = {"tolerance": cell.tolerance, "confidence": SieveConfig.confidence}
+    found, _ = search_kept_fraction(compare_at, steps=cell.settings["search_steps"], **options)
     return results[found]
 
 
@@ -141,7 +131,7 @@ def difference_by(dense: Evaluation, pruned: Evaluation, metric: str, examples: 
 
 
 def sibling_figures(dense: Dense, result: SieveResult) -> dict[str, Any]:
-    """Score the pruned model on the sibling data, beside the dense one."""
+    """Score the pruned model on the sibling data and compare it with the dense one."""
     figures = {}
     for name, before in dense.evaluations.items():
         after = dense.score(result.model, dense.siblings[name])
@@ -154,43 +144,31 @@ def sibling_figures(dense: Dense, result: SieveResult) -> dict[str, Any]:
     return figures
 
 
-def machine_name(device: torch.device) -> str:
-    """Name what computes: an accelerator, or the number of threads."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-
-
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Give the most memory that was used meanwhile, as `bytes`, when it ends.
+    """Yield a dictionary that holds, once the context ends, the largest memory in use meanwhile, as `bytes`.
 
-    On a GPU it is that of this process's tensors, else what was resident of it.
+    On a GPU it is the memory of this process's tensors, else the resident memory of the process.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        peak = {"bytes": 0}
-        try:
-            yield peak
-        finally:
-            peak["bytes"] = torch.cuda.max_memory_allocated(device)
-    else:
-        with peak_resident() as peak:
-            yield peak
-
-
-@contextmanager
-def peak_resident() -> Iterator[dict[str, int]]:
-    """Watch the memory of this process, and give the most that was resident, as `bytes`, when it ends."""
-    process, done = psutil.Process(), threading.Event()
-    peak = {"bytes": process.memory_info().rss}
+    process, done, peak = psutil.Process(), threading.Event(), {"bytes": 0}
+    on_gpu = device.type == "cuda"
 
     def watch() -> None:
-        while not done.wait(MEMORY_SECONDS):
+        while True:
             peak["bytes"] = max(peak["bytes"], process.memory_info().rss)
+            if done.wait(MEMORY_SECONDS):
+                return
 
     thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        thread.start()
     try:
         yield peak
     finally:
-        done.set()
-        thread.join()
+        if on_gpu:
+            peak["bytes"] = torch.cuda.max_memory_allocated(device)
+        else:
+            done.set()
+            thread.join()

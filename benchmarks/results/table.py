@@ -1,4 +1,4 @@
-"""The results as markdown, from figures alone."""
+"""The results as Markdown, from figures alone."""
 
 from __future__ import annotations
 
@@ -21,19 +21,13 @@ if TYPE_CHECKING:
 
 MIDDLE = 0.02
 NOT_RUN, BUSY = "not run", "busy"
-# What the error says that ends a run without a size.
-_COST = re.compile(r"keeping (\d+\.\d+)% of the parameters (?:already )?costs (-?\d+\.\d+) \+- (\d+\.\d+)")
+# From the message of the error that ends a run without a size.
+_COST = re.compile(r"keeping (\d+\.\d+)% of the parameters (?:already )?(?:costs|loses) (-?\d+\.\d+) \+- (\d+\.\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that was measured on one task.
-
-    Args:
-        job (`Job`): The task.
-        dense (`dict[str, Any]`, *optional*): Figures of the dense model; `None` where it was not run.
-        cells (`dict[tuple[str, float], dict[str, Any]]`): Figures by method and tolerance.
-    """
+    """All figures of one task: of the dense model, `None` where it was not run, and by method and tolerance."""
 
     job: Job
     dense: dict[str, Any] | None
@@ -45,35 +39,27 @@ class Results:
         return self.dense is not None and bool(self.dense["clear"])
 
     def kept(self, method: Method, tolerance: float) -> float | None:
-        """Part of the matrices' parameters that is kept; 1 where no size is within the tolerance, `None`: not run."""
+        """Kept fraction of the matrices' parameters; 1 where no size is within the tolerance, `None`: not run."""
         cell = self.cells.get((method.name, tolerance))
         return None if cell is None else float(cell.get("kept", 1.0))
 
 
 def collect(jobs: Sequence[Job], preset: Preset, model: str, cache: Cache) -> list[Results]:
-    """Read everything that the cache has of a preset."""
+    """Read all figures of a preset that the cache has."""
     found = []
     for job in jobs:
         dense = cache.read(base_name(job, preset, model)) if job.name in preset.limits else None
         cells = {}
-        if dense is not None:
-            for cell in list_cells(job, METHODS, preset, model):
-                figures = cache.read(cell.name, dense["fingerprint"])
-                if figures is not None:
-                    cells[cell.method.name, cell.tolerance] = figures
+        for cell in list_cells(job, METHODS, preset, model) if dense is not None else ():
+            figures = cache.read(cell.name, dense["fingerprint"])
+            if figures is not None:
+                cells[cell.method.name, cell.tolerance] = figures
         found.append(Results(job=job, dense=dense, cells=cells))
     return found
 
 
 def render(results: Sequence[Results], preset: Preset, model: str, pictures: dict[str, str]) -> str:
-    """Write the page.
-
-    Args:
-        results (`Sequence[Results]`): What was measured.
-        preset (`Preset`): What was asked for.
-        model (`str`): Name of the model.
-        pictures (`dict[str, str]`): Path of each picture, relative to the page, by what it shows.
-    """
+    """Return the page; `pictures` maps titles to paths relative to the page."""
     parts = [_head(preset, model), _overview(results)]
     parts += [f"![{title}]({path})" for title, path in pictures.items()]
     parts += [_section(each) for each in results]
@@ -107,31 +93,28 @@ def _overview(results: Sequence[Results]) -> str:
     methods = [method for method in METHODS if any((method.name, MIDDLE) in each.cells for each in results)]
     if not methods:
         return ""
+    rows = [
+        [each.job.title, with_error(each.dense["test"]), number(each.dense["test"]["majority_score"])]
+        + [_kept(each, method, MIDDLE) for method in methods]
+        for each in results
+        if each.dense is not None and each.counts
+    ]
     header = ["task", "dense", "majority", *(method.title for method in methods)]
-    rows = []
-    for each in results:
-        if each.dense is not None and each.counts:
-            kept = [_kept(each, method, MIDDLE) for method in methods]
-            rows.append(
-                [each.job.title, with_error(each.dense["test"]), number(each.dense["test"]["majority_score"]), *kept]
-            )
     return "## Kept within two points\n\n" + table(header, rows)
 
 
 def _section(found: Results) -> str:
-    job = found.job
-    title = f"## {job.title}"
+    title = f"## {found.job.title}"
     if found.dense is None:
         return f"{title}\n\nNot run."
-    lines = [title, _base(found)]
+    lines = [title, _base(found, found.dense)]
     if found.counts:
-        lines += [_within(found), _winner(found), _middle(found), _refused()]
-    lines.append(job.note)
-    return "\n\n".join(line for line in lines if line)
+        refused = [f"`{method.title}` is refused: {method.refusal}." for method in METHODS if method.refusal]
+        lines += [_within(found), _winners(found), _middle(found), " ".join(refused)]
+    return "\n\n".join(line for line in (*lines, found.job.note) if line)
 
 
-def _base(found: Results) -> str:
-    dense: dict[str, Any] = found.dense or {}
+def _base(found: Results, dense: dict[str, Any]) -> str:
     test, splits, tuned = dense["test"], dense["splits"], dense["tuned"]
     text = (
         f"{'Tuned dense' if tuned else 'Dense'} model: {test['metric']} {with_error(test)} on {test['count']:,} test "
@@ -160,13 +143,13 @@ def _within(found: Results) -> str:
 def _cell(found: Results, method: Method, tolerance: float) -> str:
     kept = _kept(found, method, tolerance)
     cell = found.cells.get((method.name, tolerance), {})
-    if "kept" not in cell:
-        cost = _COST.search(cell.get("nothing", ""))
-        if cost is None:
-            return kept
-        size, mean, error = map(float, cost.groups())
-        return f"{kept}; {number(size / 100)} costs {number(mean)} ± {number(error)}"
-    return f"kept **{kept}**: {with_error(cell['test'])} ({with_error(cell['difference'])})"
+    if "kept" in cell:
+        return f"kept **{kept}**: {with_error(cell['test'])} ({with_error(cell['difference'])})"
+    cost = _COST.search(cell.get("nothing", ""))
+    if cost is None:
+        return kept
+    size, mean, error = map(float, cost.groups())
+    return f"{kept}; {number(size / 100)} costs {number(mean)} ± {number(error)}"
 
 
 def _kept(found: Results, method: Method, tolerance: float) -> str:
@@ -176,8 +159,8 @@ def _kept(found: Results, method: Method, tolerance: float) -> str:
     return number(cell["kept"]) if "kept" in cell else "none"
 
 
-def _winner(found: Results) -> str:
-    """Say which method keeps least, of those that neither heal nor search, and of those that heal."""
+def _winners(found: Results) -> str:
+    """Say which method keeps least, among those that neither heal nor search, and among those that heal."""
     plain = [m for m in METHODS if not m.healed and m.settings["allocation"] != "genetic"]
     healed = [m for m in METHODS if m.healed]
     return "\n".join(
@@ -191,21 +174,20 @@ def _least(found: Results, methods: Sequence[Method]) -> list[str]:
     sentences = []
     for tolerance in TOLERANCES:
         kept = {method.title: size for method in methods if (size := found.kept(method, tolerance)) is not None}
-        if len(kept) > 1:
-            least = min(kept.values())
-            if least == 1:
-                sentences.append(f"within {_points(tolerance)} none of {len(kept)} removes anything.")
-                continue
-            best = " and ".join(f"`{title}`" for title, size in kept.items() if size == least)
-            others = ", ".join(f"`{title}` {number(size)}" for title, size in kept.items() if size > least)
-            sentences.append(
-                f"within {_points(tolerance)} {best} keeps least, {number(least)} ({others or 'no other'})."
-            )
+        if len(kept) < 2:
+            continue
+        least = min(kept.values())
+        if least == 1:
+            sentences.append(f"within {_points(tolerance)} none of {len(kept)} removes anything.")
+            continue
+        best = " and ".join(f"`{title}`" for title, size in kept.items() if size == least)
+        others = ", ".join(f"`{title}` {number(size)}" for title, size in kept.items() if size > least)
+        sentences.append(f"within {_points(tolerance)} {best} keeps least, {number(least)} ({others or 'no other'}).")
     return sentences
 
 
 def _middle(found: Results) -> str:
-    """Show what else was measured, at two points or the next larger tolerance that has a size."""
+    """Show the other figures, at two points or the next larger tolerance that has a size."""
     rows = []
     names = list(found.job.siblings)
     for method in METHODS:
@@ -232,35 +214,28 @@ def _more(cell: dict[str, Any], siblings: Sequence[str]) -> list[str]:
 def _cost(cells: Iterable[dict[str, Any]]) -> list[str]:
     cells = list(cells)
     minutes = sum(cell["seconds"]["whole"] for cell in cells) / 60
-    return [
-        BUSY if any(map(is_busy, cells)) else f"{minutes:.1f}",
-        f"{max(cell['peak_bytes'] for cell in cells) / 1e9:.1f}",
-    ]
+    peak = max(cell["peak_bytes"] for cell in cells)
+    return [BUSY if any(map(is_busy, cells)) else f"{minutes:.1f}", f"{peak / 1e9:.1f}"]
 
 
 def is_busy(cell: dict[str, Any]) -> bool:
-    """Tell whether other work was on the machine, so that times say little: one waiting thread more than its own."""
+    """Tell whether the machine had other work, so that times say little: one waiting thread more than its own."""
     return bool(cell["load"] > cell["threads"] + 1)
 
 
-def _refused() -> str:
-    reasons = {m.title: reason for m in METHODS if (reason := m.refusal)}
-    return " ".join(f"`{title}` is refused: {reason}." for title, reason in reasons.items())
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table."""
+    """Format a table."""
     lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: float) -> str:
-    """Write a number below 1 as `.812`."""
+    """Format a number below 1 as `.812`."""
     return f"{value:.3f}".removeprefix("0") if value >= 0 else "-" + number(-value)
 
 
 def with_error(measure: dict[str, Any]) -> str:
-    """Write a score, or the mean of a difference with its sign, with its standard error."""
+    """Format a score, or the mean of a difference with its sign, with its standard error."""
     mean = measure.get("mean")
     value = number(measure["score"]) if mean is None else ("+" if mean >= 0 else "") + number(mean)
     return f"{value} ± {number(measure['standard_error'])}"

@@ -1,21 +1,24 @@
-"""Make a dense model do a task that it cannot do as it comes: adapters trained on rows apart, and merged."""
+"""Tune a dense model for a task that it cannot do as it is: LoRA adapters trained on other rows, and merged."""
 
 from __future__ import annotations
 
+import random
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from training import train_on_answers
+from bench import (
+    answer_loss,
+    find_targets,
+    forget_gguf,
+    input_format,
+    load_model,
+    make_batches,
+    model_fingerprint,
+    save_model,
+)
 
-from optimum_sieve.backbone.fingerprint import model_fingerprint
-from optimum_sieve.backbone.loading import load_model
-from optimum_sieve.backbone.targets import find_targets
-from optimum_sieve.modeling.conversion import forget_gguf
-from optimum_sieve.run.files import whole_directory
-from optimum_sieve.run.workdir import content_key
-
-from .cells import weights_key
+from .cells import content_key, weights_key
 
 
 if TYPE_CHECKING:
@@ -23,23 +26,15 @@ if TYPE_CHECKING:
 
     from optimum_sieve.tasks import Example
 
-    from .setup import Setup
+    from .dense import Setup
     from .suite import Job, Tuning
 
 SEED = 0
 
 
 def tuned_model(job: Job, tuning: Tuning, model: Any, tokenizer: Any, setup: Setup) -> tuple[Any, dict[str, Any]]:
-    """Return the tuned model, from the cache if it is there, and how it was tuned.
-
-    Args:
-        job (`Job`): The task.
-        tuning (`Tuning`): How the model is tuned for it.
-        model (`PreTrainedModel`): The model as it comes; it is changed.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        setup (`Setup`): Model, rows and cache.
-    """
-    name = f"tuned-{job.name}-{weights_key(job, setup.source.name)}"
+    """Tune `model`, in place, or read the tuned model from the cache; return it and how it was tuned."""
+    name = f"tuned-{job.name}-{weights_key(job, setup.model_name)}"
     directory = setup.places.cache / name
     # More rows of the split that calibration is taken from; selection and test are cut off before.
     training = setup.places.read(job.rows, {"calibration": tuning.skip + tuning.rows})
@@ -49,7 +44,7 @@ def tuned_model(job: Job, tuning: Tuning, model: Any, tokenizer: Any, setup: Set
         examples = training.examples("calibration", tokenizer)[tuning.skip :]
         start = time.perf_counter()
         model, losses = tune(model, tokenizer, examples, tuning)
-        part = max(1, len(losses) // 10)
+        tenth = max(1, len(losses) // 10)
         record = {
             "fingerprint": fingerprint,
             "rows": len(examples),
@@ -57,33 +52,40 @@ def tuned_model(job: Job, tuning: Tuning, model: Any, tokenizer: Any, setup: Set
             "learning_rate": tuning.learning_rate,
             "steps": len(losses),
             "seconds": round(time.perf_counter() - start, 1),
-            "first_loss": sum(losses[:part]) / part,
-            "last_loss": sum(losses[-part:]) / part,
+            "first_loss": sum(losses[:tenth]) / tenth,
+            "last_loss": sum(losses[-tenth:]) / tenth,
         }
-        setup.places.cache.mkdir(parents=True, exist_ok=True)
-        with whole_directory(directory) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+        save_model(model, tokenizer, directory)
         setup.figures.write(name, record)
-    return load_model(directory, dtype=setup.source.dtype)[0], record
+    return load_model(directory, dtype=setup.dtype)[0], record
 
 
 def tune(model: Any, tokenizer: Any, examples: Sequence[Example], tuning: Tuning) -> tuple[Any, list[float]]:
-    """Train adapters on every linear of the blocks and merge them; return the model and the loss of each batch."""
+    """Train adapters on every linear of the blocks and merge them; prompts are left out of the loss.
+
+    Returns:
+        `tuple[PreTrainedModel, list[float]]`: The model, and each batch's mean loss of an answer in nats.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(SEED)
     targets = [target.name for target in find_targets(model)]
     adapted = get_peft_model(model, LoraConfig(r=tuning.rank, lora_alpha=2 * tuning.rank, target_modules=targets))
-    losses = train_on_answers(
-        adapted,
-        tokenizer,
-        examples,
-        learning_rate=tuning.learning_rate,
-        batch_size=tuning.batch_size,
-        epochs=tuning.epochs,
-        seed=SEED,
-    )
-    merged = adapted.merge_and_unload()
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=0.0)
+    options = {"batch_size": tuning.batch_size, "candidates": False, "inputs": input_format(adapted)}
+    order = make_batches(examples, tokenizer, **options) * tuning.epochs
+    random.Random(SEED).shuffle(order)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(order))
+    losses = []
+    adapted.train()
+    for batch in order:
+        loss = answer_loss(adapted, batch.to(adapted.device)) / batch.num_examples
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    merged = adapted.eval().merge_and_unload()
     forget_gguf(merged)
     return merged, losses

@@ -41,9 +41,9 @@ def test_rows_hold_together(tmp_path: Path, capsys: Any) -> None:
         for name in ("pruned", "healed"):
             assert row[name]["mean"] == pytest.approx(row[name]["score"] - dense.score)
             assert row[name]["count"] == dense.count
-    # The seed draws the examples of the steps, not the size.
+    # The seed shuffles the examples of the steps and does not change the size.
     assert rows[2]["pruned"] == rows[3]["pruned"]
-    assert rows[2]["healing"]["rounds"] != rows[3]["healing"]["rounds"]
+    assert rows[2]["healing"]["evaluations"] != rows[3]["healing"]["evaluations"]
     assert all(row["healed"]["kl"] < row["pruned"]["kl"] for row in rows[2:])
     # The dense model is not the one that was tuned; every healed one is compared with that.
     assert last["tuned"]["mean"] == pytest.approx(last["tuned"]["score"] - dense.score)

@@ -22,7 +22,7 @@ from optimum_sieve import SieveConfig, evaluate
 
 def test_the_package_refuses_what_the_table_calls_refused() -> None:
     methods = {method.name: method for method in part("methods").METHODS}
-    preset = part("methods").FULL
+    preset = part("methods").PRESETS["full"]
     with pytest.raises(ValueError, match="whose search does not heal"):
         SieveConfig.from_dict(preset.config("movie", methods["joint-genetic-healed"], 0.02))
     SieveConfig.from_dict(preset.config("movie", methods["joint-genetic"], 0.02))
