@@ -43,10 +43,10 @@ _ROUND_RISE = 0.01
 def calibrate(run: Run, *, must_exist: bool = False) -> Bases:
     """Return a factor basis of every target's dense weight, from moments taken in one or more rounds.
 
-    Moments are taken on the calibration examples of every task and summed with the tasks' weights. The first round takes
-    them on the dense model. Each later round takes them on the model pruned part of the way with the previous bases (see
-    [`ranks_in_round`]), where the layers have the inputs and gradients that they will have in the pruned model; it
-    weights the tokens of joint moments by those bases.
+    Moments are taken on the calibration examples of every task and summed with the tasks' weights. The first round
+    takes them on the dense model. Each later round takes them on the model pruned part of the way with the previous
+    bases (see [`ranks_in_round`]), where the layers have the inputs and gradients that they will have in the pruned
+    model; it weights the tokens of joint moments by those bases.
 
     Args:
         run (`Run`): The run, whose model is dense.

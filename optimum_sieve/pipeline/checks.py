@@ -8,19 +8,22 @@ import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from optimum_sieve.backbone.kinds import input_format, model_kind
-from optimum_sieve.backbone.targets import linear_weight
+from optimum_sieve.backbone.targets import is_linear, linear_weight
 from optimum_sieve.evaluation.batches import check_examples
 from optimum_sieve.evaluation.generation import check_generation
+from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.modeling.conversion import check_convertible, is_gguf
+from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.tasks.data import SPLITS
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.backbone.targets import Target
+    from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Task
 
 
@@ -81,3 +84,38 @@ def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
                 f"`model` must have finite weights, got NaN or infinity in `{target.name}`. "
                 "The checkpoint is damaged, or overflowed when it was cast to float16."
             )
+
+
+def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return the shape (out, in) of the weight of every linear layer by name."""
+    return {name: tuple(linear_weight(module).shape) for name, module in model.named_modules() if is_linear(module)}
+
+
+def calibration_tokens(run: Run) -> list[str]:
+    """Hash the calibration examples of each task as the run's model receives them."""
+    return [examples_fingerprint(run.model, run.tokenizer, task.calibration) for task in run.tasks]
+
+
+def check_base(run: Run, shapes: Mapping[str, tuple[int, ...]], tokens: Sequence[str]) -> None:
+    """Check that the pruned model of a run was pruned from a dense model.
+
+    Args:
+        run (`Run`): The run.
+        shapes (`Mapping[str, tuple[int, ...]]`): The dense model's [`linear_shapes`].
+        tokens (`Sequence[str]`): The dense model's [`calibration_tokens`].
+
+    Raises:
+        ValueError: If a layer has another shape or the examples have other tokens.
+    """
+    layers = {name: layer for name, layer in run.model.named_modules() if isinstance(layer, FactorizedLinear)}
+    wrong = [name for name, layer in layers.items() if shapes.get(name) != (layer.out_features, layer.in_features)]
+    if wrong:
+        raise ValueError(
+            f"`dense` must be the model that `model` was pruned from, got one without {len(wrong)} of its "
+            f"{len(layers)} factorized layers, such as {wrong[0]!r}. Name the base model."
+        )
+    if calibration_tokens(run) != list(tokens):
+        raise ValueError(
+            "`dense` must have the tokenizer of the model that was pruned from it, got other tokens for the same "
+            "examples. Name the base model, in the revision that was pruned."
+        )

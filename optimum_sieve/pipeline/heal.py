@@ -10,12 +10,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sizes import measure_sizes
-from optimum_sieve.backbone.targets import is_linear, linear_weight
 from optimum_sieve.config.sieve import SieveConfig
-from optimum_sieve.evaluation.stage import examples_fingerprint, score_test_dense, score_test_pruned
+from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned
 from optimum_sieve.healing.stage import Reference, heal_config
 from optimum_sieve.modeling.conversion import check_pruned
-from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.publish.result import TaskScores, make_result
 from optimum_sieve.run.context import Run
 from optimum_sieve.run.workdir import WorkDir
@@ -23,7 +21,7 @@ from optimum_sieve.tasks.several import check_tasks, naming, task_shares
 from optimum_sieve.vocabulary.stage import use_vocabulary
 from optimum_sieve.vocabulary.vocabulary import matching_vocabulary
 
-from .checks import check_model, check_task
+from .checks import calibration_tokens, check_base, check_model, check_task, linear_shapes
 from .prepare import model_key, prepare, task_runs
 
 
@@ -94,17 +92,12 @@ def heal_pruned(
     if "vocabulary" in block:
         reduced = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     base, tokenizer, _ = load_model(dense, gguf_file=gguf_file, **loading)
-    before = _evaluate(_dense_run(base, tokenizer, tasks, settings, reduced, work_dir=work_dir, progress=progress))
+    before = _Dense.of(_dense_run(base, tokenizer, tasks, settings, reduced, work_dir=work_dir, progress=progress))
     del base
     pruned, tokenizer, _ = load_model(model, **loading)
-    run = Run(
-        model=pruned,
-        tokenizer=tokenizer,
-        tasks=task_runs(pruned, tokenizer, tasks, settings),
-        model_key=model_key(pruned),
-        **before.context,
-    )
-    _check_fits(run, before)
+    runs = task_runs(pruned, tokenizer, tasks, settings)
+    run = Run(model=pruned, tokenizer=tokenizer, tasks=runs, model_key=model_key(pruned), **before.shared)
+    check_base(run, before.shapes, before.tokens)
     with run.timed("healing"):
         healing = before.reference.heal(run)
     return _make_result(run, before, healing, block, task_weights), tokenizer
@@ -161,64 +154,26 @@ def _dense_run(
 
 @dataclass(frozen=True, kw_only=True)
 class _Dense:
-    """What is kept of the dense model and its run, which are freed.
-
-    Args:
-        reference (`Reference`): What healing needs.
-        scores (`list[Evaluation]`): Its evaluation on each task's test split.
-        sizes (`dict[str, int]`): Its sizes.
-        linears (`dict[str, tuple[int, ...]]`): Shapes of the weights of its linear layers.
-        tokens (`list[str]`): Hash of each task's calibration examples as tokens.
-        context (`dict[str, Any]`): The fields of its run that the pruned model's run shares.
-    """
+    """What is kept of the dense model and its run, which are freed; `shared` holds fields of the pruned model's run."""
 
     reference: Reference
     scores: list[Evaluation]
     sizes: dict[str, int]
-    linears: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
     tokens: list[str]
-    context: dict[str, Any]
+    shared: dict[str, Any]
 
-
-def _evaluate(run: Run) -> _Dense:
-    """Evaluate the dense model for everything that is needed of it."""
-    with run.timed("healing"):
-        reference = Reference.of(run)
-    return _Dense(
-        reference=reference,
-        scores=score_test_dense(run),
-        sizes=measure_sizes(run.model, run.targets, run.vocabulary),
-        linears={
-            name: tuple(linear_weight(module).shape) for name, module in run.model.named_modules() if is_linear(module)
-        },
-        tokens=_tokens(run),
-        context={name: getattr(run, name) for name in ("config", "targets", "work", "progress", "seconds")},
-    )
-
-
-def _tokens(run: Run) -> list[str]:
-    return [examples_fingerprint(run.model, run.tokenizer, task.calibration) for task in run.tasks]
-
-
-def _check_fits(run: Run, dense: _Dense) -> None:
-    """Check that the pruned model of the run was pruned from the dense one.
-
-    Raises:
-        ValueError: If a layer has another shape or the examples have other tokens.
-    """
-    layers = {name: layer for name, layer in run.model.named_modules() if isinstance(layer, FactorizedLinear)}
-    wrong = [
-        name for name, layer in layers.items() if dense.linears.get(name) != (layer.out_features, layer.in_features)
-    ]
-    if wrong:
-        raise ValueError(
-            f"`dense` must be the model that `model` was pruned from, got one without {len(wrong)} of its "
-            f"{len(layers)} factorized layers, such as {wrong[0]!r}. Name the base model."
-        )
-    if _tokens(run) != dense.tokens:
-        raise ValueError(
-            "`dense` must have the tokenizer of the model that was pruned from it, got other tokens for the same "
-            "examples. Name the base model, in the revision that was pruned."
+    @classmethod
+    def of(cls, run: Run) -> _Dense:
+        with run.timed("healing"):
+            reference = Reference.of(run)
+        return cls(
+            reference=reference,
+            scores=score_test_dense(run),
+            sizes=measure_sizes(run.model, run.targets, run.vocabulary),
+            shapes=linear_shapes(run.model),
+            tokens=calibration_tokens(run),
+            shared={name: getattr(run, name) for name in ("config", "targets", "work", "progress", "seconds")},
         )
 
 

@@ -1,0 +1,88 @@
+"""Healing a saved model goes through the stages of a run, with one model in memory at a time."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from toy import load_task, make_model, make_tokenizer, parity_rows
+
+from optimum_sieve import HealConfig, SieveConfig, SievePruner
+from optimum_sieve.backbone.loading import load_model
+from optimum_sieve.evaluation import stage as evaluation_stage
+from optimum_sieve.evaluation.scores import evaluate
+from optimum_sieve.healing import loop
+from optimum_sieve.pipeline import heal as heal_module
+from optimum_sieve.pipeline.heal import heal_pruned
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from optimum_sieve.publish.result import SieveResult
+    from optimum_sieve.tasks import Task
+
+HEAL = HealConfig(steps=4, eval_steps=2, learning_rate=1e-2)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return load_task(tmp_path, parity_rows(90))
+
+
+@pytest.fixture
+def saved(tmp_path: Path, task: Task) -> Path:
+    """A directory with a dense model and one pruned from it."""
+    make_model().save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    pruner = SievePruner.from_pretrained(tmp_path / "dense", task=task, device="cpu")
+    pruner.prune(SieveConfig(pruning_ratio=0.6, rank_multiple=1, rounds=1), progress=False)
+    return pruner.save_pretrained(tmp_path / "pruned").parent
+
+
+def heal(saved: Path, task: Task, **options: Any) -> SieveResult:
+    where = {"model": saved / "pruned", "dense": saved / "dense", "device": "cpu", "progress": False}
+    return heal_pruned(tasks=[task], config=HEAL, **{**where, **options})[0]
+
+
+def test_the_dense_model_is_freed_before_the_pruned_one_is_loaded(
+    saved: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def loading(*args: Any, **options: Any) -> Any:
+        gc.collect()
+        assert [reference() for reference in alive] == [None] * len(alive)
+        loaded = load_model(*args, **options)
+        alive.append(weakref.ref(loaded[0]))
+        return loaded
+
+    monkeypatch.setattr(heal_module, "load_model", loading)
+    heal(saved, task)
+    assert len(alive) == 2
+
+
+def test_a_run_that_goes_on_repeats_nothing_of_the_dense_model(
+    saved: Path, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = heal(saved, task, work_dir=tmp_path / "work")
+    assert first.report["seconds"]["healing"] > 0
+    scored = []
+    monkeypatch.setattr(
+        evaluation_stage,
+        "evaluate",
+        lambda *args, description, **options: scored.append(description) or evaluate(*args, **options),
+    )
+    monkeypatch.setattr(loop.FactorTraining, "step", None)
+    again = heal(saved, task, work_dir=tmp_path / "work")
+    assert scored == ["pruned model on test"]
+    for part in ("pruned", "kl", "healing"):
+        assert again.report[part] == first.report[part]
+
+
+def test_another_tokenizer_is_refused(saved: Path, task: Task) -> None:
+    make_tokenizer(before="<s>").save_pretrained(saved / "dense")
+    with pytest.raises(ValueError, match="got other tokens for the same examples"):
+        heal(saved, task)
