@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from healed_world import learn
-from test_search_written import ANSWER, WRITTEN, byte_model
 from toy import load_task, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
 from vocabulary_world import byte_level
+from written_world import ANSWER, WRITTEN, byte_model
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare, evaluate
 from optimum_sieve.backbone.loading import default_device

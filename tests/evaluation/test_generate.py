@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_kinds import make_model as make_kind
+from model_kinds import make_model as make_kind
 from toy import load_task, make_model, make_tokenizer, parity_rows, write_task
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, evaluate

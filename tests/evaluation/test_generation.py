@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_kinds import make_model as make_kind
+from model_kinds import make_model as make_kind
 from toy import VOCABULARY, load_task, make_model, make_tokenizer, parity_rows
 from transformers import GenerationConfig
 

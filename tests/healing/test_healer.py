@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from healed_world import TOKENIZER, assert_same, learn
-from test_kinds import make_model as make_other_model
+from model_kinds import make_model as make_other_model
 from toy import load_task, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
 

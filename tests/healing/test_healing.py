@@ -20,7 +20,7 @@ from healed_world import (
     split,
     weights,
 )
-from test_kinds import make_model as make_other_model
+from model_kinds import make_model as make_other_model
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve import compare

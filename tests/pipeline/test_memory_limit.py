@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_search_written import ANSWER, WRITTEN
 from torch import nn
 from toy import load_task, make_model, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM
+from written_world import ANSWER, WRITTEN
 
 from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.backbone.offloading import is_offloaded
