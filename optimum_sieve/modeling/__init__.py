@@ -1,9 +1,9 @@
-"""The model type `sieve`: every file that travels with the weights, and the step that makes a model one.
+"""The model type `sieve`: the files saved with the weights, and the conversion of a factorized model.
 
 In: a transformers model with `FactorizedLinear` layers, or a saved directory. Out: a model of type `sieve`.
 `modeling_sieve` is the entry point of remote code and imports `layers`, `experts`, `layout`, `tensor_parallel` and
-`vllm_rules`, by relative imports alone; `conversion.sieve_model` turns a factorized model into one that can be saved.
-Nothing here imports the rest of the package.
+`vllm_rules` with relative imports; these six files are saved with the weights. `conversion.sieve_model` turns a
+factorized model into one that can be saved. Nothing here imports the rest of the package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Turn a model whose linears were replaced in place into one of the model type `sieve`, ready to be saved."""
+"""Turn a model with factorized linears into one of model type `sieve`, which can be saved."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def sieve_model(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A model of an architecture of transformers itself, some of whose linears are [`FactorizedLinear`]. A
-            pruned model, more linears of which were replaced, is one too.
+            A model of an architecture of transformers, with [`FactorizedLinear`] layers. It may be a pruned model with
+            more layers replaced.
         base_model (`str`, *optional*): Hub id or path of the model that was pruned.
         settings (`dict`): Settings of the pruning run, as JSON values.
-        results (`dict`): What was measured, as JSON values.
+        results (`dict`): Scores of the pruning run, as JSON values.
         base_revision (`str`, *optional*): Commit of `base_model`.
-        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, where tokens were left out.
+        vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
 
     Returns:
-        [`~transformers.PreTrainedModel`]: The same object with the same weights. Its class and configuration are those
-        it will have when it is saved and loaded again.
+        [`~transformers.PreTrainedModel`]: The same object with the same weights, and with the class and configuration
+        that it will have after saving and loading.
 
     Raises:
-        ValueError: If the architecture is not transformers' own, a factorized layer lies outside the base model or
-            inside another one, or weights are still packed in GGUF blocks.
+        ValueError: If the architecture is not one of transformers, a factorized layer is outside the base model or
+            inside another one, or weights are packed in GGUF blocks.
     """
     base_config, base_class = _base_classes(model)
     _check_layers(model)
@@ -84,10 +84,10 @@ def sieve_model(
 
 
 def check_convertible(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Refuse a dense model that [`sieve_model`] would refuse once the linears called `names` are factorized.
+    """Check that [`sieve_model`] will accept a dense model after the linears called `names` are factorized.
 
     Raises:
-        ValueError: If the architecture is not transformers' own, a name lies outside the base model, or two of the
+        ValueError: If the architecture is not one of transformers, a linear is outside the base model, or two of the
             linears share a weight.
     """
     _base_classes(model)
@@ -107,24 +107,24 @@ def check_convertible(model: PreTrainedModel, names: Sequence[str]) -> None:
 
 
 def _replace_configs(model: PreTrainedModel, base_config: Any, sieve_config: Any, block: dict[str, Any]) -> None:
-    """Give the model, and every module that refers to its configuration, a configuration that holds `block`."""
+    """Give the model, and all modules with the same configuration, a configuration that holds `block`."""
     replaced: dict[int, Any] = {}
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if type(config) not in (base_config, sieve_config) or id(config) in map(id, replaced.values()):
             continue
         if id(config) not in replaced:
-            # A copy, as other models may hold the same object; shallow, as modules refer to its parts.
+            # A copy, as other models may use the same object; a shallow one, as modules use its parts.
             new = copy.copy(config)
             new.__class__ = sieve_config
-            # As it will come back from the file: lists for tuples, strings for keys.
+            # As the file will have it: lists instead of tuples, strings as keys.
             new.sieve = json.loads(json.dumps(block))
             replaced[id(config)] = new
         module.config = replaced[id(config)]
 
 
 def _base_classes(model: PreTrainedModel) -> tuple[Any, Any]:
-    """Find the classes of transformers that `model` is made of."""
+    """Return the configuration and model classes of transformers that `model` is based on."""
     base_class: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, SievePreTrainedModel))
     base_config: Any = next(cls for cls in type(model.config).__mro__ if not issubclass(cls, SieveConfigMixin))
     model_type = base_config.model_type
@@ -141,7 +141,7 @@ def _base_classes(model: PreTrainedModel) -> tuple[Any, Any]:
 
 
 def _check_layers(model: PreTrainedModel) -> None:
-    """Refuse factorized layers that a rank pattern cannot name, or that it could not rebuild."""
+    """Check that a rank pattern can describe all factorized layers."""
     inside = set(map(id, model.base_model.modules()))
     for name, layer in model.named_modules():
         if not isinstance(layer, FactorizedLinear):
@@ -163,17 +163,17 @@ def _outside_error(name: str) -> ValueError:
 
 
 def is_gguf(model: PreTrainedModel) -> bool:
-    """Tell whether the weights came from a GGUF file."""
+    """Tell whether the weights were read from a GGUF file."""
     quantizer = getattr(model, "hf_quantizer", None)
     settings = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
     return bool(getattr(settings, "quant_method", None) == "gguf")
 
 
 def forget_gguf(model: PreTrainedModel) -> None:
-    """Forget that the weights came from a GGUF file; transformers saves no model that remembers it.
+    """Remove the traces of a GGUF file from a model; with them, transformers refuses to save it.
 
     Raises:
-        ValueError: If they are packed in blocks still.
+        ValueError: If the weights are still packed in blocks.
     """
     if not is_gguf(model):
         return
@@ -189,7 +189,7 @@ def forget_gguf(model: PreTrainedModel) -> None:
 
 
 def check_pruned(config: Any) -> None:
-    """Refuse the configuration of a model that is not pruned.
+    """Check that a configuration is that of a pruned model.
 
     Raises:
         ValueError: If its model type is not `sieve`.
@@ -203,10 +203,10 @@ def check_pruned(config: Any) -> None:
 
 
 def plain_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
-    """Return the factorized layers of a pruned model by name; their children are plain linears in memory.
+    """Return the factorized layers of a pruned model by name, after checking that their factors are plain linears.
 
     Raises:
-        ValueError: If the model is not pruned, is quantized, offloaded or carries adapters.
+        ValueError: If the model is not pruned, or is quantized, offloaded or has adapters.
     """
     check_pruned(getattr(model, "config", None))
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
@@ -217,7 +217,7 @@ def plain_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
                 f"`model` must have plain factors, got {kinds} in {name!r}. Load it without quantization, and merge "
                 "adapters with `merge_and_unload`."
             )
-    # torchao leaves the layers' class as it is.
+    # torchao does not change the class of the layers.
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("`model` must not be quantized, got one that is. Load it without, then export.")
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -6,6 +6,8 @@ layer is stored belongs in this class.
 
 from __future__ import annotations
 
+import re
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -16,6 +18,8 @@ Storage = Literal["factors", "pivoted"]
 
 # Names of the children of each storage, in the order in which the input passes through them.
 _CHILDREN: dict[Storage, tuple[str, str]] = {"factors": ("right", "left"), "pivoted": ("pivot", "rest")}
+# Matches the names of the tensors of factorized layers in a checkpoint.
+FACTOR_TENSOR = re.compile(rf"\.(({'|'.join(chain(*_CHILDREN.values()))})\.(weight|bias)|row_order)$")
 
 
 def _linear(

@@ -1,4 +1,4 @@
-"""Where and how weights lie in memory. Travels beside the weights of a pruned model."""
+"""Memory layout of weights. Saved with the weights of a pruned model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @torch.no_grad()
 def copy_parameters(model: nn.Module) -> None:
-    """Copy the parameters that lie on the CPU into memory of their own, in place.
+    """Copy the parameters on the CPU into newly allocated memory, in place.
 
-    `from_pretrained` leaves them in the memory-mapped file: the first pass reads them from disk, and they may not be
-    aligned there, which makes a matrix-vector product slower, on some machines several times.
+    `from_pretrained` leaves them in the memory-mapped file: the first pass reads them from disk, and they may be
+    unaligned, which slows matrix-vector products down, on some machines several times.
     """
     for parameter in _plain_parameters(model):
         parameter.data = parameter.data.clone()
@@ -24,17 +24,17 @@ def copy_parameters(model: nn.Module) -> None:
 
 @torch.no_grad()
 def lay_out_for_generation(model: Module) -> Module:
-    """Lay out the linears of a float32 model on the CPU column by column, so that it generates faster.
+    """Store the linears of a float32 model on the CPU column by column, for faster generation.
 
-    A linear that multiplies one row at a time reads its whole weight. Math Kernel Library takes the rows of the weight
-    as dot products, which for the short rows of a second factor lasts twice as long as adding up columns
-    (docs/measurements.md, "Speed"). Values, shapes and what the model computes stay the same up to rounding. Linears in
-    other dtypes, quantized, distributed, offloaded or on an accelerator are left as they are, and all of them where
-    torch came without MKL.
+    A linear that multiplies one row at a time reads its whole weight. Math Kernel Library (MKL) computes dot products
+    with the rows of the weight, which takes twice as long for the short rows of a second factor as a sum of columns
+    (docs/measurements.md, "Speed"). Values, shapes and, up to rounding, outputs stay the same. Linears that are in
+    another dtype, quantized, distributed, offloaded or on an accelerator do not change, and none change if torch was
+    built without MKL.
 
-    Call it on a model that will only be used, pruned or not. FSDP and `safetensors.torch.save_file` refuse parameters
-    that are not contiguous, and `save_pretrained` those that two modules share; [`copy_parameters`] does not bring rows
-    back, loading again does. Moving the model to another device or dtype keeps the layout.
+    Call it on a model, pruned or dense, that will only be used for inference. FSDP and `safetensors.torch.save_file`
+    refuse parameters that are not contiguous, and `save_pretrained` those that two modules share; [`copy_parameters`]
+    does not restore the rows, loading again does. Moving the model to another device or dtype keeps the layout.
 
     Args:
         model (`torch.nn.Module`): Changed in place.
@@ -61,7 +61,7 @@ def lay_out_for_generation(model: Module) -> Module:
 
 
 def _plain_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """List the parameters that are ordinary tensors on the CPU; a quantized or distributed one is of another type."""
+    """List the parameters that are ordinary tensors on the CPU; quantized and distributed ones have other types."""
     return [
         parameter
         for parameter in model.parameters()

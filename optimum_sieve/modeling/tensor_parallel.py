@@ -1,4 +1,4 @@
-"""Rewrite a tensor parallel plan of transformers for the factors. Travels beside the weights of a pruned model."""
+"""Rewrite a tensor parallel plan of transformers for the factors. Saved with the weights of a pruned model."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _wildcard = functools.partial(re.sub, r"\.\d+(?=\.|$)", ".*")
 
 
 def factor_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """Put rules for the factors in place of the rules for the layers that they replace.
+    """Replace the rules of factorized layers with rules for their factors.
 
-    A row-parallel layer splits its first factor and a column-parallel one its last. The rows of a pivoted layer are in
-    another order than the output's, which no rule of transformers can split: with a column-parallel one the plan
-    becomes empty, and transformers then refuses to load the model in parallel.
+    A row-parallel layer splits its first factor, a column-parallel layer its last. The rows of a pivoted layer are not
+    in the order of the output, which no rule of transformers can split: if such a layer is column-parallel, the plan
+    becomes empty, and transformers refuses to load the model in parallel.
 
     Args:
         model (`torch.nn.Module`): Some of its linears are [`FactorizedLinear`].
-        plan (`dict[str, str]`): Style by module name, where `*` stands for any layer number.
+        plan (`dict[str, str]`): Module name -> style; `*` is any layer number.
 
     Returns:
-        `dict[str, str]`: A new plan. Rules of factorized layers remain where another layer with the same wildcard name
+        `dict[str, str]`: A new plan. The rule of a factorized layer stays if another layer with the same wildcard name
         is dense.
     """
     rules: dict[str, str] = {}
     dense = set()
-    # Every process holds these whole.
+    # Experts are not split: every process holds all of them.
     experts = tuple(_wildcard(name) for name, module in model.named_modules() if isinstance(module, SeparateExperts))
     plan = {name: style for name, style in plan.items() if not name.startswith(experts)}
     for name, module in model.named_modules():
@@ -53,5 +53,5 @@ def factor_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
         elif style:
             return {}
     containers = {name.rpartition(".")[0] for name in rules}
-    # First, because vLLM takes the first rule that is a prefix of a layer's name.
+    # Rules of factors come first, because vLLM uses the first rule that is a prefix of a layer's name.
     return rules | {name: style for name, style in plan.items() if name in dense or name not in containers}

@@ -1,4 +1,7 @@
-"""Keep vLLM from fusing factorized linears. Travels beside the weights of a pruned model."""
+"""Prevent vLLM from fusing factorized linears. Saved with the weights of a pruned model.
+
+Not called `vllm.py`, which would hide the vllm package from a Python started in the model's directory.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def keep_apart(model: nn.Module) -> None:
-    """Give modules a class of their own for each choice of children that are factorized.
+    """Change the class of modules, so that those with different factorized children have different classes.
 
-    vLLM looks at the first instance of a class to decide whether the linears of all of them become one (queries, keys
-    and values; the gate and what it gates). Where they are dense in one block and factorized in another, it would find
-    no place for the factors.
+    vLLM inspects the first instance of a class to decide whether to fuse the linears of all instances (queries, keys
+    and values; gate and up). If they were dense in one block and factorized in another of the same class, it could not
+    load the factors.
 
     Args:
         model (`torch.nn.Module`): Changed in place. It can no longer be pickled.
@@ -31,5 +34,5 @@ def keep_apart(model: nn.Module) -> None:
 
 @functools.cache
 def _class_for(base: Any, names: tuple[str, ...]) -> Any:
-    """Make a class like `base`; the cache keeps one for each tuple of names."""
+    """Make a class like `base`, one for each tuple of names."""
     return type(base)(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
