@@ -1,6 +1,5 @@
 """What the benchmarks share: command line, model and task, JSON rows, and all imports from inside the package."""
 
-# The scripts import from here.
 # ruff: noqa: F401
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Print a row for each size and limit."""
     arguments = parse_arguments(words)
     header = f"| {' | '.join(COLUMNS)} |\n| --- | --- |{' ---: |' * (len(COLUMNS) - 2)}"
-    print(f"{machine_name()}, {torch.get_num_threads()} threads\n\n{header}", flush=True)
+    print(f"{machine_name()}\n\n{header}", flush=True)
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory(prefix="pruning-") as name:
             directory = Path(name)

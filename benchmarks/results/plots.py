@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .table import Results
 
 _MARKERS = dict(zip(TOLERANCES, ("o", "s", "^"), strict=True))
-_DPI = 110
 
 
 def write_pictures(results: Sequence[Results], directory: Path) -> dict[str, Path]:
@@ -28,7 +27,7 @@ def write_pictures(results: Sequence[Results], directory: Path) -> dict[str, Pat
     paths = dict(zip(figures, (directory / "results-kept.png", directory / "results-loss.png"), strict=True))
     for title, figure in figures.items():
         # Without the date and the version that matplotlib writes, equal figures give equal files.
-        figure.savefig(paths[title], dpi=_DPI, metadata={"Software": None})
+        figure.savefig(paths[title], dpi=110, metadata={"Software": None})
     return paths
 
 

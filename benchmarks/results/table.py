@@ -70,21 +70,25 @@ def _head(preset: Preset, model: str) -> str:
     methods = "\n".join(f"- `{method.title}`: {method.note}." for method in METHODS if method.note)
     return f"""# Results
 
-How far {model} can be pruned within one, two and five points of each task's metric. Written by
-`python benchmarks/results.py --preset {preset.name}`, and from the figures in benchmarks/results/figures/ alone with
-`--render` added.
+How far {model} can be pruned within one, two and five points of each task's metric.
+`python benchmarks/results.py --preset {preset.name}` measures the sizes and writes this page; with `--render` it writes
+the page from the figures in benchmarks/results/figures/.
 
-**Kept** is the part of the parameters of the blocks' matrices that is left: the least, of a bisection in
-{preset.search_steps} steps, that is within the tolerance on the selection split with {100 * SieveConfig.confidence:g} %
-confidence. Scores are of the test split, which decides nothing, ± standard error; differences are paired, pruned minus
-dense on the same examples. A dense model counts if its score, two standard errors taken off, is more than
-{_points(max(TOLERANCES))} above that of the most frequent answer. Where the model cannot do a task as it comes, a LoRA
-adapter is trained on rows apart from selection and test, and merged; that *tuned* model is then the dense one of all
-rows. "{NOT_RUN}": the preset leaves it out, or it is still to come. "none": no size that was tried is within the
-tolerance; the one that came nearest follows, with what it costs on the selection split. Minutes are those of all cells
-of a row, without what a row above it had computed already: moments, factors.
-"{BUSY}": the machine had other work, and times say nothing. Peak memory is that of the process, or of its tensors on
-the GPU where there is one.
+**Kept** is the fraction of the block matrices' parameters that remains: the smallest, in a bisection of
+{preset.search_steps} steps, that stays within the tolerance on the selection split with
+{100 * SieveConfig.confidence:g} % confidence. Scores are on the test split, which decides nothing, ± standard error;
+differences are paired, pruned minus dense on the same examples. A dense model counts if its score minus two standard
+errors exceeds that of the most frequent answer by more than {_points(max(TOLERANCES))}. Where the model cannot do a
+task as it is, LoRA adapters are trained on rows outside selection and test, and merged; this *tuned* model is then the
+dense model of all rows.
+
+- "{NOT_RUN}": the preset leaves the cell out, or it is not measured yet.
+- "none": no tried size is within the tolerance; the nearest size follows, with its loss on the selection split.
+- "{BUSY}": the machine had other work, so times mean little.
+- Minutes are for all cells of a row, without the moments and factors that an earlier row computed. Peak memory is that
+  of the process, or of its tensors on a GPU.
+
+The methods:
 
 {methods}"""
 
