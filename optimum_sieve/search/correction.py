@@ -90,4 +90,4 @@ def _upper(gene: Gene, level: int) -> int:
     if rank is None:
         return level
     least = rank + max(_LEAST, int(_WINDOW * max(own for own in gene.ranks if own is not None)))
-    return next(place for place in range(level, gene.num_levels) if (own := gene.ranks[place]) is None or own >= least)
+    return next(place for place in range(level, len(gene.ranks)) if (own := gene.ranks[place]) is None or own >= least)

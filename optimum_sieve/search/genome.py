@@ -3,10 +3,9 @@ r"""The search space: a level for every matrix, and the cost of a pattern of lev
 A *level* is one of a matrix's ranks, in ascending order of parameters; the last one is dense. A *genome* is a level for
 every matrix, in the model's order.
 
-A second coordinate describes a genome by prices. Each level on the lower convex hull of a matrix's loss curve is the
-best one for a range of *prices* (loss per parameter saved). With one price for all matrices, the genome is the energy
-allocation; the logarithm of each matrix's price relative to the common price says how it departs from that, on one
-scale for all matrices.
+A second coordinate describes a genome by prices: at a *price* (loss per parameter saved), the best level of a matrix
+minimizes loss + price * parameters. With one price for all matrices, the genome is the energy allocation; the logarithm
+of each matrix's price relative to the common price says how it departs from that, on one scale for all matrices.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from optimum_sieve.allocation.budget import Ranks, largest_rank
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -31,8 +30,10 @@ if TYPE_CHECKING:
 
 Genome = tuple[int, ...]
 
-# Logarithm of a price that stands for 0.
-_NO_PRICE = -690.0
+# A price that stands for 0.
+_NO_PRICE = 1e-300
+# Prices differ by less than the exponential of this.
+_LARGEST_RATIO = 60.0
 # Distance of a departing matrix's price from the ends of its range, so that rounding does not move it out again.
 _INSET = 0.05
 
@@ -70,34 +71,16 @@ class Gene:
     parameters: NDArray[np.float64]
     losses: NDArray[np.float64]
 
-    @property
-    def num_levels(self) -> int:
-        """Number of levels."""
-        return len(self.ranks)
-
-    @cached_property
-    def hull(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Levels on the lower convex hull, ascending, and the logarithmic price at which each gives way to the next."""
-        levels = [0]
-        while levels[-1] < self.num_levels - 1:
-            rest = np.arange(levels[-1] + 1, self.num_levels)
-            saved = self.losses[levels[-1]] - self.losses[rest]
-            prices = saved / (self.parameters[rest] - self.parameters[levels[-1]])
-            levels.append(int(rest[len(rest) - 1 - np.argmax(prices[::-1])]))
-        corners = np.array(levels)
-        saved = -np.diff(self.losses[corners]) / np.diff(self.parameters[corners])
-        # A flat part of the curve has price 0: it is bought only when nothing costs anything.
-        return corners, np.maximum(np.log(np.maximum(saved, 1e-300)), _NO_PRICE)
-
     def price_range(self, level: int) -> tuple[float, float]:
-        """Return the logarithmic prices, above the first and up to the second, at which a hull level is the best one.
+        """Return the lowest and the highest logarithmic price at which a level is the best one.
 
-        For a level off the hull, these are the prices of the next hull level above.
+        If there is no such price, return twice the one at which it is nearest to the best.
         """
-        levels, prices = self.hull
-        index = int(np.searchsorted(levels, level))
-        low = float(prices[index]) if index < len(prices) and prices[index] > _NO_PRICE else -np.inf
-        return low, float(prices[index - 1]) if index else np.inf
+        losses, parameters = self.losses - self.losses[level], self.parameters - self.parameters[level]
+        below, above = losses[:level] / -parameters[:level], -losses[level + 1 :] / parameters[level + 1 :]
+        low = float(np.log(above.max())) if above.max(initial=0.0) > _NO_PRICE else -np.inf
+        high = float(np.log(max(below.min(), _NO_PRICE))) if below.size else np.inf
+        return (low, high) if low <= high else ((low + high) / 2, (low + high) / 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,20 +142,11 @@ class SearchSpace:
     @property
     def dense(self) -> Genome:
         """The genome that prunes nothing."""
-        return tuple(gene.num_levels - 1 for gene in self.genes)
+        return tuple(len(gene.ranks) - 1 for gene in self.genes)
 
     def ranks(self, genome: Genome) -> Ranks:
         """Return the rank of every matrix, `None` for a dense one."""
         return {gene.name: gene.ranks[level] for gene, level in zip(self.genes, genome, strict=True)}
-
-    def repair(self, ranks: Mapping[str, int | None]) -> Genome:
-        """Return the genome of `ranks`; a rank that is no level becomes the next one below."""
-        genome = []
-        for gene in self.genes:
-            rank = ranks[gene.name]
-            below = [level for level, own in enumerate(gene.ranks[:-1]) if rank is not None and (own or 0) <= rank]
-            genome.append(gene.num_levels - 1 if rank is None else max(below, default=0))
-        return tuple(genome)
 
     def parameters(self, genome: Genome) -> int:
         """Return the number of parameters kept."""
@@ -187,51 +161,50 @@ class SearchSpace:
         return np.array([gene.losses[level] for gene, level in zip(self.genes, genome, strict=True)])
 
     def log_prices(self, genome: Genome) -> NDArray[np.float64]:
-        """Return every matrix's logarithmic price minus the common one: all 0 for an energy allocation.
+        """Return every matrix's logarithmic price minus the common one: about 0 for an energy allocation.
 
         A level is the best one for a range of prices, which is wide for rank 0 and dense. A matrix departs only if the
         common price lies outside its range.
         """
         low, high = np.array([gene.price_range(level) for gene, level in zip(self.genes, genome, strict=True)]).T
         inner = np.isfinite(low) & np.isfinite(high)
-        ends = [(float(end), step) for end, step in ((low.max(), _INSET), (high.min(), -_INSET)) if np.isfinite(end)]
-        if low.max() < high.min() and ends:
-            common = float(np.mean([end for end, _ in ends])) if len(ends) == 2 else sum(ends[0])
-        else:
-            common = float(np.median((low[inner] + high[inner]) / 2)) if inner.any() else 0.0
+        common = float(np.median((low[inner] + high[inner]) / 2)) if inner.any() else 0.0
+        if low.max() < high.min():
+            common = float(np.clip(common, low.max(), high.min()))
         inset = np.where(inner, np.minimum((high - low) / 2, _INSET), _INSET)
         prices: NDArray[np.float64] = np.clip(common, low + inset, high - inset) - common
         return prices
 
     def at_prices(self, log_prices: NDArray[np.float64], kept: float) -> Genome:
         """Return the genome with these relative prices at the lowest common price that keeps at most `kept`."""
-        levels, prices, parameters = self._hulls
+        parameters, losses = self._table
         budget, rows = kept * self.num_parameters, np.arange(len(self.genes))
 
-        def indices_at(shift: float) -> NDArray[np.int64]:
-            return np.asarray((prices >= (log_prices + shift)[:, None]).sum(axis=1), dtype=np.int64)
+        def levels_at(shift: float) -> NDArray[np.int64]:
+            costs = losses + np.exp(log_prices + shift)[:, None] * parameters
+            return np.asarray(costs.argmin(axis=1), dtype=np.int64)
 
         def fits(shift: float) -> bool:
-            return bool(parameters[rows, indices_at(shift)].sum() <= budget)
+            return bool(parameters[rows, levels_at(shift)].sum() <= budget)
 
-        finite = prices[np.isfinite(prices)]
-        low = finite.min(initial=0.0) - log_prices.max() - 1
-        high = finite.max(initial=0.0) - log_prices.min() + 1
+        high = float(np.log(max(losses[:, 0].max(), _NO_PRICE)) - log_prices.min()) + 1.0
+        low = high - _LARGEST_RATIO - float(np.ptp(log_prices))
         if fits(low):
             high = low
         while high - low > 1e-3:
             middle = (low + high) / 2
             low, high = (low, middle) if fits(middle) else (middle, high)
-        return tuple(int(level) for level in levels[rows, indices_at(high)])
+        return tuple(int(level) for level in levels_at(high))
+
+    def energy(self, kept: float) -> Genome:
+        """Return the energy allocation, the genome with the same price for all matrices."""
+        return self.at_prices(np.zeros(len(self.genes)), kept)
 
     @cached_property
-    def _hulls(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-        """Hull levels, prices and parameters of all matrices, as rows of one length."""
-        width = max(len(gene.hull[0]) for gene in self.genes)
-        levels = np.zeros((len(self.genes), width), dtype=np.int64)
-        prices = np.full((len(self.genes), width - 1), -np.inf)
+    def _table(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Parameters and losses of all matrices (matrices, levels); the loss of a missing level is infinite."""
+        shape = len(self.genes), max(len(gene.ranks) for gene in self.genes)
+        parameters, losses = np.zeros(shape), np.full(shape, np.inf)
         for row, gene in enumerate(self.genes):
-            corners, own = gene.hull
-            levels[row, : len(corners)], prices[row, : len(own)] = corners, own
-        parameters = np.array([gene.parameters[corners] for gene, corners in zip(self.genes, levels, strict=True)])
-        return levels, prices, parameters
+            parameters[row, : len(gene.ranks)], losses[row, : len(gene.ranks)] = gene.parameters, gene.losses
+        return parameters, losses

@@ -21,7 +21,7 @@ from .ranking import Ranking
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import ModuleType
 
     from .genome import Genome, SearchSpace
@@ -45,7 +45,6 @@ class Search:
         space (`SearchSpace`): The space.
         preset (`SearchPreset`): Settings of the genetic algorithm.
         goal (`Goal`): The goal.
-        allocate (`Callable`): Maps an allocation's name and a kept fraction to a genome.
         seed (`int`): Random seed.
         num_bottlenecks (`int`): Matrices of the result to lower one by one at the end.
         ending (`list[Genome]`, *optional*): Output of `choose_ending`, once breeding has ended for good.
@@ -55,7 +54,6 @@ class Search:
     space: SearchSpace
     preset: SearchPreset
     goal: Goal
-    allocate: Callable[[str, float], Genome]
     seed: int
     num_bottlenecks: int = 0
     ending: list[Genome] | None = None
@@ -64,12 +62,14 @@ class Search:
     _spaces: dict[int, SearchSpace] = field(default_factory=dict)
 
     def open_candidates(self, scored: Sequence[Candidate]) -> list[Candidate]:
-        """Return the unscored candidates of the generation or step in progress; none at the end of the search."""
-        if self.ending is None and (wanted := self._open_generation(of_part(scored, SEARCH))):
-            return wanted
+        """Return the unscored candidates of the generation or step in progress; none at the end of either."""
+        if self.ending is None:
+            searched = of_part(scored, SEARCH)
+            last = max((candidate.generation for candidate in searched), default=0)
+            return self._missing(last, searched) or self._missing(last + 1, searched)
         if self.goal.kept is None:
             tested = of_part(scored, CONFIRM)
-            step = next_step(self._ending(scored), tested, self.goal)
+            step = next_step(self.ending, tested, self.goal)
             if step or confirmed(tested, self.goal) is None:
                 return step
         if not self.num_bottlenecks:
@@ -101,11 +101,7 @@ class Search:
             return None
         if count:
             return self.best(searched).genome
-        return self.allocate("energy", Ranking(self.space, searched, self.goal).limit)
-
-    def _open_generation(self, searched: Sequence[Candidate]) -> list[Candidate]:
-        last = max((candidate.generation for candidate in searched), default=0)
-        return self._missing(last, searched) or self._missing(last + 1, searched)
+        return self.space.energy(Ranking(self.space, searched, self.goal).limit)
 
     def _missing(self, generation: int, searched: Sequence[Candidate]) -> list[Candidate]:
         """Return the unscored candidates of a generation; the generations before must be complete."""
@@ -144,9 +140,6 @@ class Search:
         best, size = self._best(scored)
         return [best.genome] if self.goal.kept is not None else ladder(self.corrected, best.genome, size)
 
-    def _ending(self, scored: Sequence[Candidate]) -> list[Genome]:
-        return self.choose_ending(scored) if self.ending is None else self.ending
-
     def result(self, scored: Sequence[Candidate]) -> Candidate:
         """Return the result: the confirmed candidate or, for a given size, the best.
 
@@ -155,8 +148,7 @@ class Search:
             RuntimeError: If no candidate has the size asked for.
         """
         if self.goal.kept is not None:
-            wanted = self._ending(scored)[0]
-            best = next(candidate for candidate in of_part(scored, SEARCH) if candidate.genome == wanted)
+            best = next(c for c in of_part(scored, SEARCH) if self.ending and c.genome == self.ending[0])
             if self.space.kept(best.genome) > self.goal.kept:
                 raise RuntimeError(
                     f"`pruning_ratio` must be within reach of the search, got {1 - self.goal.kept:.3f}: the smallest "
@@ -202,7 +194,7 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
                     study.shares = search.shares
                     continue
                 wanted = search.open_candidates(scored)
-                if search.ending is None and not of_part(wanted, SEARCH):
+                if search.ending is None and not wanted:
                     _end_breeding(search, study, scored)
                     continue
                 # Nothing new while it waits for workers.
@@ -213,7 +205,7 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
                     return scored
                 study.release_dead()
                 study.enqueue(wanted)
-                if not score_one(search, study, scorers, only=wanted):
+                if not score_one(search, study, scorers):
                     time.sleep(_POLL_SECONDS)
             except KeyboardInterrupt:
                 scored = study.finished()
@@ -229,8 +221,8 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
 
 def _end_breeding(search: Search, study: SearchStudy, scored: Sequence[Candidate]) -> None:
     search.ending = search.choose_ending(scored)
-    study.ending = search.ending
     study.release_waiting()
+    study.ending = search.ending
 
 
 def work(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], *, progress: bool) -> int:
@@ -246,11 +238,9 @@ def work(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
     return count
 
 
-def score_one(
-    search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], only: Sequence[Candidate] = ()
-) -> bool:
+def score_one(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer]) -> bool:
     """Score one waiting candidate, if there is any; after an error or an interrupt it returns to the queue."""
-    claimed = study.claim({candidate.place for candidate in only})
+    claimed = study.claim()
     if claimed is None:
         return False
     number, candidate = claimed

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .candidate import Candidate, Outcome
-    from .genome import Genome, SearchSpace
+    from .genome import SearchSpace
 
 
 # The exchange rate is the slope of the energy allocation's loss between these kept fractions below and above the limit,
@@ -60,32 +61,23 @@ class EnergyCurve:
     """Loss of the energy allocation against its kept fraction, on one task.
 
     Args:
-        points (`Sequence[tuple]`): Kept fraction, predicted loss, measured rise and room of some energy allocations.
+        points (`Sequence[tuple]`): Kept fraction, measured rise and room of some energy allocations.
         kept (`float`, *optional*): The limit, if a size is given.
     """
 
-    def __init__(self, points: Sequence[tuple[float, float, float, float]], kept: float | None) -> None:
-        self._sizes, self._predicted, rises, rooms = np.array(sorted(points, reverse=True)).T
+    def __init__(self, points: Sequence[tuple[float, float, float]], kept: float | None) -> None:
+        sizes, rises, rooms = np.array(sorted(points, reverse=True)).T
+        self.limit = _crossing(sizes, rooms) if kept is None else kept
         # A little pruning can lower the loss. Count the rise from there on.
-        self._rises = np.minimum.accumulate(rises[::-1])[::-1]
-        self.limit = _crossing(self._sizes, rooms) if kept is None else kept
-        low, high = max(self.limit - _WINDOW, self._sizes[-1]), min(self.limit + _WINDOW, 1.0)
+        self._smallest, rises = sizes[-1], np.minimum.accumulate(rises[::-1])
+        self._interpolate = PchipInterpolator(sizes[::-1], rises)
+        low, high = max(self.limit - _WINDOW, self._smallest), min(self.limit + _WINDOW, 1.0)
         fall = self.rise(low) - self.rise(high)
         self.exchange = float(min((high - low) / fall, _LARGEST_EXCHANGE)) if fall > 0 else _LARGEST_EXCHANGE
 
     def rise(self, kept: float) -> float:
-        """Return the rise at a kept fraction, interpolated by the logarithm of the predicted loss."""
-        if kept > self._sizes[1]:
-            return self.predicted_rise(float(np.interp(kept, self._sizes[1::-1], self._predicted[1::-1])))
-        logs = np.log(np.maximum(self._predicted[1:], 1e-300))
-        return self.predicted_rise(float(np.exp(np.interp(kept, self._sizes[:0:-1], logs[::-1]))))
-
-    def predicted_rise(self, loss: float) -> float:
-        """Return the rise at a predicted loss; extrapolated beyond the smallest size."""
-        known, rises = self._predicted, self._rises
-        if loss > known[-1] > known[-2]:
-            return float(rises[-1] + (rises[-1] - rises[-2]) / (known[-1] - known[-2]) * (loss - known[-1]))
-        return float(np.interp(loss, known, rises))
+        """Return the rise at a kept fraction, interpolated monotonically; constant below the smallest point."""
+        return float(self._interpolate(max(kept, self._smallest)))
 
 
 def _crossing(sizes: NDArray[np.float64], rooms: NDArray[np.float64]) -> float:
@@ -121,16 +113,10 @@ class Ranking:
 
     def _curve(self, task: int) -> EnergyCurve:
         seeds = [candidate for candidate in self.scored if candidate.origin == "energy"]
-        points = [
-            (
-                self.space.kept(seed.genome),
-                float(self.space.losses(seed.genome).sum()),
-                self.rise(seed, task),
-                self.goal.room(_part(seed, task), task),
-            )
-            for seed in seeds
-        ]
-        return EnergyCurve([*points, (1.0, 0.0, 0.0, self.goal.tolerance)], self.goal.kept)
+        rooms = [self.goal.room(_part(seed, task), task) for seed in seeds]
+        sizes, rises = [self.space.kept(seed.genome) for seed in seeds], [self.rise(seed, task) for seed in seeds]
+        points = zip([*sizes, 1.0], [*rises, 0.0], [*rooms, self.goal.tolerance], strict=True)
+        return EnergyCurve(list(points), self.goal.kept)
 
     def rise(self, candidate: Candidate, task: int = 0) -> float:
         """Return the rise of the loss on all examples of a task.
@@ -144,17 +130,11 @@ class Ranking:
 
     def size(self, candidate: Candidate) -> float:
         """Return the kept fraction at which the candidate's allocation would reach the limit."""
-        return self._size(candidate.genome, [self.rise(candidate, task) for task in range(len(self.curves))])
-
-    def predicted_size(self, genome: Genome) -> float:
-        """Return the `size` that follows from the predicted losses alone."""
-        loss = float(self.space.losses(genome).sum())
-        return self._size(genome, [curve.predicted_rise(loss) for curve in self.curves])
-
-    def _size(self, genome: Genome, rises: Sequence[float]) -> float:
-        kept = self.space.kept(genome)
-        pairs = zip(self.curves, rises, strict=True)
-        return max(curve.limit + curve.exchange * (rise - curve.rise(kept)) for curve, rise in pairs)
+        kept = self.space.kept(candidate.genome)
+        return max(
+            curve.limit + curve.exchange * (self.rise(candidate, task) - curve.rise(kept))
+            for task, curve in enumerate(self.curves)
+        )
 
     def has_stalled(self, patience: int) -> bool:
         """Whether the last `patience` generations hardly improved the best size."""

@@ -8,7 +8,6 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation.allocators import allocate
 from optimum_sieve.allocation.stage import loss_curves
 from optimum_sieve.calibration.rounds import BASIS_SETTINGS
 from optimum_sieve.calibration.rounds import FORMAT as CALIBRATION_FORMAT
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
 
-    from .genome import Genome
     from .scoring.scorer import Scorer
 
 
@@ -102,13 +100,9 @@ def make_search(run: Run, bases: Mapping[str, FactorBasis]) -> Search:
     """Make the search of a run."""
     config, preset = run.config, PRESETS[run.config.search_preset]
     sizes = {name: getattr(config, name) or getattr(preset, name) for name in ("population_size", "generations")}
-    curves = loss_curves(run, bases)
-    grid: dict[str, Any] = {"storage": config.storage, "multiple": config.rank_multiple}
-    space = SearchSpace.from_curves(curves, **grid, levels=preset.levels)
-
-    def allocated(allocation: str, kept: float) -> Genome:
-        return space.repair(allocate(curves, int(kept * space.num_parameters), allocation=allocation, **grid))
-
+    space = SearchSpace.from_curves(
+        loss_curves(run, bases), storage=config.storage, multiple=config.rank_multiple, levels=preset.levels
+    )
     goal = Goal(
         tolerance=config.tolerance or 0.0,
         confidence=config.confidence,
@@ -116,7 +110,7 @@ def make_search(run: Run, bases: Mapping[str, FactorBasis]) -> Search:
         kept=None if config.pruning_ratio is None else 1 - config.pruning_ratio,
     )
     preset = dataclasses.replace(preset, **sizes)
-    return Search(space=space, preset=preset, goal=goal, allocate=allocated, seed=config.seed)
+    return Search(space=space, preset=preset, goal=goal, seed=config.seed)
 
 
 def make_scorers(run: Run, search: Search, live: LiveRanks) -> dict[str, JointScorer]:

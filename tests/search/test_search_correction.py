@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from search_world import ShareScorer, make_world, play, score, true_factors, true_loss
+from search_world import ShareScorer, genome_of, make_world, play, score, true_factors, true_loss
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve.backbone.targets import find_targets, linear_weight
@@ -24,7 +24,7 @@ from optimum_sieve.surgery.live import LiveRanks
 
 
 def measure(search, kept=0.5) -> Shares:
-    return measure_shares(search.space, ShareScorer(search), search.allocate("energy", kept))
+    return measure_shares(search.space, ShareScorer(search), search.space.energy(kept))
 
 
 def test_windows_reach_from_a_rank_to_a_higher_one():
@@ -44,7 +44,7 @@ def test_correction_finds_what_matrices_are_really_worth():
     assert np.corrcoef(np.log(ratios[pruned]), np.log(true_factors(search)[pruned]))[0, 1] > 0.8
     # A matrix that is dense there showed nothing.
     assert ratios[~pruned] == pytest.approx(1.0)
-    energy = search.allocate("energy", 0.5)
+    energy = search.space.energy(0.5)
     better = space.at_prices(np.zeros(len(space.genes)), 0.5)
     assert space.kept(better) <= 0.5
     assert true_loss(search, better) < 0.9 * true_loss(search, energy)
@@ -105,7 +105,7 @@ class CountingScorer(ShareScorer):
     def score(self, ranks, *, tolerance):
         from optimum_sieve.search.candidate import Candidate
 
-        genome = self.search.space.repair(ranks)
+        genome = genome_of(self.search, ranks)
         return score(self.search, Candidate(genome=genome, part=SEARCH, generation=0, slot=0, origin=""))
 
     def shares(self, ranks, windows):

@@ -25,7 +25,7 @@ def small_world(**options):
 
 def brute_force(search) -> int:
     """Return the fewest parameters within the tolerance, of all genomes."""
-    genomes = itertools.product(*(range(gene.num_levels) for gene in search.space.genes))
+    genomes = itertools.product(*(range(len(gene.ranks)) for gene in search.space.genes))
     return min(
         search.space.parameters(genome) for genome in genomes if true_loss(search, genome) <= search.goal.tolerance
     )
@@ -42,7 +42,7 @@ def test_plain_search_finds_the_brute_force_optimum(tolerance):
 def test_plain_search_with_a_size_finds_the_least_loss():
     search = small_world(kept=0.5)
     best = search.best(play(search))
-    genomes = itertools.product(*(range(gene.num_levels) for gene in search.space.genes))
+    genomes = itertools.product(*(range(len(gene.ranks)) for gene in search.space.genes))
     least = min(true_loss(search, genome) for genome in genomes if search.space.kept(genome) <= 0.5)
     assert search.space.kept(best.genome) <= 0.5
     assert true_loss(search, best.genome) == pytest.approx(least)
@@ -60,13 +60,13 @@ def test_guided_search_beats_the_energy_allocation():
     scored = play(search)
     result, best = search.result(scored), search.best(scored)
     # The least size at which the energy allocation would be confirmed, on the finest ladder.
-    energies = [search.allocate("energy", kept) for kept in np.arange(0.95, 0.05, -0.005)]
+    energies = [search.space.energy(kept) for kept in np.arange(0.95, 0.05, -0.005)]
     steps = [replace(result, genome=genome, outcome=None) for genome in energies]
     tried = [replace(candidate, outcome=score(search, candidate)) for candidate in steps]
     energy = search.space.kept(confirmed(tried, search.goal).genome)
     assert true_loss(search, result.genome) <= search.goal.tolerance
     assert search.space.kept(result.genome) < energy
-    same_size = search.allocate("energy", search.space.kept(best.genome))
+    same_size = search.space.energy(search.space.kept(best.genome))
     assert true_loss(search, best.genome) < 0.9 * true_loss(search, same_size)
 
 
@@ -76,7 +76,7 @@ def test_guided_search_with_a_size_beats_the_energy_allocation_of_that_size():
     result = search.result(scored)
     assert {candidate.part for candidate in scored} == {SEARCH}
     assert search.space.kept(result.genome) <= 0.4
-    assert true_loss(search, result.genome) < 0.9 * true_loss(search, search.allocate("energy", 0.4))
+    assert true_loss(search, result.genome) < 0.9 * true_loss(search, search.space.energy(0.4))
 
 
 def test_generations_depend_on_what_was_scored_alone():
@@ -116,9 +116,7 @@ def test_enough_confirms_the_best_so_far():
     first = search.open_candidates(scored)
     assert {candidate.part for candidate in first} == {CONFIRM}
     # A score that comes later changes nothing of what is confirmed.
-    late = replace(
-        scored[0], generation=1, genome=search.allocate("uniform", 0.3), outcome=make_outcome(0.5, rise=-1.0)
-    )
+    late = replace(scored[0], generation=1, genome=search.space.energy(0.3), outcome=make_outcome(0.5, rise=-1.0))
     assert search.open_candidates([*scored, late])[0].genome == first[0].genome
 
 
@@ -147,7 +145,7 @@ def step(genome: tuple[int, ...], place: int, mean: float) -> Candidate:
 
 def test_confirmation_stops_at_the_first_failure():
     search = make_world()
-    steps = ladder(search.space, search.allocate("energy", 0.5), 0.5)
+    steps = ladder(search.space, search.space.energy(0.5), 0.5)
     sizes = [search.space.kept(genome) for genome in steps]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 0.6

@@ -47,7 +47,7 @@ def test_summary_says_what_the_search_found(found):
         found["result"]["kept"] * sum(matrix["parameters"] for matrix in found["matrices"])
     )
     assert {matrix["name"]: matrix["rank"] for matrix in found["matrices"]} == found["ranks"]
-    assert {"energy", "uniform", "confirmation"} <= {candidate["origin"] for candidate in found["candidates"]}
+    assert {"energy", "confirmation"} <= {candidate["origin"] for candidate in found["candidates"]}
 
 
 def test_bottlenecks_are_measured_one_by_one():

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import optuna
 import pytest
-from search_world import ShareScorer, make_world, play, score
+from search_world import ShareScorer, genome_of, make_world, play, score
 
 from optimum_sieve.search.candidate import Candidate
 from optimum_sieve.search.loop import lead, score_one, work
@@ -34,7 +34,7 @@ class WorldScorer(ShareScorer):
         self.calls += 1
         if self.calls == self.fail_at:
             raise self.error("stopped")
-        genome = self.search.space.repair(ranks)
+        genome = genome_of(self.search, ranks)
         return score(self.search, Candidate(genome=genome, part=self.part, generation=0, slot=0, origin=""))
 
 

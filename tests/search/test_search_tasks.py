@@ -17,7 +17,7 @@ from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve import pruner as pruner_module
 from optimum_sieve.commands.search import format_result
 from optimum_sieve.search.bottlenecks import bottleneck_candidates, bottleneck_table
-from optimum_sieve.search.candidate import CONFIRM, Outcome, joined
+from optimum_sieve.search.candidate import CONFIRM, Candidate, Outcome, joined
 from optimum_sieve.search.page.page import write_page
 from optimum_sieve.search.ranking import Ranking
 from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
@@ -29,7 +29,6 @@ from optimum_sieve.surgery.live import LiveRanks
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from optimum_sieve.search.candidate import Candidate
     from optimum_sieve.search.loop import Search
 
 SETTINGS: dict[str, Any] = {
@@ -102,7 +101,7 @@ def test_the_result_holds_each_of_two_tasks_that_need_different_matrices(preset:
 
 def test_a_size_asked_for_is_searched_by_the_worst_task() -> None:
     def worst(genome: tuple[int, ...], search: Search) -> float:
-        probe = replace(search.open_candidates([])[0], genome=genome)
+        probe = Candidate(genome=genome, part="search", generation=0, slot=0, origin="")
         return max(true_loss(search, genome), other_loss(search, probe).kl)
 
     def scoring(search: Search, candidate: Candidate) -> Outcome:
@@ -111,7 +110,7 @@ def test_a_size_asked_for_is_searched_by_the_worst_task() -> None:
     search = two_worlds(kept=0.5, **SHORT)
     result = search.result(play(search, scoring))
     assert search.space.kept(result.genome) <= 0.5
-    assert worst(result.genome, search) < worst(search.allocate("energy", 0.5), search)
+    assert worst(result.genome, search) < worst(search.space.energy(0.5), search)
 
 
 def test_the_task_that_leaves_the_tolerance_first_says_the_size() -> None:
@@ -201,7 +200,7 @@ def test_scores_on_two_tasks_are_those_on_each(tmp_path: Path) -> None:
 
 def test_a_bottleneck_of_one_task_is_one() -> None:
     search = two_worlds()
-    genome = search.allocate("energy", 0.6)
+    genome = search.space.energy(0.6)
     wanted = bottleneck_candidates(search.space, genome, 3)
     scored = []
     for candidate in wanted:

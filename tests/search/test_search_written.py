@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from test_search_run import make_bases
-from tiny_models import make_tiny_model
 from toy import load_task, make_model, make_tokenizer, parity_rows
 from two_tasks import QUIET, make_tasks
 from vocabulary_world import byte_level
+from written_world import ANSWER, WRITTEN, byte_model
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
@@ -27,18 +27,10 @@ if TYPE_CHECKING:
 
     from optimum_sieve.tasks import Example
 
-WRITTEN: dict[str, Any] = {"kind": "generate", "labels": None, "max_new_tokens": 4, "metric": "f1"}
-# Several tokens: a mean over tokens is no sum.
-ANSWER: dict[str, Any] = {"answer": "very {{ label }}"}
 SETTINGS: dict[str, Any] = {
     **{"allocation": "genetic", "rank_multiple": 2, "population_size": 4, "generations": 2, "rounds": 1},
     **{"tolerance": 0.9, "confidence": 0.5},
 }
-
-
-def byte_model() -> Any:
-    """Make a model of the byte-level tokenizer that writes different answers to different prompts."""
-    return make_tiny_model("llama", vocab_size=960, initializer_range=0.3, max_position_embeddings=128)
 
 
 @pytest.fixture

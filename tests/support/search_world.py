@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optimum_sieve.allocation.allocators import LossCurve, allocate
+from optimum_sieve.allocation.allocators import LossCurve
 from optimum_sieve.search.candidate import SEARCH, Candidate, Outcome
 from optimum_sieve.search.correction import measure_shares
 from optimum_sieve.search.genome import SearchSpace
@@ -46,12 +46,8 @@ def make_world(
     settings = replace(PRESETS[preset], **changes)
     space = SearchSpace.from_curves(curves, storage="pivoted", multiple=2, levels=settings.levels)
 
-    def allocated(allocation: str, kept: float) -> tuple[int, ...]:
-        budget = int(kept * space.num_parameters)
-        return space.repair(allocate(curves, budget, allocation=allocation, storage="pivoted", multiple=2))
-
     goal = Goal(tolerance=tolerance, confidence=0.9, confirm_counts=(4 * COUNT,), kept=kept)
-    return Search(space=space, preset=settings, goal=goal, allocate=allocated, seed=seed)
+    return Search(space=space, preset=settings, goal=goal, seed=seed)
 
 
 def true_factors(search: Search) -> np.ndarray:
@@ -102,6 +98,11 @@ class ShareScorer:
         return found
 
 
+def genome_of(search: Search, ranks: Ranks) -> tuple[int, ...]:
+    """Return the genome of a rank for every matrix."""
+    return tuple(gene.ranks.index(ranks[gene.name]) for gene in search.space.genes)
+
+
 def play(search: Search, scoring: Callable[[Search, Candidate], Outcome] = score) -> list[Candidate]:
     """Run a search to its end without a study."""
     scored: list[Candidate] = []
@@ -111,7 +112,9 @@ def play(search: Search, scoring: Callable[[Search, Candidate], Outcome] = score
             search.shares = [*search.shares, measure_shares(search.space, ShareScorer(search), point)]
             continue
         wanted = search.open_candidates(scored)
-        if not wanted:
+        if not wanted and search.ending is None:
+            search.ending = search.choose_ending(scored)
+        elif not wanted:
             break
         scored += [replace(candidate, outcome=scoring(search, candidate)) for candidate in wanted]
     return scored

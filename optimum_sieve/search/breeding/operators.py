@@ -41,23 +41,10 @@ def uniform_crossover(first: NDArray[Any], second: NDArray[Any], rng: Rng) -> ND
     return np.where(rng.random(len(first)) < 0.5, first, second)
 
 
-def step_mutation(
-    genome: Sequence[int] | NDArray[Any], num_levels: Sequence[int], rates: NDArray[np.float64], rng: Rng
-) -> Genome:
-    """Move each matrix one level up or down with its own probability; a level at an end stays there."""
-    moves = np.where(rng.random(len(genome)) < rates, rng.choice((-1, 1), size=len(genome)), 0)
+def step_mutation(genome: NDArray[Any], num_levels: Sequence[int], prob: float, rng: Rng) -> Genome:
+    """Move each matrix one level up or down with probability `prob`; a level at an end stays there."""
+    moves = np.where(rng.random(len(genome)) < prob, rng.choice((-1, 1), size=len(genome)), 0)
     return tuple(int(level) for level in np.clip(genome + moves, 0, np.array(num_levels) - 1))
-
-
-def mutation_rates(space: SearchSpace, mean: float) -> NDArray[np.float64]:
-    """Return a mutation probability for every matrix, `mean` on average.
-
-    It is proportional to the square root of the parameters in one step of the matrix: large steps have most to gain.
-    """
-    steps = [float(np.diff(gene.parameters).mean()) if gene.num_levels > 1 else 0.0 for gene in space.genes]
-    shares = np.sqrt(steps)
-    rates: NDArray[np.float64] = np.clip(mean * shares / max(float(shares.mean()), 1e-300), 0.0, 1.0)
-    return rates
 
 
 def group_mutation(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .operators import crossover, mutation_rates, step_mutation, tournament
+from .operators import crossover, step_mutation, tournament
 
 
 if TYPE_CHECKING:
@@ -62,10 +62,9 @@ def breed(
     # The best candidates of all generations: elites survive without another score.
     population = [np.array(candidate.genome) for candidate in ranking[: preset.population_size]]
     known = {candidate.genome for candidate in ranking}
-    rates = mutation_rates(space, _MUTATION_PROB)
     children: list[tuple[Genome, str]] = []
     for _ in range(preset.population_size):
-        bred = (_child(space, population, rates, rng) for _ in range(_ATTEMPTS))
+        bred = (_child(space, population, rng) for _ in range(_ATTEMPTS))
         child, origin = next(((child, origin) for child, origin in bred if child not in known), (None, ""))
         if child is not None:
             known.add(child)
@@ -75,22 +74,20 @@ def breed(
 
 def _seeds(space: SearchSpace, search: Search, rng: np.random.Generator) -> list[tuple[Genome, str]]:
     """Return every level for all matrices at once, those within a given size first, then random levels."""
-    depth = max(gene.num_levels for gene in space.genes)
-    equal = [tuple(min(level, gene.num_levels - 1) for gene in space.genes) for level in reversed(range(depth))]
+    depth = max(len(gene.ranks) for gene in space.genes)
+    equal = [tuple(min(level, len(gene.ranks) - 1) for gene in space.genes) for level in reversed(range(depth))]
     equal.sort(key=lambda genome: space.kept(genome) > (search.goal.kept or 1.0))
     count = search.preset.population_size
     seeds = [(genome, "uniform") for genome in dict.fromkeys(equal)][:count]
     while len(seeds) < count:
-        seeds.append((tuple(int(rng.integers(gene.num_levels)) for gene in space.genes), "random"))
+        seeds.append((tuple(int(rng.integers(len(gene.ranks))) for gene in space.genes), "random"))
     return seeds
 
 
-def _child(
-    space: SearchSpace, population: Sequence[np.ndarray], rates: np.ndarray, rng: np.random.Generator
-) -> tuple[Genome, str]:
+def _child(space: SearchSpace, population: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[Genome, str]:
     indices = range(len(population))
     first, second = (population[tournament(indices, _TOURNAMENT_SIZE, rng)] for _ in range(2))
     crossed = rng.random() < _CROSSOVER_PROB
     parent = crossover(first, second, rng) if crossed else first
-    child = step_mutation(parent, [gene.num_levels for gene in space.genes], rates, rng)
+    child = step_mutation(parent, [len(gene.ranks) for gene in space.genes], _MUTATION_PROB, rng)
     return child, "crossover" if crossed else "mutation"

@@ -25,7 +25,7 @@ from .storage import GRACE_SECONDS, HEARTBEAT_SECONDS, close_storage, open_stora
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from optuna.trial import FrozenTrial
 
@@ -60,7 +60,7 @@ class SearchStudy:
         self.name = name
         self._space = space
         self._distributions: dict[str, BaseDistribution] = {
-            gene.name: IntDistribution(0, gene.num_levels - 1) for gene in space.genes
+            gene.name: IntDistribution(0, len(gene.ranks) - 1) for gene in space.genes
         }
         self._grace_seconds = grace_seconds
         self._finished: dict[int, tuple[Any, Candidate]] = {}
@@ -156,15 +156,9 @@ class SearchStudy:
                     )
                 )
 
-    def claim(self, places: Collection[tuple[str, int, int]] = ()) -> tuple[int, Candidate] | None:
-        """Take a waiting candidate for this process alone; return its trial number and itself, or `None`.
-
-        Args:
-            places (`Collection[tuple]`): Take only one of these, if there are any.
-        """
+    def claim(self) -> tuple[int, Candidate] | None:
+        """Take a waiting candidate for this process alone; return its trial number and itself, or `None`."""
         for trial in sorted(self._trials(TrialState.WAITING), key=_place):
-            if places and _place(trial) not in places:
-                continue
             try:
                 claimed = self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             except (optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
