@@ -1,4 +1,4 @@
-"""`SievePruner`: prune a model for one or several tasks, and save what loads with plain transformers."""
+"""`SievePruner`: prune a model for one or several tasks and save it so that plain transformers loads it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.experts import separated_view
-from optimum_sieve.backbone.latency import total_seconds, with_latencies
+from optimum_sieve.backbone.latency import with_latencies
 from optimum_sieve.backbone.loading import load_model
-from optimum_sieve.backbone.offloading import bring_in
 from optimum_sieve.backbone.sizes import measure_sizes
 from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned, with_answers
@@ -18,9 +17,9 @@ from optimum_sieve.healing.stage import hold_ranks, make_healer
 from optimum_sieve.pipeline.checks import check_model
 from optimum_sieve.pipeline.prepare import check_inputs, check_vocabulary, plan_run, prepare
 from optimum_sieve.pipeline.ranks import choose_ranks
-from optimum_sieve.publish.card import public_name
+from optimum_sieve.pipeline.result import pruned_result
 from optimum_sieve.publish.hub import push_folder
-from optimum_sieve.publish.result import SieveResult, TaskScores, make_result, save_result
+from optimum_sieve.publish.result import SieveResult, save_result
 from optimum_sieve.search.stage import join_search, run_search, wait_for_search
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import check_tasks, read_tasks
@@ -34,10 +33,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.config.sieve import SieveConfig
-    from optimum_sieve.evaluation.scores import Evaluation
-    from optimum_sieve.healing.stage import Healer
     from optimum_sieve.plan.plan import PrunePlan
     from optimum_sieve.run.context import Run
 
@@ -45,17 +41,18 @@ if TYPE_CHECKING:
 
 
 class SievePruner:
-    """Prune one model for one task, or for several at once.
+    """Prune one model for one task or several.
 
     Args:
         model (`PreTrainedModel`): The dense model. `prune` turns it into the pruned one, in place.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer; with `vocabulary="task"`, `prune` puts a smaller one here.
-        task (`Task | Sequence[Task]`): The task, or several of different names: the pruned model is to do each.
-        base_model (`str`, *optional*): Name of the dense model, for the card and the configuration.
-        loading (`dict[str, str]`, *optional*): Options with which it was loaded, for the card's command.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer. With `vocabulary="task"`, `prune` replaces it by a smaller
+            one.
+        task (`Task | Sequence[Task]`): The task, or several with different names.
+        base_model (`str`, *optional*): Name of the dense model for the card and the configuration.
+        loading (`dict[str, str]`, *optional*): Options it was loaded with, for the command in the card.
 
     Raises:
-        ValueError: If the model is pruned already, or neither writes nor classifies, or two tasks have one name.
+        ValueError: If the model is already pruned, neither generates nor classifies, or two tasks have the same name.
 
     Example:
 
@@ -101,24 +98,24 @@ class SievePruner:
         Args:
             model (`str | Path | PreTrainedModel`): Hub id, directory or a loaded model (then pass `tokenizer` too).
             task (`str | Path | dict | Task`): Task file, its content, or a task; or a sequence of those.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*): `None`: the one that lies with the model.
-            dtype (`str | torch.dtype`, *optional*): Such as `"bfloat16"`; `None`: as the checkpoint was saved.
-            device (`str | torch.device`, *optional*): Where to work; `None`: the GPU if there is one.
-            trust_remote_code (`bool`): Whether code that lies with the model may run.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): Default: the model's.
+            dtype (`str | torch.dtype`, *optional*): For example `"bfloat16"`. Default: as the checkpoint was saved.
+            device (`str | torch.device`, *optional*): Device to compute on. Default: the GPU if there is one.
+            trust_remote_code (`bool`): Whether to run code that is saved with the model.
             gguf_file (`str`, *optional*): Name of a GGUF file in the model's repository or directory.
             revision (`str`, *optional*): Revision on the Hub.
-            offload_dir (`str | Path`, *optional*): Leave the weights of the model's blocks on disk until they are
-                needed: where they lie, or in this directory if they have to be converted. For models that are larger
-                than the memory, with a `memory_limit`.
+            offload_dir (`str | Path`, *optional*): Keep the weights of the model's blocks on disk until they are used:
+                in the checkpoint or, if they need conversion, in this directory. For models larger than the memory,
+                with a `memory_limit`.
 
         Raises:
-            FileNotFoundError: If the task file or its data is not there.
-            ValueError: If the task file is wrong; the message names what.
+            FileNotFoundError: If the task file or its data does not exist.
+            ValueError: If the task file is invalid; the message names the error.
             OSError: If the model cannot be loaded.
         """
         tasks = read_tasks(task)
         check_tasks(tasks)
-        loaded, found, name = load_model(
+        loaded, its_tokenizer, name = load_model(
             model,
             tokenizer=tokenizer,
             dtype=dtype,
@@ -130,10 +127,10 @@ class SievePruner:
         )
         options = {"dtype": dtype and str(dtype).removeprefix("torch."), "gguf_file": gguf_file, "revision": revision}
         loading = {key: value for key, value in options.items() if value}
-        return cls(loaded, found, tasks, base_model=name, loading=loading)
+        return cls(loaded, its_tokenizer, tasks, base_model=name, loading=loading)
 
     def plan(self, config: SieveConfig) -> PrunePlan:
-        """Return what `prune` would do, from the shapes alone. Runs nothing but, to try a vocabulary, one example."""
+        """Return what `prune` would do, from shapes alone; a reduced vocabulary is tried on one example."""
         self._check_is_dense()
         view = separated_view(self.model)
         targets = check_inputs(view, self.tokenizer, self.tasks, config)
@@ -149,52 +146,47 @@ class SievePruner:
         num_bottlenecks: int = 0,
         progress: bool = True,
     ) -> dict[str, Any]:
-        """Search ranks and leave the model dense; `prune` with the same settings and directory goes on from there.
+        """Search ranks and leave the model dense; `prune` with the same settings and directory resumes from there.
 
         Args:
             config (`SieveConfig`): The settings, with `allocation="genetic"`.
-            work_dir (`str | Path`, *optional*): Keeps moments, bases, the study and what was found.
-            study_storage (`str`, *optional*): URL of an Optuna storage, where workers can help.
-            num_bottlenecks (`int`): Matrices of the result to lower one by one, to see which hold it back.
-            progress (`bool`): Whether progress bars are shown.
+            work_dir (`str | Path`, *optional*): Stores moments, bases, the study and the result.
+            study_storage (`str`, *optional*): URL of an Optuna storage that workers can join.
+            num_bottlenecks (`int`): Number of matrices of the result to lower one by one, to see which limit it.
+            progress (`bool`): Whether to show progress bars.
 
         Returns:
-            `dict[str, Any]`: What was found, as in the work directory's `search-<key>.json`.
+            `dict[str, Any]`: The result, as in the work directory's `search-<key>.json`.
 
         Raises:
             ValueError: If the settings, the model or the data break a rule.
-            RuntimeError: If nothing within the tolerance was found.
+            RuntimeError: If no size is within the tolerance.
         """
-        run = self._prepare_search(config, work_dir, study_storage, progress)
+        run = self._prepare_search(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
             return run_search(run, calibrate(run), num_bottlenecks=num_bottlenecks)
 
     def join_search(
         self, config: SieveConfig, *, work_dir: str | Path, study_storage: str | None = None, progress: bool = True
     ) -> int:
-        """Score candidates of a search that another process leads, until it ends; return how many.
+        """Score candidates of a search that another process leads until it ends; return their number.
 
         Raises:
             ValueError: If the bases in `work_dir` are not those of the study.
         """
-        run = self._prepare_search(config, work_dir, study_storage, progress)
+        run = self._prepare_search(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
             wait_for_search(run)
             return join_search(run, calibrate(run, must_exist=True))
 
-    def _prepare_search(
-        self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
-    ) -> Run:
+    def _prepare_search(self, config: SieveConfig, **options: Any) -> Run:
         if config.allocation != "genetic":
             raise ValueError(f"`allocation` must be 'genetic' for a search, got {config.allocation!r}.")
-        return self._prepare(config, work_dir, study_storage, progress)
+        return self._prepare(config, **options)
 
-    def _prepare(
-        self, config: SieveConfig, work_dir: str | Path | None, study_storage: str | None, progress: bool
-    ) -> Run:
+    def _prepare(self, config: SieveConfig, **options: Any) -> Run:
         self._check_is_dense()
-        given = (self.model, self.tokenizer, self.tasks, config)
-        return prepare(*given, work_dir=work_dir, study_storage=study_storage, progress=progress)
+        return prepare(self.model, self.tokenizer, self.tasks, config, **options)
 
     def prune(
         self,
@@ -204,28 +196,28 @@ class SievePruner:
         study_storage: str | None = None,
         progress: bool = True,
     ) -> SieveResult:
-        """Prune the model in place and score it, beside the dense one, on the test split.
+        """Prune the model in place and score it and the dense model on the test split.
 
-        The stages: moments on the calibration split, factor bases, ranks (searched on the selection split), pruned
-        model, healed where the settings say so, scores on the test split, which is read at the end and decides nothing.
-        Of several tasks the moments are summed, and the tolerance holds on each.
+        The stages: moments on the calibration split, factor bases, ranks (searched on the selection split), pruning,
+        healing if the settings ask for it, and scores on the test split, which influence nothing. With several tasks
+        the moments are summed and the tolerance holds on each task.
 
         Args:
             config (`SieveConfig`): The settings.
-            work_dir (`str | Path`, *optional*): Keeps finished stages, so that a killed run, or one with other
-                settings, does not repeat them. `None`: nothing is kept.
-            study_storage (`str`, *optional*): URL of the Optuna storage of a genetic search, where workers can help.
-            progress (`bool`): Whether progress bars are shown.
+            work_dir (`str | Path`, *optional*): Stores finished stages, so that a killed run, or one with other
+                settings, does not repeat them. Default: nothing is stored.
+            study_storage (`str`, *optional*): URL of the Optuna storage of a genetic search, which workers can join.
+            progress (`bool`): Whether to show progress bars.
 
         Returns:
             [`SieveResult`]: The pruned model and its report.
 
         Raises:
-            ValueError: If the settings, the model or the data break a rule; before any long work where it can be seen.
+            ValueError: If the settings, the model or the data break a rule; before any long work if possible.
             RuntimeError: If the model was pruned before.
-            ToleranceError: If nothing within the tolerance was found; a `RuntimeError`. The model is dense then.
+            ToleranceError: If no size is within the tolerance; a `RuntimeError`. The model is dense then.
         """
-        run = self._prepare(config, work_dir, study_storage, progress)
+        run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         with ExitStack() as undo:
             run = reduce_vocabulary(with_answers(run, *SPLITS))
             undo.callback(restore_vocabulary, run)
@@ -237,52 +229,28 @@ class SievePruner:
             undo.callback(hold_ranks(run, bases, ranks, healer))
             del bases
             pruned = score_test_pruned(run)
-            self.result = self._make_result(run, dense, pruned, sizes, ranks, trials, healer)
+            self.result = pruned_result(
+                run, dense, pruned, sizes=sizes, ranks=ranks, trials=trials, healer=healer, loading=self.loading,
+                base_model=self.base_model, base_revision=self._base_revision(),
+            )  # fmt: skip
             self.model, self.tokenizer = self.result.model, run.tokenizer
             # Success: keep the pruned model.
             undo.pop_all()
         return self.result
 
-    def _make_result(
-        self,
-        run: Run,
-        dense: list[Evaluation],
-        pruned: list[Evaluation],
-        sizes: dict[str, int],
-        ranks: Ranks,
-        trials: list[dict[str, Any]],
-        healer: Healer | None,
-    ) -> SieveResult:
-        """Turn the model into one of type `sieve`; `dense` and `sizes` are those of the dense model."""
-        bring_in(self.model)
-        return make_result(
-            self.model,
-            scores=[TaskScores.of(*each) for each in zip(run.tasks, dense, pruned, strict=True)],
-            sizes=(sizes, measure_sizes(self.model, run.targets)),
-            trials=trials,
-            settings=run.config.to_dict(),
-            seconds=run.seconds,
-            loading=self.loading,
-            base_model=public_name(self.base_model),
-            base_revision=self._base_revision(),
-            healing=None if healer is None else healer.report(),
-            vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
-            latency=None if run.latencies is None else total_seconds(run, ranks),
-        )
-
     def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False) -> Path:
-        """Write model, tokenizer, model card and report; all of it or, if anything fails, nothing.
+        """Write model, tokenizer, model card and report; all of them or, after an error, nothing.
 
         Args:
             output_dir (`str | Path`): A new or empty directory.
-            overwrite (`bool`): Whether a directory that holds files is replaced, once the new one is complete.
+            overwrite (`bool`): Whether to replace a directory that contains files once the new one is complete.
 
         Returns:
             `Path`: `output_dir`.
 
         Raises:
             RuntimeError: If nothing was pruned yet.
-            FileExistsError: If `output_dir` holds files and `overwrite` is false.
+            FileExistsError: If `output_dir` contains files and `overwrite` is false.
             OSError: If the disk is full or the directory cannot be written.
         """
         if self.result is None:
@@ -302,7 +270,7 @@ class SievePruner:
 
         Args:
             repo_id (`str`): Such as `"user/name"`.
-            options: `private`, `revision`, `commit_message`, `create_pr` and `token`, as of
+            options: `private`, `revision`, `commit_message`, `create_pr` and `token`; see
                 [`push_folder`][optimum_sieve.publish.hub.push_folder].
 
         Raises:
@@ -315,7 +283,7 @@ class SievePruner:
             return push_folder(self.save_pretrained(Path(directory) / "model"), repo_id, **options)
 
     def _base_revision(self) -> str | None:
-        """Commit of the dense model, where it came from the Hub."""
+        """Return the commit of a dense model from the Hub."""
         return getattr(self.model.config, "_commit_hash", None)
 
     def _check_is_dense(self) -> None:

@@ -290,9 +290,9 @@ def test_two_tasks_of_one_name_are_refused(dense: PreTrainedModel, tasks: tuple[
 @pytest.mark.parametrize(
     ("weights", "error", "message"),
     [
-        ((1, 2, 3), ValueError, "`task_weights` must be one number for each task, got 3 for 2 tasks"),
-        ((1,), ValueError, "`task_weights` must be one number for each task, got 1 for 2 tasks"),
-        ((1, 0), ValueError, r"`task_weights` must be above 0 .*, got 0\. Leave a task out that is not to count"),
+        ((1, 2, 3), ValueError, "`task_weights` must have one number per task, got 3 for 2 tasks"),
+        ((1,), ValueError, "`task_weights` must have one number per task, got 1 for 2 tasks"),
+        ((1, 0), ValueError, r"`task_weights` must be above 0 .*, got 0\. Omit a task that should not count"),
         ((1, -2.0), ValueError, r"`task_weights` must be above 0 .*, got -2\.0"),
         ((1, float("nan")), ValueError, "`task_weights` must be above 0 .*, got nan"),
         ((), ValueError, "`task_weights` must have one number for each task, got none"),

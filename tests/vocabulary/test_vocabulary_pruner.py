@@ -117,7 +117,7 @@ def test_selection_tokens_are_kept_only_where_the_selection_split_decides_nothin
 def test_after_an_error_the_model_is_as_it_was(dense, task, settings, monkeypatch):
     pruner = SievePruner(copy.deepcopy(dense), byte_level(), task)
     tokenizer, config = pruner.tokenizer, pruner.model.config
-    monkeypatch.setattr(pruner_module, "make_result", None)
+    monkeypatch.setattr(pruner_module, "pruned_result", None)
     stop = {"tolerance": 0.9, "confidence": 0.5} if settings else {"pruning_ratio": 0.3}
     with pytest.raises(TypeError, match="not callable"):
         pruner.prune(SieveConfig(**TASK, **stop, **settings), **QUIET)

@@ -1,0 +1,65 @@
+"""The result of a pruning run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve.backbone.latency import total_seconds
+from optimum_sieve.backbone.offloading import bring_in
+from optimum_sieve.backbone.sizes import measure_sizes
+from optimum_sieve.publish.card import public_name
+from optimum_sieve.publish.result import TaskScores, make_result
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optimum_sieve.allocation.budget import Ranks
+    from optimum_sieve.evaluation.scores import Evaluation
+    from optimum_sieve.healing.stage import Healer
+    from optimum_sieve.publish.result import SieveResult
+    from optimum_sieve.run.context import Run
+
+
+def pruned_result(
+    run: Run,
+    dense: Sequence[Evaluation],
+    pruned: Sequence[Evaluation],
+    *,
+    sizes: dict[str, int],
+    ranks: Ranks,
+    trials: list[dict[str, Any]],
+    healer: Healer | None,
+    base_model: str | None,
+    base_revision: str | None,
+    loading: dict[str, str] | None,
+) -> SieveResult:
+    """Turn the pruned model of a run into one of type `sieve`, in place, and report on it.
+
+    Args:
+        run (`Run`): The run, whose model is pruned.
+        dense (`Sequence[Evaluation]`): Evaluation of the dense model on each task's test split.
+        pruned (`Sequence[Evaluation]`): Evaluation of the pruned model.
+        sizes (`dict[str, int]`): Sizes of the dense model, see `measure_sizes`.
+        ranks (`Mapping[str, int | None]`): Ranks of the pruned model.
+        trials (`list[dict[str, Any]]`): What the search for them tried.
+        healer (`Healer`, *optional*): Healed the model.
+        base_model (`str`, *optional*): Name of the dense model.
+        base_revision (`str`, *optional*): Its commit on the Hub.
+        loading (`dict[str, str]`, *optional*): Options it was loaded with.
+    """
+    bring_in(run.model)
+    return make_result(
+        run.model,
+        scores=[TaskScores.of(*each) for each in zip(run.tasks, dense, pruned, strict=True)],
+        sizes=(sizes, measure_sizes(run.model, run.targets)),
+        trials=trials,
+        settings=run.config.to_dict(),
+        seconds=run.seconds,
+        loading=loading,
+        base_model=public_name(base_model),
+        base_revision=base_revision,
+        healing=None if healer is None else healer.report(),
+        vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
+        latency=None if run.latencies is None else total_seconds(run, ranks),
+    )
