@@ -1,8 +1,8 @@
 """Predict what a run needs before it starts.
 
-In: a model (weights are not needed), targets, settings and the sizes of the batches. Out: a `PrunePlan` with
-parameters, bytes and passes (`plan.make_plan`), seconds (`forecast`), and whether a model fits a memory limit
-(`fits`). Changes nothing in the model.
+In: a model or a configuration (weights are not needed), targets, settings and the sizes of the batches. Out: a
+`PrunePlan` with parameters, bytes and passes (`plan.make_plan`), seconds (`forecast.forecast`), and whether a model
+fits a memory limit (`fits.fits`). Changes nothing in the model.
 """
 
 from __future__ import annotations

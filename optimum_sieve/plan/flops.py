@@ -1,4 +1,4 @@
-"""How many floating-point operations a run takes, from shapes alone. Does not import torch."""
+"""Count the floating-point operations of a run from shapes alone. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from optimum_sieve.backbone.targets import Target
     from optimum_sieve.config.sieve import SieveConfig
 
-# Operations of a symmetric eigendecomposition with eigenvectors, by the cube of its size: reduction to tridiagonal form
-# (4/3), divide and conquer (up to 8/3 and 4), and the way back (2).
+# Operations of a symmetric eigendecomposition with eigenvectors, divided by the cube of its size: reduction to
+# tridiagonal form (4/3), divide and conquer (up to 8/3 and 4), and back-transformation (2).
 _EIGH = 9.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Floating-point operations of the stages, a multiplication and an addition counted as two.
+    """Floating-point operations of the stages; a multiplication and an addition count as two.
 
     Args:
         passes (`float`): Forward and backward passes of calibration, in the model's dtype.
-        moments (`float`): Sums of the moments, in float32.
-        products (`float`): Products of matrices in factorization, in float64.
+        moments (`float`): Accumulation of the moments, in float32.
+        products (`float`): Matrix products of the factorization, in float64.
         eigenvectors (`float`): Eigendecompositions, in float64.
     """
 
@@ -34,7 +34,7 @@ class Work:
     eigenvectors: float
 
     def seconds(self, rates: Mapping[str, float]) -> dict[str, float]:
-        """Return the time of each stage at some rates, operations a second by the names of `Hardware`."""
+        """Return the time of each stage, given operations per second as of `rates_of`."""
         return {
             "moments": self.passes / rates["model"] + self.moments / rates["float32"],
             "factors": self.products / rates["float64"] + self.eigenvectors / rates["eigenvectors"],
@@ -51,29 +51,29 @@ def count_work(
 ) -> Work:
     """Count the operations of calibration and factorization.
 
-    Attention's own products are left out: they are small beside the matrices' for texts much shorter than the hidden
-    size.
+    The products of queries, keys and values are not counted: for texts much shorter than the hidden size they are
+    small.
 
     Args:
-        targets (`Sequence[Target]`): The matrices; what else the blocks have is neglected.
+        targets (`Sequence[Target]`): The matrices; everything else in the blocks is neglected.
         config (`SieveConfig`): The settings.
-        tokens (`int`): Tokens of all calibration examples.
-        by_block (`bool`): Whether one block is held at a time, and run forward twice.
-        shares (`Mapping[str, float]`, *optional*): Part of the tokens that reaches a matrix, of experts.
+        tokens (`int`): Total tokens of the calibration examples.
+        by_block (`bool`): Whether one block is held at a time, which runs its forward pass twice.
+        shares (`Mapping[str, float]`, *optional*): Share of the tokens that the matrices of experts receive.
     """
     joint = config.projection == "joint"
     rounds = config.num_rounds
     passes, sums, products, eigenvectors = 0.0, 0.0, 0.0, 0.0
     for target in targets:
         rows, columns, rank = target.out_features, target.in_features, target.max_rank
-        own = tokens * (shares or {}).get(target.name, 1.0)
-        # Forward and, by inputs alone, backward.
-        passes += 2 * own * rows * columns * (1 + joint + (joint and by_block)) * rounds
-        # The side that is summed is `W x` or `g W`, one of them at hand; then squares of the smaller side.
-        sums += own * (2 * rows * columns + 2 * rank**2 * (1 + joint)) * rounds
-        # Rounds after the first look at each token in the directions of the bases before.
-        sums += 2 * own * rank * (rows + columns) * (rounds - 1) * (joint and config.weighting != "norms")
-        # The Gram matrix and the larger factor; what is decomposed, and a triangular system.
+        received = tokens * (shares or {}).get(target.name, 1.0)
+        # Forward and, for the gradients of inputs only, backward.
+        passes += 2 * received * rows * columns * (1 + joint + (joint and by_block)) * rounds
+        # `W x` or `g W`, then outer products of the smaller side.
+        sums += received * (2 * rows * columns + 2 * rank**2 * (1 + joint)) * rounds
+        # Rounds after the first project each token on the previous bases.
+        sums += 2 * received * rank * (rows + columns) * (rounds - 1) * (joint and config.weighting != "norms")
+        # The Gram matrix and the larger factor; the decomposed matrix and a triangular system.
         products += (6 * rows * columns * rank + 5 * rank**3) * rounds
         eigenvectors += _EIGH * rank**3 * rounds
     if config.projection == "svd":

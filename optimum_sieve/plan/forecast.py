@@ -1,4 +1,4 @@
-"""What a run on a model would take, from its configuration alone: no weights, no task."""
+"""Predict memory, disk and time of a run from a model's configuration alone: no weights, no task."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a run would take.
+    """Predicted cost of a run.
 
     Args:
         plan (`PrunePlan`): Sizes.
         work (`Work`): Floating-point operations.
         seconds (`dict[str, float]`): Time of each stage.
-        hardware (`str`): What it is for.
+        hardware (`str`): Hardware that the times are for.
     """
 
     plan: PrunePlan
@@ -40,7 +40,7 @@ class Forecast:
     hardware: str
 
     def format(self) -> str:
-        """Return the forecast as lines for a terminal."""
+        """Format the forecast for a terminal."""
         work = self.work
         moments, factors = work.passes + work.moments, work.products + work.eigenvectors
         return "\n".join([
@@ -61,20 +61,20 @@ def forecast(
     dtype: str = "bfloat16",
     **options: Any,
 ) -> Forecast:
-    """Work out what calibration and factorization of a model take.
+    """Predict the cost of calibrating and factorizing a model.
 
     Args:
-        model (`str | Path`): Hub id, directory or config.json of the model. Its weights need not be there.
+        model (`str | Path`): Hub id, directory or config.json of the model. Its weights are not needed.
         config (`SieveConfig`): The settings.
-        examples (`int`): Calibration examples.
-        tokens (`int`): Tokens of each.
-        hardware (`str`): One of `HARDWARE`: what it runs on, one device. `"this"`: this machine, which is measured.
-        dtype (`str`): What the model is loaded in.
+        examples (`int`): Number of calibration examples.
+        tokens (`int`): Tokens per example.
+        hardware (`str`): One of `HARDWARE`, a single device. `"this"` measures this machine.
+        dtype (`str`): Type that the model is loaded in.
         options (`Any`): Options of transformers' `AutoConfig.from_pretrained`.
 
     Raises:
         OSError: If there is no configuration.
-        ValueError: If the model has no linear layers to prune, or the `memory_limit` cannot be kept.
+        ValueError: If the model has no linear layers to prune, or the `memory_limit` is too low.
     """
     described = AutoConfig.from_pretrained(str(model), **options)
     kind: torch.dtype = getattr(torch, dtype)

@@ -1,4 +1,4 @@
-"""How fast a machine computes: measured here in seconds, or as its maker says."""
+"""Speed of a machine: measured in seconds, or from a data sheet."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Operations a second by the makers' data sheets, without sparsity: matrices in bfloat16, float32 and float64.
+# Operations per second from data sheets, without sparsity: matrix products in bfloat16, float32 and float64.
 _SHEETS = {
     "a100": (312e12, 19.5e12, 19.5e12),
     "h100": (989e12, 67e12, 67e12),
     "h200": (989e12, 67e12, 67e12),
 }
-# Part of them that large products reach, and eigendecompositions, whose steps depend on each other.
+# Fraction of them that large products reach, and eigendecompositions, whose steps depend on each other.
 _REACHED, _REACHED_BY_EIGENVECTORS = 0.4, 0.02
 HARDWARE = ("this", *_SHEETS)
 _SIZE, _SECONDS = 1024, 0.3
 
 
 def rates_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Return operations a second: `"model"` (products in `dtype`), `"float32"`, `"float64"` and `"eigenvectors"`.
+    """Return operations per second: `"model"` (products in `dtype`), `"float32"`, `"float64"` and `"eigenvectors"`.
 
     Args:
-        name (`str`): `"this"` measures, some two seconds; or one of `HARDWARE`.
-        dtype (`torch.dtype`): What the model computes in.
+        name (`str`): One of `HARDWARE`. `"this"` measures this machine in about two seconds.
+        dtype (`torch.dtype`): Type that the model computes in.
     """
     if name == "this":
         return _measured(dtype)
@@ -54,11 +54,11 @@ def _measured(dtype: torch.dtype) -> dict[str, float]:
 
 
 def _time(run: Callable[[], torch.Tensor]) -> float:
-    """Return the seconds of one run, over some tenths of a second after a first one."""
+    """Return the mean seconds of a call, repeated for `_SECONDS` after a first one."""
     run().sum().item()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < _SECONDS:
-        # Reading a number waits for an accelerator.
+        # Reading a number synchronizes with an accelerator.
         run()[:1].sum().item()
         count += 1
     return (time.perf_counter() - start) / count

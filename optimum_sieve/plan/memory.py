@@ -1,4 +1,4 @@
-"""What a run takes of memory, from shapes alone: as a whole, and one block of the model at a time."""
+"""Predict the memory of a run from shapes alone: with the whole model, and with one block at a time."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ if TYPE_CHECKING:
     from optimum_sieve.evaluation.batches import Batch
 
 _FLOAT32, _FLOAT64 = 4, 8
-# Copies of a layer's inputs and outputs that are there at once: saved for the backward pass, and in float32 for the
-# moments.
+# Copies of a layer's inputs and outputs in memory at once: for the backward pass, and in float32 for the moments.
 _ACTIVATION_COPIES = 2
-# The logits, in float32, their softmax, and the gradients of both.
+# Logits in float32, their softmax, and the gradients of both.
 _LOGIT_COPIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSizes:
-    """The largest of some batches.
+    """Sizes of the largest of several batches.
 
     Args:
         tokens (`int`): Rows times length of the largest batch.
-        logits (`int`): Logits that are computed of one batch at most.
-        states (`int`): Tokens of all batches together, padding included.
+        logits (`int`): Most logits computed for one batch.
+        states (`int`): Total tokens of all batches, with padding.
     """
 
     tokens: int
@@ -54,15 +53,15 @@ class BatchSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """Bytes of the largest block of a model, and of what is made of it.
+    """Bytes of the largest block of a model, of its moments and of its bases.
 
     Args:
         resident (`int`): Weights outside the blocks, and those of blocks that are not offloaded.
         weights (`int`): Weights of the block.
-        moments (`int`): Its moments.
-        bases (`int`): Its factor bases.
-        workspace (`int`): What the factorization of its largest matrix takes beside weight and moments.
-        features (`float`): Inputs and outputs of its layers, for each token.
+        moments (`int`): Moments of the block.
+        bases (`int`): Factor bases of the block.
+        workspace (`int`): Temporary memory for factorizing its largest matrix, without weight and moments.
+        features (`float`): Number of inputs and outputs of its layers per token.
         shard (`int`): A shard of the saved model, see [`shard_bytes`].
     """
 
@@ -76,40 +75,40 @@ class BlockSizes:
 
     @classmethod
     def of(cls, model: nn.Module, targets: Sequence[Target], projection: str) -> BlockSizes:
-        """Measure a model; shapes are enough.
+        """Measure a model, which needs no weights.
 
         Raises:
-            ValueError: If the model has not one sequence of blocks.
+            ValueError: If the model does not have exactly one sequence of blocks.
         """
         blocks = find_blocks(model)
         total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        own = {block: _bytes(model.get_submodule(block)) for block in blocks}
-        offloaded = sum(size for block, size in own.items() if _offloads(model.get_submodule(block)))
+        sizes = {block: _bytes(model.get_submodule(block)) for block in blocks}
+        offloaded = sum(size for block, size in sizes.items() if _is_offloaded(model.get_submodule(block)))
         shares = expert_shares(model, targets)
         in_block = {block: [t for t in targets if t.name.startswith(f"{block}.")] for block in blocks}
         return cls(
             resident=total - offloaded,
-            weights=max(own.values()),
-            moments=max(sum(moment_elements(t, projection) for t in found) for found in in_block.values()) * _FLOAT32,
-            bases=max(sum(map(basis_bytes, found)) for found in in_block.values()),
+            weights=max(sizes.values()),
+            moments=max(sum(moment_elements(t, projection) for t in group) for group in in_block.values()) * _FLOAT32,
+            bases=max(sum(map(basis_bytes, group)) for group in in_block.values()),
             workspace=max(_workspace(target) for target in targets),
-            features=max(_features(found, shares) for found in in_block.values()),
+            features=max(_features(group, shares) for group in in_block.values()),
             shard=shard_bytes(model),
         )
 
 
 def by_block_bytes(sizes: BlockSizes, batch: BatchSizes, config: SieveConfig, pruned: int) -> int:
-    """Return the bytes at most of a run that holds one block at a time.
+    """Return the peak bytes of a run that holds one block at a time.
 
     Args:
-        sizes (`BlockSizes`): Of the model.
-        batch (`BatchSizes`): Of all tasks' examples.
+        sizes (`BlockSizes`): Sizes of the model.
+        batch (`BatchSizes`): Sizes of the batches of all tasks.
         config (`SieveConfig`): The settings.
-        pruned (`int`): Bytes of the pruned targets, which are in memory together at the end.
+        pruned (`int`): Bytes of the pruned targets, which are all in memory at the end.
     """
     later = config.num_rounds > 1
     activations = round(batch.tokens * sizes.features) * _FLOAT32 * _ACTIVATION_COPIES
-    # A later round holds the block's factors beside its dense weights, and its bases, which weight the tokens.
+    # A later round also holds the block's factors, and its bases, which weight the tokens.
     held = sizes.weights * (2 if later else 1) + sizes.moments
     calibrating = held + max(activations + (sizes.bases if later else 0), sizes.bases + sizes.workspace)
     logits = batch.logits * _FLOAT32 * _LOGIT_COPIES
@@ -117,45 +116,46 @@ def by_block_bytes(sizes: BlockSizes, batch: BatchSizes, config: SieveConfig, pr
 
 
 def whole_activation_bytes(model: nn.Module, targets: Sequence[Target], batch: BatchSizes, element: int) -> int:
-    """Return the bytes of what the whole model's backward pass over one batch keeps, in elements of `element` bytes."""
+    """Return the bytes of activations that a backward pass over one batch keeps, at `element` bytes per element."""
     features = _features(targets, expert_shares(model, targets))
     return round(batch.tokens * features) * element + batch.logits * _LOGIT_COPIES * _FLOAT32
 
 
 def expert_shares(model: nn.Module, targets: Sequence[Target]) -> dict[str, float]:
-    """Return the part of the tokens that is routed to each expert's matrices, were all experts equal."""
+    """Return the share of the tokens that the matrices of each expert receive, assuming balanced routing."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     inside = tuple(f"{name}." for name in separate_names(model))
     chosen = getattr(text, "num_experts_per_tok", None)
-    count = next((found for name in ("num_local_experts", "num_experts") if (found := getattr(text, name, None))), None)
+    counts = (getattr(text, name, None) for name in ("num_local_experts", "num_experts"))
+    count = next(filter(None, counts), None)
     if not inside or not chosen or not count:
         return {}
     return {target.name: chosen / count for target in targets if target.name.startswith(inside)}
 
 
 def _features(targets: Iterable[Target], shares: Mapping[str, float]) -> float:
-    """Count inputs and outputs of layers for each token, those of experts by their share of the tokens."""
+    """Count inputs and outputs of layers per token, weighted by the share of tokens that reach them."""
     return sum((target.in_features + target.out_features) * shares.get(target.name, 1.0) for target in targets)
 
 
 def moments_bytes(targets: Sequence[Target], config: SieveConfig, num_tasks: int = 1) -> int:
-    """Return the bytes of all moments; those of a further task are added to the sum of the ones before it."""
+    """Return the bytes of all moments. The moments of each further task are added to a running sum."""
     return min(num_tasks, 2) * sum(moment_elements(target, config.projection) for target in targets) * _FLOAT32
 
 
 def bases_at_once(config: SieveConfig) -> int:
-    """Return how many sets of bases are there at most: a later round makes new ones from the old."""
+    """Return the most sets of bases held at once: a later round makes new ones from the old."""
     return 2 if config.num_rounds > 1 else 1
 
 
 def calibration_bytes(targets: Sequence[Target], config: SieveConfig) -> int:
-    """Return the bytes of moments and bases of a run as a whole."""
+    """Return the bytes of moments and bases of a run with the whole model in memory."""
     return moments_bytes(targets, config) + bases_at_once(config) * sum(map(basis_bytes, targets))
 
 
 def moment_elements(target: Target, projection: str) -> int:
-    """Return the numbers in a target's moments."""
+    """Return the number of elements in a target's moments."""
     if projection == "svd":
         return 0
     if projection == "learned":
@@ -169,7 +169,7 @@ def basis_bytes(target: Target) -> int:
 
 
 def _workspace(target: Target) -> int:
-    """Weight and two factors, and some eight matrices of the smaller side, in float64."""
+    """Return the bytes of weight, two factors and about eight square matrices of the smaller side, in float64."""
     rows, columns, rank = target.out_features, target.in_features, target.max_rank
     return (rows * columns + rank * (rows + columns) + 8 * rank**2) * _FLOAT64
 
@@ -178,5 +178,5 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def _offloads(block: nn.Module) -> bool:
+def _is_offloaded(block: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in block.parameters())

@@ -1,4 +1,4 @@
-"""What a pruning run would do, from shapes alone."""
+"""Predict the sizes of a pruning run from shapes alone."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 
     from .memory import BatchSizes
 
-# Of each trained parameter: its gradient, both moments of AdamW, the weight from before and the best one, in float32.
+# Per trained parameter, in float32: its gradient, both moments of AdamW, its first value and its best one.
 _HEAL_BYTES = 5 * 4
-# What a process takes of the CPU's memory that has imported what a run needs and computed something (measured: 550 MB).
+# CPU memory of a process after importing the libraries and a first computation (measured: 550 MB).
 _LIBRARY_BYTES = 600_000_000
-# In half precision on the CPU oneDNN keeps a compiled product for each rank and number of tokens, 1,024 at most
+# In half precision on the CPU, oneDNN caches up to 1,024 compiled products, one for each rank and number of tokens
 # (measured: .7 MB each).
 _KERNEL_BYTES = 700_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
-    """What a run takes that holds one block of the model at a time.
+    """Sizes of a run that holds one block of the model at a time.
 
     Args:
-        count (`int`): Blocks of the model.
-        passes (`int`): Times that the calibration examples are gone through.
-        peak_bytes (`int`): Bytes held at most.
-        disk_bytes (`int`): Bytes in the work directory at most: bases, and the states between the blocks.
+        count (`int`): Number of blocks.
+        passes (`int`): Passes over the calibration examples.
+        peak_bytes (`int`): Peak memory in bytes.
+        disk_bytes (`int`): Peak size of the work directory in bytes: bases, and the states between the blocks.
     """
 
     count: int
@@ -52,27 +52,27 @@ class BlockPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan:
-    """Sizes of a run before it is made.
+    """Predicted sizes of a run.
 
     Args:
-        num_targets (`int`): Matrices to prune.
-        targets_parameters (`int`): Their parameters.
+        num_targets (`int`): Number of matrices to prune.
+        targets_parameters (`int`): Parameters of these matrices.
         model_parameters (`int`): Parameters of the whole model.
-        expected_targets_parameters (`int`, *optional*): Target parameters afterwards; `None` while a search decides.
+        expected_targets_parameters (`int`, *optional*): Target parameters after pruning; `None` if a search decides.
         model_bytes (`int`): Bytes of the dense model.
         expected_bytes (`int`, *optional*): Bytes of the pruned model.
-        moments_bytes (`int`): Bytes of the moments, on the model's device.
+        moments_bytes (`int`): Bytes of the moments, on the device of the model.
         bases_bytes (`int`): Bytes of the factor bases.
-        bases_at_once (`int`): Sets of bases held at most: two where a later round makes new ones from the old.
-        activation_bytes (`int`): Bytes of what the model computes with one batch of examples at most.
-        examples (`dict[str, dict[str, int]]`): Examples of each split of each task.
-        heal_bytes (`int`): Bytes of the optimizer's state, gradients and kept weights while the largest size is healed.
-        healing (`str`, *optional*): What healing costs at most; `None` without it.
+        bases_at_once (`int`): Most sets of bases held at once: two if a later round makes new ones from the old.
+        activation_bytes (`int`): Most bytes of activations for one batch of examples.
+        examples (`dict[str, dict[str, int]]`): Number of examples in each split of each task.
+        heal_bytes (`int`): Bytes of optimizer state, gradients and copies of weights while the largest size is healed.
+        healing (`str`, *optional*): Upper bound of the healing steps, as text; `None` without healing.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings `"before"` and, at least, `"after"`; `None`
-            where they stay.
-        library_bytes (`int`): Bytes of the CPU's memory that Python and its libraries take beside all that.
-        blocks (`BlockPlan`, *optional*): What the run takes one block at a time, where it is made so: its model is
-            offloaded, or a `memory_limit` leaves no room for all of it.
+            if the vocabulary is not cut.
+        library_bytes (`int`): Additional CPU memory of Python and its libraries.
+        blocks (`BlockPlan`, *optional*): Sizes of a run that holds one block at a time, if the model is offloaded or
+            the whole run exceeds the `memory_limit`.
     """
 
     num_targets: int
@@ -94,18 +94,18 @@ class PrunePlan:
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes of a run as a whole: model, bases and activations, with the moments or what healing needs."""
+        """Peak bytes with the whole model in memory: model, bases, activations, and moments or healing state."""
         while_calibrating = self.moments_bytes + self.bases_at_once * self.bases_bytes
         held = self.model_bytes + max(while_calibrating, self.bases_bytes + self.heal_bytes)
         return held + self.activation_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes that the model and everything made of it take at most. Python and its libraries come on top."""
+        """Peak bytes of the run, without Python and its libraries."""
         return self.whole_bytes if self.blocks is None else self.blocks.peak_bytes
 
     def format(self) -> str:
-        """Return the plan as lines for a terminal."""
+        """Format the plan for a terminal."""
         after = self.expected_targets_parameters
         lines = [
             f"matrices to prune      {self.num_targets:,} ({self.targets_parameters:,} parameters, "
@@ -127,22 +127,22 @@ class PrunePlan:
         return "\n".join(lines)
 
     def _memory_lines(self) -> list[str]:
-        found = f"memory                 {_size(self.peak_bytes)} at most: "
+        peak = f"memory                 {_size(self.peak_bytes)} at most: "
         if self.blocks is None:
             return [
-                f"{found}model {_size(self.model_bytes)}, moments {_size(self.moments_bytes)}, factor bases "
+                f"{peak}model {_size(self.model_bytes)}, moments {_size(self.moments_bytes)}, factor bases "
                 f"{self.bases_at_once} x {_size(self.bases_bytes)}, activations "
                 f"{_size(self.activation_bytes)}"
             ]
         return [
-            f"{found}one block of {self.blocks.count} at a time; as a whole {_size(self.whole_bytes)}; "
-            f"Python and its libraries take some {self.library_bytes / 1e6:,.0f} MB of the CPU's memory more",
+            f"{peak}one block of {self.blocks.count} at a time; whole model {_size(self.whole_bytes)}; "
+            f"Python and its libraries take about {self.library_bytes / 1e6:,.0f} MB more of CPU memory",
             f"passes                 {self.blocks.passes} over the calibration examples, with two forward passes each",
             f"disk                   {_size(self.blocks.disk_bytes)} in the work directory",
         ]
 
     def _example_lines(self) -> list[str]:
-        """Return one line of examples for each task, which names it where there are several."""
+        """Return a line of examples for each task, with its name if there are several."""
         texts = {
             name: ", ".join(f"{split} {count:,}" for split, count in splits.items())
             for name, splits in self.examples.items()
@@ -160,24 +160,24 @@ def make_plan(
     batch: BatchSizes,
     vocabulary: TaskVocabulary | None = None,
 ) -> PrunePlan:
-    """Work out a `PrunePlan`. A model without weights is taken for one whose blocks would be offloaded.
+    """Compute the plan of a run. A model without weights counts as one with offloaded blocks.
 
     Args:
-        model (`torch.nn.Module`): The dense model.
+        model (`torch.nn.Module`): The dense model, whose experts are separate linears.
         targets (`list[Target]`): The matrices to prune.
         config (`SieveConfig`): The settings.
-        splits (`Mapping[str, dict[str, int]]`): Examples of each split of each task.
-        batch (`BatchSizes`): Of all examples.
-        vocabulary (`TaskVocabulary`, *optional*): That of the calibration splits.
+        splits (`Mapping[str, dict[str, int]]`): Number of examples in each split of each task.
+        batch (`BatchSizes`): Sizes of the batches of all examples.
+        vocabulary (`TaskVocabulary`, *optional*): Vocabulary of the calibration splits.
 
     Raises:
-        ValueError: If the `memory_limit` cannot be kept; the message says what can.
+        ValueError: If the `memory_limit` is too low; the message gives the lowest one.
     """
     total = sum(target.num_parameters for target in targets)
     model_bytes = tensor_bytes(model)
     after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
     element = _element_size(model, targets)
-    # A search begins at half of the parameters.
+    # A search starts at half of the parameters.
     kept = total // 2 if after is None else after
     removed = 0 if vocabulary is None else vocabulary.rows.removed_elements
     plan = PrunePlan(
@@ -203,7 +203,7 @@ def make_plan(
 def _plan_blocks(
     plan: PrunePlan, model: nn.Module, targets: list[Target], config: SieveConfig, batch: BatchSizes
 ) -> BlockPlan | None:
-    """Plan a run by blocks where it has to be one."""
+    """Plan a run by blocks if the model is offloaded or the whole run exceeds the limit."""
     limit = config.memory_bytes
     if not holds_offloaded(model) and (limit is None or plan.whole_bytes <= limit):
         return None
@@ -215,8 +215,8 @@ def _plan_blocks(
     peak = by_block_bytes(sizes, batch, config, kept * element)
     if limit is not None and peak > limit:
         raise ValueError(
-            f"`memory_limit` must be at least {_size(peak)} here, of which {_size(sizes.resident)} are "
-            f"weights that stay in memory, got {_size(limit)}. Raise it, or lower `batch_size`."
+            f"`memory_limit` must be at least {_size(peak)} here, with {_size(sizes.resident)} of weights that stay in "
+            f"memory, got {_size(limit)}. Raise it, or lower `batch_size`."
         )
     hidden = max(target.in_features for target in targets)
     blocks = find_blocks(model)
@@ -232,9 +232,9 @@ def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) 
     """Refuse settings that need the whole model in memory.
 
     Raises:
-        ValueError: The message names the setting.
+        ValueError: If there is one; the message names it.
     """
-    wrong = [
+    refused = [
         name
         for name, whole in (
             ("projection='learned'", config.projection == "learned"),
@@ -244,29 +244,29 @@ def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) 
         )
         if whole
     ]
-    if wrong:
+    if refused:
         room = "a model in memory" if limit is None else f"a `memory_limit` of {_size(plan.whole_bytes)} or more"
         given = "an offloaded model" if limit is None else _size(limit)
         raise ValueError(
-            f"`{wrong[0]}` must go with {room}, got {given}: with less, one block of the model is held at a time. "
+            f"`{refused[0]}` must go with {room}, got {given}: with less, one block of the model is held at a time. "
             "Prune without it; `optimum-cli sieve heal` heals the result."
         )
 
 
 def _computes_in_half_on_cpu(model: nn.Module, targets: Sequence[Target]) -> bool:
-    """Tell so of the targets; a model without weights may run anywhere."""
+    """Tell whether the targets are in half precision on the CPU; a model without weights may run anywhere."""
     first = model.get_submodule(targets[0].name)
     return execution_device(first).type == "cpu" and _element_size(model, targets) == 2
 
 
 def _element_size(model: nn.Module, targets: Sequence[Target]) -> int:
-    """Return the bytes of one number of the targets' weights."""
+    """Return the bytes of one element of the targets' weights."""
     first: Any = model.get_submodule(targets[0].name)
     return int(first.weight.element_size())
 
 
 def _trained(config: SieveConfig, kept: int) -> int:
-    """Parameters that healing trains at most: pivots are trained as factors, which have up to twice as many."""
+    """Return the most parameters that healing trains: pivots are trained as factors, which have up to twice as many."""
     return 2 * kept if config.storage == "pivoted" else kept
 
 
