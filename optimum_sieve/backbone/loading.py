@@ -129,7 +129,7 @@ def empty_model(config: PreTrainedConfig, *, model_class: Any = None, separate: 
 
 def default_device() -> torch.device:
     """Return the accelerator of this process, or the CPU; never `mps`, which has no float64."""
-    if distributed.size() > 1:
+    if distributed.num_processes() > 1:
         return distributed.device()
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()

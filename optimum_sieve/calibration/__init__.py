@@ -1,8 +1,9 @@
 """Collect second moments on the calibration split and turn them into factor bases.
 
-In: a run, whose model is dense. Out: a `FactorBasis` for every target. `stage.calibrate` runs the rounds; each round
-calls `collect.collect_moments` on the whole model, or `blockwise` where one block at a time is in memory, then
-`factors.factor_together`. `losses` holds the losses whose gradients weight the moments.
+In: a run, whose model is dense. Out: a `FactorBasis` for every target. `stage.calibrate` runs the rounds. A round
+(`rounds.Round`) loads its bases from the work directory or computes them: `stage.WholeRound` with the whole model in
+memory, `blockwise.BlockRound` with one block at a time. Both take moments (`collect`) with the gradients of a loss
+(`losses`) and factor the weights (`factors`).
 """
 
 from __future__ import annotations

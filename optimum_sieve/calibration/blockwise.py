@@ -153,7 +153,7 @@ class BlockRound(Round):
                     each.backward(number, watch)
                 else:
                     each.forward(number, watch, keep_inputs=False)
-        distributed.add_up(tensor for own in moments.values() for tensor in own.tensors().values())
+        distributed.sum_over_processes(tensor for own in moments.values() for tensor in own.tensors().values())
         return weights, moments
 
     def _factor(self, number: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]) -> None:

@@ -1,7 +1,7 @@
 r"""Collect the moments of every target layer while the model reads the calibration examples.
 
-The pass over the data is here; the hooks are in `watching`, the arithmetic in `moments`. Needs torch alone: what a
-batch is and how its loss is computed are arguments.
+This module runs the model over the data; the hooks are in `backbone.hooks`, the arithmetic in `factorization.moments`.
+It needs torch alone: the batches and their loss are arguments.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 
 class CalibrationBatch(Protocol):
-    """What calibration reads of a batch: the masks that tell tokens from padding, and the number of examples."""
+    """The attributes of a batch that calibration reads."""
 
     @property
     def masks(self) -> tuple[torch.Tensor, ...]:
-        """Masks (rows, length), nonzero at tokens: one, or those of encoder and decoder, of different lengths."""
+        """Masks (rows, length), nonzero at tokens, 0 at padding: one, or those of encoder and decoder."""
 
     @property
     def num_examples(self) -> int:
-        """Examples in the batch."""
+        """Number of examples in the batch."""
 
 
 BatchT = TypeVar("BatchT", bound=CalibrationBatch)
@@ -57,21 +57,21 @@ def collect_moments(
 ) -> dict[str, Moments]:
     """Run the model over `batches` and return the moments of each target by name.
 
-    Sums are over tokens and independent of how the examples are batched and padded, up to rounding. They are held in
-    float32 on the device of each weight. Parameters' `requires_grad` and the training mode are restored.
+    Moments are sums over tokens in float32, on the device of each weight. Up to rounding they do not depend on batching
+    and padding. The parameters' `requires_grad` and the training mode are restored.
 
     Args:
         model (`torch.nn.Module`): The model, on its device; its targets may hold factors already.
-        targets (`Sequence[Target]`): Layers to watch.
+        targets (`Sequence[Target]`): Layers to take moments of.
         batches (`Iterable`): Batches, already on the model's device.
         loss (`Callable`): Maps `(model, batch)` to the *sum* of the examples' losses; only called with gradients on for
             the joint projection.
         projection (`str`): `"joint"`, `"activation"` or `"learned"`.
-        num_examples (`int`): Examples in all batches, by which the sums are divided.
-        weights (`Mapping[str, torch.Tensor]`, *optional*): Weight (out, in) of each target that the moments are for;
-            `None`: the one it has now.
-        token_weights (`Mapping[str, Callable]`, *optional*): How the tokens of each target are weighted in joint
-            moments, see [`accumulate_moments`][optimum_sieve.factorization.moments.accumulate_moments].
+        num_examples (`int`): Number of examples in all batches, which divides the sums.
+        weights (`Mapping[str, torch.Tensor]`, *optional*): Weight (out, in) of each target that the moments are for.
+            Default: the current one.
+        token_weights (`Mapping[str, Callable]`, *optional*): Weighting of each target's tokens in joint moments, see
+            [`accumulate_moments`][optimum_sieve.factorization.moments.accumulate_moments].
 
     Raises:
         ValueError: If a loss or a moment is not finite, or a target is never called; the message names the layer.
@@ -95,14 +95,14 @@ def accumulator(
     scaling: float,
     token_weights: Mapping[str, TokenWeights] | None = None,
 ) -> Callable[..., None]:
-    """Return what a [`Watch`][optimum_sieve.backbone.hooks.Watch] calls to add tokens to the moments of their layer.
+    """Return the callback of a [`Watch`][optimum_sieve.backbone.hooks.Watch] that adds tokens to moments.
 
     Args:
-        moments (`Mapping[str, Moments]`): What is added to, by layer.
+        moments (`Mapping[str, Moments]`): The moments by layer.
         weights (`Mapping[str, torch.Tensor]`): Weight (out, in) of each layer that the moments are for.
         projection (`str`): `"joint"`, `"activation"` or `"learned"`.
-        scaling (`float`): Factor on everything that is added.
-        token_weights (`Mapping[str, Callable]`, *optional*): How the tokens of each layer are weighted.
+        scaling (`float`): Factor of everything that is added.
+        token_weights (`Mapping[str, Callable]`, *optional*): Weighting of each layer's tokens.
     """
 
     def accumulate(name: str, x: torch.Tensor, g: torch.Tensor | None) -> None:
@@ -130,13 +130,13 @@ def direction_gradients(
 
     Args:
         model (`torch.nn.Module`): The model, on its device; the layers may be pruned.
-        factors (`Mapping[str, tuple]`): Left (out, directions) and right (directions, in) factors by layer name,
-            whether the layer holds those directions or not.
+        factors (`Mapping[str, tuple]`): Left (out, directions) and right (directions, in) factors by layer name. The
+            layer need not hold these directions.
         batches (`Iterable`): Batches, already on the model's device.
         loss (`Callable`): Maps `(model, batch)` to the *sum* of the examples' losses.
 
     Returns:
-        `dict[str, torch.Tensor]`: Summed over all examples, float64 (directions,), on the CPU.
+        `dict[str, torch.Tensor]`: Sums over all examples, float64 (directions,), on the CPU.
 
     Raises:
         ValueError: If a loss is not finite, or a layer is never called.
@@ -163,19 +163,19 @@ def visit_tokens(
     *,
     gradients: bool = True,
 ) -> None:
-    """Run the model over `batches`; `visit(name, x, g)` sees the tokens of every call of the named layers.
+    """Run the model over `batches` and call `visit(name, x, g)` with the tokens of every call of the named layers.
 
-    `x` (tokens, in) are a layer's inputs in the model's dtype, and `g` (tokens, out), float32, gradients of the loss
-    at its outputs, or `None` without gradients. Padding is left out; tokens are in the order of the batch's mask.
-    Parameters' `requires_grad` and the training mode are restored.
+    `x` (tokens, in) are the layer's inputs in the model's dtype. `g` (tokens, out) are the gradients of the loss at its
+    outputs in float32, or `None`. Padding is excluded; tokens are in the order of the batch's mask. The parameters'
+    `requires_grad` and the training mode are restored.
 
     Args:
         model (`torch.nn.Module`): The model, on its device; the layers may be pruned.
         names (`Sequence[str]`): Module names of the layers.
         batches (`Iterable`): Batches, already on the model's device.
         loss (`Callable`): Maps `(model, batch)` to the *sum* of the examples' losses.
-        visit (`Callable`): Called as the layers are reached, backward through the model where gradients are taken.
-        gradients (`bool`): Whether gradients are taken.
+        visit (`Callable`): Called in the order of the forward pass or, with gradients, of the backward pass.
+        gradients (`bool`): Whether to compute gradients.
 
     Raises:
         ValueError: If a loss is not finite, or a layer is never called; the message names it.

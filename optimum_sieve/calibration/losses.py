@@ -1,4 +1,4 @@
-r"""What the output gradients of calibration are taken of; each loss is a sum over the examples of a batch."""
+r"""Losses whose gradients weight the moments of calibration; each is a sum over the examples of a batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
-# Positions of each prompt whose next tokens are looked at.
+# Number of positions in each prompt whose next tokens count.
 PROMPT_SITES = 32
 # Weight of all prompt tokens together, relative to the answer's. Without them, the moments of short answers span few
 # directions.
@@ -36,11 +36,11 @@ def calibration_loss(
     """Return the loss called `name` for these examples, and whether its batches hold every candidate.
 
     Args:
-        name (`str`): `"fisher"`, `"labels"` or `"answer"`. Without candidates, `"fisher"` is that of the tokens
-            written, and `"labels"` is `"answer"`.
+        name (`str`): `"fisher"`, `"labels"` or `"answer"`. Without candidates, `"fisher"` is over the tokens of the
+            answer, and `"labels"` is `"answer"`.
         examples (`Sequence[Example]`): The calibration examples, in the order of the batches' indices.
         seed (`int`): Seed of the Fisher roots' random signs.
-        prompt_weight (`float`): Of `"fisher"` without candidates, what the prompt's tokens count.
+        prompt_weight (`float`): Weight of the prompt's tokens in `"fisher"` without candidates.
     """
     candidates = all(example.candidates for example in examples)
     if name == "fisher":
@@ -72,8 +72,8 @@ def fisher_root(seed: int = 0) -> Loss:
     With scores \(s\) and \(p = \mathrm{softmax}(s)\), the Fisher information is \(J^\top F J\), where
     \(F = \mathrm{diag}(p) - p p^\top\) and \(J\) is the derivative of \(s\). With eigenvectors \(u_j\) and eigenvalues
     \(\lambda_j\) of \(F\), the function is \(a^\top s\) for the constant \(a = \sum_j \pm \sqrt{\lambda_j}\, u_j\) with
-    random signs, so \(E[a a^\top] = F\). For two candidates one \(\lambda_j > 0\) only: nothing is random. Gold answers
-    are not used: what is kept is the dense model's behaviour, right or wrong.
+    random signs, so \(E[a a^\top] = F\). With two candidates only one \(\lambda_j > 0\), and the signs have no effect.
+    Gold answers are not used: the loss preserves the dense model's behaviour, right or wrong.
     """
 
     def root(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -90,7 +90,7 @@ def fisher_root(seed: int = 0) -> Loss:
 
 
 def _signs(indices: Sequence[int], counts: Sequence[int], width: int, seed: int) -> torch.Tensor:
-    """Random signs (len(indices), width) that depend on each example alone, not on how examples are batched.
+    """Return random signs (len(indices), width) that depend on each example alone, not on its batch.
 
     Eigenvalues ascend, so those of missing candidates, which are 0, come first.
     """
@@ -101,19 +101,19 @@ def _signs(indices: Sequence[int], counts: Sequence[int], width: int, seed: int)
 
 
 def token_fisher_root(seed: int = 0, prompt_weight: float = 0.0) -> Loss:
-    r"""Return a function whose gradient's second moment is the Fisher information of the tokens written.
+    r"""Return a function whose gradient's second moment is the Fisher information of the answer's tokens.
 
     At each token of the gold answer, with logits \(z\) and \(p = \mathrm{softmax}(z)\) over the vocabulary, the Fisher
-    information is that of [`fisher_root`] with \(z\) in place of the scores. The function is the sum of \(a^\top z\)
+    information is as in [`fisher_root`], with \(z\) for the scores. The function is the sum of \(a^\top z\)
     over the tokens, with \(a = \sqrt{p} \circ \epsilon - p\,(\sqrt{p}^\top \epsilon)\) and random signs \(\epsilon\),
     for which \(E[a a^\top] = F\) without any eigenvalues. The signs depend on each example alone, not on its batch.
 
     Args:
         seed (`int`): Seed of the signs.
-        prompt_weight (`float`): The prompt's own next tokens are looked at likewise, at [`PROMPT_SITES`] random
-            positions of each example, and count together so many times what the answer's tokens do. Answers are few
-            tokens whose gradients span few directions; without prompts, all others seem to be free. Encoder-decoders
-            write no prompt, and take the answer's tokens alone.
+        prompt_weight (`float`): Weight of the prompt's next tokens at [`PROMPT_SITES`] random positions of each
+            example, relative to the answer's tokens. The gradients of a short answer span few directions, and without
+            the prompt all others would seem to have no effect. Encoder-decoders generate no prompt, so only the
+            answer's tokens count.
     """
 
     def root(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -131,28 +131,28 @@ def token_fisher_root(seed: int = 0, prompt_weight: float = 0.0) -> Loss:
 
 
 def _with_prompts(batch: Batch, seed: int) -> tuple[Batch, torch.Tensor]:
-    """Add positions before each answer to the sites; return how many of the answer's tokens each of them stands for."""
+    """Add positions before each answer to the sites; return the weight of each, in tokens of the answer."""
     rows, positions = batch.sites.cpu().unbind(dim=1)
     sites, shares = [], []
     for row, index in enumerate(batch.indices):
-        own = positions[rows == row]
-        chosen = np.random.default_rng((seed, index)).permutation(int(own.min()))[:PROMPT_SITES]
+        answer = positions[rows == row]
+        chosen = np.random.default_rng((seed, index)).permutation(int(answer.min()))[:PROMPT_SITES]
         sites += [(row, position) for position in sorted(chosen.tolist())]
-        shares += [len(own) / max(1, len(chosen))] * len(chosen)
+        shares += [len(answer) / max(1, len(chosen))] * len(chosen)
     added = torch.tensor(sites, dtype=torch.long).reshape(-1, 2).to(batch.sites)
     return replace(batch, sites=torch.cat([batch.sites, added])), torch.tensor(shares)
 
 
 def _token_signs(batch: Batch, width: int, seed: int) -> torch.Tensor:
-    """Random signs (sites, width); rows are examples, as each has its gold answer alone."""
+    """Return random signs (sites, width); a row of the batch is an example with its gold answer."""
     signs = np.empty((len(batch.sites), width), dtype=np.int8)
-    for place, (row, position) in enumerate(batch.sites.tolist()):
-        signs[place] = np.random.default_rng((seed, batch.indices[row], position)).integers(0, 2, size=width)
+    for site, (row, position) in enumerate(batch.sites.tolist()):
+        signs[site] = np.random.default_rng((seed, batch.indices[row], position)).integers(0, 2, size=width)
     return torch.from_numpy(2 * signs - 1)
 
 
 def calibration_batches(run: Run, examples: Sequence[Example]) -> tuple[list[Batch], Loss]:
-    """Return the batches of a task's calibration examples, all processes' together, and their loss."""
+    """Return the batches of a task's calibration examples, for all processes together, and their loss."""
     config = run.config
     loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=PROMPT_WEIGHT)
     inputs = input_format(run.model)

@@ -1,9 +1,10 @@
 """Train the factors of a pruned model to match the dense model.
 
-In: a factorized model and lessons (the dense model's predictions on the calibration split). Out: the same model with
-the best weights seen, and a `Healing` that says what happened. `stage.Healer` prunes and heals within a run,
-`loop.heal` is the training loop, `optimizer` holds the trained factors, `monitor` scores selection examples on the
-way, `sampling` orders the examples.
+In: a factorized model and a `stage.Reference`, which holds the dense model's predictions on the calibration split and
+its scores on part of the selection split. Out: the same model with the best weights seen, and the figures (`Healing`).
+`stage.Healer` prunes and heals within a run, `pipeline.heal` heals a saved model; both call `Reference.heal`.
+`loop.heal` is the training loop, `optimizer` holds the trained factors, `monitor` scores selection examples during
+training, `sampling` orders the examples.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-r"""Heal a pruned model: train its factors for a few steps until it answers as the dense model does.
+r"""Heal a pruned model: train its factors for a few steps to match the dense model.
 
-What a step does depends on the settings and its number alone, and all that it changes is kept in the work directory,
-so a run that was stopped goes on to the same weights.
+A step depends on the settings and its number alone, and everything that it changes is stored in the work directory, so
+a stopped run resumes to the same weights.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ _STATE, _RESULT = "healing", "healed"
 
 
 class Monitor(Protocol):
-    """How well a model does on examples that it is not trained on."""
+    """Scores a model on examples that it is not trained on."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the scores depend on beside the model."""
+        """Hash of everything that the scores depend on, besides the model."""
 
     def __call__(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Return `"score"`, the higher the better, and mostly `"kl"`, which decides between equal scores."""
+        """Return `"score"`, the higher the better, and mostly `"kl"`, which breaks ties."""
 
 
 @dataclass(kw_only=True)
 class Healing:
-    """What a run of healing did.
+    """Figures of one training.
 
     Args:
-        steps (`int`): Steps taken, those after the best one included.
-        examples (`int`): Examples there were to train on.
-        seconds (`float`): Wall-clock time, over all parts of a run that was stopped.
-        best_step (`int`): Step whose weights were taken; 0: those from before.
-        evaluations (`list[dict]`): `"step"` and what the monitor returned, from step 0 on, and the mean `"loss"` of the
-            steps since the one before.
+        steps (`int`): Number of steps, including those after the best one.
+        examples (`int`): Number of training examples.
+        seconds (`float`): Wall-clock time, over all parts of a training that was stopped.
+        best_step (`int`): Step whose weights were kept; 0: the weights before training.
+        evaluations (`list[dict]`): The monitor's figures from step 0 on, with `"step"` and the mean `"loss"` of the
+            steps since the previous evaluation.
     """
 
     steps: int = 0
@@ -79,9 +79,9 @@ class Healing:
         """Return the figures a report shows."""
         figures: dict[str, Any] = {**vars(self), "seconds": round(self.seconds, 3)}
         if self.evaluations and "score" in self.evaluations[0]:
-            best = next(one for one in self.evaluations if one["step"] == self.best_step)
-            for name, found in (("before", self.evaluations[0]), ("after", best)):
-                figures[name] = {key: found[key] for key in ("score", "kl", "tasks") if key in found}
+            best = next(record for record in self.evaluations if record["step"] == self.best_step)
+            for name, record in (("before", self.evaluations[0]), ("after", best)):
+                figures[name] = {key: record[key] for key in ("score", "kl", "tasks") if key in record}
         return figures
 
 
@@ -96,49 +96,48 @@ def heal(
     work: WorkDir | None = None,
     progress: bool = True,
 ) -> Healing:
-    r"""Train the factors of a pruned model, in place, against the dense model.
+    r"""Train the factors of a pruned model, in place, to match the dense model.
 
     The loss of an example is \((1 - w)\, \mathrm{KL}(\text{dense} \Vert \text{model}) - w \log p(\text{gold})\) with
-    the gold weight \(w\). Of several lessons, examples are drawn in proportion to their weights. Ranks and storage
-    stay, and so does all that is not trained. There is no dropout. Under `accelerate launch` the processes share the
-    passes of each step.
+    the gold weight \(w\). Examples of several lessons are drawn in proportion to the lessons' weights. Ranks and
+    storage do not change. There is no dropout. Under `accelerate launch` the processes divide the passes of each step.
 
     Args:
-        model (`PreTrainedModel`): A model with factorized layers, of type `sieve` or about to become one.
-        lessons (`Sequence[Lesson]`): The calibration examples of each task, and what
-            [`teach`][optimum_sieve.evaluation.teacher.teach] made of them.
+        model (`PreTrainedModel`): A model with factorized layers, converted to type `sieve` or not.
+        lessons (`Sequence[Lesson]`): The calibration examples of each task with the dense model's predictions, see
+            [`teach`][optimum_sieve.evaluation.teacher.teach].
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
         config ([`HealConfig`][optimum_sieve.config.heal.HealConfig]): The settings.
-        monitor (`Monitor`, *optional*): Scores the model every `eval_steps`; the best weights are taken, those from
-            before among them. `None`: those of the last step.
+        monitor (`Monitor`, *optional*): Scores the model before training and every `eval_steps`; the best weights are
+            kept. Default: the weights of the last step are kept.
         seed (`int`): Seed of the examples' order.
-        work (`WorkDir`, *optional*): Keeps the state every `eval_steps`, and the result.
-        progress (`bool`): Whether a progress bar is shown.
+        work (`WorkDir`, *optional*): Stores the state every `eval_steps`, and the result.
+        progress (`bool`): Whether to show a progress bar.
 
     Returns:
-        [`Healing`]: What was done. After an error the model is as it was before.
+        [`Healing`]: Figures of the training. After an error the model is unchanged.
 
     Raises:
         ValueError: If the model has no factorized layer, or the loss or its gradient is not finite.
     """
-    run = _Run(model, lessons, tokenizer, config, monitor, seed, work or WorkDir(None))
+    trainer = _Trainer(model, lessons, tokenizer, config, monitor, seed, work or WorkDir(None))
     try:
-        if not run.load_result():
-            with training_only(model, run.training.parameters, checkpointing=config.gradient_checkpointing):
-                run.train(progress)
+        if not trainer.load_result():
+            with training_only(model, trainer.training.parameters, checkpointing=config.gradient_checkpointing):
+                trainer.train(progress)
     except BaseException:
-        run.held.undo()
+        trainer.held.undo()
         raise
-    # Where nothing was gained, the layers are exactly what they were.
-    if run.healing.best_step:
-        run.held.pivot()
+    # Without improvement the layers stay bit-identical.
+    if trainer.healing.best_step:
+        trainer.held.pivot()
     else:
-        run.held.undo()
-    return run.healing
+        trainer.held.undo()
+    return trainer.healing
 
 
-class _Run:
-    """One run of healing: what it reads, and where it stands."""
+class _Trainer:
+    """One training: its inputs and its state."""
 
     def __init__(
         self,
@@ -178,15 +177,15 @@ class _Run:
         self.training = FactorTraining(trained_parameters(model, norms=config.train_norms))
 
     def load_result(self) -> bool:
-        """Take the weights of a run that has ended from the work directory, if they are there."""
-        found = self.work.load_with_record(_RESULT, self.key)
-        if found is not None:
-            self.training.assign(found[0])
-            self.healing = Healing(**found[1])
-        return found is not None
+        """Load the weights of a finished training from the work directory; return whether they are there."""
+        stored = self.work.load_with_record(_RESULT, self.key)
+        if stored is not None:
+            self.training.assign(stored[0])
+            self.healing = Healing(**stored[1])
+        return stored is not None
 
     def train(self, progress: bool) -> None:
-        """Take the steps that are left."""
+        """Take the remaining steps."""
         self._resume()
         losses: list[float] = []
         started = time.perf_counter()
@@ -194,7 +193,7 @@ class _Run:
                   disable=not (progress and self.processes.is_main_process)) as bar:  # fmt: skip
             if self.monitor is not None and not self.healing.evaluations:
                 self._evaluate(losses)
-            # Where all ranks are 0 and nothing has a bias, there is nothing to train.
+            # If all ranks are 0 and no layer has a bias, there is nothing to train.
             while self.training.parameters and self.healing.steps < self.config.steps and not self._is_stalled():
                 losses.append(self._step())
                 bar.update()
@@ -214,9 +213,9 @@ class _Run:
         self.processes.wait_for_everyone()
 
     def _resume(self) -> None:
-        found = self.work.load_with_record(_STATE, self.key)
-        if found is not None:
-            tensors, record = found
+        stored = self.work.load_with_record(_STATE, self.key)
+        if stored is not None:
+            tensors, record = stored
             prefix = "best|"
             kept = [name for name in tensors if name.startswith(prefix)]
             self.best = {name.removeprefix(prefix): tensors.pop(name) for name in kept}
@@ -245,14 +244,14 @@ class _Run:
         return float(total)
 
     def _passes(self) -> list[tuple[Teacher, Batch]]:
-        """Return the passes of the next step: its examples in batches, which are of one lesson each."""
+        """Return the passes of the next step: its examples in batches of one lesson each."""
         device, start = input_device(self.model), self.healing.steps * self.config.batch_size
         chosen = self.order[start : start + self.config.batch_size]
         passes: list[tuple[Teacher, Batch]] = []
         for number, (lesson, rows) in enumerate(zip(self.lessons, self.rows, strict=True)):
             before, count = self.order[:start].count(number), chosen.count(number)
-            own = [rows[index] for index in drawn_examples(range(before, before + count), len(rows), self.seed)]
-            passes += [(lesson.teacher, batch.to(device)) for batch in self.pack(own)]
+            drawn = [rows[index] for index in drawn_examples(range(before, before + count), len(rows), self.seed)]
+            passes += [(lesson.teacher, batch.to(device)) for batch in self.pack(drawn)]
         return passes
 
     def _loss(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
@@ -261,7 +260,7 @@ class _Run:
         return ((1 - weight) * divergences + weight * gold).sum()
 
     def _evaluate(self, losses: list[float]) -> None:
-        """Record the mean of `losses`, which are cleared, and, with a monitor, the score; keep the best weights."""
+        """Record the mean of `losses`, which are cleared, and the monitor's score; keep the best weights."""
         record: dict[str, Any] = {"step": self.healing.steps}
         if losses:
             record["loss"] = float(np.mean(losses))
@@ -274,8 +273,8 @@ class _Run:
         self.healing.evaluations.append(record)
 
     def _is_stalled(self) -> bool:
-        """Tell whether the last `patience` scores brought no gain."""
-        since = [one for one in self.healing.evaluations if one["step"] > self.healing.best_step]
+        """Return whether the last `patience` evaluations brought no improvement."""
+        since = [record for record in self.healing.evaluations if record["step"] > self.healing.best_step]
         return self.monitor is not None and len(since) >= self.config.patience
 
     def _save(self, stage: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -291,7 +290,7 @@ def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Return the part of the learning rate at `step` (from 0): linear to 1 over the warmup, then a cosine to 0."""
+    """Return the factor of the learning rate at `step` (from 0): linear warmup to 1, then cosine decay to 0."""
     warmup = max(1, round(_WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup

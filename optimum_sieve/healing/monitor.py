@@ -1,4 +1,4 @@
-"""How well a model does on a part of the selection split while it is healed, beside the dense one."""
+"""Scores of a model on part of the selection split while it is healed, compared with the dense model's."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Monitored:
-    """What is monitored of one task.
+    """The monitored examples of one task.
 
     Args:
         task (`str`): Name of the task.
         examples (`Sequence[Example]`): Part of its selection split.
-        dense (`Evaluation`): The dense model's evaluation of the same examples.
+        dense (`Evaluation`): The dense model's evaluation of these examples.
     """
 
     task: str
@@ -34,16 +34,16 @@ class Monitored:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the scores depend on beside the model."""
+        """Hash of everything that the scores depend on, besides the model."""
         return content_key(examples=self.dense.fingerprint, metric=self.dense.metric, score=self.dense.score)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionMonitor:
-    """Scores a model while it is healed, and compares it with the dense one.
+    """Scores a model while it is healed, and compares it with the dense model.
 
     Args:
-        parts (`Sequence[Monitored]`): What is monitored of each task.
+        parts (`Sequence[Monitored]`): The monitored examples of each task.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
         batch_size (`int`): Rows per forward pass.
     """
@@ -54,9 +54,9 @@ class SelectionMonitor:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the scores depend on beside the model."""
-        own = [part.fingerprint for part in self.parts]
-        return own[0] if len(own) == 1 else content_key(parts=own)
+        """Hash of everything that the scores depend on, besides the model."""
+        fingerprints = [part.fingerprint for part in self.parts]
+        return fingerprints[0] if len(fingerprints) == 1 else content_key(parts=fingerprints)
 
     @property
     def count(self) -> int:
@@ -64,23 +64,23 @@ class SelectionMonitor:
         return sum(part.dense.count for part in self.parts)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Return the score and, but for written answers, the divergence from the dense model.
+        """Return the score and, except for generated answers, the KL divergence from the dense model.
 
-        Of several tasks `"score"` is the lowest difference to the dense model's, `"kl"` the largest divergence, and
-        each task's own figures are under `"tasks"`.
+        With several tasks `"score"` is the lowest difference to the dense model's score, `"kl"` the largest divergence,
+        and `"tasks"` has the figures of each task.
         """
         scores: dict[str, dict[str, float]] = {}
         differences: list[float] = []
         for part in self.parts:
-            found = evaluate(
+            healed = evaluate(
                 model, part.examples, self.tokenizer, metric=part.dense.metric, batch_size=self.batch_size,
                 progress=False,
             )  # fmt: skip
-            against = compare(part.dense, found)
-            scores[part.task] = {"score": found.score, **({} if against.kl is None else {"kl": against.kl})}
-            differences.append(against.mean)
+            difference = compare(part.dense, healed)
+            scores[part.task] = {"score": healed.score, **({} if difference.kl is None else {"kl": difference.kl})}
+            differences.append(difference.mean)
         if len(scores) == 1:
             return dict(*scores.values())
-        divergences = [own["kl"] for own in scores.values() if "kl" in own]
+        divergences = [score["kl"] for score in scores.values() if "kl" in score]
         worst = {"score": min(differences), **({"kl": max(divergences)} if divergences else {})}
         return {**worst, "tasks": scores}

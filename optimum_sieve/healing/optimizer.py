@@ -1,4 +1,4 @@
-"""The factors of a pruned model as an optimizer sees them: copies in float32 where needed, and all state as tensors."""
+"""The trained factors of a pruned model: float32 copies where needed, and the state of the optimizer as tensors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-# Longest step of the gradient, over all factors together.
+# Gradient norm, over all factors together, at which gradients are clipped.
 MAX_NORM = 1.0
-# Biases may be 0 and have to move all the same.
+# Biases may be 0 and must still be able to change.
 _LEAST_SIZE = 1e-2
 # Float16 gradients below 6e-8 are 0; the loss is multiplied by this and the gradients are divided by it in float32.
 _FLOAT16_SCALE = 1024.0
@@ -49,12 +49,12 @@ def _inside(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
 class HeldAsFactors:
     r"""Hold the pivoted layers of a model as factors \(U \sqrt S\), \(\sqrt S V^\top\) while they are trained.
 
-    Pivots are rows of one matrix and share its large directions; the small ones, which the layer needs as well, are
-    differences of rows. Steps of AdamW, which are of one size everywhere, would drown them. Each direction of the
-    factors has its own size.
+    Pivots are rows of one matrix and share its large directions; the small directions, which the layer needs as well,
+    are differences of rows. AdamW's steps have the same size for every entry and would swamp those differences. In the
+    factors, each direction has its own scale.
 
     Args:
-        model (`torch.nn.Module`): The model; its pivoted layers are replaced, in place.
+        model (`torch.nn.Module`): The model. Its pivoted layers are replaced in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,12 +68,12 @@ class HeldAsFactors:
             model.set_submodule(name, held)
 
     def undo(self) -> None:
-        """Put the pivoted layers back as they were."""
+        """Restore the pivoted layers."""
         for name, layer in self._pivoted.items():
             self._model.set_submodule(name, layer)
 
     def pivot(self) -> None:
-        """Choose pivots for what the factors hold now; they take the places of the factors."""
+        """Replace the factors by pivoted layers with the same product."""
         for name, layer in self._pivoted.items():
             held = self._model.get_submodule(name)
             assert isinstance(held, FactorizedLinear)
@@ -88,10 +88,10 @@ def _as_factors(layer: FactorizedLinear) -> FactorizedLinear:
 
 
 class FactorTraining:
-    """Parameters under AdamW. Those of lower precision are rounded from float32 copies, which steps change.
+    """Parameters trained by AdamW. Steps change float32 copies of those with lower precision.
 
     Args:
-        parameters (`Mapping[str, torch.nn.Parameter]`): What is trained, by name.
+        parameters (`Mapping[str, torch.nn.Parameter]`): The trained parameters by name.
 
     Example:
 
@@ -106,14 +106,14 @@ class FactorTraining:
             name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
         }
         self._scale = _FLOAT16_SCALE if any(p.dtype == torch.float16 for p in parameters.values()) else 1.0
-        # AdamW moves every weight by about the rate, whatever its size; factors and pivots differ in size.
+        # AdamW changes every weight by about the learning rate; factors differ in scale.
         groups = [{"params": [copy], "size": max(float(copy.detach().square().mean().sqrt()), _LEAST_SIZE)}
                   for copy in self.copies.values()]  # fmt: skip
-        # Every step sets its own rate.
+        # Every step sets its learning rate.
         self.optimizer = torch.optim.AdamW(groups or [{"params": []}], lr=0.0, weight_decay=0.0)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss` to the sums; none where it depends on no parameter, past layers of rank 0."""
+        """Add the gradient of `loss` to the sums. Behind layers of rank 0 it may depend on no parameter."""
         if not loss.requires_grad:
             return
         (loss * self._scale).backward()  # type: ignore[no-untyped-call]
@@ -125,17 +125,17 @@ class FactorTraining:
                 parameter.grad = None
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the summed gradients, 0 where a parameter was not reached."""
+        """Return the summed gradients, 0 for parameters that had none."""
         for copy in self.copies.values():
             if copy.grad is None:
                 copy.grad = torch.zeros_like(copy)
         return [copy.grad for copy in self.copies.values() if copy.grad is not None]
 
     def step(self, learning_rate: float) -> None:
-        """Take a step along the summed gradients, clipped, and set them to 0.
+        """Take a step along the clipped sums of the gradients and reset them.
 
         Args:
-            learning_rate (`float`): Rate, as a part of the root mean square that each parameter had at first.
+            learning_rate (`float`): Learning rate relative to the initial root mean square of each parameter.
 
         Raises:
             ValueError: If a gradient is not finite; nothing is changed then.
@@ -155,31 +155,31 @@ class FactorTraining:
         self._round()
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Return copies of the parameters as the model holds them."""
+        """Return copies of the model's parameters."""
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def assign(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Put `values` into the model."""
+        """Set the model's parameters to `values`."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return all that the next step depends on: parameters, both moments of AdamW and its count of steps."""
+        """Return everything that the next step depends on: parameters, both moments of AdamW and its step count."""
         tensors = {f"weight|{name}": copy for name, copy in self.copies.items()}
         for name, copy in self.copies.items():
             tensors |= {f"{field}|{name}": tensor for field, tensor in self.optimizer.state[copy].items()}
         return tensors
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Undo `state`."""
+        """Set everything to what `state` returned."""
         for name, copy in self.copies.items():
             copy.data.copy_(state[f"weight|{name}"])
-            own = {key.partition("|")[0]: tensor for key, tensor in state.items() if key.partition("|")[2] == name}
-            del own["weight"]
-            # The count of steps stays on the CPU, as AdamW itself has it.
+            fields = {key.partition("|")[0]: tensor for key, tensor in state.items() if key.partition("|")[2] == name}
+            del fields["weight"]
+            # AdamW keeps its step count on the CPU.
             self.optimizer.state[copy] = {
-                field: tensor if field == "step" else tensor.to(copy.device) for field, tensor in own.items()
+                field: tensor if field == "step" else tensor.to(copy.device) for field, tensor in fields.items()
             }
         self._round()
 

@@ -1,4 +1,4 @@
-"""Which examples a step of healing is made of: pure functions of the step's place. Does not import torch."""
+"""The examples of each healing step: pure functions of the number of the step. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 def interleaved(weights: Sequence[float], count: int) -> list[int]:
-    """Return which of several lessons each of `count` examples is of: the one that lies farthest behind its share next.
+    """Return the index of the lesson that each of `count` examples is drawn from, in proportion to `weights`.
 
-    So none is ever a whole example ahead of its share of those drawn.
+    Each example comes from the lesson that is farthest behind its share, so no lesson is ever more than one example
+    ahead.
 
     Example:
 
@@ -27,15 +28,15 @@ def interleaved(weights: Sequence[float], count: int) -> list[int]:
     shares = np.array(weights) / sum(weights)
     given = np.zeros(len(weights))
     order = []
-    for place in range(count):
-        behind = int(np.argmax(shares * (place + 1) - given))
+    for drawn in range(1, count + 1):
+        behind = int(np.argmax(shares * drawn - given))
         given[behind] += 1
         order.append(behind)
     return order
 
 
-def drawn_examples(places: range, num_examples: int, seed: int) -> list[int]:
-    """Return the examples of some places: all are drawn once, in random order, before any is drawn again."""
+def drawn_examples(draws: range, num_examples: int, seed: int) -> list[int]:
+    """Return the examples of some draws; every epoch is shuffled anew."""
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_examples)
-              for epoch in {place // num_examples for place in places}}  # fmt: skip
-    return [int(orders[place // num_examples][place % num_examples]) for place in places]
+              for epoch in {draw // num_examples for draw in draws}}  # fmt: skip
+    return [int(orders[draw // num_examples][draw % num_examples]) for draw in draws]

@@ -1,7 +1,8 @@
 """Join the stages into runs.
 
-In: what a user passed. Out: a checked `Run` (`prepare.prepare`, `checks`), the ranks of a run (`ranks.choose_ranks`),
-or a healed directory (`heal.heal_pruned`). `SievePruner` and the commands call these.
+In: the model, tasks and settings that a user passed. Out: a checked `Run` (`prepare.prepare`, `checks`), the ranks of
+a run (`ranks.choose_ranks`), its result (`result.pruned_result`), or a healed model (`heal.heal_pruned`). `SievePruner`
+and the commands call these.
 """
 
 from __future__ import annotations

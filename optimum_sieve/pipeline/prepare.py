@@ -84,10 +84,10 @@ def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task:
         )
     check_task(task, model, tokenizer)
     if config.allocation == "genetic":
-        if distributed.size() > 1:
+        if distributed.num_processes() > 1:
             raise ValueError(
-                f"`allocation='genetic'` must be run in one process, got {distributed.size()}. Share the search with "
-                "workers: `optimum-cli sieve search --worker`."
+                f"`allocation='genetic'` must be run in one process, got {distributed.num_processes()}. Share the "
+                "search with workers: `optimum-cli sieve search --worker`."
             )
         config.search_count(task.splits["selection"])
     if config.heal is not None:

@@ -1,6 +1,6 @@
-"""The context of one run, and its files. Imports nothing of the other stages.
+"""The context of one run, and its files. Imports no stage.
 
-In: model, tokenizer, tasks, settings. Out: `context.Run`, which every stage reads: it holds them, the targets, the
-work directory (`workdir.WorkDir`) and the times. `distributed` joins processes; `files` writes files and directories
-whole or not at all.
+In: model, tokenizer, tasks, settings. Out: `context.Run`, which holds them, the targets, the work directory
+(`workdir.WorkDir`) and the times, makes cache keys and is read by every stage. `distributed` connects processes;
+`files` writes files and directories atomically.
 """

@@ -56,7 +56,7 @@ class TaskRun:
         return examples[part]
 
     def fingerprint(self, split: str, part: slice = WHOLE) -> str:
-        """Hash what `examples` returns."""
+        """Hash the examples that `examples` returns."""
         start, stop, _ = part.indices(len(getattr(self, split)))
         return content_key(examples=self.fingerprints[split], part=[start, stop])
 

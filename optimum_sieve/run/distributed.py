@@ -1,7 +1,7 @@
-"""Processes that work on one run together, as `accelerate launch` starts them.
+"""Processes that share one run, started by `accelerate launch`.
 
-Each has the whole model and runs the same stages. Batches are divided among them and sums added up; whether a result
-lies in the work directory, which all of them see, is said by the first, and it alone writes.
+Each process holds the whole model and runs the same stages. They divide the batches and sum the results. All of them
+read the same work directory; the first process decides whether a result is there, and it alone writes.
 """
 
 from __future__ import annotations
@@ -21,60 +21,59 @@ ValueT = TypeVar("ValueT")
 
 
 def _state() -> PartialState:
-    """Return what accelerate knows of the processes; the first call connects them."""
-    # `accelerate launch --cpu` says so; without an accelerator there is nothing else.
+    """Return accelerate's state of the processes; the first call connects them."""
+    # The variable is set by `accelerate launch --cpu`; without an accelerator the CPU is the only choice.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=bool(cpu))
 
 
-def size() -> int:
-    """Return how many processes there are."""
+def num_processes() -> int:
+    """Return the number of processes."""
     return int(_state().num_processes)
 
 
-def place() -> int:
-    """Return this process's place among them, from 0."""
+def process_index() -> int:
+    """Return the index of this process, from 0."""
     return int(_state().process_index)
 
 
 def device() -> torch.device:
-    """Return where this process computes, of several."""
+    """Return the device of this process."""
     return torch.device(_state().device)
 
 
 def is_first() -> bool:
-    """Tell whether this process is the one that writes and prints."""
-    return place() == 0
+    """Return whether this process is the one that writes and prints."""
+    return process_index() == 0
 
 
 def share(items: Sequence[ValueT]) -> Sequence[ValueT]:
-    """Return this process's part of some items."""
-    return items[place() :: size()]
+    """Return the items that this process works on."""
+    return items[process_index() :: num_processes()]
 
 
 def agree(value: ValueT) -> ValueT:
-    """Return the first process's value, a plain object."""
-    if size() == 1:
+    """Return the value of the first process, a plain object."""
+    if num_processes() == 1:
         return value
-    (agreed,) = broadcast_object_list([value])
-    found: ValueT = agreed
-    return found
+    values: list[ValueT] = broadcast_object_list([value])
+    return values[0]
 
 
-def add_up(tensors: Iterable[torch.Tensor]) -> None:
+def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
     """Replace tensors by their sums over all processes."""
-    if size() > 1:
+    if num_processes() > 1:
         for tensor in tensors:
             distributed.all_reduce(tensor)
 
 
-def hand_out(tensors: Iterable[torch.Tensor], owner: int) -> None:
-    """Replace tensors by those of the process at `owner`."""
-    if size() > 1:
+def broadcast(tensors: Iterable[torch.Tensor], source: int) -> None:
+    """Replace tensors by those of the process with index `source`."""
+    if num_processes() > 1:
         for tensor in tensors:
-            distributed.broadcast(tensor, src=owner)
+            distributed.broadcast(tensor, src=source)
 
 
 def wait() -> None:
-    """Return once every process has come here."""
+    """Wait until every process has called this."""
     _state().wait_for_everyone()

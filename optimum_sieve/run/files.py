@@ -1,4 +1,4 @@
-"""Output files and directories: refused at once where they cannot be written, and whole or not there at all."""
+"""Output files and directories: checked before any work, and written atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
-    """Refuse an output directory that holds files, is a file, or lies on a disk without room, before any work."""
+    """Check that the output directory is new or empty, writable and on a disk with enough room.
+
+    Raises:
+        FileExistsError: If it contains files and `overwrite` is false, or is a file.
+        OSError: If it cannot be written or there is not enough room.
+    """
     if output.is_file():
         raise FileExistsError(f"`output_dir` must be a directory, got the file {output}. Choose another name.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -40,7 +45,7 @@ def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `path` to write to; it takes the place of `path` if nothing is raised."""
+    """Yield a temporary path beside `path` to write to; it replaces `path` unless an error is raised."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -51,7 +56,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_directory(output: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `output` to write to; it takes the place of `output` if nothing is raised.
+    """Yield a temporary directory beside `output` to write to; it replaces `output` unless an error is raised.
 
     Raises:
         OSError: If the disk is full or the directory cannot be written.
@@ -71,7 +76,7 @@ def whole_directory(output: Path) -> Iterator[Path]:
 
 
 def _replace_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; what was there goes away only after that succeeded."""
+    """Rename `source` to `target`; the previous `target` is removed only after that has succeeded."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
         target.rename(old)

@@ -1,4 +1,4 @@
-"""A work directory: results of finished stages under the hash of everything they depend on, so that a run resumes."""
+"""A work directory: results of finished stages, stored under the hash of their inputs so that a run resumes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 
 def content_key(**parts: Any) -> str:
-    """Return a short hash of `parts`, which must be JSON types; equal parts give equal keys in any process."""
+    """Return a short hash of `parts`, which must be JSON types. Equal parts have equal keys in any process."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class WorkDir:
-    """Stage results as safetensors files, `<stage>-<key>.safetensors`; without a path, nothing is kept.
+    """Results of stages as safetensors files, `<stage>-<key>.safetensors`. Without a path nothing is stored.
 
     Args:
-        path (`str | Path`, *optional*): The directory; made if it does not exist.
+        path (`str | Path`, *optional*): The directory; created if it does not exist.
 
     Raises:
         FileExistsError: If `path` is a file.
@@ -57,7 +57,7 @@ class WorkDir:
 
     @classmethod
     def temporary(cls) -> WorkDir:
-        """Make a directory that goes away with the object."""
+        """Make a directory that is removed together with the object."""
         work = cls(distributed.agree(tempfile.mkdtemp(prefix="optimum-sieve-") if distributed.is_first() else ""))
         if distributed.is_first():
             weakref.finalize(work, shutil.rmtree, str(work.path), ignore_errors=True)
@@ -69,11 +69,11 @@ class WorkDir:
         Raises:
             ValueError: If the file is damaged; the message names it.
         """
-        found = self.load_with_record(stage, key)
-        return None if found is None else found[0]
+        stored = self.load_with_record(stage, key)
+        return None if stored is None else stored[0]
 
     def load_with_record(self, stage: str, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Return the tensors of a stage and what was recorded beside them, or `None`.
+        """Return the tensors of a finished stage and their record, or `None`.
 
         Raises:
             ValueError: If the file is damaged; the message names it.
@@ -99,7 +99,7 @@ class WorkDir:
     def save(
         self, stage: str, key: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any] | None = None
     ) -> None:
-        """Keep the tensors of a stage and, as JSON beside them, `record`. Written to a temporary sibling first.
+        """Store the tensors of a stage and, as JSON in the same file, `record`. The write is atomic.
 
         Raises:
             OSError: If the disk is full or the directory cannot be written.
@@ -117,8 +117,8 @@ class WorkDir:
         try:
             with replacing(path) as temporary:
                 metadata = None if record is None else {"record": json.dumps(record)}
-                own = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-                save_file(own, temporary, metadata=metadata)
+                on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+                save_file(on_cpu, temporary, metadata=metadata)
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"`work_dir` must be writable and have room for the {stage}, got {self.path}: {error}. Finished stages "
@@ -126,12 +126,12 @@ class WorkDir:
             ) from error
 
     def find(self, stage: str, key: str) -> Path | None:
-        """Return where the tensors of a finished stage lie, or `None`; the same in all processes of a run."""
+        """Return the file of a finished stage, or `None`; the same in all processes of a run."""
         path = self.file(stage, key)
         return path if path is not None and distributed.agree(path.exists()) else None
 
     def file(self, stage: str, key: str) -> Path | None:
-        """Return where the tensors of a stage lie, or will; `None` where nothing is kept."""
+        """Return the file of a stage, whether it exists or not; `None` without a path."""
         return None if self.path is None else self.path / f"{stage}-{key}.safetensors"
 
 
@@ -141,12 +141,12 @@ def flatten(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def on_device(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Move tensors, which files hold on the CPU, to `device`."""
+    """Move tensors to `device`; those from files are on the CPU."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Undo `flatten` up to the objects' class."""
+    """Undo `flatten`, except for the class of the objects."""
     result: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, field = key.rsplit("|", 1)

@@ -33,7 +33,7 @@ from optimum_sieve.calibration.collect import collect_moments
 from optimum_sieve.run import distributed
 
 directory, settings, offload = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3] == "offload"
-assert distributed.size() == 2
+assert distributed.num_processes() == 2
 seen = []
 
 
@@ -50,7 +50,7 @@ options = {"offload_dir": directory / "offloaded"} if offload else {}
 pruner = SievePruner.from_pretrained(directory / "base", task=directory / "task.json", device="cpu", **options)
 result = pruner.prune(SieveConfig(**settings), work_dir=directory / "together", progress=False)
 assert pruner.save_pretrained(directory / "out").exists()
-(directory / f"seen-{distributed.place()}").write_text(json.dumps(seen))
+(directory / f"seen-{distributed.process_index()}").write_text(json.dumps(seen))
 """
 COUNT = 60
 
