@@ -44,8 +44,8 @@ def bottleneck_candidates(space: SearchSpace, genome: Genome, count: int) -> lis
     worst = sorted(losses, key=lambda index: -losses[index])[:count]
     chosen = {-1: genome, **{index: changed[index] for index in worst}}
     return [
-        Candidate(genome=own, part=BOTTLENECK, generation=0, slot=index, origin="bottleneck")
-        for index, own in chosen.items()
+        Candidate(genome=other, part=BOTTLENECK, generation=0, slot=index, origin="bottleneck")
+        for index, other in chosen.items()
     ]
 
 

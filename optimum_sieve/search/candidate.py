@@ -83,8 +83,8 @@ class Outcome:
         return min(part.mean - z * part._error(count or len(part.rises)) for part in self.parts)
 
     def _error(self, count: int) -> float:
-        own = len(self.rises)
-        return float(max(self.standard_error, 1 / own) * (own / count) ** 0.5)
+        scored = len(self.rises)
+        return float(max(self.standard_error, 1 / scored) * (scored / count) ** 0.5)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
@@ -139,7 +139,7 @@ class Candidate:
     outcome: Outcome | None = None
 
     @property
-    def place(self) -> tuple[str, int, int]:
+    def key(self) -> tuple[str, int, int]:
         """Part, generation and slot, which identify a candidate."""
         return self.part, self.generation, self.slot
 
@@ -152,11 +152,3 @@ class Candidate:
 def of_part(candidates: Iterable[Candidate], part: str) -> list[Candidate]:
     """Return the candidates of one part."""
     return [candidate for candidate in candidates if candidate.part == part]
-
-
-def of_generation(genomes: Iterable[tuple[Genome, str]], generation: int) -> list[Candidate]:
-    """Return the candidates of a generation from genomes and their origins."""
-    return [
-        Candidate(genome=genome, part=SEARCH, generation=generation, slot=slot, origin=origin)
-        for slot, (genome, origin) in enumerate(genomes)
-    ]

@@ -89,5 +89,5 @@ def _upper(gene: Gene, level: int) -> int:
     rank = gene.ranks[level]
     if rank is None:
         return level
-    least = rank + max(_LEAST, int(_WINDOW * max(own for own in gene.ranks if own is not None)))
-    return next(place for place in range(level, len(gene.ranks)) if (own := gene.ranks[place]) is None or own >= least)
+    least = rank + max(_LEAST, int(_WINDOW * max(other or 0 for other in gene.ranks)))
+    return next(index for index, other in enumerate(gene.ranks) if other is None or other >= least)

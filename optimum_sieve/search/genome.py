@@ -139,11 +139,6 @@ class SearchSpace:
         order = {layer: index for index, layer in enumerate(dict.fromkeys(self.layers))}
         return np.array([order[layer] for layer in self.layers]) / max(1, len(order) - 1)
 
-    @property
-    def dense(self) -> Genome:
-        """The genome that prunes nothing."""
-        return tuple(len(gene.ranks) - 1 for gene in self.genes)
-
     def ranks(self, genome: Genome) -> Ranks:
         """Return the rank of every matrix, `None` for a dense one."""
         return {gene.name: gene.ranks[level] for gene, level in zip(self.genes, genome, strict=True)}

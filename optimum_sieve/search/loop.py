@@ -14,7 +14,7 @@ from optimum_sieve.allocation.tolerance import ToleranceError
 
 from .bottlenecks import bottleneck_candidates
 from .breeding import fast, paper
-from .candidate import BOTTLENECK, CONFIRM, SEARCH, Candidate, of_generation, of_part
+from .candidate import BOTTLENECK, CONFIRM, SEARCH, Candidate, of_part
 from .confirm import confirmed, ladder, next_step
 from .correction import Shares, corrected, measure_shares
 from .ranking import Ranking
@@ -112,9 +112,12 @@ class Search:
             rng = np.random.default_rng([self.seed, generation])
             is_over = generation >= self.preset.generations
             genomes = [] if is_over else self._breeding.breed(self, space, history, rng)
-            self._generations[generation] = of_generation(genomes, generation)
-        places = {candidate.place for candidate in searched}
-        return [candidate for candidate in self._generations[generation] if candidate.place not in places]
+            self._generations[generation] = [
+                Candidate(genome=genome, part=SEARCH, generation=generation, slot=slot, origin=origin)
+                for slot, (genome, origin) in enumerate(genomes)
+            ]
+        keys = {candidate.key for candidate in searched}
+        return [candidate for candidate in self._generations[generation] if candidate.key not in keys]
 
     @property
     def _breeding(self) -> ModuleType:

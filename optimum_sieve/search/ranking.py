@@ -104,12 +104,12 @@ class Ranking:
         complete = [candidate for candidate in scored if candidate.is_complete]
         tasks = range(len(goal.confirm_counts))
         rises = [[_part(candidate, task).rises for candidate in complete] for task in tasks]
-        self._references = [np.mean(own, axis=0) if own else None for own in rises]
+        self._references = [np.mean(arrays, axis=0) if arrays else None for arrays in rises]
         self.curves = [self._curve(task) for task in tasks]
         self.limit = max(curve.limit for curve in self.curves)
         most = 1.0 if goal.kept is None else goal.kept
         near = [c for c in complete if abs(space.kept(c.genome) - self.limit) < _NEAR and space.kept(c.genome) <= most]
-        self.best_first = sorted(near or complete, key=lambda candidate: (self.size(candidate), candidate.place))
+        self.best_first = sorted(near or complete, key=lambda candidate: (self.size(candidate), candidate.key))
 
     def _curve(self, task: int) -> EnergyCurve:
         seeds = [candidate for candidate in self.scored if candidate.origin == "energy"]

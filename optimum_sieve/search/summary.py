@@ -38,7 +38,7 @@ def summarize(search: Search, scored: Sequence[Candidate], metrics: Mapping[str,
     sizes = {}
     if search.preset.name == "fast" and goal.kept is None:
         ranking = Ranking(space, of_part(scored, SEARCH), goal)
-        sizes = {candidate.place: ranking.size(candidate) for candidate in ranking.best_first}
+        sizes = {candidate.key: ranking.size(candidate) for candidate in ranking.best_first}
     return {
         "format_version": FORMAT_VERSION,
         "metric": ", ".join(dict.fromkeys(metrics.values())),
@@ -49,7 +49,7 @@ def summarize(search: Search, scored: Sequence[Candidate], metrics: Mapping[str,
         "ranks": space.ranks(result.genome),
         "result": _describe(search, result, tasks),
         "candidates": [
-            {**_describe(search, candidate, tasks), "size": sizes.get(candidate.place)}
+            {**_describe(search, candidate, tasks), "size": sizes.get(candidate.key)}
             for candidate in scored
             if candidate.part != BOTTLENECK
         ],

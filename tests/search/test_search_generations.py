@@ -94,7 +94,7 @@ def test_a_generation_in_progress_is_completed_first():
     search = make_world()
     wanted = search.open_candidates([])
     scored = [replace(candidate, outcome=score(search, candidate)) for candidate in wanted[:5]]
-    assert [candidate.place for candidate in search.open_candidates(scored)] == [c.place for c in wanted[5:]]
+    assert [candidate.key for candidate in search.open_candidates(scored)] == [c.key for c in wanted[5:]]
 
 
 def test_no_genome_is_scored_twice():
@@ -104,7 +104,8 @@ def test_no_genome_is_scored_twice():
 
 def test_search_stops_when_nothing_improves():
     search = make_world(patience=2, generations=30)
-    flat = play(search, lambda search, candidate: score(search, replace(candidate, genome=search.space.dense)))
+    dense = tuple(len(gene.ranks) - 1 for gene in search.space.genes)
+    flat = play(search, lambda search, candidate: score(search, replace(candidate, genome=dense)))
     assert max(candidate.generation for candidate in flat if candidate.part == SEARCH) < 5
 
 

@@ -182,7 +182,7 @@ def test_group_mutation_moves_a_kind_or_neighbouring_layers(rng):
 
 def test_lowering_goes_to_the_next_level_of_the_paper():
     space = make_space()
-    genome = space.dense
+    genome = dense = tuple(len(gene.ranks) - 1 for gene in space.genes)
     place = 1
     kept = [space.genes[place].parameters[genome[place]] / space.genes[place].parameters[-1]]
     while genome[place]:
@@ -192,7 +192,7 @@ def test_lowering_goes_to_the_next_level_of_the_paper():
     assert all(high - low >= 0.05 or low == 0 for high, low in itertools.pairwise(kept))
     assert kept[1] <= 0.9
     assert lowered(space, genome, place) == genome
-    assert genome[:1] + genome[2:] == space.dense[:1] + space.dense[2:]
+    assert genome[:1] + genome[2:] == dense[:1] + dense[2:]
 
 
 def test_bottlenecks_are_sought_where_the_prediction_is_worst():

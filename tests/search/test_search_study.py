@@ -47,7 +47,7 @@ def small_world():
 
 
 def genomes(scored):
-    return {candidate.place: candidate.genome for candidate in scored}
+    return {candidate.key: candidate.genome for candidate in scored}
 
 
 def storages(tmp_path):
@@ -63,8 +63,8 @@ def test_a_led_search_scores_what_the_pure_search_would(storage):
     search = small_world()
     study = SearchStudy(storage, "sieve-test", search.space)
     scored = lead(search, study, make_scorers(search), progress=False)
-    expected = {candidate.place: candidate.genome for candidate in play(small_world())}
-    assert {candidate.place: candidate.genome for candidate in scored} == expected
+    expected = {candidate.key: candidate.genome for candidate in play(small_world())}
+    assert {candidate.key: candidate.genome for candidate in scored} == expected
     assert study.is_over
 
 
@@ -78,7 +78,7 @@ def test_a_finished_search_is_read_back_without_scoring(tmp_path, kind):
     second = lead(again, SearchStudy(storages(tmp_path)[kind], "sieve-test", again.space), scorers, progress=False)
     assert scorers["search"].calls == scorers["confirm"].calls == 0
     for old, new in zip(first, second, strict=True):
-        assert old.place == new.place
+        assert old.key == new.key
         assert old.genome == new.genome
         np.testing.assert_allclose(old.outcome.rises, new.outcome.rises, rtol=1e-5)
         assert old.outcome.mean == new.outcome.mean
@@ -115,7 +115,7 @@ def test_candidates_are_enqueued_and_claimed_once(storage):
     claimed = []
     while (taken := study.claim()) is not None:
         claimed.append(taken[1])
-    assert [candidate.place for candidate in claimed] == [candidate.place for candidate in wanted]
+    assert [candidate.key for candidate in claimed] == [candidate.key for candidate in wanted]
     assert [candidate.genome for candidate in claimed] == [candidate.genome for candidate in wanted]
     assert study.finished() == []
 
@@ -159,7 +159,7 @@ from optimum_sieve.search.study.study import SearchStudy
 search = small_world()
 study = SearchStudy(sys.argv[1], "sieve-test", search.space)
 study.enqueue(search.open_candidates([]))
-print(study.claim()[1].place, flush=True)
+print(study.claim()[1].key, flush=True)
 os.kill(os.getpid(), 9)
 """
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from test_search_run import make_bases
+from test_search_run import count_scored, make_bases
 from toy import load_task, make_model, make_tokenizer, parity_rows
 from two_tasks import QUIET, make_tasks
 from vocabulary_world import byte_level
@@ -54,13 +54,13 @@ def gold_losses(model: Any, examples: list[Example]) -> np.ndarray:
     return found
 
 
-def test_scores_are_those_of_an_evaluation(examples: list[Example]) -> None:
+def test_scores_are_those_of_an_evaluation(examples: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
+    counts = count_scored(monkeypatch, WrittenScorer, "_losses")
     bases = make_bases(model)
     ranks: dict[str, int | None] = dict.fromkeys(bases, 8)
     with LiveRanks(model, bases) as live:
-        scorer = written_scorer(live, examples, [8, 16, 30])
-        outcome = JointScorer([scorer]).score(ranks)
+        outcome = JointScorer([written_scorer(live, examples, [8, 16, 30])]).score(ranks)
         evaluations, losses = {}, {}
         for name, held in (("dense", {}), ("pruned", ranks)):
             live.hold(held)
@@ -75,7 +75,7 @@ def test_scores_are_those_of_an_evaluation(examples: list[Example]) -> None:
     np.testing.assert_allclose(outcome.parts[0].rises, losses["pruned"] - losses["dense"], atol=1e-4)
     assert outcome.kl > 0
     # The dense model once, then the candidate.
-    assert scorer.examples_scored == 60
+    assert sum(counts) == 60
 
 
 def test_the_dense_model_loses_nothing(examples: list[Example]) -> None:

@@ -54,7 +54,7 @@ def group_mutation(
     kinds = sorted(set(space.kinds))
     if len(kinds) > 1 and rng.random() < 0.5:
         kind = kinds[int(rng.integers(len(kinds)))]
-        group = np.array([own == kind for own in space.kinds])
+        group = np.array([other == kind for other in space.kinds])
     else:
         center, width = rng.random(), rng.uniform(0.05, 0.25)
         group = np.abs(space.depths - center) <= width

@@ -20,11 +20,11 @@ _BASELINES = ("uniform", "energy")
 _DPI = 110
 
 
-def draw_all(found: dict[str, Any]) -> dict[str, bytes]:
+def draw_all(summary: dict[str, Any]) -> dict[str, bytes]:
     """Return the pictures of a report, as PNG files by name.
 
     Args:
-        found (`dict[str, Any]`): A summary from `summarize`.
+        summary (`dict[str, Any]`): A summary from `summarize`.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -36,10 +36,10 @@ def draw_all(found: dict[str, Any]) -> dict[str, bytes]:
             "A report must be drawn by matplotlib, which is not installed. Run `pip install optimum-sieve[report]`."
         ) from error
     drawings = {"front": _front, "progress": _progress, "levels": _levels, "prediction": _prediction}
-    return {name: _picture(draw, found) for name, draw in drawings.items()}
+    return {name: _picture(draw, summary) for name, draw in drawings.items()}
 
 
-def _picture(draw: Callable[[Axes, dict[str, Any]], None], found: dict[str, Any]) -> bytes:
+def _picture(draw: Callable[[Axes, dict[str, Any]], None], summary: dict[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,37 +47,37 @@ def _picture(draw: Callable[[Axes, dict[str, Any]], None], found: dict[str, Any]
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
-    draw(axes, found)
+    draw(axes, summary)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()
 
 
-def _front(axes: Axes, found: dict[str, Any]) -> None:
+def _front(axes: Axes, summary: dict[str, Any]) -> None:
     """Draw score against size: the candidates, both baselines, the dense model and the confirmation."""
-    axes.set(xlabel="parameters of the matrices kept (%)", ylabel=f"{found['metric']}, difference to dense (points)")
-    searched = [c for c in found["candidates"] if c["part"] == "search" and c["complete"]]
+    axes.set(xlabel="parameters of the matrices kept (%)", ylabel=f"{summary['metric']}, difference to dense (points)")
+    searched = [c for c in summary["candidates"] if c["part"] == "search" and c["complete"]]
     bred = [c for c in searched if c["origin"] not in _BASELINES]
     axes.plot(*_points(bred), "o", color=_COLORS["search"], markersize=4, label="candidates")
     for origin in _BASELINES:
         line = sorted((c for c in searched if c["origin"] == origin), key=lambda c: c["kept"])
         axes.plot(*_points(line), "o-", color=_COLORS[origin], label=f"{origin} allocation")
-    steps = [c for c in found["candidates"] if c["part"] == "confirm"]
+    steps = [c for c in summary["candidates"] if c["part"] == "confirm"]
     if steps:
         errors, label = [100 * c["standard_error"] for c in steps], "confirmation, fresh examples"
         axes.errorbar(*_points(steps), yerr=errors, fmt="s", color=_COLORS["confirm"], label=label)
     axes.plot([100], [0], "*", color="black", markersize=13, label="dense model")
-    axes.plot(*_points([found["result"]]), "o", markersize=14, fillstyle="none", color="black", label="result")
-    if found["tolerance"] is not None:
-        axes.axhline(-100 * found["tolerance"], color="black", linestyle=":", linewidth=1, label="tolerance")
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], -1000 * max(found["tolerance"], 0.01)))
+    axes.plot(*_points([summary["result"]]), "o", markersize=14, fillstyle="none", color="black", label="result")
+    if summary["tolerance"] is not None:
+        axes.axhline(-100 * summary["tolerance"], color="black", linestyle=":", linewidth=1, label="tolerance")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], -1000 * max(summary["tolerance"], 0.01)))
 
 
-def _progress(axes: Axes, found: dict[str, Any]) -> None:
+def _progress(axes: Axes, summary: dict[str, Any]) -> None:
     """Draw the size that each candidate would need at the tolerance, and the best so far, against examples scored."""
     axes.set(xlabel="examples scored", ylabel="kept at the tolerance (%)")
-    searched = [c for c in found["candidates"] if c["part"] == "search"]
+    searched = [c for c in summary["candidates"] if c["part"] == "search"]
     spent = np.cumsum([c["count"] for c in searched])
     rated = [(int(x), 100 * c["size"]) for x, c in zip(spent, searched, strict=True) if c["size"] is not None]
     if rated:
@@ -88,11 +88,11 @@ def _progress(axes: Axes, found: dict[str, Any]) -> None:
         axes.set_ylim(best - 2, min(float(y.max()), best + 30) + 1)
 
 
-def _levels(axes: Axes, found: dict[str, Any]) -> None:
+def _levels(axes: Axes, summary: dict[str, Any]) -> None:
     """Draw the kept fraction of every matrix, layers by kinds."""
-    layers, kinds = (list(dict.fromkeys(matrix[key] for matrix in found["matrices"])) for key in ("layer", "kind"))
+    layers, kinds = (list(dict.fromkeys(matrix[key] for matrix in summary["matrices"])) for key in ("layer", "kind"))
     grid = np.full((len(kinds), len(layers)), np.nan)
-    for matrix in found["matrices"]:
+    for matrix in summary["matrices"]:
         grid[kinds.index(matrix["kind"]), layers.index(matrix["layer"])] = 100 * matrix["kept"]
     axes.set_xlabel("layer")
     image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
@@ -102,15 +102,15 @@ def _levels(axes: Axes, found: dict[str, Any]) -> None:
     axes.figure.colorbar(image, ax=axes, label="kept (%)")
 
 
-def _prediction(axes: Axes, found: dict[str, Any]) -> None:
+def _prediction(axes: Axes, summary: dict[str, Any]) -> None:
     """Draw measured against predicted loss."""
     axes.set(xlabel="predicted rise of the loss (nats)", ylabel="measured KL to the dense model (nats)")
-    searched = [c for c in found["candidates"] if c["complete"] and c["kl"] > 0 and c["predicted_loss"] > 0]
+    searched = [c for c in summary["candidates"] if c["complete"] and c["kl"] > 0 and c["predicted_loss"] > 0]
     if not searched:
         return
     for label in ("bred", *_BASELINES):
-        own = [c for c in searched if (c["origin"] if c["origin"] in _BASELINES else "bred") == label]
-        x, y = ([c[field] for c in own] for field in ("predicted_loss", "kl"))
+        drawn = [c for c in searched if (c["origin"] if c["origin"] in _BASELINES else "bred") == label]
+        x, y = ([c[field] for c in drawn] for field in ("predicted_loss", "kl"))
         axes.plot(x, y, "o", color=_COLORS.get(label, _COLORS["search"]), markersize=4, label=label)
     axes.set(xscale="log", yscale="log")
     ends = [bound(c["predicted_loss"] for c in searched) for bound in (min, max)]

@@ -43,11 +43,11 @@ def find_summary(work_dir: str | Path) -> dict[str, Any]:
     return summary
 
 
-def write_page(found: dict[str, Any], output_dir: str | Path, *, overwrite: bool = False) -> Path:
+def write_page(summary: dict[str, Any], output_dir: str | Path, *, overwrite: bool = False) -> Path:
     """Write the page and its pictures; all of them or nothing.
 
     Args:
-        found (`dict[str, Any]`): A summary from `find_summary`.
+        summary (`dict[str, Any]`): A summary from `find_summary`.
         output_dir (`str | Path`): A new or empty directory.
         overwrite (`bool`): Whether to replace a directory that holds files.
 
@@ -60,25 +60,25 @@ def write_page(found: dict[str, Any], output_dir: str | Path, *, overwrite: bool
     """
     output = Path(output_dir)
     check_output(output, overwrite)
-    pictures = draw_all(found)
+    pictures = draw_all(summary)
     with whole_directory(output) as partial:
         partial.mkdir(parents=True)
         for name, content in pictures.items():
             (partial / f"{name}.png").write_bytes(content)
-        (partial / PAGE_NAME).write_text(_render(found, pictures), encoding="utf-8")
+        (partial / PAGE_NAME).write_text(_render(summary, pictures), encoding="utf-8")
     return output / PAGE_NAME
 
 
-def _render(found: dict[str, Any], pictures: dict[str, bytes]) -> str:
+def _render(summary: dict[str, Any], pictures: dict[str, bytes]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    searched = [candidate for candidate in found["candidates"] if candidate["part"] == "search"]
+    searched = [candidate for candidate in summary["candidates"] if candidate["part"] == "search"]
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        found=found,
-        result=found["result"],
+        summary=summary,
+        result=summary["result"],
         searched=searched,
         dropped=sum(not candidate["complete"] for candidate in searched),
-        examples=sum(candidate["count"] for candidate in found["candidates"]),
+        examples=sum(candidate["count"] for candidate in summary["candidates"]),
         generations=1 + max(candidate["generation"] for candidate in searched),
-        steps=[candidate for candidate in found["candidates"] if candidate["part"] == "confirm"],
+        steps=[candidate for candidate in summary["candidates"] if candidate["part"] == "confirm"],
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
     )

@@ -44,7 +44,6 @@ class CandidateScorer(Scorer):
             self._live.hold({})
             self._dense = self._score_dense()
             self._labels = calibrated_labels(evaluation_of(self._dense, self._known, self._metric))
-            self.examples_scored += len(self._known)
 
     def _score_dense(self) -> NDArray[np.float64]:
         if self._vocabulary is None:
@@ -77,7 +76,7 @@ class CandidateScorer(Scorer):
         )
 
     def _loss(self, part: int) -> Loss:
-        start = sum(len(own) for own in self._parts[:part])
+        start = sum(len(before) for before in self._parts[:part])
         labels = torch.from_numpy(self._labels).float()
 
         def loss(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -68,7 +68,6 @@ class WrittenScorer(Scorer):
             _Scores(texts[start:end], *self._losses(number))
             for number, (start, end) in enumerate(zip(starts, self._ends, strict=True))
         ]
-        self.examples_scored += len(self._known)
 
     def _dense_texts(self) -> list[str]:
         if self._vocabulary is None:
@@ -111,9 +110,9 @@ class WrittenScorer(Scorer):
             expected=comparison.mean,
             differences=after.values - before.values,
             agreement=comparison.agreement,
-            rises=np.concatenate([own.losses - first.losses for first, own in pairs]),
+            rises=np.concatenate([after.losses - before.losses for before, after in pairs]),
             # Rounding alone can make the KL of two equal distributions negative.
-            kl=max(0.0, float(np.concatenate([own.divergences for own in scores]).mean())),
+            kl=max(0.0, float(np.concatenate([part.divergences for part in scores]).mean())),
             complete=complete,
         )
 

@@ -76,7 +76,6 @@ class Scorer(ABC):
             make_batches(part, tokenizer, batch_size=batch_size, candidates=self.by_candidate, inputs=inputs)
             for part in self._parts
         ]
-        self.examples_scored = 0
 
     @abstractmethod
     def _prepare(self) -> None:
@@ -102,7 +101,6 @@ class Scorer(ABC):
             # The scorer of another task may have changed the ranks meanwhile.
             self._live.hold(ranks)
             scores.append(self._score(number))
-            self.examples_scored += len(self._parts[number])
             yield self._outcome(scores, complete=end == len(self._examples))
 
     def shares(self, ranks: Ranks, windows: Windows) -> dict[str, float]:

@@ -26,8 +26,8 @@ def machine() -> str:
 
 def is_dead(process: list[Any]) -> bool:
     """Whether `process`, from `this_process`, ran on this machine and has ended."""
-    place, number, start = process
-    if place != machine():
+    host, number, start = process
+    if host != machine():
         return False
     now = _start_time(number)
     return now is None or start is None or abs(now - start) > _CLOCK_TOLERANCE

@@ -137,14 +137,14 @@ class SearchStudy:
                 self._finished[trial.number] = (trial.datetime_complete, self._candidate(trial))
         # If two processes scored the same candidate, the first score counts for good.
         latest_first = sorted(self._finished.items(), key=lambda item: (item[1][0], item[0]), reverse=True)
-        distinct = {candidate.place: candidate for _, (_, candidate) in latest_first}
-        return [distinct[place] for place in sorted(distinct)]
+        distinct = {candidate.key: candidate for _, (_, candidate) in latest_first}
+        return [distinct[key] for key in sorted(distinct)]
 
     def enqueue(self, candidates: Iterable[Candidate]) -> None:
         """Add the candidates that are not scored, waiting or being scored."""
-        known = {_place(trial) for trial in self._trials(*_KNOWN)}
+        known = {_key(trial) for trial in self._trials(*_KNOWN)}
         for candidate in candidates:
-            if candidate.place not in known:
+            if candidate.key not in known:
                 levels = dict(zip(self._distributions, candidate.genome, strict=True))
                 attributes = {name: getattr(candidate, name) for name in _ATTRIBUTES}
                 self._study.add_trial(
@@ -158,7 +158,7 @@ class SearchStudy:
 
     def claim(self) -> tuple[int, Candidate] | None:
         """Take a waiting candidate for this process alone; return its trial number and itself, or `None`."""
-        for trial in sorted(self._trials(TrialState.WAITING), key=_place):
+        for trial in sorted(self._trials(TrialState.WAITING), key=_key):
             try:
                 claimed = self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             except (optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
@@ -251,6 +251,6 @@ class SearchStudy:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
 
 
-def _place(trial: FrozenTrial) -> tuple[str, int, int]:
+def _key(trial: FrozenTrial) -> tuple[str, int, int]:
     attributes = trial.user_attrs
     return attributes["part"], attributes["generation"], attributes["slot"]
