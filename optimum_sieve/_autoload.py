@@ -1,12 +1,12 @@
-"""Make transformers know the model type `sieve` before anything of this package is imported.
+"""Register the model type `sieve` with transformers before anything of this package is imported.
 
 torch calls `register` at the end of its own import (entry point group `torch.backends`), so that plain
-`AutoModelForCausalLM.from_pretrained` loads a pruned model wherever this package is installed. The standard library is
-all this module uses, and it raises nothing: an exception would break `import torch`. transformers learns a stand-in for
-the configuration class; the real one is imported when a pruned model is met.
+`AutoModelForCausalLM.from_pretrained` loads a pruned model wherever this package is installed. This module uses the
+standard library alone and raises nothing, as an exception would break `import torch`. It registers a stand-in for the
+configuration class; the real one is imported when a pruned model is loaded.
 
-`OPTIMUM_SIEVE_AUTOLOAD=0` in the environment switches it off. `import optimum_sieve.modeling.modeling_sieve` registers
-the model type then.
+`OPTIMUM_SIEVE_AUTOLOAD=0` in the environment turns it off. `import optimum_sieve.modeling.modeling_sieve` then
+registers the model type.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def _watch() -> None:
     elif "AutoConfig" in vars(module):
         _register_stand_in(module)
     else:
-        # transformers imports torch in the middle of this module, which has no Auto classes yet.
+        # transformers is importing torch from this module, which does not have its Auto classes yet.
         module.__class__ = _UnfinishedModule
 
 
 class _Finder(MetaPathFinder):
-    """Finds the module of the Auto configuration as the other finders do, and watches it."""
+    """Find the module of the Auto configuration with the other finders, and watch it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -62,14 +62,14 @@ class _Finder(MetaPathFinder):
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
-                # Looking for a module need not mean importing it, so the finder stays until one is made.
+                # A module that is found need not be imported, so the finder stays until one is created.
                 setattr(spec.loader, "create_module", lambda spec: _UnfinishedModule(spec.name))  # noqa: B010
                 return spec
         return None
 
 
 class _UnfinishedModule(ModuleType):
-    """A module under construction: becomes an ordinary one, and registers the model type, once it can."""
+    """A module during its import. Once it has `AutoConfig`, register the model type and become an ordinary module."""
 
     def __getattribute__(self, name: str) -> Any:
         if "AutoConfig" in ModuleType.__getattribute__(self, "__dict__"):

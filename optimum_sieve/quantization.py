@@ -1,7 +1,7 @@
-"""Fit a quantization of bitsandbytes, torchao or quanto to the shapes of a pruned model.
+"""Fit a quantization with bitsandbytes, torchao or quanto to the shapes of a pruned model.
 
-The quantizers of transformers reach the factors as they reach any `torch.nn.Linear`. But none of them takes a weight
-without elements, a group of weights must divide a row, and a factor's rows are as long as the rank.
+The quantizers of transformers treat the factors like any `torch.nn.Linear`. But none of them supports a weight without
+elements, and the group size must divide the row length, which for a last factor is the rank.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-# Where each method keeps the names of the modules that stay as they are.
+# Field of each method with the names of the modules that are not quantized.
 _SKIPPED = {
     "bitsandbytes": "llm_int8_skip_modules",
     "torchao": "modules_to_not_convert",
     "quanto": "modules_to_not_convert",
 }
-# bitsandbytes' 4-bit kernels for the CPU take no other number of rows, and of columns some of them return numbers that
-# have nothing to do with the weights where a block of 64 goes over the end of a row.
+# The 4-bit CPU kernels of bitsandbytes need multiples of these numbers of rows and columns. Some return wrong results
+# if a block of 64 extends past the end of a row.
 _CPU_4BIT = (32, 64)
 
 
@@ -40,29 +40,29 @@ def compatible(
     exclude_modules: Sequence[str] = (),
     device: str | torch.device | None = None,
 ) -> Any:
-    """Return `quantization_config` with the linears left out whose shapes the method cannot take.
+    """Return a copy of `quantization_config` that skips the linears whose shapes the method does not support.
 
-    Those are weights without elements (rank 0, or what a pivoted layer of full rank has left), of a single column (rank
-    1), and those whose rows the method's groups do not divide. Nothing is loaded: a model without data is made.
+    These are weights without elements (rank 0, or the `rest` of a pivoted layer of full rank), with one column (rank
+    1), or with a row length that is not a multiple of the group size. No weights are loaded.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
-            Of the model that will be quantized, as `AutoConfig.from_pretrained` returns it; pruned or dense. It is
+            Configuration of the pruned or dense model, from `AutoConfig.from_pretrained`. The model is assumed to be
             loaded with its head.
         quantization_config (`BitsAndBytesConfig`, `TorchAoConfig` or `QuantoConfig`):
-            For `from_pretrained`. It is not changed. Modules that it leaves out stay left out; where it names none,
-            the output embeddings do, as transformers has it.
+            For `from_pretrained`; not changed. Modules that it skips stay skipped; if it names none, the output
+            embeddings are skipped, as in transformers.
         exclude_modules (`Sequence[str]`):
-            `fnmatch` patterns of more linears that stay as they are, such as `("left", "rest")`; a pattern also matches
-            the end of a name from a dot on.
+            `fnmatch` patterns of more linears to skip, such as `("left", "rest")`; a pattern also matches the end of a
+            name after a dot.
         device (`torch.device`, *optional*):
-            Where the model will run. `None`: the accelerator if there is one, else the CPU.
+            Device that the model will run on. Default: the accelerator if there is one, else the CPU.
 
     Returns:
         A copy of `quantization_config`.
 
     Raises:
-        ValueError: If the model is quantized already, the method is another one, or a pattern matches no linear.
+        ValueError: If the model is quantized, the method is another one, or a pattern matches no linear.
 
     Example:
 
@@ -81,7 +81,7 @@ def compatible(
     if method not in _SKIPPED:
         raise ValueError(
             "`quantization_config` must be a BitsAndBytesConfig, TorchAoConfig or QuantoConfig, got "
-            f"{type(quantization_config).__name__}. Name the modules that other methods leave out yourself."
+            f"{type(quantization_config).__name__}. For other methods, name the modules to skip yourself."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("`config` must be of a model that is not quantized, got one that is. Load it as it is.")
@@ -96,7 +96,7 @@ def compatible(
         or not _fits(target.out_features, target.in_features, _multiples(quantization_config, target.name, device))
     ]
     named = getattr(quantization_config, _SKIPPED[method])
-    # A list replaces transformers' own, which keeps the head and tied weights.
+    # A list replaces the default of transformers, which skips the head and tied weights.
     named = sorted(get_keys_to_not_convert(empty)) if named is None else named
     fitted = copy.copy(quantization_config)
     setattr(fitted, _SKIPPED[method], list(dict.fromkeys([*named, *left_out])))
@@ -104,12 +104,12 @@ def compatible(
 
 
 def _fits(rows: int, columns: int, multiples: tuple[int, int]) -> bool:
-    # One column saves nothing, and both torchao and bitsandbytes' kernel for the CPU fail on it.
+    # One column saves nothing, and torchao and the CPU kernel of bitsandbytes fail on it.
     return rows > 0 and columns > 1 and rows % multiples[0] == 0 and columns % multiples[1] == 0
 
 
 def _multiples(quantization_config: Any, name: str, device: torch.device) -> tuple[int, int]:
-    """Return what the rows and the columns of the weight called `name` must be multiples of."""
+    """Return the numbers that the rows and columns of the weight called `name` must be multiples of."""
     if getattr(quantization_config, "load_in_4bit", False) and device.type == "cpu":
         return _CPU_4BIT
     settings = _torchao_settings(getattr(quantization_config, "quant_type", None), name)
@@ -119,7 +119,7 @@ def _multiples(quantization_config: Any, name: str, device: torch.device) -> tup
 
 
 def _torchao_settings(quant_type: Any, name: str) -> Any:
-    """Return the settings of the weight called `name`, where torchao's `FqnToConfig` has several."""
+    """Return the settings of the weight called `name`; torchao's `FqnToConfig` has one for each."""
     settings_of = getattr(quant_type, "fqn_to_config", None)
     if settings_of is None:
         return quant_type

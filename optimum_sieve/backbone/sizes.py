@@ -5,10 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from .targets import Target
-
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def shard_bytes(model: nn.Module) -> int:
-    """Return the size of a shard, in bytes, that saves a model in the least memory: that of its largest tensor.
+    """Return the shard size, in bytes, that saves a model with the least memory: that of its largest tensor.
 
-    safetensors copies what it writes, and no tensor is in two shards.
+    safetensors copies each shard before writing it, and a tensor cannot be split.
     """
     return max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights as a checkpoint holds them: shared tensors once, buffers that are saved included."""
+    """Return the bytes of a model in a checkpoint: shared tensors count once, persistent buffers are included."""
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     distinct = {id(tensor): tensor for tensor in state.values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
@@ -38,7 +34,7 @@ def tensor_bytes(model: nn.Module) -> int:
 def measure_sizes(
     model: nn.Module, targets: Sequence[Target], vocabulary: TaskVocabulary | None = None
 ) -> dict[str, int]:
-    """Return the parameters of the targets and of the model, and its bytes; with all tokens of `vocabulary`."""
+    """Return the parameters of the targets and of the model, and its bytes, with the whole vocabulary."""
     with nullcontext() if vocabulary is None else vocabulary.undone():
         return {
             "targets": count_target_parameters(model, targets),
@@ -48,7 +44,7 @@ def measure_sizes(
 
 
 def count_target_parameters(model: nn.Module, targets: Sequence[Target]) -> int:
-    """Count the weights or factors of the target layers as they are now; biases are not counted."""
+    """Count the current weights or factors of the target layers, without biases."""
     total = 0
     for target in targets:
         module = model.get_submodule(target.name)

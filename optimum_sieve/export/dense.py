@@ -1,4 +1,4 @@
-"""A pruned model as a dense one of its base architecture, which loads wherever that one does."""
+"""Export a pruned model as a dense model of its base architecture."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ if TYPE_CHECKING:
 
 
 def export_dense(model: PreTrainedModel, *, progress: bool = False) -> PreTrainedModel:
-    r"""Multiply the factors of a pruned model out, in place: it becomes a model of its base architecture.
+    r"""Replace the factors of a pruned model with their products, in place: it becomes one of its base architecture.
 
-    Each weight \(W' = \) `left @ right` is computed in float32 and stored in the dtype of its factors. A bias that the
-    pruning added where the base architecture has none is kept by the option of its configuration that adds it, such as
-    `attention_bias`, with zeros in the layers that need none; it is left out where it is zero.
+    Each weight \(W' = \) `left @ right` is computed in float32 and stored in the dtype of its factors. If pruning added
+    a bias that the base architecture does not have, the option of the configuration that adds it is set, such as
+    `attention_bias`, and layers that need none get zeros. A bias that is zero is dropped.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Of model type `sieve`, in memory and not quantized.
-        progress (`bool`): Whether a progress bar is shown.
+        model ([`~transformers.PreTrainedModel`]): A model of type `sieve`, in memory and not quantized.
+        progress (`bool`): Whether to show a progress bar.
 
     Returns:
-        [`~transformers.PreTrainedModel`]: The same object. Its class and configuration are the base architecture's,
-        and nothing of it refers to optimum-sieve.
+        [`~transformers.PreTrainedModel`]: The same object, with the class and configuration of the base architecture.
+        It does not refer to optimum-sieve.
 
     Raises:
-        ValueError: If the model is not pruned, is quantized, offloaded or carries adapters, or if the base
-            architecture has no place for a bias. The model is unchanged then.
+        ValueError: If the model is not pruned, or is quantized, offloaded or has adapters, or if the base architecture
+            cannot have a bias that is needed. The model is then unchanged.
     """
     layers = plain_layers(model)
     base_class, config = _base_class(model), base_config(model)
     empty = _fit_biases(base_class, config, layers)
-    found = dict(empty.named_modules())
+    dense_modules = dict(empty.named_modules())
     for name, layer in tqdm(layers.items(), desc="dense", unit="matrix", disable=not progress):
-        # Experts that were made separate have no module of their own in the base architecture.
-        dense = found.get(name) or nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        # Separate experts have no modules in the base architecture.
+        dense = dense_modules.get(name) or nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         model.set_submodule(name, _filled(dense, layer))
-    _add_zero_biases(model, found)
+    _add_zero_biases(model, dense_modules)
     fuse_dense_experts(model)
     _replace_configs(model, config)
     model.__class__ = base_class
@@ -74,16 +74,16 @@ def save_dense(
     progress: bool = False,
     **options: Any,
 ) -> Path:
-    """Write what [`export_dense`] makes of a pruned model, with its tokenizer and a model card; all of it or nothing.
+    """Write the dense model of [`export_dense`], with its tokenizer and a model card; all of it or nothing.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Of model type `sieve`. Becomes dense in place.
-        tokenizer (`PreTrainedTokenizerBase`): Saved beside it.
+        model ([`~transformers.PreTrainedModel`]): A model of type `sieve`. Becomes dense in place.
+        tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
         output_dir (`str | Path`): A new or empty directory.
-        overwrite (`bool`): Whether a directory that holds files is replaced, once the new one is complete.
+        overwrite (`bool`): Whether to replace a directory that holds files, once the new one is complete.
         license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
-        progress (`bool`): Whether a progress bar is shown.
-        options: Passed on to `save_pretrained`, such as `max_shard_size`.
+        progress (`bool`): Whether to show a progress bar.
+        options: Passed to `save_pretrained`, such as `max_shard_size`.
 
     Returns:
         `Path`: `output_dir`.
@@ -118,7 +118,7 @@ def save_dense(
 
 
 def base_config(model: PreTrainedModel) -> Any:
-    """Copy the configuration of a pruned model as one of its base architecture; it shares its parts."""
+    """Return a shallow copy of a pruned model's configuration, of the class of the base architecture."""
     config = _as_base(model.config)
     config.architectures = [_base_class(model).__name__]
     return config
@@ -137,8 +137,8 @@ def _as_base(config: Any) -> Any:
 
 
 def _replace_configs(model: PreTrainedModel, config: Any) -> None:
-    """Give the model `config`, and modules that have a configuration of their own, such as a decoder, a base one."""
-    # With the old ones, whose ids must not be used again meanwhile.
+    """Give the model `config`, and modules with another configuration, such as a decoder, its base version."""
+    # Keeps the old ones, so that no new object gets their ids.
     replaced = {id(model.config): (model.config, config)}
     for module in model.modules():
         old: Any = getattr(module, "config", None)
@@ -148,20 +148,20 @@ def _replace_configs(model: PreTrainedModel, config: Any) -> None:
 
 
 def _fit_biases(base_class: Any, config: Any, layers: Mapping[str, FactorizedLinear]) -> Any:
-    """Set those options of `config` that give the layers the biases they need; return the empty dense model it makes.
+    """Set the options of `config` that add the biases that the layers need; return the empty dense model.
 
     Raises:
-        ValueError: If no option does.
+        ValueError: If no option adds one of them.
     """
     empty: Any = empty_model(config, model_class=base_class)
     missing = {name for name, layer in layers.items() if _needs_bias(layer)} - _biased(empty)
-    # Until all have a place, a copy is changed: the parts of a configuration are the model's own.
+    # Work on a copy until all biases fit: the model uses the parts of `config`.
     trial, chosen = copy.deepcopy(config), []
     for option in [key for key, value in vars(config.get_text_config()).items() if value is False and "bias" in key]:
         setattr(trial.get_text_config(), option, True)
         larger: Any = empty_model(trial, model_class=base_class)
         added = _biased(larger) - _biased(empty)
-        # Some options bring other tensors, such as the biases of norms.
+        # Some options add other tensors, such as biases of norms.
         is_fit = larger.state_dict().keys() - empty.state_dict().keys() == {f"{name}.bias" for name in added}
         if is_fit and added & missing:
             empty, missing = larger, missing - added
@@ -180,7 +180,7 @@ def _fit_biases(base_class: Any, config: Any, layers: Mapping[str, FactorizedLin
 
 
 def _biased(model: nn.Module) -> set[str]:
-    """Name the linears that have a bias."""
+    """Return the names of the linears that have a bias."""
     return {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m.bias is not None}
 
 
@@ -203,17 +203,17 @@ def _filled(dense: Any, layer: FactorizedLinear) -> nn.Module:
     return dense.train(layer.training)  # type: ignore[no-any-return]
 
 
-def _add_zero_biases(model: nn.Module, found: Mapping[str, Any]) -> None:
-    """Give dense linears the bias that an option of the configuration asks for."""
+def _add_zero_biases(model: nn.Module, dense_modules: Mapping[str, Any]) -> None:
+    """Add zero biases to the linears that have one in the empty dense model."""
     linears: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], nn.Linear)]
     for name, module in linears:
-        if module.bias is None and getattr(found.get(name), "bias", None) is not None:
+        if module.bias is None and getattr(dense_modules.get(name), "bias", None) is not None:
             weight = module.weight
             module.bias = nn.Parameter(weight.new_zeros(module.out_features), requires_grad=weight.requires_grad)
 
 
 def _added_bytes(layer: FactorizedLinear) -> int:
-    """How many bytes more the dense layer takes."""
+    """Return how many bytes more the dense layer takes."""
     parameters = list(layer.parameters())
     size = layer.out_features * layer.in_features - sum(parameter.numel() for parameter in parameters)
     return size * parameters[0].element_size()

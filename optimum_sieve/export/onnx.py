@@ -1,4 +1,4 @@
-"""A pruned model as an ONNX graph, factors and all, checked in ONNX Runtime before it is kept."""
+"""Export a pruned model as an ONNX graph that keeps the factors, and check it in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Rows and tokens of the inputs that the graph is checked on; the last ones are padded.
+# Rows and tokens of the inputs for the check; the last ones are padded.
 _SHAPES = ((1, 1), (1, 9), (3, 6))
 _TRACED = (2, 5)
-# ONNX Runtime adds up in another order; of a graph that computes something else the difference is near 1.
+# ONNX Runtime sums in another order. The difference of a wrong graph is near 1.
 TOLERANCE = 1e-3
 
 
@@ -45,24 +45,23 @@ def export_onnx(
     license_id: str | None = None,
     tolerance: float = TOLERANCE,
 ) -> float:
-    """Write a pruned model as an ONNX graph in which factors stay factors, by the exporter of transformers.
+    """Write a pruned model as an ONNX graph that keeps the factors, with the exporter of transformers.
 
-    The graph, `model.onnx` with its weights in `model.onnx.data`, takes `input_ids` and `attention_mask`, an
-    encoder-decoder's also `decoder_input_ids`, of any number of rows and tokens, padded on the right, and gives
-    `logits`. It has no cache: to generate, run it again on the longer text. It is kept if ONNX Runtime computes the
-    logits of the model from it, on random inputs of several shapes.
+    The graph is `model.onnx` with its weights in `model.onnx.data`. Its inputs are `input_ids` and `attention_mask`,
+    and `decoder_input_ids` for an encoder-decoder, with any number of rows and tokens, padded on the right; its output
+    is `logits`. It has no cache: to generate, run it again on the longer text. It is kept only if ONNX Runtime computes
+    the logits of the model with it, on random inputs of several shapes.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Of model type `sieve`, on the CPU in float32; is not changed.
-        tokenizer (`PreTrainedTokenizerBase`): Saved beside the graph.
+        model ([`~transformers.PreTrainedModel`]): A model of type `sieve`, on the CPU in float32; not changed.
+        tokenizer (`PreTrainedTokenizerBase`): Saved with the graph.
         output_dir (`str | Path`): A new or empty directory.
-        overwrite (`bool`): Whether a directory that holds files is replaced, once the new one is complete.
+        overwrite (`bool`): Whether to replace a directory that holds files, once the new one is complete.
         license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
-        tolerance (`float`): Largest difference allowed between a logit of the graph and of the model, relative to the
-            largest absolute logit.
+        tolerance (`float`): Maximum logit difference, relative to the largest logit.
 
     Returns:
-        `float`: That difference, as found.
+        `float`: The measured logit difference.
 
     Raises:
         ImportError: If onnx, onnxscript or onnxruntime is not installed.
@@ -100,10 +99,10 @@ def export_onnx(
 
 
 def check_onnx_packages() -> None:
-    """Refuse to export without what it takes, before any work.
+    """Check that the packages for ONNX are installed, before any work.
 
     Raises:
-        ImportError: The message has the line that installs it.
+        ImportError: If not; the message has the command that installs them.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -114,7 +113,7 @@ def check_onnx_packages() -> None:
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    """Refuse what cannot be traced or checked."""
+    """Check that a model can be traced and compared."""
     plain_layers(model)
     kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
     if kinds != {("cpu", torch.float32)}:
@@ -122,7 +121,7 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"`model` must be in float32 on the CPU, got {dtype} on {device}. Load it with `dtype=torch.float32`."
         )
-    # Classifiers that read the last token find it by the padding.
+    # Classifiers that read the last token locate it by the padding.
     if model_kind(model) == "classification" and model.config.get_text_config().pad_token_id is None:
         raise ValueError(
             "`model` must have a `pad_token_id` in its configuration to classify several rows, got None. Set it."
@@ -157,10 +156,10 @@ def _trace(model: PreTrainedModel) -> Any:
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     inputs = _inputs(model, *_TRACED)
-    # Named axes would have to hold for any length, which fails where positions come from a table.
+    # Named axes must be valid for any length, which fails if positions come from a table.
     axes = {name: dict.fromkeys((0, 1), torch.export.Dim.AUTO) for name in inputs}
     exporter: Any = OnnxExporter
-    # torch reports its steps on the output, where the result of a command belongs.
+    # torch prints progress to stdout, where only the result of the command belongs.
     with _traceable(model), contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
@@ -170,14 +169,14 @@ def _trace(model: PreTrainedModel) -> Any:
                 f"transformers could not export {type(model).__name__} to ONNX: {type(error).__name__}: {error} Export "
                 "it with `--dense` and try another exporter."
             ) from error
-    # The graph needs no code of ours, so whatever reads the configuration should not either.
+    # The graph needs no remote code, so its configuration must not refer to any.
     exported.config = base_config(model)
     exported.generation_config = getattr(model, "generation_config", None)
     return exported
 
 
 def _inputs(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Make random inputs, of tokens that are no padding; all rows but the first are padded on the right."""
+    """Make random inputs without padding tokens in the text; all rows but the first are padded on the right."""
     config: Any = model.config.get_text_config()
     generator = torch.Generator().manual_seed(length)
     length = min(length, max_positions(model) or length)
@@ -185,7 +184,7 @@ def _inputs(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.T
 
     def draw(tokens: int) -> torch.Tensor:
         ids = torch.randint(config.vocab_size, (rows, tokens), generator=generator)
-        # Its embedding may be zero, from which a router picks experts by chance.
+        # The embedding of padding may be zero, from which a router picks arbitrary experts.
         return torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
 
     mask = torch.ones(rows, length, dtype=torch.long)
@@ -207,23 +206,23 @@ def _difference(model: PreTrainedModel, path: Path) -> float:
         inputs = _inputs(model, rows, length)
         expected = model(**inputs).logits
         feed = {name: tensor.numpy() for name, tensor in inputs.items() if name in names}
-        found = torch.from_numpy(session.run(["logits"], feed)[0])
+        actual = torch.from_numpy(session.run(["logits"], feed)[0])
         if model_kind(model) == "causal":
-            # What a model computes at padding means nothing.
+            # Logits at padding are meaningless.
             real = inputs["attention_mask"].bool()
-            expected, found = expected[real], found[real]
+            expected, actual = expected[real], actual[real]
         largest = max(largest, float(expected.abs().max()))
         # Not Python's `max`, which may drop NaN.
-        difference = float(torch.stack([torch.tensor(difference), (found - expected).abs().max()]).max())
+        difference = float(torch.stack([torch.tensor(difference), (actual - expected).abs().max()]).max())
     return difference / max(largest, torch.finfo(torch.float32).tiny)
 
 
 @contextlib.contextmanager
 def _traceable(model: PreTrainedModel) -> Iterator[None]:
-    """Keep no cache, and let every expert read every token: a graph cannot choose tokens."""
+    """Disable the cache, and let every expert read every token, as a graph cannot select tokens."""
     modules = list(model.modules())
-    found: list[Any] = [getattr(module, "config", None) for module in modules]
-    configs = [config for config in {id(one): one for one in found}.values() if hasattr(config, "use_cache")]
+    owned: list[Any] = [getattr(module, "config", None) for module in modules]
+    configs = [config for config in {id(config): config for config in owned}.values() if hasattr(config, "use_cache")]
     cached = [config.use_cache for config in configs]
     experts: list[Any] = [module for module in modules if isinstance(module, SeparateExperts)]
     for config in configs:
@@ -242,9 +241,9 @@ def _traceable(model: PreTrainedModel) -> Iterator[None]:
 def _mixture(
     experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Compute what [`SeparateExperts`] computes, without a choice of tokens."""
+    """Compute the output of [`SeparateExperts`] without selecting tokens."""
     output = torch.zeros_like(hidden_states)
-    for place, expert in enumerate(experts):
-        weight = (top_k_weights * (top_k_index == place)).sum(-1, keepdim=True)
+    for index, expert in enumerate(experts):
+        weight = (top_k_weights * (top_k_index == index)).sum(-1, keepdim=True)
         output = output + expert(hidden_states) * weight.to(output.dtype)
     return output

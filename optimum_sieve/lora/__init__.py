@@ -1,4 +1,4 @@
-"""Fine-tune and merge LoRA adapters on pruned models. Imported only where asked for; needs PEFT.
+"""Train and merge LoRA adapters on pruned models. Needs PEFT; the main path does not import it.
 
 In: a pruned model. Out: LoRA targets and layers (`layer`), or the model with an adapter merged into it (`merge`).
 """

@@ -1,6 +1,6 @@
-r"""LoRA on pruned models: on the factors, which PEFT reaches by itself, or around whole factorized matrices.
+r"""LoRA on pruned models: on the factors, which PEFT supports as it is, or around whole factorized matrices.
 
-Needs PEFT, which is imported when it is used.
+Needs PEFT, which is imported on first use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
-# Other initializations rewrite the dense weight, and a factorized matrix has none.
+# Other initializations change the dense weight, which a factorized matrix does not have.
 _INITIALIZATIONS = ("gaussian", "orthogonal")
 
 
@@ -41,16 +41,16 @@ def require_peft() -> Any:
 
 
 def factor_targets(model: nn.Module) -> list[str]:
-    """Name what LoRA can learn on in the blocks of a pruned model, for `LoraConfig(target_modules=...)`.
+    """Return the layers in the blocks of a pruned model for `LoraConfig(target_modules=...)`.
 
     These are the factors of factorized layers and the layers that stayed dense. Factors without elements are left out:
-    those of layers of rank 0, and the `rest` of a pivoted layer of as many pivots as rows.
+    those of layers of rank 0, and the `rest` of a pivoted layer with as many pivots as rows.
 
     Args:
-        model (`torch.nn.Module`): The pruned model, quantized or not; of a dense one, its linear layers are named.
+        model (`torch.nn.Module`): The pruned model, quantized or not; or a dense one.
 
     Returns:
-        `list[str]`: Whole module names, such as `"model.layers.0.self_attn.q_proj.right"`.
+        `list[str]`: Full module names, such as `"model.layers.0.self_attn.q_proj.right"`.
 
     Raises:
         ValueError: If the model has no linear layers in its blocks.
@@ -60,11 +60,11 @@ def factor_targets(model: nn.Module) -> list[str]:
 
 
 def whole_matrix(config: LoraConfig) -> LoraConfig:
-    r"""Let a LoRA configuration reach whole factorized matrices by their names, such as `q_proj`.
+    r"""Let a LoRA configuration target whole factorized matrices by their names, such as `q_proj`.
 
-    A factorized layer \(W'x\) named in `target_modules` then becomes \(W'x + s B A x\), as a dense one does. Merging
-    keeps it factorized: its rank grows by that of the adapter. What PEFT writes does not say this, so an adapter of
-    this kind, or one trained on the dense model, is loaded by
+    A factorized layer \(W'x\) named in `target_modules` then becomes \(W'x + s B A x\), like a dense one. Merging keeps
+    it factorized: its rank grows by that of the adapter. PEFT does not save this setting, so load an adapter of this
+    kind, or one trained on the dense model, with
 
     ```python
     config = whole_matrix(LoraConfig.from_pretrained(adapter))
@@ -94,7 +94,7 @@ def whole_matrix(config: LoraConfig) -> LoraConfig:
 
 @functools.cache
 def lora_class() -> Any:
-    """Make `FactorizedLora`, PEFT's LoRA layer of a linear with what [`WholeMatrixMixin`] changes."""
+    """Make `FactorizedLora`: PEFT's LoRA layer of a linear with [`WholeMatrixMixin`]."""
     require_peft()
     from peft.tuners.lora import Linear
 
@@ -116,38 +116,37 @@ else:
 
 
 class WholeMatrixMixin(_LoraBase):
-    """What `FactorizedLora` adds to PEFT's LoRA layer of a linear: merging into factors, and out again exactly.
+    """Addition of `FactorizedLora` to PEFT's LoRA layer of a linear: merge into factors, and unmerge exactly.
 
-    The merged layer is a function of the layer before and of the adapters merged. That layer is kept meanwhile, so
-    `unmerge` gives back the very same factors; `merge_and_unload` lets it go.
+    Merging keeps the original layer, so `unmerge` restores exactly the same factors; `merge_and_unload` drops it.
     """
 
     base_layer: FactorizedLinear
 
     def __init__(self, base_layer: FactorizedLinear, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         config = copy.copy(config)
-        # For weights that are held as (in, out), such as GPT-2's; those of a factorized matrix never are.
+        # For weights of shape (in, out), such as GPT-2's; that of a factorized matrix is always (out, in).
         config.fan_in_fan_out = False
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        # In a list, so that it is no submodule.
+        # In a list, so that it is not registered as a submodule.
         self._before: list[FactorizedLinear] = []
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        """Variants that merge into factors."""
+        """Variants of LoRA that can be merged into factors."""
         return {key: variant for key, variant in super().lora_variants.items() if key in ((), ("use_dora",))}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter.
 
         Raises:
-            ValueError: If its options need a dense weight, or the factors are quantized or have adapters themselves.
+            ValueError: If its options need a dense weight, or the factors are quantized or have adapters of their own.
         """
         name, chosen = kwargs.get("target_name", ""), config.init_lora_weights
         if isinstance(chosen, str) and chosen not in _INITIALIZATIONS:
             raise ValueError(
                 f"`init_lora_weights` must be a boolean, 'gaussian' or 'orthogonal' around a factorized matrix, got "
-                f"{chosen!r} for {name!r}. Others rewrite a dense weight: use them on the factors, see "
+                f"{chosen!r} for {name!r}. Others change a dense weight: use them on the factors, see "
                 "`factor_targets`."
             )
         base = self._unmerged()
@@ -165,14 +164,14 @@ class WholeMatrixMixin(_LoraBase):
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the factors: the rank grows by theirs, up to `min(out_features, in_features)`.
+        """Merge adapters into the factors, which adds their ranks, up to `min(out_features, in_features)`.
 
         Args:
-            safe_merge (`bool`): Whether an adapter that is not finite is refused.
-            adapter_names (`list[str]`, *optional*): Adapters to merge; `None`: the active ones.
+            safe_merge (`bool`): Whether to refuse an adapter that is not finite.
+            adapter_names (`list[str]`, *optional*): Adapters to merge. Default: the active ones.
 
         Raises:
-            ValueError: If factors are quantized, offloaded or carry adapters, or an adapter is broken.
+            ValueError: If factors are quantized, offloaded or have adapters, or an adapter is not finite.
             RuntimeError: If an adapter has a bias and the layer has none.
         """
         from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -189,12 +188,12 @@ class WholeMatrixMixin(_LoraBase):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put back the layer that was there before the first merge."""
+        """Restore the layer from before the first merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         weight = self.base_layer.first.weight
-        # The model may have moved meanwhile.
+        # The model may have been moved since.
         self.base_layer = self._before.pop().to(weight.device, weight.dtype).train(self.training)
         self.merged_adapters.clear()
 
@@ -204,18 +203,18 @@ class WholeMatrixMixin(_LoraBase):
 
     @torch.no_grad()
     def _merged(self, base: FactorizedLinear, names: Sequence[str]) -> FactorizedLinear:
-        """Make the layer that gives what `base` and the adapters give together."""
-        own_left, own_right = factors_of(base)
-        left, right, bias = own_left, own_right, base.bias
+        """Make the layer with the same output as `base` and the adapters together."""
+        base_left, base_right = factors_of(base)
+        left, right, bias = base_left, base_right, base.bias
         for name in names:
             first: Any = self.lora_A[name]
             last: Any = self.lora_B[name]
             lora_left, lora_right = last.weight.to(left) * self.scaling[name], first.weight.to(right)
             left, right = torch.cat([left, lora_left], dim=1), torch.cat([right, lora_right])
             if name in self.lora_variant:
-                # DoRA scales every row of what comes in to a length; by PEFT's rule the one it had is measured on the
-                # layer without the other adapters.
-                norms = row_norms(torch.cat([own_left, lora_left], dim=1), torch.cat([own_right, lora_right]))
+                # DoRA scales each row of the layer with its adapters to a learned length. PEFT divides by the length
+                # of the row with this adapter alone.
+                norms = row_norms(torch.cat([base_left, lora_left], dim=1), torch.cat([base_right, lora_right]))
                 magnitude: Any = self.lora_magnitude_vector[name].weight
                 left = left * (magnitude.to(norms) / norms).to(left)[:, None]
             if self.lora_bias[name]:
@@ -232,15 +231,14 @@ class WholeMatrixMixin(_LoraBase):
             parts += [self.lora_magnitude_vector[name]] if name in self.lora_magnitude_vector else []
             if not all(bool(torch.isfinite(tensor).all()) for part in parts for tensor in part.parameters()):
                 raise ValueError(
-                    f"`adapter_names` must name finite adapters, got NaN or infinity in {name!r}. It seems to be "
-                    "broken: train it again."
+                    f"`adapter_names` must name finite adapters, got NaN or infinity in {name!r}. Train it again."
                 )
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features  # type: ignore[return-value]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        # Not by its weight, which is multiplied out at every access and is on the meta device where it cannot be.
+        # Its weight would be computed at every access, and is on the meta device if the factors are quantized.
         assert isinstance(base_layer, FactorizedLinear)
-        found: tuple[Any, Any] = super()._get_base_layer_device_and_dtype(base_layer.first)  # type: ignore[no-untyped-call]
-        return found
+        place: tuple[Any, Any] = super()._get_base_layer_device_and_dtype(base_layer.first)  # type: ignore[no-untyped-call]
+        return place

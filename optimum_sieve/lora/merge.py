@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into a pruned model, from directory to directory. Needs PEFT when it merges."""
+"""Merge a LoRA adapter into a pruned model and save it. Merging needs PEFT."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _PREFIX, _FIRST, _LAST = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def check_adapter(adapter: str | Path, config: Any) -> None:
-    """Refuse an adapter that does not fit a pruned model, by its names and shapes alone: no weights are read.
+    """Check that an adapter fits a pruned model. Reads names and shapes, no weights.
 
     Args:
         adapter (`str | Path`): Directory that PEFT's `save_pretrained` wrote.
         config (`PreTrainedConfig`): Configuration of the pruned model.
 
     Raises:
-        ValueError: If the model is not pruned, the directory holds no LoRA adapter in safetensors, or a layer that the
-            adapter is for is not there or of another shape.
+        ValueError: If the model is not pruned, the directory holds no LoRA adapter in safetensors, or the model lacks a
+            layer of the adapter or has it in another shape.
     """
     check_pruned(config)
     directory = Path(adapter)
@@ -67,7 +67,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 
 def _read_shapes(directory: Path) -> dict[str, list[int]]:
-    """Return the shapes of the two matrices of every linear layer that has an adapter."""
+    """Return the shapes of both matrices of every layer in the adapter, by tensor name."""
     path = directory / _WEIGHTS
     try:
         with safe_open(path, "pt") as tensors:
@@ -81,40 +81,40 @@ def _read_shapes(directory: Path) -> dict[str, list[int]]:
 
 
 def _problem(modules: dict[str, Any], key: str, shape: list[int]) -> str | None:
-    """Say what is wrong with one matrix of an adapter, if anything is."""
+    """Return why a matrix of an adapter does not fit, or `None` if it does."""
     end = _FIRST if key.endswith(_FIRST) else _LAST
     name = key.removeprefix(_PREFIX).removesuffix(end)
     module = modules.get(name)
     if module is None:
         return f"that of {name!r}, which the model does not have"
-    side, found = ("in_features", shape[1]) if end == _FIRST else ("out_features", shape[0])
-    wanted = _features(module)[side]
-    if wanted is not None and wanted != found:
-        return f"that of {name!r} with {side} {found} where the model has {wanted}"
+    side, features = ("in_features", shape[1]) if end == _FIRST else ("out_features", shape[0])
+    expected = _features(module)[side]
+    if expected is not None and expected != features:
+        return f"that of {name!r} with {side} {features} where the model has {expected}"
     return None
 
 
 def _features(module: Any) -> dict[str, int | None]:
-    """Return both sides of a linear layer; of a `Conv1D` too, whose weight is (in, out)."""
+    """Return both sides of a linear layer or a `Conv1D`, whose weight is (in, out)."""
     if hasattr(module, "nf"):
         return {"in_features": module.weight.shape[0], "out_features": module.nf}
     return {side: getattr(module, side, None) for side in ("in_features", "out_features")}
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str | Path, *, rank: str = "widen") -> PreTrainedModel:
-    """Merge a LoRA adapter into a pruned model, in place; it may be for factors, whole matrices or the dense model.
+    """Merge a LoRA adapter for factors, whole matrices or the dense model into a pruned model, in place.
 
-    An adapter of factors changes no rank. One of whole matrices widens the layers by its own rank; with `rank="keep"`
-    each is then brought back to the rank that it had, by its best approximation.
+    An adapter of factors does not change ranks. An adapter of whole matrices adds its rank to that of the layers;
+    `rank="keep"` then reduces each layer to its old rank with the best approximation.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Of model type `sieve`, in memory and not quantized.
+        model ([`~transformers.PreTrainedModel`]): A model of type `sieve`, in memory and not quantized.
         adapter (`str | Path`): Directory that PEFT's `save_pretrained` wrote.
         rank (`str`): `"widen"` or `"keep"`.
 
     Returns:
-        [`~transformers.PreTrainedModel`]: The same model. The figures that its configuration held, which were measured
-        without the adapter, are gone.
+        [`~transformers.PreTrainedModel`]: The same model. The scores in its configuration, measured without the
+        adapter, are removed.
 
     Raises:
         ImportError: If PEFT is not installed.
@@ -132,15 +132,15 @@ def merge_adapter(model: PreTrainedModel, adapter: str | Path, *, rank: str = "w
     if rank == "keep":
         recompress(merged, before)
     block = merged.config.sieve
-    results = _names_alone(block.get("results") or {})
+    results = _task_names(block.get("results") or {})
     merged.config.sieve = {**block, "rank_pattern": read_rank_pattern(merged), "results": results}
     return merged
 
 
-def _names_alone(results: dict[str, Any]) -> dict[str, Any]:
-    """Return what results say but for the figures: the names of the tasks."""
+def _task_names(results: dict[str, Any]) -> dict[str, Any]:
+    """Return results with the names of the tasks and without scores."""
     if "tasks" in results:
-        return {"tasks": [_names_alone(task) for task in results["tasks"]]}
+        return {"tasks": [_task_names(task) for task in results["tasks"]]}
     return {key: value for key, value in results.items() if key == "task"}
 
 
@@ -152,13 +152,13 @@ def save_merged(
     overwrite: bool = False,
     license_id: str | None = None,
 ) -> Path:
-    """Write what [`merge_adapter`] made, with its tokenizer and a model card; all of it or nothing.
+    """Write the result of [`merge_adapter`], with its tokenizer and a model card; all of it or nothing.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The merged model.
-        tokenizer (`PreTrainedTokenizerBase`): Saved beside it.
+        tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
         output_dir (`str | Path`): A new or empty directory.
-        overwrite (`bool`): Whether a directory that holds files is replaced, once the new one is complete.
+        overwrite (`bool`): Whether to replace a directory that holds files, once the new one is complete.
         license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
 
     Returns:

@@ -1,5 +1,7 @@
-"""What a run leaves behind: result, report, model card, Hub upload.
+"""Output of a run: result, directory, report, model card, Hub upload.
 
-In: the pruned model and its scores. Out: a `SieveResult` (`result.make_result`), `sieve_report.json` (`report`), the
-card (`card.build_card`), and a pushed repository (`hub.push_folder`).
+In: the pruned model and its scores. Out: a `SieveResult` (`result.make_result`), its directory
+(`result.save_result`) with `sieve_report.json` (`report`) and the card (`card.build_card`, with the commands of
+`reproduction`), and a pushed repository (`hub.push_folder`). `directory.save_directory` writes every model, those of
+exports and of merged adapters too.
 """

@@ -18,8 +18,8 @@ _WEIGHTS = "model*.safetensors*"
 _REMEDIES = {
     401: "Log in with `hf auth login`, set HF_TOKEN or pass a token.",
     403: "Use a token with write access to it.",
-    409: "Somebody pushed meanwhile: push again.",
-    412: "Somebody pushed meanwhile: push again.",
+    409: "The branch changed during the push; retry.",
+    412: "The branch changed during the push; retry.",
 }
 
 
@@ -33,30 +33,30 @@ def push_folder(
     create_pr: bool = False,
     token: str | None = None,
 ) -> CommitInfo:
-    """Upload a directory written by `save_pretrained` as one commit; the repository is made if it is not there.
+    """Upload a directory written by `save_pretrained` in one commit; create the repository if it does not exist.
 
-    Large files go first, the commit last: a push that fails leaves the repository's files as they were, and the next
-    one sends only the files that had not arrived.
+    Large files are uploaded before the commit: a push that fails does not change the repository, and the next one skips
+    the files that are already uploaded.
 
     Args:
         folder (`str | Path`): The directory.
-        repo_id (`str`): Such as `"user/name"`; without a user, the token's own.
-        private (`bool`, *optional*): Whether a new repository is private; `None`: as the account's settings say.
-        revision (`str`, *optional*): Branch to push to, made from the main one if it is not there; with `create_pr`,
-            the branch to open the pull request against.
-        commit_message (`str`, *optional*): `None`: one that names the task and the size.
-        create_pr (`bool`): Whether the commit becomes a pull request in place of a change of the branch.
-        token (`str`, *optional*): `None`: `HF_TOKEN`, or what `hf auth login` stored.
+        repo_id (`str`): Such as `"user/name"`; without a user, that of the token.
+        private (`bool`, *optional*): Whether a new repository is private. Default: the account's setting.
+        revision (`str`, *optional*): Branch to push to, created from the main branch if it does not exist; with
+            `create_pr`, the branch to open the pull request against.
+        commit_message (`str`, *optional*): Default: a message with the task and the size.
+        create_pr (`bool`): Whether to open a pull request instead of changing the branch.
+        token (`str`, *optional*): Default: `HF_TOKEN`, or the token stored by `hf auth login`.
 
     Returns:
         `huggingface_hub.CommitInfo`: With `commit_url`, `oid` and `pr_url`.
 
     Raises:
-        ValueError: If `folder` is no complete pruned model, or `repo_id` no name of a repository.
+        ValueError: If `folder` is not a complete pruned model, or `repo_id` is not a valid name.
         HfHubHTTPError: If the Hub refuses; an `OSError`.
-        ConnectionError: If the push broke off.
+        ConnectionError: If the push was interrupted.
     """
-    # The HTTP client of huggingface_hub, whose errors it lets through where the network fails.
+    # The HTTP client of huggingface_hub, which does not wrap its network errors.
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -65,12 +65,12 @@ def push_folder(
     check_folder(folder)
     api = HfApi(token=token, library_name="optimum-sieve")
     try:
-        # A pull request needs no right to write: the repository must be there then.
+        # A pull request needs no write access, so the repository must exist.
         name = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(name, branch=revision, exist_ok=True)
         there = api.model_info(name, revision=revision)
-        # Not `upload_folder`, which makes several commits of what takes long: readers would meet half a model.
+        # `upload_folder` splits long uploads into several commits: readers would download an incomplete model.
         return api.create_commit(
             name,
             _operations(folder, [file.rfilename for file in there.siblings or []]),
@@ -83,7 +83,7 @@ def push_folder(
         error.append_to_message(f" {_REMEDIES.get(error.response.status_code, '')}".rstrip())
         raise
     except (HTTPError, RuntimeError) as error:
-        # The client's wrapper around whatever broke an upload names only the file.
+        # The message of the client's wrapper only names the file, its cause the reason.
         raise ConnectionError(
             f"The push to {repo_id!r} did not complete: {error} {error.__cause__ or ''}".rstrip()
             + " Push again: what has arrived is not sent twice."
@@ -91,7 +91,7 @@ def push_folder(
 
 
 def _operations(folder: Path, there: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """List the files to add, and the weights of an earlier push that would be left beside them."""
+    """List the files to add, and the weights of an earlier push to delete."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
@@ -104,10 +104,10 @@ def _operations(folder: Path, there: list[str]) -> list[CommitOperationAdd | Com
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no complete pruned model, before anything is sent.
+    """Check that a directory holds a complete pruned model, before anything is sent.
 
     Raises:
-        ValueError: The message says what is missing.
+        ValueError: If not; the message says what is missing.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _needed(folder: Path) -> list[str]:
-    """List the files without which a pruned model cannot be loaded or read about."""
+    """List the files that a complete pruned model has."""
     index = folder / "model.safetensors.index.json"
     weights = ["model.safetensors"]
     if index.is_file():
@@ -136,12 +136,12 @@ def _needed(folder: Path) -> list[str]:
 
 
 def default_message(folder: Path) -> str:
-    """Say in one line what is pushed, from the report where there is one."""
+    """Return a commit message made from the report, or a general one without a report."""
     try:
         report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
         removed = 1 - report["parameters"]["targets_after"] / report["parameters"]["targets_before"]
         names = ", ".join(task["task"] for task in task_blocks(report))
         return f"Push a model pruned for {names}: {removed:.0%} of its linear parameters removed"
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        # A message is no reason to refuse a complete model.
+        # A missing or damaged report does not prevent the push.
         return "Push a pruned model with optimum-sieve"

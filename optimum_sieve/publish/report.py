@@ -1,4 +1,4 @@
-"""The report of a run: what `sieve_report.json` holds, and how it reads on a terminal. Does not import torch."""
+"""Report of a run: the content of `sieve_report.json`, and its form on a terminal. Does not import torch."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def task_block(
     split: str = "test",
     references: str | None = None,
 ) -> dict[str, Any]:
-    """Build what a report says of one task; a piece that is not given leaves its keys out.
+    """Build the section of one task; keys of missing arguments are left out.
 
     Args:
         task_name (`str`): Name of the task.
-        dense (`Evaluation`, *optional*): The dense model's evaluation.
-        pruned (`Evaluation`, *optional*): The pruned model's evaluation, on the same examples.
-        comparison (`Comparison`, *optional*): The paired comparison of the two.
+        dense (`Evaluation`, *optional*): Evaluation of the dense model.
+        pruned (`Evaluation`, *optional*): Evaluation of the pruned model, on the same examples.
+        comparison (`Comparison`, *optional*): Paired comparison of the two.
         split (`str`): The split that was scored.
-        references (`str`, *optional*): Whose answers the scores are against, where the data has none of its own.
+        references (`str`, *optional*): Model whose answers the scores compare with, if the data has none.
 
     Returns:
-        `dict[str, Any]`: Scores are on the task's metric, differences are pruned minus dense.
+        `dict[str, Any]`: Scores in the metric of the task; differences are pruned minus dense.
 
     Raises:
-        ValueError: If neither `dense` nor `pruned` is given, or if they scored different metrics or example counts.
+        ValueError: If neither `dense` nor `pruned` is given, or their metrics or numbers of examples differ.
     """
     scored = [evaluation for evaluation in (dense, pruned) if evaluation is not None]
     if not scored:
@@ -94,24 +94,24 @@ def build_report(
     vocabulary: dict[str, int] | None = None,
     latency: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Build the JSON-able content of `sieve_report.json`; a piece that is not given leaves its keys out.
+    """Build the content of `sieve_report.json` as JSON values; keys of missing arguments are left out.
 
     Args:
         tasks (`Sequence[dict]`):
-            Blocks of [`task_block`]. The keys of a single one lie in the report itself, several are its `"tasks"`.
+            Blocks of [`task_block`]. The keys of a single block are in the report itself, several are its `"tasks"`.
         parameters (`dict[str, int]`, *optional*):
             Counts under `"targets_before"`, `"targets_after"`, `"model_before"` and `"model_after"`.
-        num_bytes (`dict[str, int]`, *optional*): Sizes of the weights as safetensors under `"before"` and `"after"`.
+        num_bytes (`dict[str, int]`, *optional*): Sizes of the weights in safetensors, under `"before"` and `"after"`.
         seconds (`dict[str, float]`, *optional*): Wall-clock time of each stage.
         settings (`dict[str, Any]`, *optional*): `SieveConfig.to_dict()` of the run.
-        largest_coefficient (`float`, *optional*): Of the pivoted layers, see `optimum_sieve.surgery.apply`.
-        loading (`dict[str, str]`, *optional*): Options with which the dense model was loaded, such as its dtype.
-        healing (`dict[str, Any]`, *optional*): What healing did, see `Healer.report`.
+        largest_coefficient (`float`, *optional*): Largest one of the pivoted layers, see `optimum_sieve.surgery.apply`.
+        loading (`dict[str, str]`, *optional*): Options that loaded the dense model, such as its dtype.
+        healing (`dict[str, Any]`, *optional*): Result of healing, see `Healer.report`.
         vocabulary (`dict[str, int]`, *optional*):
-            Rows of the embeddings under `"before"` and `"after"`, where tokens were left out.
+            Rows of the embeddings under `"before"` and `"after"`, if the vocabulary was cut.
         latency (`dict[str, float]`, *optional*):
-            Seconds that all targets take for one row under `"dense"` and `"pruned"`, by the times that a
-            `latency_target` is held to: each measured alone, eager.
+            Total seconds of all targets for one row under `"dense"` and `"pruned"`, each layer measured alone and
+            eager, as for `latency_target`.
     """
     report: dict[str, Any] = dict(tasks[0]) if len(tasks) == 1 else {"tasks": list(tasks)}
     for key, value in (
@@ -132,24 +132,24 @@ def build_report(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed libraries a run depends on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed libraries that a run depends on."""
+    installed = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def write_report(report: dict[str, Any], path: str | Path) -> None:
-    """Write `report` to `path` as JSON with sorted keys, the form every run of the same settings can be compared in."""
+    """Write `report` to `path` as JSON with sorted keys, so that runs with the same settings can be compared."""
     with replacing(Path(path)) as temporary:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """Format a report for a terminal: one row per measure, dense beside pruned; what the report lacks is left out.
+    """Format a report for a terminal: a row per measure, a column per model; missing keys are left out.
 
     Args:
         report (`dict[str, Any]`): A report of [`build_report`].
@@ -180,7 +180,7 @@ def format_table(report: dict[str, Any]) -> str:
 
 
 def task_blocks(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a report says of each task, see [`task_block`]."""
+    """Return the blocks of all tasks in a report, see [`task_block`]."""
     return report.get("tasks") or [report]
 
 
@@ -193,7 +193,7 @@ def _title(task: dict[str, Any]) -> str:
 
 
 def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
-    """List what a report says of sizes as (label, before, after), leaving out what it knows of one model only."""
+    """List the sizes in a report as (label, before, after), without those known for one model only."""
     parameters, num_bytes = report.get("parameters", {}), report.get("bytes", {})
     vocabulary = report.get("vocabulary", {})
     latency = {name: round(1e6 * seconds) for name, seconds in report.get("latency", {}).items()}
@@ -229,7 +229,7 @@ def _task_rows(task: dict[str, Any], prefix: str) -> list[tuple[str, str, str, s
 
 
 def _with_error(measure: dict[str, float] | None) -> str:
-    """Write a score, or the mean of a paired difference with its sign, with its standard error."""
+    """Format a score, or the mean of a paired difference with its sign, with its standard error."""
     if measure is None:
         return ""
     value = f"{measure['score']:.3f}" if "score" in measure else f"{measure['mean']:+.3f}"

@@ -145,8 +145,8 @@ def test_a_push_that_failed_midway_leaves_nothing_and_is_taken_up(hub, folder):
     [
         ("hf_wrong", {}, 401, "hf auth login"),
         (READ, {}, 403, "a token with write access"),
-        (WRITE, {"POST .*/commit/": [409]}, 409, "push again"),
-        (WRITE, {"POST .*/commit/": [412]}, 412, "push again"),
+        (WRITE, {"POST .*/commit/": [409]}, 409, "The branch changed during the push; retry"),
+        (WRITE, {"POST .*/commit/": [412]}, 412, "The branch changed during the push; retry"),
     ],
 )
 def test_refusals_name_the_remedy(hub, folder, token, failures, status, remedy):
@@ -166,7 +166,7 @@ def test_a_push_of_somebody_else_meanwhile_is_not_overwritten(hub, folder, monke
         return "ours"
 
     monkeypatch.setattr(module, "default_message", interfere)
-    with pytest.raises(HfHubHTTPError, match="push again"):
+    with pytest.raises(HfHubHTTPError, match="The branch changed during the push; retry"):
         push_folder(folder, REPO)
     assert head(hub) == {"theirs": b"1"}
 
