@@ -199,7 +199,8 @@ def test_the_model_is_left_as_it_was(examples: list[Any], fails: bool) -> None:
 def test_layers_the_examples_do_not_run_through_are_refused(examples: list[Any]) -> None:
     model = make_model()
     model.model.layers[0].vision = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match=r"got 1 that were never called \(e\.g\. 'model\.layers\.0\.vision'\)\. Add them"):
+    message = r"got 1 that were never called \(e\.g\. 'model\.layers\.0\.vision'\)\. Add them"
+    with pytest.raises(ValueError, match=message):
         collect(model, examples)
     assert not any(module._forward_hooks for module in model.modules())
 
