@@ -146,7 +146,7 @@ def read_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     """
     if dtype is None:
         return "auto"
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return found
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if kind == "auto" or (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        return kind
     raise ValueError(f"`dtype` must be a floating-point type such as 'bfloat16' or 'float32', got {dtype!r}.")

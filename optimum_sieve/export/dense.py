@@ -170,7 +170,7 @@ def _fit_biases(base_class: Any, config: Any, layers: Mapping[str, FactorizedLin
             setattr(trial.get_text_config(), option, False)
     if missing:
         raise ValueError(
-            f"`model` must have biases only where {base_class.__name__} has a place for them, got one that is not zero "
+            f"`model` must have biases only where {base_class.__name__} can have them, got one that is not zero "
             f"in {len(missing)} of {len(layers)} factorized layers, such as {min(missing)!r}. Export to ONNX, or prune "
             "without the option that adds them."
         )

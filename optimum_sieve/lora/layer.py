@@ -240,5 +240,5 @@ class WholeMatrixMixin(_LoraBase):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # Its weight would be computed at every access, and is on the meta device if the factors are quantized.
         assert isinstance(base_layer, FactorizedLinear)
-        place: tuple[Any, Any] = super()._get_base_layer_device_and_dtype(base_layer.first)  # type: ignore[no-untyped-call]
-        return place
+        pair: tuple[Any, Any] = super()._get_base_layer_device_and_dtype(base_layer.first)  # type: ignore[no-untyped-call]
+        return pair

@@ -35,7 +35,7 @@ class Expert(nn.Module):
 
 
 class SeparateExperts(nn.ModuleList):
-    """The experts of one layer, in place of the module that holds them in two tensors.
+    """The experts of one layer as separate modules; replaces the module that holds them in two tensors.
 
     Args:
         fused (`torch.nn.Module`): That module, see [`is_fused`]. Its tensors are replaced by empty ones.

@@ -1,4 +1,4 @@
-"""Put ranks into a model and take them out again. Imports no transformers.
+"""Replace linear layers with low-rank factors, and undo it. Imports no transformers.
 
 In: a model, factor bases and ranks. Out: the same model with `FactorizedLinear` layers (`apply.apply_ranks`), for a
 context only (`apply.truncated`), or with ranks that change in place while candidates are scored (`live.LiveRanks`);

@@ -162,5 +162,5 @@ def largest_coefficient(model: nn.Module) -> float | None:
 
     Larger coefficients pass on more of the rounding of the kept rows to the others; see `MAX_COEFFICIENT`.
     """
-    found = [module.coefficients for module in model.modules() if isinstance(module, FactorizedLinear)]
-    return max((float(c.detach().abs().max()) for c in found if c is not None and c.numel()), default=None)
+    coefficients = (module.coefficients for module in model.modules() if isinstance(module, FactorizedLinear))
+    return max((float(c.detach().abs().max()) for c in coefficients if c is not None and c.numel()), default=None)
