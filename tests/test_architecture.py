@@ -72,6 +72,12 @@ def test_every_file_that_is_named_exists():
     assert {name for name in named if not any((place / name).exists() for place in places)} <= {"stage.py"}
 
 
+def test_every_name_in_brackets_after_a_file_is_in_that_file():
+    pairs = re.findall(r"`([\w/]+\.py)` \(`(\w+)`\)", PAGE)
+    assert len(pairs) > 3
+    assert [(file, name) for file, name in pairs if name not in (PACKAGE / file).read_text(encoding="utf-8")] == []
+
+
 def test_the_files_that_travel_are_those_that_remote_code_imports():
     reached, waiting = set(), ["modeling_sieve"]
     while waiting:
