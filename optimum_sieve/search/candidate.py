@@ -120,15 +120,9 @@ def joined(parts: Sequence[Outcome]) -> Outcome:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Candidate:
-    """A genome and its slot in the search.
+    """A genome and its slot in a generation of the search, or in a step of the confirmation.
 
-    Args:
-        genome (`tuple[int, ...]`): A level for every matrix.
-        part (`str`): `"search"`, `"confirm"` or `"bottleneck"`: purpose of the candidate and examples it is scored on.
-        generation (`int`): Its generation, or its step of the confirmation.
-        slot (`int`): Index in its generation.
-        origin (`str`): How the genome was made.
-        outcome ([`Outcome`], *optional*): Its scores, once known.
+    `part` is `"search"`, `"confirm"` or `"bottleneck"`, which decides on the examples; `origin` says how it was made.
     """
 
     genome: Genome

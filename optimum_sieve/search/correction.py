@@ -37,12 +37,7 @@ _PRIOR = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Shares:
-    """Shares of the loss at one genome.
-
-    Args:
-        genome (`tuple[int, ...]`): The genome.
-        values (`tuple[float, ...]`): Share of each matrix's window, in nats; 0 for a dense matrix.
-    """
+    """Share of the loss of each matrix's window at a genome, in nats; 0 for a dense matrix."""
 
     genome: Genome
     values: tuple[float, ...]

@@ -97,15 +97,7 @@ class SearchSpace:
     def from_curves(
         cls, curves: Sequence[LossCurve], *, storage: str, multiple: int, levels: Sequence[float] | None = None
     ) -> SearchSpace:
-        """Make the space of all allowed ranks, or of those next below some kept fractions.
-
-        Args:
-            curves (`Sequence[LossCurve]`): One per matrix.
-            storage (`str`): `"pivoted"` or `"factors"`.
-            multiple (`int`): Ranks are multiples of this number.
-            levels (`Sequence[float]`, *optional*): Fractions of a matrix's parameters to keep, 1 = dense. `None`: every
-                allowed rank.
-        """
+        """Make the space of all allowed ranks or, with `levels`, of the ranks next below these kept fractions."""
         genes = []
         for curve in curves:
             ranks, parameters, losses = curve.choices(storage, multiple)

@@ -60,9 +60,7 @@ class Goal:
 class EnergyCurve:
     """Loss of the energy allocation against its kept fraction, on one task.
 
-    Args:
-        points (`Sequence[tuple]`): Kept fraction, measured rise and room of some energy allocations.
-        kept (`float`, *optional*): The limit, if a size is given.
+    It is made from the kept fraction, rise and room of some energy allocations; `kept` is the limit, if it is given.
     """
 
     def __init__(self, points: Sequence[tuple[float, float, float]], kept: float | None) -> None:
@@ -91,13 +89,7 @@ def _crossing(sizes: NDArray[np.float64], rooms: NDArray[np.float64]) -> float:
 
 
 class Ranking:
-    """Scored candidates, compared by the kept fraction at which their allocations would reach the limit.
-
-    Args:
-        space (`SearchSpace`): The space.
-        scored (`Sequence[Candidate]`): Candidates with outcomes, the energy seeds among them.
-        goal (`Goal`): The goal.
-    """
+    """Scored candidates, compared by the kept fraction at which their allocations would reach the limit."""
 
     def __init__(self, space: SearchSpace, scored: Sequence[Candidate], goal: Goal) -> None:
         self.space, self.scored, self.goal = space, scored, goal

@@ -22,12 +22,7 @@ SUMMARY = "search"
 
 
 def summarize(search: Search, scored: Sequence[Candidate], metrics: Mapping[str, str]) -> dict[str, Any]:
-    """Return the contents of a report.
-
-    Args:
-        search (`Search`): The search.
-        scored (`Sequence[Candidate]`): All candidates with outcomes.
-        metrics (`Mapping[str, str]`): The metric of each task, by its name.
+    """Return the contents of a report; `metrics` maps the name of each task to its metric.
 
     Raises:
         RuntimeError: If the search has no result.

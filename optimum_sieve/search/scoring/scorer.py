@@ -106,9 +106,7 @@ class Scorer(ABC):
     def shares(self, ranks: Ranks, windows: Windows) -> dict[str, float]:
         """Return each layer's share of the loss from the dropped directions in its window, by one backward pass.
 
-        Args:
-            ranks (`dict[str, int | None]`): A rank for every layer.
-            windows (`Mapping[str, tuple[int, int | None]]`): First direction and the one after the last, by layer.
+        A window is the first direction and the one after the last.
         """
         self._prepare()
         self._live.hold(ranks)
@@ -122,24 +120,14 @@ class Scorer(ABC):
 
 
 class JointScorer:
-    """Score rank patterns on one or several tasks.
-
-    Args:
-        parts (`Sequence[Scorer]`): A scorer for each task, all of one model.
-        weights (`Sequence[float]`): Weight of each task in the shares of the loss.
-    """
+    """Score rank patterns on one or several tasks, by a scorer for each; `weights` are those of the tasks' shares."""
 
     def __init__(self, parts: Sequence[Scorer], weights: Sequence[float] = (1.0,)) -> None:
         self._parts = list(parts)
         self._weights = list(weights)
 
     def score(self, ranks: Ranks, *, tolerance: float | None = None) -> Outcome:
-        """Score `ranks` on one slice of every task after the other.
-
-        Args:
-            ranks (`dict[str, int | None]`): A rank for every layer.
-            tolerance (`float`, *optional*): Drop the candidate once it is surely below this drop on some task.
-        """
+        """Score `ranks` slice by slice; drop the candidate once it surely loses more than `tolerance` on some task."""
         runs = [part.slices(ranks) for part in self._parts]
         outcomes = [next(run) for run in runs]
         least = -float("inf") if tolerance is None else -tolerance
