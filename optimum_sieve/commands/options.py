@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.sieve import SieveConfig
 
-from .help_all import add_help_all
-
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
 
 _STOP_CRITERIA = ("tolerance", "pruning_ratio")
@@ -38,7 +36,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     _add_fields(healing, HealConfig, _everyday(HealConfig), f"{_HEAL}_")
     hidden = _add_fields(advanced, SieveConfig, SieveConfig.ADVANCED)
     hidden += _add_fields(advanced, HealConfig, HealConfig.ADVANCED, f"{_HEAL}_")
-    add_help_all(parser, hidden)
+    _add_help_all(parser, hidden)
 
 
 def add_heal_settings(parser: argparse.ArgumentParser, *, exclude: Sequence[str] = ()) -> None:
@@ -46,7 +44,7 @@ def add_heal_settings(parser: argparse.ArgumentParser, *, exclude: Sequence[str]
     settings = parser.add_argument_group("settings", "Settings of healing. --help-all also shows the advanced ones.")
     advanced = parser.add_argument_group("advanced settings")
     _add_fields(settings, HealConfig, _everyday(HealConfig, exclude))
-    add_help_all(parser, _add_fields(advanced, HealConfig, [n for n in HealConfig.ADVANCED if n not in exclude]))
+    _add_help_all(parser, _add_fields(advanced, HealConfig, [n for n in HealConfig.ADVANCED if n not in exclude]))
 
 
 def heal_settings_from(arguments: argparse.Namespace, *, prefix: str = "") -> dict[str, Any]:
@@ -122,3 +120,41 @@ def _plain(text: str) -> str:
 
 def _default_text(default: Any) -> str:
     return "" if default in (None, ()) or default is False else f" (default: {default})"
+
+
+def _add_help_all(parser: argparse.ArgumentParser, hidden: Collection[str]) -> None:
+    """Hide options from `--help` and from the usage line; add `--help-all`, which shows them.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The parser of the command. Hidden options are parsed like any other.
+        hidden (`Collection[str]`): Names of the hidden options in the parsed arguments.
+    """
+    parser.formatter_class = lambda prog: _EverydayHelp(prog, hidden)
+    parser.add_argument("--help-all", action=_HelpAll, help="Show this help with the advanced settings, and exit.")
+
+
+class _EverydayHelp(argparse.HelpFormatter):
+    def __init__(self, prog: str, hidden: Collection[str]) -> None:
+        super().__init__(prog)
+        self._hidden = hidden
+
+    def add_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], groups: Iterable[Any], prefix: str | None = None
+    ) -> None:
+        shown = [action for action in actions if action.dest not in self._hidden]
+        super().add_usage(usage, shown, groups, prefix)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        # A group none of whose options is added shows no heading either.
+        if action.dest not in self._hidden:
+            super().add_argument(action)
+
+
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+        parser.formatter_class = argparse.HelpFormatter
+        parser.print_help()
+        parser.exit()
