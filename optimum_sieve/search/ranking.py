@@ -18,7 +18,7 @@ from scipy.optimize import isotonic_regression
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -60,11 +60,12 @@ class Goal:
 class EnergyCurve:
     """Loss of the energy allocation against its kept fraction, on one task.
 
-    It is made from the kept fraction, rise and room of some energy allocations; `kept` is the limit, if it is given.
+    It is made from rise and room of some energy allocations by kept fraction; `kept` is the limit, if it is given.
     """
 
-    def __init__(self, points: Sequence[tuple[float, float, float]], kept: float | None) -> None:
-        sizes, rises, rooms = np.array(sorted(points, reverse=True)).T
+    def __init__(self, points: Mapping[float, tuple[float, float]], kept: float | None) -> None:
+        sizes = np.array(sorted(points, reverse=True))
+        rises, rooms = np.array([points[size] for size in sizes]).T
         self.limit = _crossing(sizes, rooms) if kept is None else kept
         # A little pruning can lower the loss. Count the rise from there on.
         self._smallest, rises = sizes[-1], np.minimum.accumulate(rises[::-1])
@@ -104,11 +105,12 @@ class Ranking:
         self.best_first = sorted(near or complete, key=lambda candidate: (self.size(candidate), candidate.key))
 
     def _curve(self, task: int) -> EnergyCurve:
-        seeds = [candidate for candidate in self.scored if candidate.origin == "energy"]
-        rooms = [self.goal.room(_part(seed, task), task) for seed in seeds]
-        sizes, rises = [self.space.kept(seed.genome) for seed in seeds], [self.rise(seed, task) for seed in seeds]
-        points = zip([*sizes, 1.0], [*rises, 0.0], [*rooms, self.goal.tolerance], strict=True)
-        return EnergyCurve(list(points), self.goal.kept)
+        points = {
+            self.space.kept(seed.genome): (self.rise(seed, task), self.goal.room(_part(seed, task), task))
+            for seed in self.scored
+            if seed.origin == "energy"
+        }
+        return EnergyCurve({**points, 1.0: (0.0, self.goal.tolerance)}, self.goal.kept)
 
     def rise(self, candidate: Candidate, task: int = 0) -> float:
         """Return the rise of the loss on all examples of a task.

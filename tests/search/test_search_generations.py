@@ -79,6 +79,14 @@ def test_guided_search_with_a_size_beats_the_energy_allocation_of_that_size():
     assert true_loss(search, result.genome) < 0.9 * true_loss(search, search.space.energy(0.4))
 
 
+@pytest.mark.parametrize("kept", [0.05, 0.9, 0.99])
+def test_guided_search_reaches_sizes_near_the_ends(kept):
+    search = make_world(kept=kept, generations=3)
+    result = search.result(play(search))
+    assert kept - 0.1 < search.space.kept(result.genome) <= kept
+    assert true_loss(search, result.genome) <= true_loss(search, search.space.energy(kept))
+
+
 def test_generations_depend_on_what_was_scored_alone():
     first, second, other = make_world(), make_world(), make_world(seed=1)
     scored = play(first)
