@@ -19,7 +19,8 @@ def test_a_model_saved_before_loads_and_is_saved_bit_for_bit(name: str, tmp_path
     model = AutoModelForCausalLM.from_pretrained(SAVED / name)
     expected = load_file(SAVED / name / "expected.safetensors")
     with torch.no_grad():
-        assert torch.equal(model(expected["input_ids"]).logits, expected["logits"])
+        # Other processors round otherwise.
+        torch.testing.assert_close(model(expected["input_ids"]).logits, expected["logits"], rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path)
     before, after = (load_file(directory / "model.safetensors") for directory in (SAVED / name, tmp_path))
     assert before.keys() == after.keys()
