@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf_file import write_gguf
 from lora_models import OLD_NAMES
 from results_world import part
-from test_modeling_architectures import write_gguf
-from test_task_files import ROWS
+from task_rows import ROWS
 from toy import load_task, make_model, make_tokenizer, write_rows
 from transformers import AutoModelForCausalLM
 

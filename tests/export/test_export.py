@@ -8,8 +8,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import architectures
 import pytest
-import test_architectures
 import tiny_models
 import torch
 import transformers
@@ -69,7 +69,7 @@ def make_base(name: str, **settings: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         config = transformers.LlamaConfig(**{**tiny_models._GATED, "num_labels": 3, **settings})
         return transformers.LlamaForSequenceClassification(config).eval()
-    class_name, config_name, defaults = test_architectures.ARCHITECTURES[name]
+    class_name, config_name, defaults = architectures.ARCHITECTURES[name]
     torch.manual_seed(0)
     made: PreTrainedModel = getattr(transformers, class_name)(
         getattr(transformers, config_name)(**{**defaults, **settings})
@@ -96,7 +96,7 @@ def set_bias(layer: FactorizedLinear, value: float) -> None:
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    return test_architectures.logits(model)
+    return architectures.logits(model)
 
 
 def added_biases(model: PreTrainedModel) -> list[str]:
@@ -267,7 +267,7 @@ def test_it_loads_where_the_package_is_not_installed(tmp_path: Path) -> None:
         pruned = getattr(transformers, auto_class_name(AutoConfig.from_pretrained(directory))).from_pretrained(
             directory
         )
-        expected = {**test_architectures.make_inputs(pruned), "logits": logits(pruned)}
+        expected = {**architectures.make_inputs(pruned), "logits": logits(pruned)}
         output = save_dense(pruned, make_tokenizer(), tmp_path / "models" / name)
         save_file(expected, output / "expected.safetensors")
         (output / "auto_class.txt").write_text(auto_class_name(pruned.config))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import tiny_models
 import torch
 import transformers
+from gguf_file import write_gguf
 from tiny_models import logits, make_input_ids, make_pruned_model, make_tiny_model, save, tensor_names
 from transformers import AutoModelForCausalLM
 
@@ -19,8 +20,6 @@ from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from transformers import PreTrainedModel
 
 
 def test_other_holders_of_the_configuration_keep_theirs() -> None:
@@ -127,35 +126,3 @@ def test_models_read_from_gguf_can_be_saved(tmp_path: Path) -> None:
     reloaded = AutoModelForCausalLM.from_pretrained(save(pruned, tmp_path / "pruned"))
     assert "quantization_config" not in json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert torch.equal(logits(reloaded), logits(pruned))
-
-
-def write_gguf(model: PreTrainedModel, path: Path) -> None:
-    import gguf
-
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    parts = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "model.layers": "blk",
-    }
-    parts |= {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"} | {"self_attn.o_proj": "attn_output"}
-    parts |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
-    parts |= {"post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm"}
-    for name, tensor in model.state_dict().items():
-        for ours, theirs in parts.items():
-            name = name.replace(ours, theirs)
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
