@@ -34,7 +34,7 @@ def check_model(model: PreTrainedModel) -> None:
         ValueError: If the model is already pruned, neither generates nor classifies, or has adapters.
     """
     if getattr(model.config, "model_type", None) == "sieve":
-        raise ValueError("`model` must be a dense model, got one that is pruned already. Prune its base model.")
+        raise ValueError("`model` must be a dense model, got one that is pruned already. Use its base model.")
     config = model.config
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     writes = model.can_generate() and (not is_encoder or config.is_encoder_decoder)
@@ -91,18 +91,21 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(linear_weight(module).shape) for name, module in model.named_modules() if is_linear(module)}
 
 
-def calibration_tokens(run: Run) -> list[str]:
-    """Hash the calibration examples of each task as the run's model receives them."""
+def calibration_fingerprints(run: Run) -> list[str]:
+    """Hash the calibration examples of each task: their texts and the token ids that the run's model receives."""
+    if run.vocabulary is None:
+        return [task.fingerprints["calibration"] for task in run.tasks]
+    # The stored hashes are of the token ids before the vocabulary was reduced.
     return [examples_fingerprint(run.model, run.tokenizer, task.calibration) for task in run.tasks]
 
 
-def check_base(run: Run, shapes: Mapping[str, tuple[int, ...]], tokens: Sequence[str]) -> None:
+def check_base(run: Run, shapes: Mapping[str, tuple[int, ...]], fingerprints: Sequence[str]) -> None:
     """Check that the pruned model of a run was pruned from a dense model.
 
     Args:
         run (`Run`): The run.
         shapes (`Mapping[str, tuple[int, ...]]`): The dense model's [`linear_shapes`].
-        tokens (`Sequence[str]`): The dense model's [`calibration_tokens`].
+        fingerprints (`Sequence[str]`): The dense model's [`calibration_fingerprints`].
 
     Raises:
         ValueError: If a layer has another shape or the examples have other tokens.
@@ -114,7 +117,7 @@ def check_base(run: Run, shapes: Mapping[str, tuple[int, ...]], tokens: Sequence
             f"`dense` must be the model that `model` was pruned from, got one without {len(wrong)} of its "
             f"{len(layers)} factorized layers, such as {wrong[0]!r}. Name the base model."
         )
-    if calibration_tokens(run) != list(tokens):
+    if calibration_fingerprints(run) != list(fingerprints):
         raise ValueError(
             "`dense` must have the tokenizer of the model that was pruned from it, got other tokens for the same "
             "examples. Name the base model, in the revision that was pruned."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,12 @@ from optimum_sieve.tasks.several import check_tasks, naming, task_shares
 from optimum_sieve.vocabulary.stage import use_vocabulary
 from optimum_sieve.vocabulary.vocabulary import matching_vocabulary
 
-from .checks import calibration_tokens, check_base, check_model, check_task, linear_shapes
+from .checks import calibration_fingerprints, check_base, check_model, check_task, linear_shapes
 from .prepare import model_key, prepare, task_runs
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import torch
@@ -97,7 +98,7 @@ def heal_pruned(
     pruned, tokenizer, _ = load_model(model, **loading)
     runs = task_runs(pruned, tokenizer, tasks, settings)
     run = Run(model=pruned, tokenizer=tokenizer, tasks=runs, model_key=model_key(pruned), **before.shared)
-    check_base(run, before.shapes, before.tokens)
+    check_base(run, before.shapes, before.fingerprints)
     with run.timed("healing"):
         healing = before.reference.heal(run)
     return _make_result(run, before, healing, block, task_weights), tokenizer
@@ -142,14 +143,24 @@ def _dense_run(
     progress: bool,
 ) -> Run:
     """Make the run of the dense model, with the vocabulary of the pruned model's tokenizer if that is reduced."""
-    check_model(model)
-    run = prepare(model, tokenizer, tasks, settings, work_dir=work_dir, study_storage=None, progress=progress)
+    with _naming_dense():
+        check_model(model)
+        run = prepare(model, tokenizer, tasks, settings, work_dir=work_dir, study_storage=None, progress=progress)
     if reduced is None:
         return run
     for task in tasks:
         with naming(task, tasks):
             check_task(task, model, reduced)
     return use_vocabulary(run, matching_vocabulary(model, tokenizer, reduced))
+
+
+@contextmanager
+def _naming_dense() -> Iterator[None]:
+    """Let errors of the checks that pruning shares name `dense`, the argument at fault here."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("`model`", "`dense`")) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +171,7 @@ class _Dense:
     scores: list[Evaluation]
     sizes: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
-    tokens: list[str]
+    fingerprints: list[str]
     shared: dict[str, Any]
 
     @classmethod
@@ -172,7 +183,7 @@ class _Dense:
             scores=score_test_dense(run),
             sizes=measure_sizes(run.model, run.targets, run.vocabulary),
             shapes=linear_shapes(run.model),
-            tokens=calibration_tokens(run),
+            fingerprints=calibration_fingerprints(run),
             shared={name: getattr(run, name) for name in ("config", "targets", "work", "progress", "seconds")},
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from optimum_sieve.backbone.experts import separated_view
 from optimum_sieve.backbone.fingerprint import architecture, model_fingerprint
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.offloading import holds_offloaded
@@ -104,27 +105,31 @@ def prepare(
     study_storage: str | None,
     progress: bool,
 ) -> Run:
-    """Check everything and return the run.
+    """Check everything, separate fused experts and return the run. After an error the model is unchanged.
 
     Raises:
         ValueError: If the settings, the model or the data break a rule.
         OSError: If the work directory cannot be used.
     """
-    separate_experts(model)
-    targets = check_inputs(model, tokenizer, tasks, config)
+    view = separated_view(model)
+    targets = check_inputs(view, tokenizer, tasks, config)
     vocabulary = check_vocabulary(model, tokenizer, tasks, config)
     # A plan tokenizes all examples, so it is made only if needed.
     limited = config.memory_limit is not None or holds_offloaded(model)
-    by_block = limited and plan_run(model, tokenizer, tasks, config, targets, vocabulary).blocks is not None
+    by_block = limited and plan_run(view, tokenizer, tasks, config, targets, vocabulary).blocks is not None
     # A search heals the best size again at its end unless the result is cached.
     searches_healed = config.heal is not None and config.tolerance is not None
+    is_temporary = work_dir is None and (searches_healed or by_block)
+    work = WorkDir.temporary() if is_temporary else WorkDir(work_dir)
+    runs = task_runs(model, tokenizer, tasks, config)
+    separate_experts(model)
     return Run(
         model=model,
         tokenizer=tokenizer,
         config=config,
         targets=targets,
-        tasks=task_runs(model, tokenizer, tasks, config),
-        work=WorkDir.temporary() if work_dir is None and (searches_healed or by_block) else WorkDir(work_dir),
+        tasks=runs,
+        work=work,
         by_block=by_block,
         progress=progress and distributed.is_first(),
         model_key=model_key(model),

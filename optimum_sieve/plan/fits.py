@@ -50,10 +50,10 @@ def must_offload(
         options (`Any`): Other options of transformers' `from_pretrained`.
     """
     limit = settings.memory_bytes
-    if limit is None or fits(model, settings, dtype=dtype, **options):
+    if limit is None:
         return False
-    weights, _, has_experts = _measure(model, settings, dtype, options)
-    return weights > limit or not has_experts
+    weights, calibration, has_experts = _measure(model, settings, dtype, options)
+    return weights > limit or (weights + calibration > limit and not has_experts)
 
 
 def _measure(

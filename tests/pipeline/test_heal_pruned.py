@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
@@ -80,6 +81,17 @@ def test_a_run_that_goes_on_repeats_nothing_of_the_dense_model(
     assert scored == ["pruned model on test"]
     for part in ("pruned", "kl", "healing"):
         assert again.report[part] == first.report[part]
+
+
+def test_a_dense_model_at_fault_is_named(saved: Path, task: Task) -> None:
+    with pytest.raises(ValueError, match="`dense` must be a dense model, got one that is pruned already"):
+        heal(saved, task, dense=saved / "pruned")
+    damaged: Any = make_model()
+    with torch.no_grad():
+        damaged.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    damaged.save_pretrained(saved / "dense")
+    with pytest.raises(ValueError, match=r"`dense` must have finite weights, got NaN or infinity in `model\.layers\.1"):
+        heal(saved, task)
 
 
 def test_another_tokenizer_is_refused(saved: Path, task: Task) -> None:

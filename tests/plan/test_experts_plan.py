@@ -93,6 +93,21 @@ def test_a_plan_is_refused_for_an_expert_that_is_not_finite(tmp_path: Path) -> N
         pruner.plan(HALF)
 
 
+@pytest.mark.parametrize("settings", [{"task_weights": (1.0, 2.0)}, {"memory_limit": "1KB"}])
+def test_a_run_that_is_refused_leaves_the_model_as_it_was(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = make_mixtral()
+    tensors, modules = model.state_dict(keep_vars=True), dict(model.named_modules())
+    pruner = SievePruner(model, make_tokenizer(), load_task(tmp_path))
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        pruner.prune(SieveConfig(pruning_ratio=0.5, **settings), progress=False)
+    after = model.state_dict(keep_vars=True)
+    assert after.keys() == tensors.keys()
+    assert all(after[name] is tensor for name, tensor in tensors.items())
+    found = dict(model.named_modules())
+    assert found.keys() == modules.keys()
+    assert all(found[name] is module for name, module in modules.items())
+
+
 def test_a_view_holds_the_weights_of_separate_experts_without_a_copy() -> None:
     fused: Any = make_mixtral()
     separated = make_mixtral()
