@@ -66,5 +66,5 @@ def test_the_first_lines_say_which_data_set_it_is_and_where_its_rows_belong(name
     first, second, third = FILES[name].read_text().splitlines()[:3]
     assert first.startswith("# ")
     assert first.rstrip(".)").split()[-1].isdigit()
-    assert "Not shipped: put or link the rows under data/" in second
+    assert "Not included: put or link the rows under data/" in second
     assert third.startswith("# A row: {")
