@@ -38,6 +38,14 @@ def examples_fingerprint(
     return content_key(texts=[astuple(example) for example in examples], tokens=tokens)
 
 
+def score_cache(run: Run, tasks: Sequence[TaskRun]) -> WorkDir:
+    """Return the work directory for results that depend on the metrics of tasks.
+
+    It has no path if a metric cannot be identified, since another one would have the same cache key.
+    """
+    return WorkDir(None) if any(metric_source(task.metric) is None for task in tasks) else run.work
+
+
 def score(
     run: Run,
     task: TaskRun,
@@ -61,7 +69,9 @@ def score(
     """
     inputs = {"examples": task.fingerprint(split, part), "metric": metric_source(task.metric), "pruned": pruned}
     key = run.key(**inputs, format=_FORMAT)
-    if (stored := run.work.find("evaluation", key)) is not None:
+    # A pruned model may be healed, and then depends on the metrics of all tasks.
+    work = score_cache(run, [task] if pruned is None else run.tasks)
+    if (stored := work.find("evaluation", key)) is not None:
         return Evaluation.load(stored)
     examples = task.examples(split, part)
     options: dict[str, Any] = {"metric": task.metric, "batch_size": run.config.batch_size}
@@ -72,7 +82,7 @@ def score(
         evaluation = evaluate_by_block(run.model, examples, run.tokenizer, **options)
     else:
         evaluation = evaluate(run.model, examples, run.tokenizer, **options)
-    path = run.work.file("evaluation", key)
+    path = work.file("evaluation", key)
     if path is not None and distributed.is_first():
         evaluation.save(path)
     distributed.wait()

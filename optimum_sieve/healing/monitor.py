@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.evaluation.scores import Evaluation, evaluate
 from optimum_sieve.run.workdir import content_key
+from optimum_sieve.tasks.task import metric_source
 
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.tasks import Example
+    from optimum_sieve.tasks.text_metrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +27,19 @@ class Monitored:
     Args:
         task (`str`): Name of the task.
         examples (`Sequence[Example]`): Part of its selection split.
+        metric (`str` or `Callable`): Metric of the task.
         dense (`Evaluation`): The dense model's evaluation of these examples.
     """
 
     task: str
     examples: Sequence[Example]
+    metric: Metric
     dense: Evaluation
 
     @property
     def fingerprint(self) -> str:
         """Hash of everything that the scores depend on, besides the model."""
-        return content_key(examples=self.dense.fingerprint, metric=self.dense.metric, score=self.dense.score)
+        return content_key(examples=self.dense.fingerprint, metric=metric_source(self.metric), score=self.dense.score)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ class SelectionMonitor:
         differences: list[float] = []
         for part in self.parts:
             healed = evaluate(
-                model, part.examples, self.tokenizer, metric=part.dense.metric, batch_size=self.batch_size,
+                model, part.examples, self.tokenizer, metric=part.metric, batch_size=self.batch_size,
                 progress=False,
             )  # fmt: skip
             difference = compare(part.dense, healed)

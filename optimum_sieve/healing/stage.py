@@ -17,7 +17,7 @@ from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.backbone.fingerprint import model_fingerprint
 from optimum_sieve.backbone.targets import is_conv1d
 from optimum_sieve.calibration.stage import calibrate
-from optimum_sieve.evaluation.stage import score_dense
+from optimum_sieve.evaluation.stage import score_cache, score_dense
 from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.run.workdir import content_key
@@ -96,7 +96,8 @@ class Reference:
             heal_config(run),
             monitor=self.monitor,
             seed=run.config.seed,
-            work=run.work,
+            # The monitor chooses the weights by the metrics.
+            work=score_cache(run, run.tasks),
             progress=run.progress,
         )
 
@@ -117,7 +118,7 @@ def _lesson(run: Run, task: TaskRun) -> Lesson:
 def _monitored(run: Run, task: TaskRun) -> Monitored:
     part = monitored_part(run, task)
     dense = score_dense(run, task, "selection", part)
-    return Monitored(task=task.name, examples=task.examples("selection", part), dense=dense)
+    return Monitored(task=task.name, examples=task.examples("selection", part), metric=task.metric, dense=dense)
 
 
 class Healer:

@@ -21,6 +21,7 @@ from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir, content_key
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import naming, task_shares
+from optimum_sieve.tasks.task import require_metric_sources
 
 from .checks import check_task, check_weights
 
@@ -111,6 +112,8 @@ def prepare(
         ValueError: If the settings, the model or the data break a rule.
         OSError: If the work directory cannot be used.
     """
+    if study_storage is not None:
+        require_metric_sources(task.metric for task in tasks)
     view = separated_view(model)
     targets = check_inputs(view, tokenizer, tasks, config)
     vocabulary = check_vocabulary(model, tokenizer, tasks, config)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.allocation.stage import loss_curves
 from optimum_sieve.calibration.rounds import BASIS_SETTINGS
 from optimum_sieve.calibration.rounds import FORMAT as CALIBRATION_FORMAT
+from optimum_sieve.evaluation.stage import score_cache
 from optimum_sieve.run.files import replacing
 from optimum_sieve.surgery.live import LiveRanks
-from optimum_sieve.tasks.task import metric_source
+from optimum_sieve.tasks.task import metric_source, require_metric_sources
 from optimum_sieve.tasks.text_metrics import metric_name
 
 from .candidate import BOTTLENECK, CONFIRM, SEARCH
@@ -81,7 +82,12 @@ def run_search(run: Run, bases: Mapping[str, FactorBasis], *, num_bottlenecks: i
 
 
 def wait_for_search(run: Run) -> None:
-    """Return once the search of a run has begun and its bases are in the work directory."""
+    """Return once the search of a run has begun and its bases are in the work directory.
+
+    Raises:
+        ValueError: If a metric has no source.
+    """
+    require_metric_sources(task.metric for task in run.tasks)
     wait_for_study(_storage_url(run) or "", _study_name(run))
 
 
@@ -144,9 +150,10 @@ def open_study(run: Run, search: Search, bases: Mapping[str, FactorBasis]) -> Se
 
 
 def _storage_url(run: Run) -> str | None:
-    if run.study_storage is not None or run.work.path is None:
+    directory = score_cache(run, run.tasks).path
+    if run.study_storage is not None or directory is None:
         return run.study_storage
-    return f"sqlite:///{(run.work.path / 'search.db').resolve()}"
+    return f"sqlite:///{(directory / 'search.db').resolve()}"
 
 
 def _study_name(run: Run) -> str:

@@ -7,6 +7,7 @@ import inspect
 import json
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from .choices import Choices
@@ -21,7 +22,7 @@ from .text_metrics import Metric, metric_name
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -191,9 +192,12 @@ class Task:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the task file's contents, every row in use and a custom metric's source code."""
+        """SHA-256 of the task file's contents, every row in use and a custom metric's source code, if any."""
         items = {split: [[item.texts, astuple(item.reference)] for item in rows] for split, rows in self._items.items()}
-        content = [self.spec, items, *([] if isinstance(self.metric, str) else [metric_source(self.metric)])]
+        content: list[Any] = [self.spec, items]
+        if not isinstance(self.metric, str):
+            code = _source_code(self.metric)
+            content.append([metric_name(self.metric), *([] if code is None else [code])])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -230,15 +234,40 @@ def _check_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...]) -> 
         )
 
 
-def metric_source(metric: Metric) -> list[str]:
-    """Return what identifies a metric: its name and, if it is a function with a source file, its source."""
+def metric_source(metric: Metric) -> list[str] | None:
+    """Return what identifies a metric: its name and, if it is a function, its source.
+
+    Returns:
+        `list[str]`, *optional*: `None` if two metrics that compute different scores could have the same source: other
+        callables than functions, lambdas, and functions with default values, closures or no source file. Nothing that
+        depends on such a metric may be cached.
+    """
     if isinstance(metric, str):
         return [metric]
+    if not isinstance(metric, FunctionType) or metric.__name__ == "<lambda>":
+        return None
+    if metric.__closure__ or metric.__defaults__ or metric.__kwdefaults__:
+        return None
+    code = _source_code(metric)
+    return None if code is None else [metric_name(metric), code]
+
+
+def require_metric_sources(metrics: Iterable[Metric]) -> None:
+    """Raise `ValueError` unless every metric has a source, by which processes that share a search agree on it."""
+    for metric in metrics:
+        if metric_source(metric) is None:
+            raise ValueError(
+                "`metric` must be a function from a file, without default values and closure, to share a search, got "
+                f"{metric!r}. Write it as a plain function, or search in one process without `study_storage`."
+            )
+
+
+def _source_code(function: Any) -> str | None:
     try:
-        return [metric_name(metric), inspect.getsource(metric)]
+        return inspect.getsource(function)
     except (OSError, TypeError):
-        # The function was defined without a source file, for example in an interactive session.
-        return [metric_name(metric)]
+        # It is no function, or was defined without a source file, for example in an interactive session.
+        return None
 
 
 def _group(spec: dict[str, Any]) -> str | None:

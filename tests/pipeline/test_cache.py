@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -171,6 +172,55 @@ def test_another_metric_is_scored_again(world: World) -> None:
     other = world.run(world.task(metric="macro_f1"))
     found = [score(each, each.tasks[0], "selection", label="dense").metric for each in (run, other)]
     assert found == ["accuracy", "macro_f1"]
+
+
+def custom(value: float, answer: str, accepted: Sequence[str]) -> float:
+    """Score a right answer by `value`."""
+    return value * (answer == accepted[0])
+
+
+def doubled(answer: str, accepted: Sequence[str]) -> float:
+    """Score a right answer by 2."""
+    return custom(2.0, answer, accepted)
+
+
+def with_metric(task: Task, directory: Path, metric: Any) -> Task:
+    return Task.from_dict(task.spec, directory, metric=metric)
+
+
+def test_scores_of_a_metric_without_source_are_not_cached(world: World) -> None:
+    plain = world.run(world.task())
+    accuracy = score(plain, plain.tasks[0], "selection", label="dense").score
+    before = sorted((world.directory / "work").iterdir())
+    for value in (1.0, 2.0, 2.0):
+        run = world.run(with_metric(world.task(), world.directory, partial(custom, value)))
+        assert score(run, run.tasks[0], "selection", label="dense").score == value * accuracy
+    assert world.counts == {"dense on selection": 4}
+    assert sorted((world.directory / "work").iterdir()) == before
+
+
+def test_scores_of_a_function_are_cached(world: World) -> None:
+    for _ in range(2):
+        run = world.run(with_metric(world.task(), world.directory, doubled))
+        score(run, run.tasks[0], "selection", label="dense")
+    assert world.counts == {"dense on selection": 1}
+
+
+@pytest.mark.parametrize(("metric", "is_cached"), [(doubled, True), (partial(custom, 2.0), False)])
+def test_healing_is_monitored_by_a_custom_metric(world: World, metric: Any, is_cached: bool) -> None:
+    config = SieveConfig(pruning_ratio=0.5, rank_multiple=1, rounds=1, heal=HealConfig(steps=2, eval_steps=1))
+    task = with_metric(world.task(), world.directory, metric)
+    scores = []
+    for each in (world.task(), task):
+        pruner = SievePruner(copy.deepcopy(world.model), TOKENIZER, each)
+        work = world.directory / each.fingerprint()
+        report = pruner.prune(config, work_dir=work, progress=False).report
+        scores.append(report["healing"]["before"]["score"])
+    assert scores[1] == 2 * scores[0]
+    stages = {path.name.partition("-")[0] for path in work.iterdir()}
+    assert {"moments", "teacher"} <= stages
+    assert ({"healed", "evaluation"} <= stages) is is_cached
+    assert is_cached or not {"healed", "healing", "evaluation"} & stages
 
 
 def test_a_release_repeats_nothing_and_a_new_format_does(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

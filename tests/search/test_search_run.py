@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
 from optimum_sieve.search.scoring.scorer import JointScorer
 from optimum_sieve.surgery.apply import truncated
 from optimum_sieve.surgery.live import LiveRanks
+from optimum_sieve.tasks import Task
 
 
 SETTINGS = {"allocation": "genetic", "rank_multiple": 2, "population_size": 4, "generations": 3, "rounds": 1}
@@ -209,3 +211,21 @@ def test_too_few_selection_examples_are_refused_before_any_work(tmp_path, monkey
     monkeypatch.setattr(pruner_module, "calibrate", None)
     with pytest.raises(ValueError, match="`search_fraction` must leave at least 2 selection examples"):
         make_pruner(tmp_path).prune(SieveConfig(**SETTINGS, **TOLERANT, search_fraction=0.001), progress=False)
+
+
+def scaled(value, answer, accepted):
+    return value * (answer == accepted[0])
+
+
+def test_a_search_by_a_metric_without_source_is_neither_stored_nor_shared(tmp_path):
+    task = Task.from_dict(load_task(tmp_path, parity_rows(160)).spec, tmp_path, metric=partial(scaled, 0.5))
+    pruner = SievePruner(make_model(), make_tokenizer(), task)
+    config, work = SieveConfig(**SETTINGS, **TOLERANT), tmp_path / "work"
+    pruner.search(config, work_dir=work, progress=False)
+    assert not (work / "search.db").exists()
+    for search, options in (
+        (pruner.search, {"study_storage": f"sqlite:///{tmp_path / 'shared.db'}"}),
+        (pruner.join_search, {"work_dir": work}),
+    ):
+        with pytest.raises(ValueError, match="`metric` must be a function from a file"):
+            search(config, progress=False, **options)

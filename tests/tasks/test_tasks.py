@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from toy import load_task, make_tokenizer, parity_rows, prompts, task_spec, write_rows
 
 from optimum_sieve.tasks import Example, Task
+from optimum_sieve.tasks.task import metric_source
 
 
 SPLITS = ("calibration", "selection", "test")
@@ -214,3 +216,46 @@ def test_a_task_may_have_a_test_split_alone(tmp_path: Path) -> None:
         task.examples("selection", make_tokenizer())
     with pytest.raises(ValueError, match="`split` must be one of calibration, selection, test, got 'train'"):
         task.examples("train", make_tokenizer())
+
+
+def plain_metric(answer: str, accepted: tuple[str, ...]) -> float:
+    return float(answer in accepted)
+
+
+def metrics_without_source() -> dict[str, Any]:
+    value, written = 2.0, {}
+    exec("def metric(answer, accepted): return 1.0", written)
+
+    class Scaled:
+        def __call__(self, answer: str, accepted: tuple[str, ...]) -> float:
+            return 1.0
+
+        def method(self, answer: str, accepted: tuple[str, ...]) -> float:
+            return 1.0
+
+    def closure(answer: str, accepted: tuple[str, ...]) -> float:
+        return value
+
+    def default(answer: str, accepted: tuple[str, ...], scale: float = value) -> float:
+        return scale
+
+    return {
+        "partial": partial(plain_metric),
+        "object": Scaled(),
+        "method": Scaled().method,
+        "closure": closure,
+        "default": default,
+        "lambda": lambda answer, accepted: 1.0,
+        "executed": written["metric"],
+    }
+
+
+def test_a_function_is_identified_by_its_source() -> None:
+    assert metric_source("f1") == ["f1"]
+    name, code = metric_source(plain_metric) or ["", ""]
+    assert (name, code.splitlines()[-1].strip()) == ("plain_metric", "return float(answer in accepted)")
+
+
+@pytest.mark.parametrize("name", metrics_without_source())
+def test_a_metric_whose_source_tells_too_little_is_not_identified(name: str) -> None:
+    assert metric_source(metrics_without_source()[name]) is None
