@@ -69,7 +69,8 @@ class EnergyCurve:
         self.limit = _crossing(sizes, rooms) if kept is None else kept
         # A little pruning can lower the loss. Count the rise from there on.
         self._smallest, rises = sizes[-1], np.minimum.accumulate(rises[::-1])
-        self._interpolate = PchipInterpolator(sizes[::-1], rises)
+        # Workers may score another candidate before the first energy allocation: only the dense point is known then.
+        self._interpolate = PchipInterpolator(sizes[::-1], rises) if len(sizes) > 1 else lambda kept: rises[0]
         low, high = max(self.limit - _WINDOW, self._smallest), min(self.limit + _WINDOW, 1.0)
         fall = self.rise(low) - self.rise(high)
         self.exchange = float(min((high - low) / fall, _LARGEST_EXCHANGE)) if fall > 0 else _LARGEST_EXCHANGE

@@ -218,6 +218,15 @@ def test_size_trades_loss_for_parameters():
         )
 
 
+def test_a_candidate_is_ranked_before_any_energy_allocation_was_scored():
+    # Workers score candidates in any order.
+    search = make_world(kept=0.4)
+    alone = next(candidate for candidate in seeds_of(search) if candidate.origin != "energy")
+    ranking = Ranking(search.space, (alone,), search.goal)
+    assert ranking.best_first == [alone]
+    assert ranking.size(alone) > 0.4
+
+
 def test_limit_lies_between_the_last_energy_seed_that_holds_and_the_next():
     search = make_world()
     seeds = seeds_of(search)
