@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-_PLACES = {
+_MODULES = {
     "config": ["HealConfig", "SieveConfig"],
     "evaluation.comparison": ["Comparison", "compare"],
     "evaluation.scores": ["Evaluation", "evaluate"],
@@ -52,13 +52,7 @@ __all__ = [
 ]
 
 
-__getattr__ = lazy_names(__name__, _PLACES)
-
-
-def __dir__() -> list[str]:
-    """List the public names, loaded or not."""
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)
 
 # torch calls this too, but only for an installed package.
 _register_model_type()

@@ -12,7 +12,7 @@ import optimum_sieve
 
 def test_all_is_sorted_and_complete():
     assert optimum_sieve.__all__ == sorted(optimum_sieve.__all__)
-    assert set(optimum_sieve.__all__) == {name for names in optimum_sieve._PLACES.values() for name in names}
+    assert set(optimum_sieve.__all__) == {name for names in optimum_sieve._MODULES.values() for name in names}
     assert set(optimum_sieve.__all__) <= set(dir(optimum_sieve))
 
 
@@ -33,6 +33,15 @@ def test_public_name_is_importable_and_documented(name):
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'optimum_sieve' has no attribute 'SievePrune'"):
         optimum_sieve.SievePrune  # noqa: B018
+
+
+def test_dir_lists_lazy_names():
+    code = (
+        "import sys, optimum_sieve.healing as healing; "
+        "print(set(healing.__all__) <= set(dir(healing)), '__doc__' in dir(healing), 'torch' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["True", "True", "False"]
 
 
 def test_import_is_light():

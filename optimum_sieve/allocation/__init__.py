@@ -17,4 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LatencyBudget", "LossCurve", "allocate", "predicted_loss"]
 
-__getattr__ = lazy_names(__name__, {"allocators": ["LatencyBudget", "LossCurve", "allocate", "predicted_loss"]})
+__getattr__, __dir__ = lazy_names(
+    __name__, {"allocators": ["LatencyBudget", "LossCurve", "allocate", "predicted_loss"]}
+)

@@ -19,4 +19,4 @@ if TYPE_CHECKING:
 
 __all__ = ["calibrate", "collect_moments"]
 
-__getattr__ = lazy_names(__name__, {"collect": ["collect_moments"], "stage": ["calibrate"]})
+__getattr__, __dir__ = lazy_names(__name__, {"collect": ["collect_moments"], "stage": ["calibrate"]})

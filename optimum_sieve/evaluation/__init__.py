@@ -19,4 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
 
-__getattr__ = lazy_names(__name__, {"comparison": ["Comparison", "compare"], "scores": ["Evaluation", "evaluate"]})
+__getattr__, __dir__ = lazy_names(
+    __name__, {"comparison": ["Comparison", "compare"], "scores": ["Evaluation", "evaluate"]}
+)

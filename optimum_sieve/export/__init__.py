@@ -17,4 +17,4 @@ if TYPE_CHECKING:
 
 __all__ = ["export_dense", "export_onnx", "save_dense"]
 
-__getattr__ = lazy_names(__name__, {"dense": ["export_dense", "save_dense"], "onnx": ["export_onnx"]})
+__getattr__, __dir__ = lazy_names(__name__, {"dense": ["export_dense", "save_dense"], "onnx": ["export_onnx"]})

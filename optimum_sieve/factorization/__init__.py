@@ -18,4 +18,4 @@ if TYPE_CHECKING:
 
 __all__ = ["FactorBasis", "Moments", "factorize"]
 
-__getattr__ = lazy_names(__name__, {"closed_form": ["FactorBasis", "factorize"], "moments": ["Moments"]})
+__getattr__, __dir__ = lazy_names(__name__, {"closed_form": ["FactorBasis", "factorize"], "moments": ["Moments"]})

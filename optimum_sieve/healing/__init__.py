@@ -20,4 +20,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Healer", "Healing", "heal"]
 
-__getattr__ = lazy_names(__name__, {"loop": ["Healing", "heal"], "stage": ["Healer"]})
+__getattr__, __dir__ = lazy_names(__name__, {"loop": ["Healing", "heal"], "stage": ["Healer"]})

@@ -24,7 +24,7 @@ __all__ = [
     "whole_matrix",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "layer": ["factor_targets", "lora_class", "require_peft", "whole_matrix"],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FactorizedLinear", "lay_out_for_generation", "read_rank_pattern", "sieve_model"]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "conversion": ["sieve_model"],

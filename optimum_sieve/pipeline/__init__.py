@@ -17,4 +17,4 @@ if TYPE_CHECKING:
 
 __all__ = ["heal_pruned"]
 
-__getattr__ = lazy_names(__name__, {"heal": ["heal_pruned"]})
+__getattr__, __dir__ = lazy_names(__name__, {"heal": ["heal_pruned"]})

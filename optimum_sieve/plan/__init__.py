@@ -17,4 +17,4 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockPlan", "PrunePlan", "make_plan"]
 
-__getattr__ = lazy_names(__name__, {"plan": ["BlockPlan", "PrunePlan", "make_plan"]})
+__getattr__, __dir__ = lazy_names(__name__, {"plan": ["BlockPlan", "PrunePlan", "make_plan"]})

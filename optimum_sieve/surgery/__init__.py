@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LiveRanks", "apply_ranks", "factorized_layer", "recompress", "restore", "truncated"]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "apply": ["apply_ranks", "factorized_layer", "restore", "truncated"],

@@ -17,4 +17,4 @@ if TYPE_CHECKING:
 
 __all__ = ["TaskVocabulary", "task_vocabulary"]
 
-__getattr__ = lazy_names(__name__, {"vocabulary": ["TaskVocabulary", "task_vocabulary"]})
+__getattr__, __dir__ = lazy_names(__name__, {"vocabulary": ["TaskVocabulary", "task_vocabulary"]})
