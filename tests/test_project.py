@@ -78,5 +78,6 @@ def test_the_wheel_brings_the_command_and_the_hook(tmp_path):
         names = set(archive.namelist())
         entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert {name for name in names if name.startswith("optimum/")} == {"optimum/commands/register/register_sieve.py"}
-    assert {"optimum_sieve/py.typed", "optimum_sieve/publish/card_template.md"} <= names
+    data = {"py.typed", "publish/card_template.md", "search/page/page.html"}
+    assert {f"optimum_sieve/{name}" for name in data} <= names
     assert "[torch.backends]\noptimum_sieve = optimum_sieve._autoload:register" in entry_points
