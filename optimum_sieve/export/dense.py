@@ -107,8 +107,8 @@ def save_dense(
             kind=model_kind(model),
             form="dense",
             text=f"multiplied out: an ordinary `{type(model).__name__}`, which needs neither optimum-sieve nor "
-            "`trust_remote_code`. It gives what the pruned model gives, but for rounding, at the dense model's size "
-            "and speed.",
+            "`trust_remote_code`. Its outputs equal the pruned model's up to rounding; its size and speed are "
+            "the dense model's.",
             library_name="transformers",
             license_id=license_id,
         ),

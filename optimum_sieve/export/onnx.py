@@ -144,7 +144,7 @@ def _write_graph(model: PreTrainedModel, directory: Path, tolerance: float) -> f
     # Not `>`: it may be NaN.
     if not difference <= tolerance:
         raise RuntimeError(
-            f"`tolerance` must cover what ONNX Runtime makes of the graph, got {tolerance:g} and a difference "
+            f"`tolerance` must cover the difference of ONNX Runtime's logits, got {tolerance:g} and a difference "
             f"of {difference:.3g} of the largest logit. Nothing was written; allow it with a higher tolerance."
         )
     return difference

@@ -51,7 +51,7 @@ def build_card(
 
     Args:
         report (`dict[str, Any]`):
-            A report of [`build_report`]. Missing keys are left out of the card.
+            A report of [`build_report`][optimum_sieve.publish.report.build_report]. The card omits missing keys.
         rank_pattern (`dict[str, dict]`): Module name -> `{"rank", "storage", "bias"}`; modules not listed are dense.
         base_model (`str`, *optional*):
             Hub id or path of the dense model. Only the last part of a path appears in the text, none in the metadata.
@@ -138,8 +138,8 @@ def build_export_card(
     lines = [
         f"# {base or 'Model'}, pruned{pruned_for}, {form}",
         f"`{base or 'A model'}` pruned{pruned_for} by optimum-sieve, with low-rank factors in place of "
-        f"{len(block['rank_pattern'])} weight matrices, {text} On other tasks it may do much worse than the model it "
-        "came from.",
+        f"{len(block['rank_pattern'])} weight matrices, {text} On other tasks it may score much lower than the dense "
+        "model.",
     ]
     scored = [task for task in blocks if {"metric", "split", "count", "pruned"} <= task.keys()]
     lines += [_scores_line(task, len(blocks)) for task in scored]

@@ -28,7 +28,7 @@ def save_directory(
 ) -> Path:
     """Check the output directory; write model, tokenizer, card and report to a temporary one; rename it.
 
-    If anything fails, the temporary directory is removed, and what was in `output_dir` is still there.
+    If anything fails, the temporary directory is removed, and the previous content of `output_dir` remains.
 
     Args:
         output_dir (`str | Path`): A new or empty directory.

@@ -86,7 +86,7 @@ def push_folder(
         # The message of the client's wrapper only names the file, its cause the reason.
         raise ConnectionError(
             f"The push to {repo_id!r} did not complete: {error} {error.__cause__ or ''}".rstrip()
-            + " Push again: what has arrived is not sent twice."
+            + " Push again: files that have arrived are not uploaded again."
         ) from error
 
 

@@ -152,7 +152,7 @@ def format_table(report: dict[str, Any]) -> str:
     """Format a report for a terminal: a row per measure, a column per model; missing keys are left out.
 
     Args:
-        report (`dict[str, Any]`): A report of [`build_report`].
+        report (`dict[str, Any]`): A report of [`build_report`][optimum_sieve.publish.report.build_report].
 
     Returns:
         `str`: Several lines, without a trailing newline.

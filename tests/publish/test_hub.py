@@ -127,7 +127,7 @@ def test_a_pull_request_needs_no_write_access(hub, folder, monkeypatch):
 
 def test_a_push_that_failed_midway_leaves_nothing_and_is_taken_up(hub, folder):
     hub.failures["PUT /lfs-store/"] = [400]
-    with pytest.raises(ConnectionError, match="Push again: what has arrived is not sent twice"):
+    with pytest.raises(ConnectionError, match="Push again: files that have arrived are not uploaded again"):
         push_folder(folder, REPO)
     assert head(hub) == {}
     arrived = set(hub.blobs)

@@ -179,7 +179,7 @@ def browser(page, tmp_path):
 def test_page_in_a_browser_fetches_nothing(browser, page, tmp_path):
     shot = tmp_path / "shot.png"
     dom, asked = browser.open(page.name, shot)
-    assert "What is kept where" in dom
+    assert "Kept fraction by layer" in dom
     assert shot.read_bytes().startswith(PNG)
     assert asked == set()
 
