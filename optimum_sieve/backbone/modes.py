@@ -12,8 +12,6 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from torch import nn
-
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:

@@ -15,8 +15,6 @@ from optimum_sieve.evaluation.batches import Batch, log_likelihoods, make_batche
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Example
 
@@ -31,7 +29,7 @@ PROMPT_WEIGHT = 1.0
 
 
 def calibration_loss(
-    name: str, examples: Sequence[Example], seed: int = 0, *, prompt_weight: float = 0.0
+    name: str, examples: Sequence[Example], seed: int = 0, *, prompt_weight: float = PROMPT_WEIGHT
 ) -> tuple[Loss, bool]:
     """Return the loss called `name` for these examples, and whether its batches hold every candidate.
 
@@ -100,7 +98,7 @@ def _signs(indices: Sequence[int], counts: Sequence[int], width: int, seed: int)
     return torch.from_numpy(signs)
 
 
-def token_fisher_root(seed: int = 0, prompt_weight: float = 0.0) -> Loss:
+def token_fisher_root(seed: int, prompt_weight: float) -> Loss:
     r"""Return a function whose gradient's second moment is the Fisher information of the answer's tokens.
 
     At each token of the gold answer, with logits \(z\) and \(p = \mathrm{softmax}(z)\) over the vocabulary, the Fisher
@@ -154,7 +152,7 @@ def _token_signs(batch: Batch, width: int, seed: int) -> torch.Tensor:
 def calibration_batches(run: Run, examples: Sequence[Example]) -> tuple[list[Batch], Loss]:
     """Return the batches of a task's calibration examples, for all processes together, and their loss."""
     config = run.config
-    loss, by_candidate = calibration_loss(config.loss, examples, config.seed, prompt_weight=PROMPT_WEIGHT)
+    loss, by_candidate = calibration_loss(config.loss, examples, config.seed)
     inputs = input_format(run.model)
     batches = make_batches(
         examples, run.tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs

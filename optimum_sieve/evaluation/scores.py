@@ -14,13 +14,11 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from optimum_sieve.backbone.kinds import input_format
-from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.run.files import replacing
 from optimum_sieve.tasks.metrics import CLASS_METRICS, most_frequent, score_classes
 from optimum_sieve.tasks.text_metrics import TEXT_METRICS, majority_text_score, metric_name, normalize_text, score_texts
 
 from .batches import make_batches
-from .comparison import Comparison, compare
 from .generation import write_answers
 from .likelihoods import candidate_scores
 
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
     from optimum_sieve.tasks.metrics import Scored
     from optimum_sieve.tasks.text_metrics import Metric
 
-
-__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "evaluating"]
 
 FORMAT_VERSION = 1
 _SCALARS = ("metric", "score", "standard_error", "majority_score", "fingerprint")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from optimum_sieve.backbone.modes import loss_scale
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.surgery.factors import factors_of, layer_like, truncate_product
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 MAX_NORM = 1.0
 # Biases may be 0 and must still be able to change.
 _LEAST_SIZE = 1e-2
-# Float16 gradients below 6e-8 are 0; the loss is multiplied by this and the gradients are divided by it in float32.
-_FLOAT16_SCALE = 1024.0
 
 
 def trained_parameters(model: nn.Module, *, norms: bool = False) -> dict[str, nn.Parameter]:
@@ -105,7 +104,7 @@ class FactorTraining:
         self.copies: dict[str, torch.Tensor] = {
             name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
         }
-        self._scale = _FLOAT16_SCALE if any(p.dtype == torch.float16 for p in parameters.values()) else 1.0
+        self._scale = loss_scale(parameters.values())
         # AdamW changes every weight by about the learning rate; factors differ in scale.
         groups = [{"params": [copy], "size": max(float(copy.detach().square().mean().sqrt()), _LEAST_SIZE)}
                   for copy in self.copies.values()]  # fmt: skip

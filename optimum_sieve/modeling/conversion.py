@@ -26,8 +26,6 @@ from .modeling_sieve import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedModel
-
 
 def sieve_model(
     model: PreTrainedModel,

@@ -11,9 +11,11 @@ import pytest
 import torch
 from toy import make_model, make_tokenizer, parity_rows
 
+from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.evaluation import scores as evaluation_scores
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
-from optimum_sieve.evaluation.scores import Comparison, Evaluation, compare, evaluate, evaluating
+from optimum_sieve.evaluation.comparison import Comparison, compare
+from optimum_sieve.evaluation.scores import Evaluation, evaluate
 from optimum_sieve.tasks import Example
 
 

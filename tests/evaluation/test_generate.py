@@ -17,7 +17,8 @@ from model_kinds import make_model as make_kind
 from toy import load_task, make_model, make_tokenizer, parity_rows, write_task
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, evaluate
-from optimum_sieve.evaluation.scores import Evaluation, compare
+from optimum_sieve.evaluation.comparison import compare
+from optimum_sieve.evaluation.scores import Evaluation
 from optimum_sieve.tasks import Task
 
 
