@@ -48,9 +48,9 @@ def training_only(
 
 @contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Keep the inputs of each transformer block alone, and compute what is inside again when gradients come back.
+    """Store only the inputs of each transformer block; the backward pass computes its activations again.
 
-    transformers does so in training mode only, in which some models have dropout.
+    transformers does this only in training mode, where some models have dropout.
     """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for block in blocks:

@@ -52,7 +52,7 @@ def targets_by_block(run: Run) -> dict[str, list[str]]:
         block = next((block for block in blocks if target.name.startswith(f"{block}.")), None)
         if block is None:
             raise ValueError(
-                f"`target_modules` must lie in the model's blocks where `memory_limit` is set, got {target.name!r}. "
+                f"`target_modules` must be in the model's blocks where `memory_limit` is set, got {target.name!r}. "
                 "Name it in `exclude_modules`, or prune without a limit."
             )
         owned[block].append(target.name)
@@ -153,14 +153,14 @@ class BlockRound(Round):
                     each.backward(number, watch)
                 else:
                     each.forward(number, watch, keep_inputs=False)
-        distributed.sum_over_processes(tensor for own in moments.values() for tensor in own.tensors().values())
+        distributed.sum_over_processes(tensor for each in moments.values() for tensor in each.tensors().values())
         return weights, moments
 
     def _factor(self, number: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]) -> None:
         """Factor the weights of a block and save its bases."""
         config = self.run.config
-        for name, own in moments.items():
-            check_finite(name, own)
+        for name, moment in moments.items():
+            check_finite(name, moment)
 
         def one(name: str, weight: torch.Tensor) -> FactorBasis:
             return factorize(weight, moments[name], projection=config.projection, damping=config.damping)

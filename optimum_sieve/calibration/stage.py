@@ -190,7 +190,7 @@ def _collect(
             weights=weights,
             token_weights=token_weights(run.config, step.before),
         )
-    distributed.sum_over_processes(tensor for own in moments.values() for tensor in own.tensors().values())
+    distributed.sum_over_processes(tensor for each in moments.values() for tensor in each.tensors().values())
     return moments
 
 

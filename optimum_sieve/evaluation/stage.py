@@ -91,10 +91,10 @@ def score(
 
 def score_dense(run: Run, task: TaskRun, split: str, part: slice = WHOLE) -> Evaluation:
     """Evaluate the dense model, which the run must hold now, with its original vocabulary."""
-    if run.vocabulary is None or run.given is None:
+    if run.vocabulary is None or run.before_reduction is None:
         return score(run, task, split, part, label="dense model")
     with run.vocabulary.undone():
-        return score(run.given, task, split, part, label="dense model")
+        return score(run.before_reduction, task, split, part, label="dense model")
 
 
 def score_test_dense(run: Run) -> list[Evaluation]:
@@ -114,7 +114,7 @@ def score_test_pruned(run: Run) -> list[Evaluation]:
 
 
 def with_answers(run: Run, *splits: str) -> Run:
-    """Return the run with the dense model's likeliest answers as gold answers of tasks that have none."""
+    """Return the run with the dense model's most likely answers as gold answers of tasks that have none."""
 
     def answered(task: TaskRun) -> TaskRun:
         if task.labelled:
@@ -127,6 +127,6 @@ def with_answers(run: Run, *splits: str) -> Run:
 
 
 def label_examples(run: Run, examples: Sequence[Example], seed: int | None = None) -> list[Example]:
-    """Return the examples with the model's own answers as gold answers: the likeliest, or sampled with a seed."""
+    """Return the examples with the model's own answers as gold answers: the most likely, or sampled with a seed."""
     size, progress = run.config.batch_size, run.progress
     return label_by_model(run.model, examples, run.tokenizer, batch_size=size, seed=seed, progress=progress)

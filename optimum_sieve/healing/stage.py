@@ -162,9 +162,9 @@ class Healer:
         kept = self._kept(ranks)
         try:
             for number in range(1, rounds + 1):
-                own = ranks if rounds == 1 else allocate_ranks(run, bases, kept ** (number / rounds))
+                target_ranks = ranks if rounds == 1 else allocate_ranks(run, bases, kept ** (number / rounds))
                 # An early round may keep so much that no layer is factorized.
-                if apply_ranks(run.model, bases, own, storage=run.config.storage):
+                if apply_ranks(run.model, bases, target_ranks, storage=run.config.storage):
                     self._heal()
                 if number < rounds:
                     self._multiply_out()

@@ -84,7 +84,7 @@ class FactorizedLinear(nn.Module):
         super().__init__()
         if not 0 <= rank <= min(in_features, out_features):
             raise ValueError(
-                f"`rank` must lie between 0 and min(in_features, out_features) = {min(in_features, out_features)}, "
+                f"`rank` must be between 0 and min(in_features, out_features) = {min(in_features, out_features)}, "
                 f"got {rank}. Check the rank pattern against the model's shapes."
             )
         if storage not in _CHILDREN:

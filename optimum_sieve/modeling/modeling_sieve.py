@@ -281,8 +281,8 @@ def _loading_problems(model: PreTrainedModel, loading_info: Any) -> list[str]:
         "missing": (k for k in loading_info.missing_keys if same or k.startswith(inside) or block.match(k)),
         "unexpected": (k for k in loading_info.unexpected_keys if FACTOR_TENSOR.search(k)),
         "of another shape": (
-            f"{key} {tuple(found)} instead of {tuple(wanted)}"
-            for key, found, wanted in loading_info.mismatched_keys
+            f"{key} {tuple(saved)} instead of {tuple(expected)}"
+            for key, saved, expected in loading_info.mismatched_keys
             if key.startswith(inside)
         ),
     }

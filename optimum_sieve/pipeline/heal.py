@@ -165,7 +165,7 @@ def _naming_dense() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Dense:
-    """What is kept of the dense model and its run, which are freed; `shared` holds fields of the pruned model's run."""
+    """Data kept from the dense model and its run, which are freed; `shared` holds fields of the pruned model's run."""
 
     reference: Reference
     scores: list[Evaluation]

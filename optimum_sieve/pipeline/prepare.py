@@ -170,14 +170,14 @@ def batch_sizes(
             batches = make_batches(
                 examples, tokenizer, batch_size=config.batch_size, candidates=not written, inputs=inputs
             )
-            own = BatchSizes.of(batches, vocabulary)
+            size = BatchSizes.of(batches, vocabulary)
             # Calibration on written answers also needs logits of the prompts.
             prompts = config.batch_size * PROMPT_SITES * vocabulary if written else 0
-            sizes.append(replace(own, logits=own.logits + prompts))
+            sizes.append(replace(size, logits=size.logits + prompts))
     return BatchSizes(
-        tokens=max(own.tokens for own in sizes),
-        logits=max(own.logits for own in sizes),
-        states=max(own.states for own in sizes),
+        tokens=max(size.tokens for size in sizes),
+        logits=max(size.logits for size in sizes),
+        states=max(size.states for size in sizes),
     )
 
 
@@ -199,7 +199,7 @@ def _task_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
     return TaskRun(
         name=task.name,
         metric=task.metric,
-        fingerprints={split: examples_fingerprint(model, tokenizer, own) for split, own in examples.items()},
+        fingerprints={split: examples_fingerprint(model, tokenizer, rendered) for split, rendered in examples.items()},
         weight=share,
         labelled=task.labelled,
         **examples,

@@ -92,7 +92,7 @@ def _held(
 
 
 def _deciding_part(run: Run, task: TaskRun, healer: Healer | None) -> slice:
-    """Return the part of a task's selection split that decides on a size: what a healer does not monitor."""
+    """Return the part of a task's selection split that decides on a size: the examples that no healer monitors."""
     return WHOLE if healer is None else slice(monitored_part(run, task).stop, None)
 
 

@@ -42,7 +42,7 @@ def pruned_result(
         pruned (`Sequence[Evaluation]`): Evaluation of the pruned model.
         sizes (`dict[str, int]`): Sizes of the dense model, see `measure_sizes`.
         ranks (`Mapping[str, int | None]`): Ranks of the pruned model.
-        trials (`list[dict[str, Any]]`): What the search for them tried.
+        trials (`list[dict[str, Any]]`): Trials of the search for the ranks.
         healer (`Healer`, *optional*): Healed the model.
         base_model (`str`, *optional*): Name of the dense model.
         base_revision (`str`, *optional*): Its commit on the Hub.

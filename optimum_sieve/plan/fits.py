@@ -44,7 +44,7 @@ def must_offload(
     exceed the limit. The run is then refused.
 
     Args:
-        model (`str | Path`): As of [`fits`], and so are the other arguments.
+        model (`str | Path`): See [`fits`], also for the other arguments.
         settings (`SieveConfig`): Settings of the run.
         dtype (`str | torch.dtype`, *optional*): Type to load in.
         options (`Any`): Other options of transformers' `from_pretrained`.

@@ -77,7 +77,7 @@ class Run:
         study_storage (`str`, *optional*): URL of the Optuna storage of a search. Default: a file in the work directory
             or, without one, memory.
         vocabulary (`TaskVocabulary`, *optional*): The reduced vocabulary of `model` and `tokenizer`.
-        given (`Run`, *optional*): The run before the vocabulary was reduced.
+        before_reduction (`Run`, *optional*): The run before the vocabulary was reduced.
         by_block (`bool`): Whether only one block of the model is in memory at a time. The work directory has a path
             then.
         latencies (`dict[str, numpy.ndarray]`, *optional*): Measured seconds of each target against its rank, if there
@@ -96,7 +96,7 @@ class Run:
     model_key: str
     study_storage: str | None = None
     vocabulary: TaskVocabulary | None = None
-    given: Run | None = None
+    before_reduction: Run | None = None
     by_block: bool = False
     latencies: Mapping[str, np.ndarray] | None = None
     seconds: dict[str, float] = field(default_factory=dict)

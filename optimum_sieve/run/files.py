@@ -29,7 +29,7 @@ def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
     absolute = output.resolve()
     existing = next(parent for parent in absolute.parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OSError(f"`output_dir` must lie in a directory that can be written, got {output}. Choose another place.")
+        raise OSError(f"`output_dir` must be in a directory that can be written, got {output}. Choose another one.")
     if os.path.ismount(absolute):
         raise OSError(
             f"`output_dir` must not be a mount point, which cannot be replaced as a whole, got {output}. Name a "
@@ -45,7 +45,7 @@ def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; it replaces `path` unless an error is raised."""
+    """Yield a temporary path in the same directory as `path`; it replaces `path` unless an error is raised."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -56,7 +56,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_directory(output: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `output` to write to; it replaces `output` unless an error is raised.
+    """Yield a temporary directory with the same parent as `output`; it replaces `output` unless an error is raised.
 
     Raises:
         OSError: If the disk is full or the directory cannot be written.

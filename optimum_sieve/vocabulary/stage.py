@@ -38,7 +38,8 @@ def use_vocabulary(run: Run, vocabulary: TaskVocabulary) -> Run:
     """Remove all other tokens from the model; return the run with this vocabulary."""
     vocabulary.apply()
     key = content_key(model=run.model_key, vocabulary=vocabulary.fingerprint)
-    return replace(run, tokenizer=vocabulary.tokenizer, model_key=key, vocabulary=vocabulary, given=run)
+    tokenizer = vocabulary.tokenizer
+    return replace(run, tokenizer=tokenizer, model_key=key, vocabulary=vocabulary, before_reduction=run)
 
 
 def restore_vocabulary(run: Run) -> None:

@@ -126,7 +126,7 @@ def test_the_weight_cannot_be_set(storage: Any) -> None:
 
 @pytest.mark.parametrize("rank", [-1, 7])
 def test_an_impossible_rank(rank: int) -> None:
-    with pytest.raises(ValueError, match=rf"`rank` must lie between 0 and .* = 6, got {rank}"):
+    with pytest.raises(ValueError, match=rf"`rank` must be between 0 and .* = 6, got {rank}"):
         FactorizedLinear(8, 6, rank)
 
 

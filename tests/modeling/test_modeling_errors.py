@@ -118,8 +118,8 @@ def test_a_rank_for_no_linear_layer(directory: Path, name: str, message: str) ->
 @pytest.mark.parametrize(
     ("name", "entry", "message"),
     [
-        (FACTORS, {"rank": 33}, r"`rank` must lie between 0 and min\(in_features, out_features\) = 32, got 33"),
-        (PIVOTED, {"rank": 17}, r"`rank` must lie between 0 and min\(in_features, out_features\) = 16, got 17"),
+        (FACTORS, {"rank": 33}, r"`rank` must be between 0 and min\(in_features, out_features\) = 32, got 33"),
+        (PIVOTED, {"rank": 17}, r"`rank` must be between 0 and min\(in_features, out_features\) = 16, got 17"),
         (FACTORS, {"rank": -1}, "got -1"),
         (FACTORS, {"rank": "4"}, "'rank': '4'"),
         (FACTORS, {"rank": None}, "'rank': None"),

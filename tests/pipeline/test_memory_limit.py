@@ -184,7 +184,7 @@ def test_targets_outside_the_blocks_are_refused() -> None:
     model.add_module("first", nn.Linear(4, 4))
     model.add_module("layers", nn.ModuleList([nn.Linear(4, 4)]))
     run: Any = SimpleNamespace(model=model, targets=[Target("first", 4, 4, True)])
-    with pytest.raises(ValueError, match="must lie in the model's blocks where `memory_limit` is set, got 'first'"):
+    with pytest.raises(ValueError, match="must be in the model's blocks where `memory_limit` is set, got 'first'"):
         targets_by_block(run)
 
 

@@ -14,7 +14,7 @@ def test_places_that_cannot_take_a_directory(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="`output_dir` must be a directory, got the file"):
         check_output(tmp_path / "file", overwrite=True)
-    with pytest.raises(OSError, match="`output_dir` must lie in a directory that can be written"):
+    with pytest.raises(OSError, match="`output_dir` must be in a directory that can be written"):
         check_output(tmp_path / "file" / "out", overwrite=False)
     with pytest.raises(OSError, match=r"`output_dir` must have room for .* GB free"):
         check_output(tmp_path / "out", overwrite=False, needed_bytes=10**18)

@@ -67,11 +67,11 @@ def _open_database(url: str, grace_seconds: int) -> optuna.storages.RDBStorage:
 
 def wait_for_study(url: str, name: str) -> None:
     """Return once a study exists and its digests are recorded; its leader makes it after the calibration."""
-    is_said = False
+    is_logged = False
     while not _is_made(url, name):
-        if not is_said:
+        if not is_logged:
             logger.warning("Waiting for the search %s to begin in %s.", name, public_url(url))
-            is_said = True
+            is_logged = True
         time.sleep(_WAIT_SECONDS)
 
 
