@@ -235,7 +235,7 @@ def _check_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...]) -> 
 
 
 def metric_source(metric: Metric) -> list[str] | None:
-    """Return what identifies a metric: its name and, if it is a function, its source.
+    """Return the identity of a metric: its name and, if it is a function, its source.
 
     Returns:
         `list[str]`, *optional*: `None` if two metrics that compute different scores could have the same source: other
