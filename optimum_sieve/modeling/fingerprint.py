@@ -81,7 +81,8 @@ def tensor_digest(tensor: torch.Tensor, name: str = "tensor") -> str:
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
     flat = tensor.detach().reshape(-1)
     for chunk in torch.split(flat, _CHUNK):
-        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
+        values: Any = chunk.cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(values)
     return digest.hexdigest()
 
 
