@@ -1,32 +1,56 @@
-"""Identify a model by its weights and architecture."""
+"""Identify a model by everything that its outputs depend on. Every cached result is stored under this identity."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from optimum_sieve.modeling.fingerprint import combine_digests, tensor_digest, weights_digest
+from optimum_sieve.run.workdir import content_key
 
 from .offloading import loaded
 
 
 if TYPE_CHECKING:
-    import torch
+    from torch import nn
+
+# Their versions stand for their code.
+_LIBRARIES = {library.__name__: library.__version__.partition("+")[0] for library in (torch, transformers)}
+# transformers loads a checkpoint's own code as modules of this package.
+_REMOTE_CODE = "transformers_modules"
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """Hash every parameter's name, shape, dtype and a strided sample of its values."""
-    digest = hashlib.sha256()
-    # A shared parameter counts once, under its first name.
-    names = {name for name, _ in model.named_parameters()}
+def model_key(model: nn.Module) -> str:
+    """Hash a model: tensors, configuration, special tokens of generation, code, and versions of the libraries.
+
+    The device, offloading and the directory of the checkpoint do not change it. A large model takes seconds, because
+    every byte is read: call it once per run.
+    """
+    return content_key(
+        tensors=model_fingerprint(model),
+        architecture=architecture(model),
+        generation=_generation_tokens(model),
+        code=_code(model),
+        libraries=_LIBRARIES,
+    )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash every byte of every parameter and buffer with its name, shape and dtype; one module is loaded at a time."""
+    digests = {"weights": weights_digest(model, load=loaded)}
     for prefix, module in model.named_modules():
-        with loaded(module):
-            parameters = [item for item in module.named_parameters(prefix, recurse=False) if item[0] in names]
-        for name, parameter in parameters:
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+        # Not saved with the model, but used by it.
+        for name in sorted(module._non_persistent_buffers_set):
+            buffer = module._buffers[name]
+            if buffer is not None:
+                digests[f"{prefix}.{name}"] = tensor_digest(buffer, name)
+    return combine_digests(digests)
 
 
 def architecture(model: Any) -> dict[str, Any]:
@@ -38,3 +62,30 @@ def architecture(model: Any) -> dict[str, Any]:
     }
     result: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return result
+
+
+def _generation_tokens(model: Any) -> dict[str, Any]:
+    """Return the special tokens of the generation settings; evaluation replaces all other settings."""
+    settings = getattr(model, "generation_config", None)
+    return {name: value for name, value in vars(settings).items() if name.endswith("token_id")} if settings else {}
+
+
+def _code(model: nn.Module) -> dict[str, str]:
+    """Return the name of the model's class, and a hash of the source of each class that is in no library."""
+    kinds = {type(module) for module in model.modules()}
+    libraries = (*_LIBRARIES, __package__.partition(".")[0])
+    own = {kind for kind in kinds if kind.__module__.partition(".")[0] not in libraries}
+    return {kind.__qualname__: _source_digest(kind) for kind in own} | {"model": type(model).__qualname__}
+
+
+def _source_digest(kind: type) -> str:
+    """Hash the source of a class, for a checkpoint's own code with all files of its directory; `""` without source."""
+    try:
+        texts = [inspect.getsource(kind)]
+        if kind.__module__.partition(".")[0] == _REMOTE_CODE:
+            texts = [
+                path.read_text(encoding="utf-8") for path in sorted(Path(inspect.getfile(kind)).parent.glob("*.py"))
+            ]
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

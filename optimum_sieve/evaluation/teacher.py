@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from optimum_sieve.backbone.fingerprint import architecture, model_fingerprint
+from optimum_sieve.backbone import fingerprint
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.run.workdir import WorkDir, content_key
@@ -143,6 +143,7 @@ def teach(
     loss: str = "candidates",
     batch_size: int = 16,
     work: WorkDir | None = None,
+    model_key: str | None = None,
     progress: bool = True,
 ) -> Teacher:
     """Compute the dense model's predictions on `examples`, or load them from the work directory.
@@ -154,6 +155,7 @@ def teach(
         loss (`str`): `"candidates"` or `"vocabulary"`; examples without candidates always use the latter.
         batch_size (`int`): Maximum rows per forward pass.
         work (`WorkDir`, *optional*): Caches the result under a hash of model, tokens and loss.
+        model_key (`str`, *optional*): Hash of the model. Default: computed from all of its weights.
         progress (`bool`): Show a progress bar.
 
     Raises:
@@ -164,8 +166,7 @@ def teach(
     inputs = input_format(model)
     answers = json.dumps([[example.prompt, example.answer, example.target] for example in examples])
     key = content_key(
-        model=model_fingerprint(model),
-        architecture=architecture(model),
+        model=fingerprint.model_key(model) if model_key is None else model_key,
         tokens=tokens_fingerprint(examples, tokenizer, inputs),
         answers=hashlib.sha256(answers.encode()).hexdigest(),
         by_candidate=by_candidate,

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
-from optimum_sieve.backbone.fingerprint import architecture, model_fingerprint
+from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.training import training_only
 from optimum_sieve.evaluation.batches import encode, input_device, pack, padding_id
@@ -165,8 +165,7 @@ class _Trainer:
         self.healing = Healing(examples=sum(map(len, self.rows)))
         self.best: dict[str, torch.Tensor] = {}
         self.key = content_key(
-            model=model_fingerprint(model),
-            architecture=architecture(model),
+            model=model_key(model),
             teacher=lessons_fingerprint(lessons),
             settings=config.to_dict(),
             monitor=None if monitor is None else monitor.fingerprint,

@@ -110,6 +110,7 @@ def _lesson(run: Run, task: TaskRun) -> Lesson:
         loss=heal_config(run).loss,
         batch_size=run.config.batch_size,
         work=run.work,
+        model_key=run.model_key,
         progress=run.progress,
     )
     return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sizes import measure_sizes
 from optimum_sieve.config.sieve import SieveConfig
@@ -23,7 +24,7 @@ from optimum_sieve.vocabulary.stage import use_vocabulary
 from optimum_sieve.vocabulary.vocabulary import matching_vocabulary
 
 from .checks import calibration_fingerprints, check_base, check_model, check_task, linear_shapes
-from .prepare import model_key, prepare, task_runs
+from .prepare import prepare, task_runs
 
 
 if TYPE_CHECKING:

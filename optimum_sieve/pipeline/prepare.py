@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from optimum_sieve.backbone.experts import separated_view
-from optimum_sieve.backbone.fingerprint import architecture, model_fingerprint
+from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.offloading import holds_offloaded
 from optimum_sieve.backbone.targets import find_targets
@@ -18,7 +18,7 @@ from optimum_sieve.plan.memory import BatchSizes
 from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.run import distributed
 from optimum_sieve.run.context import Run, TaskRun
-from optimum_sieve.run.workdir import WorkDir, content_key
+from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import naming, task_shares
 from optimum_sieve.tasks.task import require_metric_sources
@@ -179,11 +179,6 @@ def batch_sizes(
         logits=max(size.logits for size in sizes),
         states=max(size.states for size in sizes),
     )
-
-
-def model_key(model: PreTrainedModel) -> str:
-    """Hash a model: its parameters and its architecture."""
-    return content_key(model=model_fingerprint(model), architecture=architecture(model))
 
 
 def task_runs(
