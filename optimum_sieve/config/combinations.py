@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from optimum_sieve._messages import shown
+
 from .heal import HealConfig
 
 
@@ -45,7 +47,7 @@ def _check_healing(config: SieveConfig) -> None:
     if config.heal is None:
         return
     if not isinstance(config.heal, HealConfig):
-        raise TypeError(f"`heal` must be a HealConfig or None, got {config.heal!r}.")
+        raise TypeError(f"`heal` must be a HealConfig or None, got {shown(config.heal)}.")
     if config.allocation == "genetic" and (config.tolerance is not None or config.heal.rounds > 1):
         raise ValueError(
             "`heal` with a `tolerance` or several rounds must go with allocation='energy' or 'uniform', got "

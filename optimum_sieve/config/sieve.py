@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from optimum_sieve._messages import shown
+
 from .combinations import check_combinations
 from .heal import HealConfig
 from .validate import (
+    MOST,
+    MOST_SEED,
     check_choice,
     check_float,
     check_integer,
@@ -19,6 +23,7 @@ from .validate import (
     check_task_weights,
     drop_removed,
     parse_bytes,
+    read_settings,
 )
 
 
@@ -173,8 +178,8 @@ class SieveConfig:
         if (self.tolerance is None) == (self.pruning_ratio is None):
             raise ValueError(
                 "Exactly one of `tolerance` (largest acceptable drop in the metric, such as 0.02) and `pruning_ratio` "
-                f"(fraction of parameters to remove, such as 0.5) must be set, got tolerance={self.tolerance} and "
-                f"pruning_ratio={self.pruning_ratio}."
+                "(fraction of parameters to remove, such as 0.5) must be set, got tolerance="
+                f"{shown(self.tolerance)} and pruning_ratio={shown(self.pruning_ratio)}."
             )
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
@@ -183,7 +188,7 @@ class SieveConfig:
                 check_float(name, getattr(self, name), low, high, includes_low, _HINTS.get(name, ""))
         for name, low in _LEAST_INTEGERS.items():
             if getattr(self, name) is not None or name not in _OPTIONAL:
-                check_integer(name, getattr(self, name), low)
+                check_integer(name, getattr(self, name), low, MOST_SEED if name == "seed" else MOST)
         object.__setattr__(self, "memory_limit", parse_bytes("memory_limit", self.memory_limit))
         check_combinations(self)
 
@@ -239,14 +244,10 @@ class SieveConfig:
         """Read settings written by `to_json_file`; `overrides` take precedence over the file.
 
         Raises:
+            FileNotFoundError: If there is no such file.
             ValueError: If the file is not a JSON object of known settings.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"`{path}` must be a JSON file of SieveConfig settings: {error}.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"`{path}` must hold a JSON object of SieveConfig settings, got {type(values).__name__}.")
+        values = read_settings(Path(path), "SieveConfig")
         return cls.from_dict({**values, **overrides})
 
 

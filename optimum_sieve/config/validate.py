@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 import logging
-import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve._messages import closest, cut, listed, shown
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 logger = logging.getLogger(__name__)
 
+# Far above any count in use, and within every integer type that a number reaches.
+MOST = 10**9
+# Seeds may have 63 bits.
+MOST_SEED = 2**63 - 1
+# Less than any model needs: a number without its unit, such as 24 for 24 GB.
+LEAST_MEMORY = 1000
+_LARGEST_RATIO = 1e6
+
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise a `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {shown(value)}.")
 
 
 def check_float(name: str, value: Any, low: float, high: float, includes_low: bool, hint: str = "") -> None:
     """Raise unless `value` is a finite number from `low` (inclusive or not) up to below `high`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not math.isfinite(value) or not (low <= value < high if includes_low else low < value < high):
-        upper = f"below {high:g}" if math.isfinite(high) else "finite"
-        rule = f"{'at least' if includes_low else 'above'} {low:g} and {upper}"
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}.{hint}")
+        raise TypeError(f"`{name}` must be a number, got {shown(value)}.")
+    # Comparison, unlike conversion, takes integers of any size.
+    if not (low <= value < high if includes_low else low < value < high):
+        rule = f"{'at least' if includes_low else 'above'} {low:g} and below {high:g}"
+        raise ValueError(f"`{name}` must be {rule}, got {shown(value)}.{hint}")
 
 
-def check_integer(name: str, value: Any, low: int) -> None:
-    """Raise unless `value` is an integer that is at least `low`."""
+def check_integer(name: str, value: Any, low: int, high: int = MOST) -> None:
+    """Raise unless `value` is an integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+        raise TypeError(f"`{name}` must be an integer, got {shown(value)}.")
     if value < low:
-        raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+        raise ValueError(f"`{name}` must be at least {low}, got {shown(value)}.")
+    if value > high:
+        raise ValueError(f"`{name}` must be at most {high:,}, got {shown(value)}.")
 
 
 def parse_bytes(name: str, value: Any) -> int | None:
@@ -47,30 +63,62 @@ def parse_bytes(name: str, value: Any) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError(f"`{name}` must be a number of bytes or a text such as '24GB', got {value!r}.")
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), flags=re.IGNORECASE)
+        raise TypeError(f"`{name}` must be a number of bytes or a text such as '24GB', got {shown(value)}.")
+    # 19 digits: more are no memory, and Python refuses to read very long numbers.
+    text = value if isinstance(value, str) else str(value) if abs(value) < 10**19 else ""
+    match = re.fullmatch(r"\s*(\d{1,19}(?:\.\d{1,19})?)\s*([KMGT]?)(i?)B?\s*", text, flags=re.IGNORECASE | re.ASCII)
     if match is None:
-        raise ValueError(f"`{name}` must be a number of bytes or a text such as '700MB' or '24GiB', got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be a number of bytes or a text such as '700MB' or '24GiB', got {shown(value)}."
+        )
     number, unit, binary = match.groups()
-    size: int = round(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
-    if size < 1:
-        raise ValueError(f"`{name}` must be above 0, got {value!r}.")
+    size: int = round(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if size < LEAST_MEMORY:
+        raise ValueError(
+            f"`{name}` must be at least {LEAST_MEMORY:,} bytes, got {shown(value)}, which is {size:,} bytes. Write the "
+            "unit: '24GB'."
+        )
     return size
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raise a `TypeError` unless `value` is a boolean."""
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+        raise TypeError(f"`{name}` must be True or False, got {shown(value)}.")
 
 
 def check_known(keys: list[str], known: list[str], owner: str) -> None:
     """Raise a `ValueError` that names the closest known setting if one of `keys` is unknown."""
-    for key in keys:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean `{close[0]}`?" if close else f"Known settings: {', '.join(known)}."
-            raise ValueError(f"`{key}` is not a setting of {owner}. {hint}")
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        close = closest(unknown[0], known)
+        hint = f"Did you mean `{close}`?" if close else f"Known settings: {', '.join(known)}."
+        raise ValueError(f"`{listed(unknown[:1])}` is not a setting of {owner}. {hint}")
+
+
+def read_settings(path: Path, owner: str) -> dict[str, Any]:
+    """Read the settings of `owner` from a JSON file.
+
+    Raises:
+        FileNotFoundError: If `path` is no file.
+        ValueError: If the file cannot be read, or is not a JSON object.
+    """
+    file = cut(str(path))
+    # A pipe or a device may never end.
+    if not path.is_file():
+        raise FileNotFoundError(f"`config` must be an existing JSON file of {owner} settings, got {file}.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(
+            f"`config` must be a JSON file of {owner} settings, got an error in {file}: {reason}."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"`config` must hold a JSON object of {owner} settings, got {type(values).__name__} in {file}."
+        )
+    return values
 
 
 def drop_removed(values: dict[str, Any], removed: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +126,7 @@ def drop_removed(values: dict[str, Any], removed: dict[str, Any]) -> dict[str, A
     for name in values.keys() & removed:
         if values[name] != removed[name]:
             logger.warning(
-                "`%s` is no longer a setting: %r is ignored, its value is %r.", name, values[name], removed[name]
+                "`%s` is no longer a setting: %s is ignored, its value is %r.", name, shown(values[name]), removed[name]
             )
     return {name: value for name, value in values.items() if name not in removed}
 
@@ -92,11 +140,15 @@ def check_patterns(name: str, patterns: Any, is_optional: bool) -> tuple[str, ..
     """
     if patterns is None and is_optional:
         return None
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) and pattern for pattern in patterns or ()):
-        raise TypeError(f"`{name}` must be a sequence of name patterns, got {patterns!r}. Write ('*.q_proj',) for one.")
-    if is_optional and not patterns:
+    given = () if patterns is None else patterns
+    is_collection = isinstance(given, Collection) and not isinstance(given, str | bytes | Mapping)
+    if not is_collection or not all(isinstance(pattern, str) and pattern for pattern in given):
+        raise TypeError(
+            f"`{name}` must be a sequence of name patterns, got {shown(patterns)}. Write ('*.q_proj',) for one."
+        )
+    if is_optional and not given:
         raise ValueError(f"`{name}` must name at least one pattern, got none. Omit it to prune every linear layer.")
-    return tuple(patterns or ())
+    return tuple(given)
 
 
 def check_task_weights(weights: Any) -> tuple[float, ...] | None:
@@ -109,9 +161,16 @@ def check_task_weights(weights: Any) -> tuple[float, ...] | None:
     if weights is None:
         return None
     if isinstance(weights, str) or not isinstance(weights, Sequence):
-        raise TypeError(f"`task_weights` must be a sequence of numbers, got {weights!r}. Write (1, 2) for two tasks.")
+        raise TypeError(
+            f"`task_weights` must be a sequence of numbers, got {shown(weights)}. Write (1, 2) for two tasks."
+        )
     if not weights:
         raise ValueError("`task_weights` must have one number for each task, got none. Omit it for equal weights.")
     for weight in weights:
-        check_float("task_weights", weight, 0.0, math.inf, False, " Omit a task that should not count.")
+        check_float("task_weights", weight, 0.0, MOST, False, " Omit a task that should not count.")
+    if max(weights) > _LARGEST_RATIO * min(weights):
+        raise ValueError(
+            f"`task_weights` must differ by a factor of at most {_LARGEST_RATIO:,.0f}, got {shown(tuple(weights))}. "
+            "Omit a task that should not count."
+        )
     return tuple(float(weight) for weight in weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,9 @@ from optimum_sieve.config.sieve import SieveConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+HUGE = 10**400
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,26 @@ if TYPE_CHECKING:
         ({"search_steps": 0}, "`search_steps` must be at least 1, got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"memory_limit": "12 apples"}, "`memory_limit` must be a number of bytes or a text .* got '12 apples'"),
-        ({"memory_limit": 0}, "`memory_limit` must be above 0, got 0"),
+        ({"memory_limit": 0}, "`memory_limit` must be at least 1,000 bytes, got 0, which is 0 bytes"),
+        (
+            {"memory_limit": "24"},
+            "`memory_limit` must be at least 1,000 bytes, got '24', which is 24 bytes. Write the unit: '24GB'",
+        ),
+        ({"memory_limit": "8B"}, "`memory_limit` must be at least 1,000 bytes, got '8B', which is 8 bytes"),
+        ({"memory_limit": 24}, "`memory_limit` must be at least 1,000 bytes, got 24, which is 24 bytes"),
+        ({"memory_limit": "9" * 400 + "GB"}, r"`memory_limit` must be a number of bytes or .* got '9999.*\.\.\."),
+        ({"memory_limit": HUGE}, "`memory_limit` must be .* got an integer of about 400 digits"),
+        ({"tolerance": HUGE}, "`tolerance` must be at least 0 and below 1, got an integer of about 400 digits"),
+        ({"damping": HUGE}, "`damping` must be at least 0 and below 1, got an integer of about 400 digits"),
+        ({"batch_size": HUGE}, "`batch_size` must be at most 1,000,000,000, got an integer of about 400 digits"),
+        ({"seed": HUGE}, "`seed` must be at most 9,223,372,036,854,775,807, got an integer of about 400 digits"),
+        ({"search_steps": -HUGE}, "`search_steps` must be at least 1, got an integer of about 400 digits"),
+        ({"task_weights": (1, HUGE)}, r"`task_weights` must be above 0 and below 1e\+09, got an integer of about 400"),
+        (
+            {"task_weights": (1e-300, 1)},
+            r"`task_weights` must differ by a factor of at most 1,000,000, got \(1e-300, 1",
+        ),
+        ({"allocation": "x" * 50_000}, r"`allocation` must be one of .* got 'xxx.{100,200}'\.$"),
         ({"vocabulary": "small"}, "`vocabulary` must be one of 'whole', 'task', got 'small'"),
         ({"vocabulary": "task", "vocabulary_size": 0}, "`vocabulary_size` must be at least 1, got 0"),
         ({"vocabulary_size": 9}, "`vocabulary_size` must go with vocabulary='task', got 9 and vocabulary='whole'"),
@@ -66,6 +89,15 @@ def test_values_that_break_a_rule(settings: dict[str, Any], message: str) -> Non
         ({"memory_limit": 1.5}, r"`memory_limit` must be a number of bytes .* got 1\.5"),
         ({"seed": True}, "`seed` must be an integer, got True"),
         ({"target_modules": "q_proj"}, r"`target_modules` must be a sequence .*Write \('\*\.q_proj',\) for one"),
+        ({"target_modules": 5}, r"`target_modules` must be a sequence of name patterns, got 5\. Write"),
+        ({"exclude_modules": 5}, r"`exclude_modules` must be a sequence of name patterns, got 5\. Write"),
+        ({"target_modules": {"q_proj": 1}}, "`target_modules` must be a sequence of name patterns, got {'q_proj': 1}"),
+        ({"target_modules": b"q_proj"}, "`target_modules` must be a sequence of name patterns, got b'q_proj'"),
+        (
+            {"target_modules": [["q_proj"]]},
+            r"`target_modules` must be a sequence of name patterns, got \[\['q_proj'\]\]",
+        ),
+        ({"heal": 5}, "`heal` must be a HealConfig or None, got 5"),
         ({"exclude_modules": [""]}, "`exclude_modules` must be a sequence of name patterns"),
     ],
 )
@@ -77,13 +109,13 @@ def test_values_of_the_wrong_type(settings: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("given", "size"),
     [
-        (7, 7),
-        ("7", 7),
+        (7000, 7000),
+        ("7000", 7000),
         ("24GB", 24 * 10**9),
         ("1.5 GiB", 3 * 2**29),
         ("700mb", 7 * 10**8),
         ("2T", 2 * 10**12),
-        ("8B", 8),
+        ("8000B", 8000),
     ],
 )
 def test_memory_is_given_in_bytes_or_with_a_unit(given: int | str, size: int) -> None:
@@ -122,7 +154,12 @@ def test_advanced_settings_are_the_last_fields(settings: type[SieveConfig | Heal
 
 
 @pytest.mark.parametrize(
-    ("key", "hint"), [("tolerence", "Did you mean `tolerance`?"), ("xyz", "Known settings: tolerance")]
+    ("key", "hint"),
+    [
+        ("tolerence", "Did you mean `tolerance`?"),
+        ("Batch-Size", "Did you mean `batch_size`?"),
+        ("xyz", "Known settings: tolerance"),
+    ],
 )
 def test_an_unknown_setting(key: str, hint: str) -> None:
     with pytest.raises(ValueError, match=f"`{key}` is not a setting of SieveConfig. ") as raised:
@@ -131,9 +168,44 @@ def test_an_unknown_setting(key: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"{", "must be a JSON file"), (b"\xff", "must be a JSON file"), (b"[]", "got list")]
+    ("content", "message"),
+    [
+        (b"{", "`config` must be a JSON file of SieveConfig settings, got an error in .*settings.json: Expecting"),
+        (b"\xff", "`config` must be a JSON file of SieveConfig settings, got an error in .*settings.json: .* decode"),
+        (b"[]", "`config` must hold a JSON object of SieveConfig settings, got list in .*settings.json"),
+        (
+            b"[" * 100_000,
+            "`config` must be a JSON file of SieveConfig settings, got .*settings.json: nested too deeply",
+        ),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "`config` must be a JSON file of .*settings.json: .*4300 digits"),
+        (
+            b'{"seed": ' + b"9" * 400 + b"}",
+            "`seed` must be at most 9,223,372,036,854,775,807, got an integer of about 40",
+        ),
+        (b'{"target_modules": 5}', "`target_modules` must be a sequence of name patterns, got 5"),
+        (b'{"heal": {"steps": 1e400}}', "`heal.steps` must be an integer, got inf"),
+        (
+            b'{"%s": 1}' % (b"x" * 50_000),
+            r"`xxx.{100,200}` is not a setting of SieveConfig\. Known settings: tolerance",
+        ),
+    ],
 )
 def test_a_file_that_holds_no_settings(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "settings.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message) as raised:
+        SieveConfig.from_json_file(tmp_path / "settings.json", pruning_ratio=0.5)
+    assert len(str(raised.value)) < 1500
+
+
+def test_a_file_of_many_unknown_settings_is_refused_at_the_first(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({f"tolerance {i}": i for i in range(20_000)}))
+    with pytest.raises(ValueError, match="`tolerance 0` is not a setting of SieveConfig"):
         SieveConfig.from_json_file(tmp_path / "settings.json")
+
+
+def test_a_config_file_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    for name in ("pipe.json", "loop.json", "absent.json", "."):
+        with pytest.raises(FileNotFoundError, match=f"`config` must be an existing JSON file .* got .*{name}"):
+            SieveConfig.from_json_file(tmp_path / name)

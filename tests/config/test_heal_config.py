@@ -19,6 +19,8 @@ from optimum_sieve.config.heal import HealConfig
         ({"gold_weight": 1.0}, r"`heal\.gold_weight` must be at least 0 and below 1, got 1\.0"),
         ({"monitor_fraction": 0.0}, r"`heal\.monitor_fraction` must be above 0 and below 1, got 0\.0"),
         ({"rounds": 0}, r"`heal\.rounds` must be at least 1, got 0"),
+        ({"steps": 10**400}, r"`heal\.steps` must be at most 1,000,000,000, got an integer of about 400 digits"),
+        ({"learning_rate": 10**400}, r"`heal\.learning_rate` must be above 0 and below 1, got an integer of about 400"),
         ({"patience": 0}, r"`heal\.patience` must be at least 1, got 0"),
     ],
 )
