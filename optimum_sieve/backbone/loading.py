@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +15,14 @@ from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.modeling.layout import copy_parameters
 from optimum_sieve.modeling.modeling_sieve import SievePreTrainedModel
 from optimum_sieve.run import distributed
+from optimum_sieve.run.scratch import Scratch
 
 from .blockwise import find_blocks
 from .kinds import auto_class_name
+from .quantized import quantization_options
 
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedConfig
 
 
@@ -34,6 +36,7 @@ def load_model(
     gguf_file: str | None = None,
     revision: str | None = None,
     offload_dir: str | Path | None = None,
+    quantized: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
     """Return the model, its tokenizer and its name; a loaded model is returned unchanged.
 
@@ -46,11 +49,13 @@ def load_model(
         gguf_file (`str`, *optional*): Name of a GGUF file in the repository or directory.
         revision (`str`, *optional*): Revision on the Hub.
         offload_dir (`str | Path`, *optional*): Leave the weights of the blocks on disk until a block is called: in the
-            checkpoint, or in this directory if they have to be converted.
+            checkpoint or, if they have to be converted, in a new directory inside this one, which is removed together
+            with the model.
+        quantized (`bool`): Whether a checkpoint that cannot be dequantized on loading may stay quantized.
 
     Raises:
         ValueError: If `dtype` is not a floating-point type, a loaded model comes without a tokenizer, or the model
-            cannot be offloaded.
+            cannot be offloaded or dequantized.
         OSError: If the model is not found or damaged.
     """
     if isinstance(model, PreTrainedModel):
@@ -64,20 +69,26 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     # GGUF files hold causal language models.
     config = None if gguf_file else AutoConfig.from_pretrained(name, **options)
+    if config is not None:
+        options |= quantization_options(config, name, accepted=quantized)
     auto_class = getattr(transformers, auto_class_name(config))
     target_device = torch.device(device) if device is not None else default_device()
+    scratch: Scratch | None = None
     if offload_dir is not None:
         if config is None:
             raise ValueError(
                 f"`memory_limit` must go with a model in safetensors files, got the GGUF file {gguf_file!r}, which is "
                 "unpacked in memory as a whole. Save the unpacked model with `save_pretrained` and prune that."
             )
-        options |= {"device_map": offload_map(config, target_device), "offload_folder": str(offload_dir)}
+        scratch = Scratch(Path(offload_dir), "offloaded")
+        options |= {"device_map": offload_map(config, target_device), "offload_folder": str(scratch.path)}
     loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=read_dtype(dtype), **options)
     if not isinstance(loaded, SievePreTrainedModel):
         # Pruned models do it themselves.
         copy_parameters(loaded)
-    if offload_dir is None:
+    if scratch is not None:
+        weakref.finalize(loaded, scratch.remove)
+    else:
         loaded.to(target_device)  # type: ignore[arg-type]
     return loaded, tokenizer, name
 

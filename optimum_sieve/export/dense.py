@@ -18,6 +18,7 @@ from optimum_sieve.modeling.experts import fuse_dense_experts
 from optimum_sieve.modeling.modeling_sieve import SieveConfigMixin, SievePreTrainedModel
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
+from optimum_sieve.publish.saved import save_model
 
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def save_dense(
     layers, block = plain_layers(model), model.config.sieve
 
     def write_model(directory: Path) -> None:
-        export_dense(model, progress=progress).save_pretrained(directory, **options)
+        save_model(export_dense(model, progress=progress), directory, **options)
 
     return save_directory(
         output_dir,

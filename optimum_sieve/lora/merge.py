@@ -15,6 +15,7 @@ from optimum_sieve.modeling.conversion import check_pruned, plain_layers
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
+from optimum_sieve.publish.saved import save_model
 from optimum_sieve.surgery.factors import recompress
 
 from .layer import require_peft, whole_matrix
@@ -170,7 +171,7 @@ def save_merged(
     """
     return save_directory(
         output_dir,
-        model.save_pretrained,
+        lambda directory: save_model(model, directory),
         tokenizer,
         lambda: build_export_card(
             model.config.sieve,

@@ -58,7 +58,7 @@ def sieve_model(
     """
     base_config, base_class = _base_classes(model)
     _check_layers(model)
-    forget_gguf(model)
+    forget_quantization(model)
     fuse_dense_experts(model)
     block: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -167,23 +167,35 @@ def is_gguf(model: PreTrainedModel) -> bool:
     return bool(getattr(settings, "quant_method", None) == "gguf")
 
 
-def forget_gguf(model: PreTrainedModel) -> None:
-    """Remove the traces of a GGUF file from a model; with them, transformers refuses to save it.
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Remove the traces of a quantized checkpoint from a model whose weights were dequantized when it was loaded.
+
+    With them, transformers would refuse to save the model, or quantize the new weights.
 
     Raises:
         ValueError: If the weights are still packed in blocks.
     """
-    if not is_gguf(model):
-        return
-    if getattr(getattr(model, "hf_quantizer", None), "packed_modules", None):
-        raise ValueError(
-            "`model` must hold plain weights, got weights packed in GGUF blocks. Load it with "
-            "`quantization_config=GgufConfig(dequantize=True)`."
-        )
-    owners: tuple[Any, ...] = (model, model.config)
-    for owner in owners:
-        for name in ("hf_quantizer", "quantization_method", "is_quantized", "quantization_config"):
-            owner.__dict__.pop(name, None)
+    if is_gguf(model):
+        if getattr(getattr(model, "hf_quantizer", None), "packed_modules", None):
+            raise ValueError(
+                "`model` must hold plain weights, got weights packed in GGUF blocks. Load it with "
+                "`quantization_config=GgufConfig(dequantize=True)`."
+            )
+        owners: tuple[Any, ...] = (model, model.config)
+        for owner in owners:
+            for name in ("hf_quantizer", "quantization_method", "is_quantized", "quantization_config"):
+                owner.__dict__.pop(name, None)
+    if getattr(model, "hf_quantizer", None) is None:
+        # transformers removes it from the whole configuration alone.
+        model.config.get_text_config().__dict__.pop("quantization_config", None)
+    operations = [op for entry in model.__dict__.get("_weight_conversions") or () for op in _operations(entry)]
+    if any(getattr(operation, "hf_quantizer", None) is not None for operation in operations):
+        # transformers then takes the conversions of the architecture.
+        del model._weight_conversions
+
+
+def _operations(conversion: Any) -> list[Any]:
+    return list(getattr(conversion, "operations", None) or ())
 
 
 def check_pruned(config: Any) -> None:

@@ -79,11 +79,24 @@ def tensor_digest(tensor: torch.Tensor, name: str = "tensor") -> str:
             "offloaded model."
         )
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
-    flat = tensor.detach().reshape(-1)
-    for chunk in torch.split(flat, _CHUNK):
-        values: Any = chunk.cpu().contiguous().view(torch.uint8).numpy()
+    for chunk in _chunks(tensor):
+        values: Any = chunk.numpy()
         digest.update(values)
     return digest.hexdigest()
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Tell whether two tensors have the same shape, dtype and bits, on any devices and in any memory layouts."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    pairs = zip(_chunks(first), _chunks(second), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the bytes of a tensor row by row, in parts, on the CPU."""
+    for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
+        yield chunk.cpu().contiguous().view(torch.uint8)
 
 
 def combine_digests(digests: dict[str, str]) -> str:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 Module = TypeVar("Module", bound=nn.Module)
+
+
+_copies: ContextVar[bool] = ContextVar("_copies", default=True)
+
+
+@contextmanager
+def leaving_parameters() -> Iterator[None]:
+    """Let [`copy_parameters`] copy nothing inside the context, for a model that is only compared with its file."""
+    token = _copies.set(False)
+    try:
+        yield
+    finally:
+        _copies.reset(token)
 
 
 @torch.no_grad()
@@ -18,7 +36,7 @@ def copy_parameters(model: nn.Module) -> None:
     `from_pretrained` leaves them in the memory-mapped file: the first pass reads them from disk, and they may be
     unaligned, which slows matrix-vector products down, on some machines several times.
     """
-    for parameter in _plain_parameters(model):
+    for parameter in _plain_parameters(model) if _copies.get() else ():
         parameter.data = parameter.data.clone()
 
 

@@ -16,6 +16,7 @@ from optimum_sieve.surgery.apply import largest_coefficient
 from .card import PIPELINE_TAGS, base_license, build_card
 from .directory import save_directory
 from .report import build_report, task_block, task_blocks
+from .saved import save_model
 
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def save_result(
         options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
         save_directory(
             output,
-            lambda directory: result.model.save_pretrained(directory, **options),
+            lambda directory: save_model(result.model, directory, **options),
             tokenizer,
             lambda: build_card(
                 result.report,

@@ -1,0 +1,113 @@
+"""Quantized checkpoints: dequantized on purpose and saved as plain weights, or refused by name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from block_fp8 import save_block_fp8, set_quantization
+from safetensors.torch import load_file
+from toy import load_task, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve.backbone.loading import load_model
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONFIG = SieveConfig(pruning_ratio=0.3, rounds=1)
+IDS = torch.arange(8)[None]
+
+
+def save_base(directory: Path) -> Path:
+    save_block_fp8(make_model(), directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def kinds(directory: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(directory / "model.safetensors").values()}
+
+
+def prune(source: Any, directory: Path) -> Path:
+    task = load_task(directory)
+    options = {} if isinstance(source, str) else {"tokenizer": make_tokenizer()}
+    pruner = SievePruner.from_pretrained(source, task=task, **options)
+    scored = pruner.prune(CONFIG, progress=False).model
+    output = pruner.save_pretrained(directory / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(output)
+    assert torch.equal(scored(IDS).logits, reloaded(IDS).logits)
+    return output
+
+
+def test_a_block_fp8_checkpoint_is_dequantized_and_saved_as_it_was_scored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = str(save_base(tmp_path / "base"))
+    with caplog.at_level(logging.WARNING):
+        output = prune(base, tmp_path)
+    assert f"{base} is quantized with fp8: its weights are dequantized and saved as plain ones." in caplog.messages
+    assert kinds(output) == {torch.bfloat16, torch.int32}
+
+
+def test_a_model_that_transformers_dequantized_is_saved_as_it_was_scored(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    assert kinds(prune(model, tmp_path)) == {torch.bfloat16, torch.int32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "nvfp4"}, "nvfp4"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "torchao"}, "torchao"),
+    ],
+)
+def test_a_format_that_cannot_be_dequantized_is_refused_by_name(
+    settings: dict[str, Any], method: str, tmp_path: Path
+) -> None:
+    base = set_quantization(save_base(tmp_path / "base"), settings)
+    with pytest.raises(ValueError, match=rf"`model` must have plain weights, got .*base quantized with '{method}'\. "):
+        load_model(base)
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "modelopt"}, {"quant_algo": "FP8"}, {"quant_method": ["fp8"]}])
+def test_an_unknown_format_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    base = set_quantization(save_base(tmp_path / "base"), settings)
+    method = str(settings.get("quant_method")).replace("[", r"\[")
+    for quantized in (False, True):
+        with pytest.raises(
+            ValueError, match=f"with a method that transformers supports, got .{method}"
+        ):
+            load_model(base, quantized=quantized)
+
+
+@pytest.mark.parametrize(
+    ("settings", "package", "quantized"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptqmodel", True),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors", False),
+        ({"load_in_4bit": True}, "bitsandbytes", True),
+    ],
+)
+def test_an_absent_package_is_named(
+    settings: dict[str, Any], package: str, quantized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    base = set_quantization(save_base(tmp_path / "base"), settings)
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    with pytest.raises(ImportError, match=rf"`{package}` must be installed to load .*base.*`pip install {package}`"):
+        load_model(base, quantized=quantized)

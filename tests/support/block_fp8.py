@@ -1,0 +1,41 @@
+"""Write checkpoints with block FP8 weights, as several model makers publish them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+_BLOCK = 16
+
+
+def save_block_fp8(model: PreTrainedModel, directory: Path) -> Path:
+    """Save a model with the linears of its blocks in float8, with one scale for each block of 16 by 16."""
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        if "_proj" in name:
+            rows, columns = tensor.shape
+            blocks = tensor.float().reshape(rows // _BLOCK, _BLOCK, columns // _BLOCK, _BLOCK)
+            scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+            tensor = (blocks / scales[:, None, :, None]).reshape(rows, columns).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scales
+        tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return set_quantization(directory, {"quant_method": "fp8", "weight_block_size": [_BLOCK, _BLOCK]})
+
+
+def set_quantization(directory: Path, settings: dict[str, Any]) -> Path:
+    """Write a `quantization_config` into the configuration of a checkpoint."""
+    path = directory / "config.json"
+    config = {**json.loads(path.read_text()), "quantization_config": settings}
+    path.write_text(json.dumps(config))
+    return directory
