@@ -60,7 +60,7 @@ class ExportCommand(SieveSubcommand):
         from optimum_sieve.export.dense import save_dense
         from optimum_sieve.export.onnx import TOLERANCE, check_onnx_packages, export_onnx
         from optimum_sieve.publish.card import base_license
-        from optimum_sieve.run.files import check_output
+        from optimum_sieve.run.outputs import check_output
 
         check_output(Path(arguments.output), arguments.overwrite)
         if arguments.onnx:

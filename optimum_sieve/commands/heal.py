@@ -65,7 +65,7 @@ class HealCommand(SieveSubcommand):
         from optimum_sieve.pipeline.heal import heal_pruned
         from optimum_sieve.publish.report import format_table
         from optimum_sieve.publish.result import save_result
-        from optimum_sieve.run.files import check_output
+        from optimum_sieve.run.outputs import check_output
         from optimum_sieve.tasks.several import read_tasks
 
         check_output(Path(arguments.output), arguments.overwrite)

@@ -44,7 +44,7 @@ class MergeCommand(SieveSubcommand):
         from optimum_sieve.lora.layer import require_peft
         from optimum_sieve.lora.merge import check_adapter, merge_adapter, save_merged
         from optimum_sieve.publish.card import base_license
-        from optimum_sieve.run.files import check_output
+        from optimum_sieve.run.outputs import check_output
 
         check_output(Path(arguments.output), arguments.overwrite)
         require_peft()

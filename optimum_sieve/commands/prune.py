@@ -58,7 +58,7 @@ class PruneCommand(SieveSubcommand):
         from optimum_sieve.backbone.sizes import tensor_bytes
         from optimum_sieve.publish.report import format_table
         from optimum_sieve.run import distributed
-        from optimum_sieve.run.files import check_output
+        from optimum_sieve.run.outputs import check_output
 
         if arguments.output is not None:
             check_output(Path(arguments.output), arguments.overwrite)

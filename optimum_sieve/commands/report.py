@@ -27,5 +27,10 @@ class ReportCommand(SieveSubcommand):
         """Write the page."""
         from optimum_sieve.search.page.page import find_summary, write_page
 
-        path = write_page(find_summary(arguments.work_dir), arguments.output, overwrite=arguments.overwrite)
+        path = write_page(
+            find_summary(arguments.work_dir),
+            arguments.output,
+            overwrite=arguments.overwrite,
+            work_dir=arguments.work_dir,
+        )
         print(f"written to {path}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.run.files import check_output, whole_directory
+from optimum_sieve.run.files import whole_directory
+from optimum_sieve.run.outputs import reserved
 
 from .report import REPORT_NAME, write_report
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedTokenizerBase
+
+    from optimum_sieve.run.outputs import Inputs
 
 
 def save_directory(
@@ -25,6 +28,7 @@ def save_directory(
     report: dict[str, Any] | None = None,
     overwrite: bool = False,
     needed_bytes: int = 0,
+    inputs: Inputs = (),
 ) -> Path:
     """Check the output directory; write model, tokenizer, card and report to a temporary one; rename it.
 
@@ -37,19 +41,21 @@ def save_directory(
         card (`Callable[[], object]`): Makes the model card, whose `str` becomes README.md; called after everything else
             is written.
         report (`dict[str, Any]`, *optional*): Becomes `sieve_report.json`, with the size of the weights as written.
-        overwrite (`bool`): Whether to replace a directory that holds files, once the new one is complete.
+        overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
         needed_bytes (`int`): Bytes that must be free on the disk.
+        inputs (`Iterable[tuple[str, str | Path | None]]`): Names of arguments with their paths, from which `output_dir`
+            must be apart.
 
     Returns:
         `Path`: `output_dir`.
 
     Raises:
-        FileExistsError: If `output_dir` holds files and `overwrite` is false.
+        FileExistsError: If `output_dir` holds files and `overwrite` is false, or files that are not of a model.
+        ValueError: If it is, contains or lies in an input.
         OSError: If the disk is full or the directory cannot be written.
     """
     output = Path(output_dir)
-    check_output(output, overwrite, needed_bytes=needed_bytes)
-    with whole_directory(output) as partial:
+    with reserved(output, overwrite, needed_bytes=needed_bytes, inputs=inputs), whole_directory(output) as partial:
         write_model(partial)
         tokenizer.save_pretrained(partial)
         if report is not None:

@@ -1,89 +1,100 @@
-"""Output files and directories: checked before any work, and written atomically."""
+"""Write files and directories as a whole or not at all: to a temporary place beside them, renamed once on the disk.
+
+Both are safe from other runs and finish or remove what dead runs left (`reservation`). Does not import torch.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from contextlib import contextmanager
+import sys
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .outputs import is_standard_output, regular_file
+from .reservation import NEW, OLD, exclusive, shared, temporary_directory
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
-
-
-def check_output(output: Path, overwrite: bool, needed_bytes: int = 0) -> None:
-    """Check that the output directory is new or empty, writable and on a disk with enough room.
-
-    Raises:
-        FileExistsError: If it contains files and `overwrite` is false, or is a file.
-        OSError: If it cannot be written or there is not enough room.
-    """
-    if output.is_file():
-        raise FileExistsError(f"`output_dir` must be a directory, got the file {output}. Choose another name.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"`output_dir` must be new or empty, got {output} which holds files. Choose another or pass --overwrite."
-        )
-    absolute = output.resolve()
-    existing = next(parent for parent in absolute.parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OSError(f"`output_dir` must be in a directory that can be written, got {output}. Choose another one.")
-    if os.path.ismount(absolute):
-        raise OSError(
-            f"`output_dir` must not be a mount point, which cannot be replaced as a whole, got {output}. Name a "
-            "directory inside it."
-        )
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes * 1.05:
-        raise OSError(
-            f"`output_dir` must have room for {needed_bytes / 1e9:.2f} GB, got {free / 1e9:.2f} GB free for {output}. "
-            "Free some space or choose another disk."
-        )
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same directory as `path`; it replaces `path` unless an error is raised."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Yield a temporary path of the same name; what is written there replaces `path` unless an error is raised.
+
+    A link stays and the file it names is replaced. For `/dev/stdout` the content goes to the standard output.
+
+    Raises:
+        FileExistsError: If `path` is no regular file.
+        OSError: If the directory cannot be written.
+    """
+    if is_standard_output(path):
+        with tempfile.TemporaryDirectory(prefix="optimum-sieve-") as directory:
+            temporary = Path(directory) / path.name
+            yield temporary
+            sys.stdout.write(temporary.read_text(encoding="utf-8"))
+        return
+    target = regular_file(path)
+    with shared(target), temporary_directory(target) as directory:
+        temporary = directory / target.name
         yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _sync(temporary)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
+        _sync_names(target.parent)
 
 
 @contextmanager
 def whole_directory(output: Path) -> Iterator[Path]:
-    """Yield a temporary directory with the same parent as `output`; it replaces `output` unless an error is raised.
+    """Yield a path that does not exist yet; the directory made there replaces `output` unless an error is raised.
 
     Raises:
-        OSError: If the disk is full or the directory cannot be written.
+        OSError: If the disk is full, the directory cannot be written or another run writes it.
     """
-    output = output.resolve()
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        _replace_directory(partial, output)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise OSError(
-                f"`output_dir` must be writable and have room, got {output}: {error}. Nothing was written."
-            ) from error
-        raise
+    target = Path(os.path.realpath(output))
+    with exclusive(target):
+        try:
+            with temporary_directory(target) as directory:
+                yield directory / NEW
+                _replace_directory(directory, target)
+        except BaseException as error:
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+                raise OSError(
+                    f"`output_dir` must be writable and have room, got {output}: {error}. Nothing was written."
+                ) from error
+            raise
 
 
-def _replace_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; the previous `target` is removed only after that has succeeded."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+def _replace_directory(directory: Path, target: Path) -> None:
+    """Rename the new content to `target`; its previous content is removed only after that has succeeded."""
+    new = directory / NEW
+    for folder, _, names in os.walk(new):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync_names(Path(folder))
     if target.exists():
-        target.rename(old)
-    try:
-        source.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.copymode(target, new)
+        target.rename(directory / OLD)
+        _sync_names(directory)
+    new.rename(target)
+    _sync_names(target.parent)
+
+
+def _sync(file: Path) -> None:
+    """Put the content of a file on the disk, so that its new name never arrives there first."""
+    with file.open("r+b") as content:
+        os.fsync(content.fileno())
+
+
+def _sync_names(directory: Path) -> None:
+    """Put the names in a directory on the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from optimum_sieve.run import files
-from optimum_sieve.run.files import check_output, whole_directory
+from optimum_sieve.run import outputs
+from optimum_sieve.run.files import whole_directory
+from optimum_sieve.run.outputs import check_output
+
+
+def write_config(directory: Path, **values: str) -> None:
+    """Make `directory` one that `save_pretrained` may have written."""
+    directory.mkdir(exist_ok=True)
+    content = {"model_type": "llama", "transformers_version": "5.0", **values}
+    (directory / "config.json").write_text(json.dumps(content))
 
 
 def test_places_that_cannot_take_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +27,7 @@ def test_places_that_cannot_take_a_directory(tmp_path: Path, monkeypatch: pytest
         check_output(tmp_path / "file" / "out", overwrite=False)
     with pytest.raises(OSError, match=r"`output_dir` must have room for .* GB free"):
         check_output(tmp_path / "out", overwrite=False, needed_bytes=10**18)
-    monkeypatch.setattr(files.os.path, "ismount", lambda path: True)
+    monkeypatch.setattr(outputs.os.path, "ismount", lambda path: True)
     with pytest.raises(OSError, match="`output_dir` must not be a mount point"):
         check_output(tmp_path / "out", overwrite=False)
 
@@ -31,8 +40,8 @@ def test_the_current_directory_and_links(tmp_path: Path, monkeypatch: pytest.Mon
         check_output(place, overwrite=True)
         with whole_directory(place) as partial:
             partial.mkdir()
-            (partial / "model").write_text(str(place))
-        assert (tmp_path / "real" / "model").read_text() == str(place)
+            write_config(partial, name=str(place))
+        assert json.loads((tmp_path / "real" / "config.json").read_text())["name"] == str(place)
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 

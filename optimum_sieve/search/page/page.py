@@ -9,7 +9,8 @@ from typing import Any
 
 import jinja2
 
-from optimum_sieve.run.files import check_output, whole_directory
+from optimum_sieve.run.files import whole_directory
+from optimum_sieve.run.outputs import reserved
 from optimum_sieve.search.summary import FORMAT_VERSION, SUMMARY
 
 from .figures import draw_all
@@ -43,29 +44,33 @@ def find_summary(work_dir: str | Path) -> dict[str, Any]:
     return summary
 
 
-def write_page(summary: dict[str, Any], output_dir: str | Path, *, overwrite: bool = False) -> Path:
+def write_page(
+    summary: dict[str, Any], output_dir: str | Path, *, overwrite: bool = False, work_dir: str | Path | None = None
+) -> Path:
     """Write the page and its pictures; all of them or nothing.
 
     Args:
         summary (`dict[str, Any]`): A summary from `find_summary`.
         output_dir (`str | Path`): A new or empty directory.
-        overwrite (`bool`): Whether to replace a directory that holds files.
+        overwrite (`bool`): Whether to replace an earlier page.
+        work_dir (`str | Path`, *optional*): Directory of the search, from which `output_dir` must be apart.
 
     Returns:
         `Path`: The page. It contains the pictures, which are also PNG files in its directory.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        OSError: If the directory holds files or cannot be written.
+        ValueError: If `output_dir` is, contains or lies in `work_dir`.
+        OSError: If the directory holds other files or cannot be written.
     """
     output = Path(output_dir)
-    check_output(output, overwrite)
-    pictures = draw_all(summary)
-    with whole_directory(output) as partial:
-        partial.mkdir(parents=True)
-        for name, content in pictures.items():
-            (partial / f"{name}.png").write_bytes(content)
-        (partial / PAGE_NAME).write_text(_render(summary, pictures), encoding="utf-8")
+    with reserved(output, overwrite, inputs=[("work_dir", work_dir)]):
+        pictures = draw_all(summary)
+        with whole_directory(output) as partial:
+            partial.mkdir()
+            for name, content in pictures.items():
+                (partial / f"{name}.png").write_bytes(content)
+            (partial / PAGE_NAME).write_text(_render(summary, pictures), encoding="utf-8")
     return output / PAGE_NAME
 
 
