@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from healed_world import TOKENIZER, assert_same, learn
+from healed_world import TOKENIZER, assert_same
 from model_kinds import make_model as make_other_model
-from toy import load_task, make_tokenizer, parity_rows
+from toy import load_task, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SieveConfig, SievePruner, evaluate
@@ -38,16 +38,6 @@ if TYPE_CHECKING:
 
 QUICK = HealConfig(steps=40, learning_rate=3e-2, eval_steps=10)
 FAR = {"pruning_ratio": 0.97, "rank_multiple": 1, "rounds": 1}
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return load_task(tmp_path_factory.mktemp("task"), parity_rows(600))
-
-
-@pytest.fixture(scope="module")
-def dense(task: Task) -> PreTrainedModel:
-    return learn(task)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from healed_world import (
     ScriptedMonitor,
     assert_close,
     assert_same,
-    learn,
     products,
     prune,
     run,
@@ -21,7 +20,7 @@ from healed_world import (
     weights,
 )
 from model_kinds import make_model as make_other_model
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import make_model, make_tokenizer
 
 from optimum_sieve import compare
 from optimum_sieve.backbone.kinds import input_format
@@ -38,26 +37,6 @@ if TYPE_CHECKING:
 
     from optimum_sieve.evaluation.teacher import Teacher
     from optimum_sieve.tasks import Task
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return load_task(tmp_path_factory.mktemp("task"), parity_rows(600))
-
-
-@pytest.fixture(scope="module")
-def dense(task: Task) -> PreTrainedModel:
-    return learn(task)
-
-
-@pytest.fixture(scope="module")
-def teacher(dense: PreTrainedModel, task: Task) -> Teacher:
-    return teach(dense, split(task, "calibration"), TOKENIZER, progress=False)
-
-
-@pytest.fixture
-def pruned(dense: PreTrainedModel, task: Task) -> PreTrainedModel:
-    return prune(dense, task)
 
 
 def factorized(model: PreTrainedModel) -> list[FactorizedLinear]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import toy
-from healed_world import QUICK, TOKENIZER, ScriptedMonitor, assert_same, learn, prune, run, split, weights
+from healed_world import QUICK, TOKENIZER, ScriptedMonitor, assert_same, prune, run, split, weights
 from safetensors.torch import load_file
 from toy import load_task, parity_rows
 from transformers import AutoModelForCausalLM
@@ -32,21 +32,6 @@ if TYPE_CHECKING:
 
     from optimum_sieve.evaluation.teacher import Teacher
     from optimum_sieve.tasks import Task
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return load_task(tmp_path_factory.mktemp("task"), parity_rows(600))
-
-
-@pytest.fixture(scope="module")
-def dense(task: Task) -> PreTrainedModel:
-    return learn(task)
-
-
-@pytest.fixture(scope="module")
-def teacher(dense: PreTrainedModel, task: Task) -> Teacher:
-    return teach(dense, split(task, "calibration"), TOKENIZER, progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
