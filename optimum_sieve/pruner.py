@@ -105,8 +105,8 @@ class SievePruner:
             gguf_file (`str`, *optional*): Name of a GGUF file in the model's repository or directory.
             revision (`str`, *optional*): Revision on the Hub.
             offload_dir (`str | Path`, *optional*): Keep the weights of the model's blocks on disk until they are used:
-                in the checkpoint or, if they need conversion, in this directory. For models larger than the memory,
-                with a `memory_limit`.
+                in the checkpoint or, if they need conversion, in a private directory inside this one, which is removed
+                together with the model. For models larger than the memory, with a `memory_limit`.
 
         Raises:
             FileNotFoundError: If the task file or its data does not exist.

@@ -1,9 +1,9 @@
 r"""Run a model block by block, each block over all batches before the next.
 
 Only one block's weights and moments and one batch's activations are in memory at a time. The forward pass stores the
-hidden states before each block in a [`Spool`]. The backward pass recomputes each block's outputs from these states and
-backpropagates the gradient through the block, at the cost of a second forward pass per block. Up to rounding, the
-result equals that of the whole model.
+hidden states before each block in a [`Spool`][optimum_sieve.run.spool.Spool]. The backward pass recomputes each block's
+outputs from these states and backpropagates the gradient through the block, at the cost of a second forward pass per
+block. Up to rounding, the result equals that of the whole model.
 
 The model's own code still handles masks, positions, embeddings and heads: every run calls the whole model, but all
 blocks except one only pass the hidden states on. Depends on torch only.
@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .hooks import Watch, check_loss
@@ -27,7 +26,8 @@ from .targets import block_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+
+    from optimum_sieve.run.spool import Spool
 
 
 BatchT = TypeVar("BatchT")
@@ -86,42 +86,6 @@ def check_blocks(model: nn.Module, blocks: Sequence[str], read: Callable[[], obj
             f"`memory_limit` must be for a model that runs all of its blocks, got {type(model).__name__}, which did "
             f"not run `{blocks[len(passed)]}`. Omit `memory_limit`."
         )
-
-
-class Spool:
-    """Tensors by name, in memory or in files.
-
-    Args:
-        directory (`Path`, *optional*): An empty directory for the files. Default: in memory.
-    """
-
-    def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Store a tensor; replace one with the same name."""
-        if self._directory is None:
-            self._tensors[name] = tensor.detach()
-        else:
-            save_file({"tensor": tensor.detach().contiguous().cpu()}, self._directory / name)
-
-    def get(self, name: str, device: torch.device) -> torch.Tensor:
-        """Return a tensor.
-
-        Raises:
-            KeyError: If there is no tensor with this name; FileNotFoundError if tensors are in files.
-        """
-        if self._directory is None:
-            return self._tensors[name].to(device)
-        return load_file(self._directory / name, device=str(device))["tensor"]
-
-    def drop(self, name: str) -> None:
-        """Delete a tensor if it exists."""
-        if self._directory is None:
-            self._tensors.pop(name, None)
-        else:
-            (self._directory / name).unlink(missing_ok=True)
 
 
 class BlockRun(Generic[BatchT]):

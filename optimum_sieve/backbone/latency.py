@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import platform
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +63,7 @@ def measure_latencies(run: Run) -> dict[str, np.ndarray]:
     distinct = sorted(set(shapes.values()))
     key = content_key(
         shapes=distinct, storage=storage, multiple=multiple, dtype=str(weight.dtype), device=str(device),
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads(), hardware=_hardware(device), torch=torch.__version__,
     )  # fmt: skip
     stored = run.work.load("latencies", key)
     if stored is None:
@@ -72,6 +74,16 @@ def measure_latencies(run: Run) -> dict[str, np.ndarray]:
         stored = {str(shape): torch.tensor(seconds) for shape, seconds in zip(distinct, agreed, strict=True)}
         run.work.save("latencies", key, stored)
     return {name: stored[str(shape)].numpy() for name, shape in shapes.items()}
+
+
+def _hardware(device: torch.device) -> str:
+    """Return the name of a device's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else f"{platform.machine()} {platform.processor()}"
 
 
 def total_seconds(run: Run, ranks: Ranks) -> dict[str, float]:

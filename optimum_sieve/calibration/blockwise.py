@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import cached_property, partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from optimum_sieve.backbone.blockwise import BlockRun, Spool, check_blocks, find_blocks
+from optimum_sieve.backbone.blockwise import BlockRun, check_blocks, find_blocks
 from optimum_sieve.backbone.hooks import Watch
 from optimum_sieve.backbone.modes import frozen
 from optimum_sieve.backbone.offloading import execution_device
@@ -21,6 +19,8 @@ from optimum_sieve.factorization.closed_form import FactorBasis, factorize
 from optimum_sieve.factorization.moments import check_finite, empty_moments
 from optimum_sieve.factorization.stored import StoredBasis
 from optimum_sieve.run import distributed
+from optimum_sieve.run.scratch import Scratch
+from optimum_sieve.run.spool import Spool
 from optimum_sieve.run.workdir import flatten
 
 from .collect import accumulator
@@ -31,6 +31,7 @@ from .rounds import Bases, Round
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -87,11 +88,11 @@ class BlockRound(Round):
         run, joint = self.run, self.run.config.projection == "joint"
         order = list(enumerate(self.owned))
         with ExitStack() as stack:
-            directory = stack.enter_context(TemporaryDirectory(prefix="states-", dir=run.work.path))
+            directory = stack.enter_context(Scratch(run.work.path, "states"))
             stack.enter_context(frozen(run.model))
             bar = stack.enter_context(self._bar(len(order) * (2 if joint else 1)))
             with run.timed("moments"):
-                passes = self._start_all(gold, Path(directory))
+                passes = self._start_all(gold, directory)
             if joint:
                 with run.timed("moments"):
                     self._forward(passes, bar)

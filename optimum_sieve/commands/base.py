@@ -1,24 +1,32 @@
-"""Base of the subcommands: options for the model and the task, and errors printed as one line."""
+"""Base of the subcommands: options for the model and the task, the output, and errors printed as one line."""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import tempfile
 from abc import abstractmethod
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
+
+from optimum_sieve._messages import cut
+from optimum_sieve.run.signals import Terminated, raised_signals
 
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.pruner import SievePruner
 
+_LONGEST_MESSAGE = 1500
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REPORTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
@@ -33,6 +41,7 @@ class SieveSubcommand(BaseOptimumCLICommand):
         """Run the subcommand; print an error as one line, or with its traceback under `--debug`."""
         with one_line_errors(debug=self.args.debug):
             self.execute(self.args)
+            sys.stdout.flush()
 
 
 def add_debug(parser: ArgumentParser) -> None:
@@ -88,30 +97,103 @@ def load_pruner(arguments: Namespace, config: SieveConfig | None = None) -> Siev
         trust_remote_code=arguments.trust_remote_code,
         gguf_file=arguments.gguf_file,
         revision=arguments.revision,
-        offload_dir=Path(arguments.work_dir or tempfile.gettempdir()) / "offloaded" if offload else None,
+        offload_dir=(arguments.work_dir or tempfile.gettempdir()) if offload else None,
     )
+
+
+def reserved_output(arguments: Namespace) -> AbstractContextManager[None]:
+    """Check `--output` and `--work-dir` before any work, and keep other runs from writing the output meanwhile.
+
+    Raises:
+        FileExistsError: If the output holds something that may not be replaced, or another run writes it.
+        ValueError: If it is, contains or lies in an input or the work directory.
+        OSError: If a directory cannot be written.
+    """
+    from optimum_sieve.run import distributed
+    from optimum_sieve.run.outputs import check_directory, reserved
+
+    if getattr(arguments, "work_dir", None) is not None:
+        check_directory(Path(arguments.work_dir), "work_dir")
+    if not distributed.is_first():
+        return nullcontext()
+    return reserved(Path(arguments.output), arguments.overwrite, inputs=input_paths(arguments))
+
+
+def input_paths(arguments: Namespace) -> Iterator[tuple[str, str | Path]]:
+    """Yield the files and directories that a command reads or keeps results in, with the names of the options."""
+    from optimum_sieve.tasks.data import local_paths
+
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    files = given.get("task", [])
+    tasks = [path for file in ([files] if isinstance(files, str) else files) for path in local_paths(Path(file))]
+    named = [(name, given[name]) for name in ("model", "dense", "compare_to", "adapter", "config") if name in given]
+    if "gguf_file" in given:
+        named.append(("gguf_file", os.path.join(given.get("dense", given["model"]), given["gguf_file"])))
+    # Other names are those of repositories on the Hub.
+    yield from ((name, path) for name, path in [*named, *(("task", path) for path in tasks)] if os.path.exists(path))
+    if "work_dir" in given:
+        yield "work_dir", given["work_dir"]
+    if given.get("study_storage", "").startswith("sqlite:///"):
+        yield "study_storage", given["study_storage"].removeprefix("sqlite:///")
 
 
 @contextmanager
 def one_line_errors(*, debug: bool) -> Iterator[None]:
-    """Print expected errors as one line and exit with status 1; let unexpected ones through."""
+    """Print expected errors as one line and exit with status 1; let unexpected ones through.
+
+    Ctrl-C ends with status 130 and SIGTERM with 143, after everything was cleaned up.
+    """
     try:
-        yield
-    except KeyboardInterrupt:
+        with raised_signals():
+            yield
+    except KeyboardInterrupt as end:
         if debug:
             raise
-        print("error: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        is_terminated = isinstance(end, Terminated)
+        _end(f"terminated by {end}" if is_terminated else "interrupted", end.status if is_terminated else 130)
     except Exception as error:
         if debug or not _is_reported(error):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _end(_one_line(error), 1)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # A full disk or a closed pipe. The interpreter would try again at its end, and print a second error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(status) from None
+
+
+def _one_line(error: Exception) -> str:
+    """Return a message without line breaks and control characters; a long one keeps its start and its remedy."""
+    text = str(error) or type(error).__name__
+    full = _disk_error(error)
+    if full is not None and (full is error or not _is_expected(error)):
+        text = f"The disk must have room for what is written, got: {text}. Free some space and run again."
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return cut(" ".join(text.split()), _LONGEST_MESSAGE)
 
 
 def _is_reported(error: Exception) -> bool:
     """Whether the user can act on `error`. Any other type is a bug of this package, whose traceback is needed."""
+    return _is_expected(error) or _disk_error(error) is not None
+
+
+def _is_expected(error: Exception) -> bool:
     from safetensors import SafetensorError
 
     return isinstance(error, (*_REPORTED, SafetensorError))
+
+
+def _disk_error(error: BaseException | None) -> BaseException | None:
+    """Return the error of a full disk, or of a database, that an error was raised for; libraries wrap it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error
+        if type(error).__module__ == "sqlite3" and "full" in str(error):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from optimum_sieve.backbone.blockwise import BlockRun, Spool, find_blocks
+from optimum_sieve.backbone.blockwise import BlockRun, find_blocks
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
+from optimum_sieve.run.scratch import Scratch
+from optimum_sieve.run.spool import Spool
 from optimum_sieve.surgery.apply import truncated
 
 from .batches import input_device, log_likelihoods, make_batches
@@ -21,6 +21,7 @@ from .scores import check_scorable, evaluation_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -75,8 +76,8 @@ def evaluate_by_block(
     check_scorable(examples, metric)
     batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
     blocks = find_blocks(model)
-    with TemporaryDirectory(prefix="states-", dir=directory) as spool, evaluating(model):
-        run = BlockRun(model, blocks, batches, log_likelihoods, device=input_device(model), spool=Spool(Path(spool)))
+    with Scratch(directory, "states") as spool, evaluating(model):
+        run = BlockRun(model, blocks, batches, log_likelihoods, device=input_device(model), spool=Spool(spool))
         for index, block in enumerate(tqdm(blocks, desc=description or None, unit="block", disable=not progress)):
             with block_held(model, block, bases or {}, ranks or {}):
                 run.forward(index, keep_inputs=False)

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.run.checksum import UNSEALED, check_file, is_sealed, seal_file
 from optimum_sieve.run.files import replacing
 from optimum_sieve.tasks.metrics import CLASS_METRICS, most_frequent, score_classes
 from optimum_sieve.tasks.text_metrics import TEXT_METRICS, majority_text_score, metric_name, normalize_text, score_texts
@@ -102,19 +103,27 @@ class Evaluation:
         """Write a safetensors file atomically."""
         path = Path(path)
         scalars = {name: getattr(self, name) for name in _SCALARS} | ({"texts": self.texts} if self.texts else {})
-        metadata = {"format_version": str(FORMAT_VERSION), "evaluation": json.dumps(scalars, sort_keys=True)}
+        metadata = {
+            "format_version": str(FORMAT_VERSION),
+            "evaluation": json.dumps(scalars, sort_keys=True),
+            **UNSEALED,
+        }
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         with replacing(path) as temporary:
             save_file(arrays, temporary, metadata=metadata)
+            seal_file(temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
         """Read a file written by [`Evaluation.save`].
 
         Raises:
-            ValueError: If the file is damaged, not an evaluation, or written by a newer version.
+            ValueError: If the file is damaged or altered, not an evaluation, or written by a newer version.
         """
         try:
+            # Files of earlier versions have no checksum.
+            if is_sealed(Path(path)):
+                check_file(Path(path))
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -6,9 +6,8 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,13 @@ from safetensors.torch import save_file
 
 from optimum_sieve.run import distributed
 
+from .checksum import UNSEALED, check_file, seal_file
 from .files import replacing
+from .scratch import Scratch, remove_dead
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import torch
 
@@ -54,20 +55,22 @@ class WorkDir:
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise OSError(f"`work_dir` must be a directory that can be written, got {path}. Choose another one.")
+            remove_dead(self.path)
 
     @classmethod
     def temporary(cls) -> WorkDir:
         """Make a directory that is removed together with the object."""
-        work = cls(distributed.agree(tempfile.mkdtemp(prefix="optimum-sieve-") if distributed.is_first() else ""))
-        if distributed.is_first():
-            weakref.finalize(work, shutil.rmtree, str(work.path), ignore_errors=True)
+        scratch = Scratch(None, "work") if distributed.is_first() else None
+        work = cls(distributed.agree("" if scratch is None else str(scratch.path)))
+        if scratch is not None:
+            weakref.finalize(work, scratch.remove)
         return work
 
     def load(self, stage: str, key: str) -> dict[str, torch.Tensor] | None:
         """Return the tensors of a finished stage, or `None`.
 
         Raises:
-            ValueError: If the file is damaged; the message names it.
+            ValueError: If the file is damaged or its content was altered; the message names it.
         """
         stored = self.load_with_record(stage, key)
         return None if stored is None else stored[0]
@@ -76,17 +79,14 @@ class WorkDir:
         """Return the tensors of a finished stage and their record, or `None`.
 
         Raises:
-            ValueError: If the file is damaged; the message names it.
+            ValueError: If the file is damaged or its content was altered; the message names it.
         """
         path = self.find(stage, key)
         if path is None:
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator protocol
-                record = json.loads((file.metadata() or {}).get("record", "{}"))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"`{path}` must be a safetensors file, got {error}. Delete it and run again.") from error
+        with _naming(path), safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator protocol
+            record = json.loads((file.metadata() or {}).get("record", "{}"))
         logger.info("Resumed the %s from %s.", stage, path)
         return tensors, record
 
@@ -116,9 +116,10 @@ class WorkDir:
     ) -> None:
         try:
             with replacing(path) as temporary:
-                metadata = None if record is None else {"record": json.dumps(record)}
+                metadata = UNSEALED if record is None else {**UNSEALED, "record": json.dumps(record)}
                 on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
                 save_file(on_cpu, temporary, metadata=metadata)
+                seal_file(temporary)
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"`work_dir` must be writable and have room for the {stage}, got {self.path}: {error}. Finished stages "
@@ -126,13 +127,32 @@ class WorkDir:
             ) from error
 
     def find(self, stage: str, key: str) -> Path | None:
-        """Return the file of a finished stage, or `None`; the same in all processes of a run."""
+        """Return the file of a finished stage, or `None`; the same in all processes of a run.
+
+        Raises:
+            ValueError: If the file is damaged or its content was altered; the message names it.
+        """
         path = self.file(stage, key)
-        return path if path is not None and distributed.agree(path.exists()) else None
+        if path is None or not distributed.agree(path.exists()):
+            return None
+        with _naming(path):
+            check_file(path)
+        return path
 
     def file(self, stage: str, key: str) -> Path | None:
         """Return the file of a stage, whether it exists or not; `None` without a path."""
         return None if self.path is None else self.path / f"{stage}-{key}.safetensors"
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise errors about the content of a file with its name and what to do about it."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"`{path}` must be a safetensors file as this package saved it, got {error}. Delete it and run again."
+        ) from error
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -10,13 +10,14 @@ from tiny_models import ARCHITECTURES, make_input_ids, make_tiny_model
 from torch import nn
 from toy import load_task, make_model, make_tokenizer
 
-from optimum_sieve.backbone.blockwise import BlockRun, Spool, check_blocks, find_blocks
+from optimum_sieve.backbone.blockwise import BlockRun, check_blocks, find_blocks
 from optimum_sieve.backbone.hooks import Watch
 from optimum_sieve.backbone.modes import frozen
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.collect import visit_tokens
 from optimum_sieve.calibration.losses import calibration_loss
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
+from optimum_sieve.run.spool import Spool
 
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from toy import make_model, make_tokenizer
 from torch import nn
+from toy import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sieve.backbone import fingerprint
@@ -42,7 +42,8 @@ def test_any_single_changed_value_changes_the_fingerprint() -> None:
             for place in {*range(0, len(flat), step), len(flat) - 1}:
                 before = flat[place].clone()
                 flat[place] += 1e-3
-                assert (found := model_fingerprint(model)) not in seen, f"{name}[{place}]"
+                found = model_fingerprint(model)
+                assert found not in seen, f"{name}[{place}]"
                 seen.add(found)
                 flat[place] = before
     assert len(seen) > 300

@@ -14,6 +14,7 @@ import toy
 from optimum_sieve import FactorizedLinear, SieveConfig, SievePruner
 from optimum_sieve.allocation.budget import rank_choices
 from optimum_sieve.backbone import latency as module
+from optimum_sieve.pipeline.prepare import prepare
 
 
 if TYPE_CHECKING:
@@ -94,6 +95,24 @@ def test_a_run_keeps_within_its_time(pruner: SievePruner, tmp_path: Path, monkey
     again = SievePruner.from_pretrained(toy.make_model(), tokenizer=pruner.tokenizer, task=pruner.tasks[0])
     assert again.prune(config, work_dir=tmp_path / "work", progress=False).rank_pattern == result.rank_pattern
     assert len(counted) == len(set(counted))
+
+
+def test_another_processor_is_measured_again(
+    pruner: SievePruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_measure_shape", lambda *_: [1.0])
+    counts = []
+    for name in ("one", "other", "one"):
+        monkeypatch.setattr(module, "_hardware", lambda device, name=name: name)
+        config = SieveConfig(pruning_ratio=0.2, latency_target=0.4)
+        run = prepare(
+            pruner.model, pruner.tokenizer, pruner.tasks, config, work_dir=tmp_path, study_storage=None, progress=False
+        )
+        module.measure_latencies(run)
+        counts.append(len(list(tmp_path.glob("latencies-*"))))
+    assert counts == [1, 2, 2]
+    monkeypatch.undo()
+    assert module._hardware(torch.device("cpu"))
 
 
 def test_the_report_shows_the_time() -> None:

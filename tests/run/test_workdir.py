@@ -64,7 +64,8 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bases-k.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
-        ValueError, match=r"bases-k\.safetensors` must be a safetensors file, .* Delete it and run again"
+        ValueError,
+        match=r"bases-k\.safetensors` must be a safetensors file as .* saved it, got .* Delete it and run again",
     ):
         work.load("bases", "k")
 

@@ -1,0 +1,114 @@
+"""Private directories for what a run reads back itself: removed at its end, or by the next run if it died.
+
+The process holds a lock on a file in its directory. The system releases the lock when the process ends, even after
+`kill -9`, so a directory whose lock is free is of a dead run. Names are random: process ids repeat in containers that
+share a disk. Does not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if sys.platform != "win32":
+    import fcntl
+
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+_LOCK = ".sieve-lock"
+_NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
+_NAME = re.compile(r"sieve-[a-z]+-[a-z0-9_]{8}")
+
+
+class Scratch:
+    """A directory that only this process and user can use. Ends with `remove`, with the object or with the process.
+
+    Args:
+        parent (`Path`, *optional*): Directory that contains it; created if it does not exist. Default: the system's
+            directory for temporary files.
+        purpose (`str`): Part of its name, lower-case letters.
+
+    Raises:
+        OSError: If `parent` cannot be written.
+    """
+
+    def __init__(self, parent: Path | None, purpose: str) -> None:
+        parent = parent or Path(tempfile.gettempdir())
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            remove_dead(parent)
+            self.path, descriptor = _make(parent, purpose)
+        except OSError as error:
+            raise OSError(
+                f"`{parent}` must be a directory that can be written, got {error}. Choose another `work_dir`."
+            ) from error
+        # Runs at the end of the interpreter too, hence after errors and signals that Python handles.
+        self._remove = weakref.finalize(self, _end, self.path, descriptor, os.getpid())
+
+    def remove(self) -> None:
+        """Remove the directory with its content."""
+        self._remove()
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def remove_dead(parent: Path) -> None:
+    """Remove the directories of dead runs from `parent`; those of living ones stay."""
+    with os.scandir(parent) as entries:
+        paths = [
+            Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
+    for path in paths:
+        # Missing in a directory that is not ours, or was made this moment. Another user's cannot be opened.
+        with suppress(OSError):
+            descriptor = os.open(path / _LOCK, os.O_RDWR | _NO_LINK)
+            if _locked(descriptor, without=False):
+                shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _make(parent: Path, purpose: str) -> tuple[Path, int]:
+    """Make and lock a directory; return it and the descriptor of its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f"sieve-{purpose}-", dir=parent))
+        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        # Another run may have taken the lock, and removed the directory, before this one could lock it.
+        if _locked(descriptor, without=True) and os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, *, without: bool) -> bool:
+    """Lock a file and return whether that succeeded; `without`: the result on a file system without locks."""
+    if sys.platform == "win32":
+        return without
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return without
+    return True
+
+
+def _end(path: Path, descriptor: int, process: int) -> None:
+    # A forked process has copies of the finalizers.
+    if os.getpid() == process:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
