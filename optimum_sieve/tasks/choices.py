@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from optimum_sieve._messages import listed, shown
+
 from .example import Reference
-from .prompts import Row, RowTemplate
-from .spec import optional
+from .prompts import Row, RowTemplate, require_fields
+from .spec import normal, optional
 
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class Choices:
         if isinstance(texts, str):
             texts = [texts]
         elif not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"`choices` must be {meaning}, got {texts!r}.")
+            raise TypeError(f"`choices` must be {meaning}, got {shown(texts)}.")
         answer = optional(spec, "answer", str, "a template of the right choice's index (from 0), letter or text", None)
         # After most chat templates, an answer begins without a space.
         default = "{{ letter }}" if prompt.roles else " {{ letter }}"
@@ -59,17 +61,20 @@ class Choices:
         unknown = candidate.names - {"letter", "choice"}
         if unknown or not candidate.names:
             raise ValueError(
-                f"`candidate` must name `letter` or `choice`, and nothing else, got {candidate.source!r}. It renders "
-                "the text scored for each choice."
+                f"`candidate` must name `letter` or `choice`, and nothing else, got {shown(candidate.source)}. It "
+                "renders the text scored for each choice."
             )
         if "letter" in candidate.names and not any(set(_SHOWN) & template.names for template in prompt.templates):
             raise ValueError(
                 "`prompt` must show the choices when letters are scored, got neither `{{ lettered_choices }}` nor "
                 '`{{ choices }}`. Add one, or score the texts: `candidate: " {{ choice }}"`.'
             )
+        gold = None if answer is None else RowTemplate("answer", answer)
+        if gold is not None:
+            require_fields("answer", (gold,))
         return cls(
             choices=tuple(RowTemplate("choices", text) for text in texts),
-            answer=None if answer is None else RowTemplate("answer", answer),
+            answer=gold,
             candidate=candidate,
             shuffle=optional(spec, "shuffle", bool, "true or false", False),
             normalize=optional(spec, "normalize", bool, "true or false", False),
@@ -96,9 +101,9 @@ class Choices:
             for letter, index in zip(ascii_uppercase, order, strict=False)
         ]
         candidates = tuple(self.candidate.render(lettered) for lettered in lettered_rows)
-        if len(set(candidates)) < len(candidates) or not all(candidates):
+        if len(set(map(normal, candidates))) < len(candidates) or not all(candidates):
             raise ValueError(
-                f"`choices` must be distinct texts, none empty, got {', '.join(map(repr, texts))} in "
+                f"`choices` must be distinct texts, none empty, got {listed(map(shown, texts))} in "
                 f"{row.place}. Drop the row."
             )
         if self.answer is None:
@@ -111,7 +116,7 @@ class Choices:
         if not 2 <= len(texts) <= len(ascii_uppercase):
             raise ValueError(
                 f"`choices` must be 2 to {len(ascii_uppercase)} texts in every row, got {len(texts)} in {row.place}: "
-                f"{texts}."
+                f"{shown(texts)}."
             )
         return texts
 
@@ -126,17 +131,18 @@ class Choices:
         if isinstance(value, int):
             matches = {value} & set(range(len(texts)))
         else:
-            names = {str(value), str(value).strip()}
+            names = {normal(str(value)), normal(str(value).strip())}
             letters = ascii_uppercase[: len(texts)]
             matches = {
                 index
                 for index, (text, letter) in enumerate(zip(texts, letters, strict=True))
-                if names & {text, letter, letter.lower(), str(index)}
+                if names & {normal(text), letter, letter.lower(), str(index)}
             }
         if len(matches) != 1:
             raise ValueError(
                 f"`answer` must be the index (from 0), the letter or the text of exactly one of the choices "
-                f"{', '.join(map(repr, texts))}, got {value!r} in {row.place}, which matches {len(matches) or 'none'} "
-                "of them. An integer is always an index: `{{ answer | int }}`."
+                f"{listed(map(shown, texts))}, got {shown(value)} in {row.place}, which matches "
+                f"{len(matches) or 'none'} of them. "
+                "An integer is always an index: `{{ answer | int }}`."
             )
         return matches.pop()

@@ -2,13 +2,16 @@ r"""Read a task's rows from local files or a dataset; splits may share a source.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve._messages import cut, listed, shown
+
 from .files import read_file
 from .prompts import Row
-from .spec import check_keys
+from .spec import check_keys, read_spec
 
 
 if TYPE_CHECKING:
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
 SPLITS = ("calibration", "selection", "test")
 DEFAULT_FRACTIONS = {"calibration": 0.5, "selection": 0.25, "test": 0.25}
+_LARGEST_FRACTION = 10**9
+# `datasets` searches a directory with all its links, several times.
+_MOST_ENTRIES = 10_000
 _FILE_KEYS = ("files", "fractions")
 _DATASET_KEYS = ("dataset", "name", "revision", "split", "splits", "fractions")
 
@@ -92,8 +98,18 @@ class Data:
                 _read_dataset(self.dataset, source, self.name, self.revision, root),
             )
         if not rows:
-            raise ValueError(f"`data` must have rows in every source, got none in {label}.")
+            raise ValueError(f"`data` must have rows in every source, got none in {cut(label)}.")
         return [Row(fields, label, number) for number, fields in enumerate(rows, start=1)]
+
+
+def local_paths(task_file: Path) -> list[Path]:
+    """Return a task file and the files, or the directory, of its data. Reading the task reports errors in it."""
+    try:
+        data = Data.from_spec(read_spec(task_file)["data"])
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
+        return [task_file]
+    names = data.sources.values() if data.dataset is None else [data.dataset]
+    return [task_file, *(task_file.parent / name for name in names)]
 
 
 def _read_dataset(dataset: str, split: str, name: str | None, revision: str | None, root: Path) -> list[dict[str, Any]]:
@@ -101,8 +117,10 @@ def _read_dataset(dataset: str, split: str, name: str | None, revision: str | No
     from datasets import load_dataset
 
     local = root / dataset
+    if os.path.isdir(local):
+        _check_directory(dataset, local)
     try:
-        if not local.is_dir():
+        if not os.path.isdir(local):
             return list(load_dataset(dataset, name=name, split=split, revision=revision).to_list())
         with tempfile.TemporaryDirectory() as cache:
             loaded = load_dataset(str(local), name=name, split=split, cache_dir=cache, keep_in_memory=True)
@@ -110,16 +128,36 @@ def _read_dataset(dataset: str, split: str, name: str | None, revision: str | No
     # `datasets` raises the errors of every file format and of the network.
     except Exception as error:
         raise ValueError(
-            f"`data.dataset` must be a dataset that `datasets.load_dataset` can load, got {dataset!r} with split "
-            f"{split!r}: {error.__cause__ or error}"
+            f"`data.dataset` must be a dataset that `datasets.load_dataset` can load, got {shown(dataset)} with split "
+            f"{shown(split)}: {cut(str(error.__cause__ or error), 400)}"
         ) from error
+
+
+def _check_directory(dataset: str, path: Path) -> None:
+    """Raise `ValueError` if the directory has very many entries, links that lead back, or files that never end."""
+    count = 0
+    for folder, folders, files in os.walk(path, followlinks=True):
+        count += len(folders) + len(files)
+        if count > _MOST_ENTRIES:
+            raise ValueError(
+                f"`data.dataset` must be a directory of at most {_MOST_ENTRIES:,} files, got more in {shown(dataset)}. "
+                "Name the directory of the data alone."
+            )
+        for name in (*folders, *files):
+            entry = os.path.join(folder, name)
+            is_loop = os.path.islink(entry) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(entry)}/")
+            if is_loop or (name in files and os.path.exists(entry) and not os.path.isfile(entry)):
+                raise ValueError(
+                    f"`data.dataset` must be a directory of regular files, without links to a directory above, got "
+                    f"{shown(entry)} in {shown(dataset)}. Remove it, or name the directory of the data alone."
+                )
 
 
 def _sources(spec: Any, key: str) -> dict[str, str]:
     if isinstance(spec, str):
         return dict.fromkeys(SPLITS, spec)
     if not isinstance(spec, dict) or not spec or not all(isinstance(value, str) for value in spec.values()):
-        raise TypeError(f"`{key}` must be one name, or a mapping from {', '.join(SPLITS)} to names, got {spec!r}.")
+        raise TypeError(f"`{key}` must be one name, or a mapping from {', '.join(SPLITS)} to names, got {shown(spec)}.")
     check_keys(spec, SPLITS, key)
     return {split: spec[split] for split in SPLITS if split in spec}
 
@@ -128,21 +166,24 @@ def _fractions(spec: Any, sources: dict[str, str]) -> dict[str, float]:
     if spec is None:
         return DEFAULT_FRACTIONS
     if not isinstance(spec, dict):
-        raise TypeError(f"`data.fractions` must be a mapping from splits to numbers, got {spec!r}.")
+        raise TypeError(f"`data.fractions` must be a mapping from splits to numbers, got {shown(spec)}.")
     check_keys(spec, SPLITS, "data.fractions")
     shared = [split for split in sources if list(sources.values()).count(sources[split]) > 1]
     if sorted(spec) != sorted(shared):
         raise ValueError(
             f"`data.fractions` must name exactly the splits that share a source ({', '.join(shared) or 'none'}), got "
-            f"{', '.join(spec)}."
+            f"{listed(spec)}."
         )
     for split, value in spec.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"`data.fractions.{split}` must be a number above 0, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST_FRACTION:
+            raise ValueError(
+                f"`data.fractions.{split}` must be a number above 0 and at most {_LARGEST_FRACTION:,}, got "
+                f"{shown(value)}."
+            )
     return spec
 
 
 def _optional_string(spec: dict[str, Any], key: str) -> Any:
     if spec.get(key) is not None and not isinstance(spec[key], str):
-        raise TypeError(f"`data.{key}` must be a string, got {spec[key]!r}. Put it in quotes.")
+        raise TypeError(f"`data.{key}` must be a string, got {shown(spec[key])}. Put it in quotes.")
     return spec.get(key)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from optimum_sieve._messages import shown
+
 from .example import Generation, Reference
-from .prompts import Row, RowTemplate
+from .prompts import Row, RowTemplate, require_fields
 from .text_metrics import LIST_METRICS, TEXT_METRICS, last_number
 
 
 if TYPE_CHECKING:
     from .prompts import Prompt
+
+
+_MOST_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,19 @@ class Generate:
         """
         answers, stop, max_new_tokens = _strings(spec, "answer"), _strings(spec, "stop"), spec.get("max_new_tokens")
         if "" in stop:
-            raise ValueError(f"`stop` must not hold empty strings, got {stop}.")
+            raise ValueError(f"`stop` must not hold empty strings, got {shown(stop)}.")
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(
-                f"`max_new_tokens` must be a whole number of at least 1, got {max_new_tokens!r}. `kind: generate` "
+                f"`max_new_tokens` must be a whole number of at least 1, got {shown(max_new_tokens)}. `kind: generate` "
                 "requires it."
             )
+        if max_new_tokens > _MOST_TOKENS:
+            raise ValueError(f"`max_new_tokens` must be at most {_MOST_TOKENS:,}, got {max_new_tokens:,}.")
+        templates = tuple(RowTemplate("answer", answer) for answer in answers)
+        if templates:
+            require_fields("answer", templates)
         return cls(
-            answers=tuple(RowTemplate("answer", answer) for answer in answers),
+            answers=templates,
             generation=Generation(max_new_tokens=max_new_tokens, stop=tuple(stop)),
             metric=spec.get("metric", TEXT_METRICS[0]),
         )
@@ -62,19 +72,19 @@ class Generate:
         accepted = [text.strip() for template in self.answers for text in template.texts(row)]
         if not accepted or not all(accepted):
             raise ValueError(
-                f"`answer` must render to at least one text, none empty, got {accepted} in {row.place}. Drop the row, "
-                "or give a default answer: `{{ answer or 'none' }}`."
+                f"`answer` must render to at least one text, none empty, got {shown(accepted)} in {row.place}. Drop "
+                "the row, or give a default answer: `{{ answer or 'none' }}`."
             )
         for text in accepted:
             cut = next((stop for stop in self.generation.stop if stop in text), None)
             if cut is not None:
                 raise ValueError(
-                    f"`stop` must not occur in an answer, got {cut!r} in {text!r} in {row.place}. Generation would "
-                    "stop there."
+                    f"`stop` must not occur in an answer, got {shown(cut)} in {shown(text)} in {row.place}. Generation "
+                    "would stop there."
                 )
             if self.metric == "numeric" and last_number(text) is None:
                 raise ValueError(
-                    f"`answer` must contain a number for the metric 'numeric', got {text!r} in {row.place}."
+                    f"`answer` must contain a number for the metric 'numeric', got {shown(text)} in {row.place}."
                 )
         if self.metric in LIST_METRICS and len(accepted) > 1:
             raise ValueError(
@@ -89,5 +99,5 @@ def _strings(spec: dict[str, Any], key: str) -> list[str]:
     value = spec.get(key)
     strings = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
-        raise TypeError(f"`{key}` must be a string or a list of strings, got {value!r}. Put it in quotes.")
+        raise TypeError(f"`{key}` must be a string or a list of strings, got {shown(value)}. Put it in quotes.")
     return strings

@@ -3,12 +3,15 @@ r"""`kind: labels`: the answer is the label with the highest log-likelihood, out
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from optimum_sieve._messages import listed, shown
 
 from .example import Reference
 from .metrics import CLASS_METRICS
-from .prompts import Row, RowTemplate
-from .spec import optional, require
+from .prompts import Row, RowTemplate, require_fields
+from .spec import normal, optional, require
 
 
 if TYPE_CHECKING:
@@ -36,15 +39,19 @@ class LabelScoring:
         labels = require(spec, "labels", dict, "a mapping from each label of the data to the text to score")
         answer = optional(spec, "answer", str, "a template that renders to one of the labels", None)
         if len(labels) < 2:
-            raise ValueError(f"`labels` must name at least two labels, got {list(labels)}.")
+            raise ValueError(f"`labels` must name at least two labels, got {shown(list(labels))}.")
         for label, text in labels.items():
             if not isinstance(text, str):
-                raise TypeError(f"`labels.{label}` must be a string, got {text!r}. Put it in quotes.")
+                raise TypeError(f"`labels.{label}` must be a string, got {shown(text)}. Put it in quotes.")
             if not text:
                 raise ValueError(f"`labels.{label}` must not be empty, got ''. Its text is scored.")
-        if len(set(labels.values())) < len(labels):
-            raise ValueError(f"`labels` must have distinct texts, got {list(labels.values())}.")
-        return cls(None if answer is None else RowTemplate("answer", answer), labels)
+        for what, texts in (("texts", labels.values()), ("names", labels)):
+            if len({normal(text) for text in texts}) < len(labels):
+                raise ValueError(f"`labels` must have distinct {what}, got {shown(list(texts))}.")
+        template = None if answer is None else RowTemplate("answer", answer)
+        if template is not None:
+            require_fields("answer", (template,))
+        return cls(template, labels)
 
     def shown(self, row: Row, *, shuffled: bool = True) -> Row:
         """Return `row` unchanged: the prompt uses only its fields."""
@@ -59,8 +66,13 @@ class LabelScoring:
         if self.answer is None:
             return Reference("", tuple(self.labels.values()))
         value = self.answer.render(row)
-        names = list(self.labels)
-        if value not in self.labels:
-            known = ", ".join(map(repr, names))
-            raise ValueError(f"`answer` must be one of the labels {known}, got {value!r} in {row.place}.")
-        return Reference(self.labels[value], tuple(self.labels.values()), names.index(value))
+        target = self._positions.get(normal(value))
+        if target is None:
+            known = listed(map(shown, self.labels))
+            raise ValueError(f"`answer` must be one of the labels {known}, got {shown(value)} in {row.place}.")
+        texts = tuple(self.labels.values())
+        return Reference(texts[target], texts, target)
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {normal(name): index for index, name in enumerate(self.labels)}

@@ -2,15 +2,17 @@ r"""Sandboxed jinja2 templates over the fields of a row, strict about missing va
 
 from __future__ import annotations
 
-import difflib
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
+from optimum_sieve._messages import closest, cut, listed, shown
+
+from .sandbox import BoundedEnvironment, MissingValueError, budget
 from .spec import check_keys
 
 
@@ -18,19 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class _NoValueError(Exception):
-    """A template prints a missing value."""
-
-
-def _refuse_none(value: Any) -> Any:
-    if value is None:
-        raise _NoValueError
-    return value
-
-
-_ENVIRONMENT = SandboxedEnvironment(
-    undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_refuse_none
-)
+_ENVIRONMENT = BoundedEnvironment()
+# `{text}`, and neither `{{ text }}` nor a part of other brackets.
+_SINGLE_BRACES = re.compile(r"(?<!\{)\{\s*([^\W\d]\w*)\s*\}(?!\})")
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Row:
     @property
     def place(self) -> str:
         """Describe the row's position, for messages."""
-        return f"row {self.number} of {self.source}"
+        return f"row {self.number} of {cut(self.source)}"
 
     def with_fields(self, **fields: Any) -> Row:
         """Return the row with `fields` added; they replace fields of the same name."""
@@ -71,12 +63,17 @@ class RowTemplate:
 
     def __post_init__(self) -> None:
         try:
-            _ENVIRONMENT.parse(self.source)
+            _ENVIRONMENT.from_string(self.source)
         except TemplateSyntaxError as error:
-            raise ValueError(
-                f"`{self.key}` must be a valid jinja2 template, got {self.source!r}: {error.message} "
-                f"(line {error.lineno})."
-            ) from error
+            raise self._invalid(f"{cut(str(error.message))} (line {error.lineno})") from error
+        except RecursionError as error:
+            raise self._invalid("nested too deeply") from error
+        # Python compiles the template: it refuses, for example, more than twenty nested loops.
+        except (SyntaxError, ValueError, OverflowError, MemoryError, TypeError) as error:
+            raise self._invalid(cut(str(error))) from error
+
+    def _invalid(self, reason: str) -> ValueError:
+        return ValueError(f"`{self.key}` must be a valid jinja2 template, got {shown(self.source)}: {reason}.")
 
     @cached_property
     def _compiled(self) -> Any:
@@ -84,11 +81,20 @@ class RowTemplate:
 
     def render(self, row: Row) -> str:
         """Render the template with the fields of `row`."""
+        wrong = self._in_single_braces & row.fields.keys()
+        if wrong:
+            name = min(wrong)
+            raise ValueError(
+                f"`{self.key}` must name fields in double braces, got {{{name}}} in {shown(self.source)}. Write "
+                f"{{{{ {name} }}}}, or {{{{ '{{{name}}}' }}}} for the text itself."
+            )
         try:
-            return str(self._compiled.render({"row": row.fields, **row.fields}))
+            with budget():
+                text = str(self._compiled.render({"row": row.fields, **row.fields}))
         # A template is a small program: any error it raises is an error in the task file or the row.
         except Exception as error:
             raise ValueError(self._explain(error, row)) from error
+        return self._encodable(text, row)
 
     def value(self, row: Row) -> Any:
         """Evaluate a template that is a single expression, `"{{ field }}"`; render any other to text.
@@ -97,7 +103,8 @@ class RowTemplate:
         """
         if self._expression is not None:
             try:
-                value = self._expression(**{"row": row.fields, **row.fields})
+                with budget():
+                    value = self._expression({"row": row.fields, **row.fields})
             except Exception as error:
                 raise ValueError(self._explain(error, row)) from error
             if isinstance(value, list | tuple):
@@ -106,18 +113,45 @@ class RowTemplate:
                 return value
         return self.render(row)
 
+    def _encodable(self, text: str, row: Row) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            surrogate = ascii(text[error.start])
+            raise ValueError(
+                f"`{self.key}` must render to valid Unicode, got the lone surrogate {surrogate} in {row.place}. Repair "
+                "the text."
+            ) from error
+        return text
+
     def texts(self, row: Row) -> list[str]:
         """Return the items of a list template as strings, or the one rendered text."""
         value = self.value(row)
         items = value if isinstance(value, list) else [value]
         if any(item is None for item in items):
-            raise ValueError(f"`{self.key}` must not hold a missing value, got {items} in {row.place}. Drop the row.")
-        return [str(item) for item in items]
+            raise ValueError(
+                f"`{self.key}` must not hold a missing value, got {shown(items)} in {row.place}. Drop the row."
+            )
+        return [self._encodable(str(item), row) for item in items]
 
     @property
     def names(self) -> set[str]:
         """Names of the fields used by the template."""
-        return meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source)) - {"row", *_ENVIRONMENT.globals}
+        return self._variables - {"row", *_ENVIRONMENT.globals}
+
+    @property
+    def uses_row(self) -> bool:
+        """Whether the template uses a field, by name or through `row`."""
+        return bool(self._variables - _ENVIRONMENT.globals.keys())
+
+    @cached_property
+    def _variables(self) -> set[str]:
+        return meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source))
+
+    @cached_property
+    def _in_single_braces(self) -> set[str]:
+        texts = _ENVIRONMENT.parse(self.source).find_all(nodes.TemplateData)
+        return {name for text in texts for name in _SINGLE_BRACES.findall(text.data)}
 
     @cached_property
     def _expression(self) -> Any:
@@ -130,20 +164,32 @@ class RowTemplate:
         names = self.names
         unknown = sorted(names - set(row.fields))
         if unknown:
-            closest = difflib.get_close_matches(unknown[0], list(row.fields), n=1)
-            hint = f"Did you mean {closest[0]!r}? " if closest else ""
             return (
-                f"`{self.key}` must name fields of the data, got {unknown[0]!r} in {row.place}. {hint}"
-                f"Its fields are: {', '.join(row.fields)}."
+                f"`{self.key}` must name fields of the data, got {shown(unknown[0])} in {row.place}. "
+                f"{self._suggestion(unknown[0], row)}Its fields are: {listed(row.fields)}."
             )
-        if isinstance(error, _NoValueError):
-            missing = [name for name, value in row.fields.items() if value is None and name in (names or row.fields)]
-            fields = ", ".join(missing or names)
+        if isinstance(error, MissingValueError):
+            missing = [
+                name for name, value in row.fields.items() if _is_missing(value) and name in (names or row.fields)
+            ]
             return (
-                f"`{self.key}` must not print a missing value, got one for {fields} in {row.place}. "
+                f"`{self.key}` must not print a missing value, got one for {listed(missing or names)} in {row.place}. "
                 "Fill it in, drop the row, or give a default: `{{ field or '' }}`."
             )
-        return f"`{self.key}` must render for every row, got {type(error).__name__} in {row.place}: {error}"
+        return f"`{self.key}` must render for every row, got {type(error).__name__} in {row.place}: {cut(str(error))}"
+
+    def _suggestion(self, unknown: str, row: Row) -> str:
+        """Name the field that is probably meant; a field that the template uses already is another one."""
+        field = closest(unknown, [name for name in row.fields if name not in self.names])
+        if field is None:
+            return ""
+        if unicodedata.normalize("NFC", field) == unicodedata.normalize("NFC", unknown):
+            return f"The field {field!a} has other Unicode code points than {unknown!a}; copy its name from the data. "
+        return f"Did you mean {shown(field)}? "
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
 
 
 @dataclass(frozen=True)
@@ -167,20 +213,22 @@ class Prompt:
             raise ValueError(f"Exactly one of `prompt` and `chat` must be given, got {got}.")
         if prompt is not None:
             if not isinstance(prompt, str):
-                raise TypeError(f"`prompt` must be a string, got {prompt!r}. For messages use `chat`.")
-            return cls((RowTemplate("prompt", prompt),))
+                raise TypeError(f"`prompt` must be a string, got {shown(prompt)}. For messages use `chat`.")
+            templates = (RowTemplate("prompt", prompt),)
+            require_fields("prompt", templates)
+            return cls(templates)
         if not isinstance(chat, list) or not chat:
-            raise TypeError(f"`chat` must be a list of messages with `role` and `content`, got {chat!r}.")
-        return cls(
-            tuple(RowTemplate(f"chat[{i}].content", _message(i, message)["content"]) for i, message in enumerate(chat)),
-            tuple(message["role"] for message in chat),
-        )
+            raise TypeError(f"`chat` must be a list of messages with `role` and `content`, got {shown(chat)}.")
+        contents = [_message(i, message)["content"] for i, message in enumerate(chat)]
+        templates = tuple(RowTemplate(f"chat[{i}].content", content) for i, content in enumerate(contents))
+        require_fields("chat", templates)
+        return cls(templates, tuple(message["role"] for message in chat))
 
     def render(self, row: Row) -> tuple[str, ...]:
         """Render the templates with the fields of `row`: one text, or the content of each message."""
         texts = tuple(template.render(row) for template in self.templates)
         if not any(text.strip() for text in texts):
-            raise ValueError(f"`{self.templates[0].key}` must not be empty, got {texts[0]!r} in {row.place}.")
+            raise ValueError(f"`{self.templates[0].key}` must not be empty, got {shown(texts[0])} in {row.place}.")
         return texts
 
     def text(self, texts: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -209,16 +257,25 @@ class Prompt:
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise ValueError(
-                f"`chat` must fit the tokenizer's chat template, got an error for the roles {', '.join(self.roles)}: "
-                f"{error}"
+                f"`chat` must fit the tokenizer's chat template, got an error for the roles {listed(self.roles)}: "
+                f"{cut(str(error))}"
             ) from error
+
+
+def require_fields(key: str, templates: tuple[RowTemplate, ...]) -> None:
+    """Raise `ValueError` unless one of `templates` uses a field: all rows would get the same text."""
+    if not any(template.uses_row for template in templates):
+        raise ValueError(
+            f"`{key}` must use a field of the data, got none in {shown(templates[0].source)}. Write a field in double "
+            "braces: `{{ field }}`."
+        )
 
 
 def _message(index: int, message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise TypeError(f"`chat[{index}]` must be a mapping with `role` and `content`, got {message!r}.")
+        raise TypeError(f"`chat[{index}]` must be a mapping with `role` and `content`, got {shown(message)}.")
     check_keys(message, ("role", "content"), f"chat[{index}]")
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
-            raise TypeError(f"`chat[{index}].{key}` must be a string, got {message.get(key)!r}.")
+            raise TypeError(f"`chat[{index}].{key}` must be a string, got {shown(message.get(key))}.")
     return message

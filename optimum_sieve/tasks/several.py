@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve._messages import shown
+
 from .task import Task
 
 
@@ -30,7 +32,7 @@ def read_tasks(sources: Any) -> tuple[Task, ...]:
         except (ValueError, TypeError) as error:
             name = source.get("name", number) if isinstance(source, dict) else source
             error_type = TypeError if isinstance(error, TypeError) else ValueError
-            raise error_type(f"Task {str(name)!r}: {error}") from error
+            raise error_type(f"Task {shown(str(name))}: {error}") from error
     return tuple(tasks)
 
 
@@ -52,8 +54,8 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"`task` must be tasks with unique names, got {names.count(twice[0])} called {twice[0]!r}. Change `name` "
-            "in one of the task files."
+            f"`task` must be tasks with unique names, got {names.count(twice[0])} called {shown(twice[0])}. Change "
+            "`name` in one of the task files."
         )
 
 
@@ -80,4 +82,4 @@ def naming(task: Task, tasks: Sequence[Task]) -> Iterator[None]:
     except ValueError as error:
         if len(tasks) == 1:
             raise
-        raise ValueError(f"Task {task.name!r}: {error}") from error
+        raise ValueError(f"Task {shown(task.name)}: {error}") from error

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from optimum_sieve._messages import listed, shown
+
 from .data import SPLITS, Data
 
 
@@ -144,9 +146,11 @@ def _refuse_single_rows(divided: Mapping[str, list[Row]], limit: Mapping[str, in
 def _group(row: Row, group: str) -> str:
     if group not in row.fields:
         raise ValueError(
-            f"`group` must name a field of the data, got {group!r} in {row.place}. Its fields are: "
-            f"{', '.join(row.fields)}."
+            f"`group` must name a field of the data, got {shown(group)} in {row.place}. Its fields are: "
+            f"{listed(row.fields)}."
         )
     if row.fields[group] is None:
-        raise ValueError(f"`group` must name a field with a value in every row, got none for {group!r} in {row.place}.")
+        raise ValueError(
+            f"`group` must name a field with a value in every row, got none for {shown(group)} in {row.place}."
+        )
     return str(row.fields[group])

@@ -10,13 +10,15 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve._messages import shown
+
 from .choices import Choices
 from .data import SPLITS, Data
 from .example import Example, Generation, Reference
 from .generate import Generate
 from .labels import LabelScoring
 from .prompts import Prompt, Row
-from .spec import check_keys, plain, read_spec, require
+from .spec import check_keys, normal, plain, read_spec, require
 from .splits import divide
 from .text_metrics import Metric, metric_name
 
@@ -120,7 +122,7 @@ class Task:
         spec = plain(spec)
         kind = require(spec, "kind", str, f"one of {', '.join(KINDS)}")
         if kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
+            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {shown(kind)}.")
         check_keys(spec, (*_KEYS, *KINDS[kind].keys), "task")
         name = require(spec, "name", str, "a string")
         _check_metric(spec, metric, KINDS[kind].metrics)
@@ -172,7 +174,7 @@ class Task:
             ValueError: If the task lacks the split, or the tokenizer's chat template does not fit.
         """
         if split not in SPLITS:
-            raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
+            raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {shown(split)}.")
         self.require_splits(split)
         return [self._example(item, tokenizer) for item in self._items[split]]
 
@@ -208,8 +210,8 @@ def _read_items(spec: dict[str, Any], root: Path, prompt: Prompt, scoring: Answe
     def texts(row: Row) -> tuple[str, ...]:
         key = (row.source, row.number)
         if key not in rendered:
-            # Two prompts count as equal even if their choices appear in different orders.
-            rendered[key] = prompt.render(scoring.shown(row, shuffled=False))
+            # Two prompts count as equal even if their choices appear in different orders, or as other code points.
+            rendered[key] = tuple(map(normal, prompt.render(scoring.shown(row, shuffled=False))))
         return rendered[key]
 
     def item(row: Row) -> _Item:
@@ -225,11 +227,11 @@ def _check_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...]) -> 
     """Check the metric; a custom one replaces that of `spec`."""
     if metric is not None:
         if not callable(metric):
-            raise TypeError(f"`metric` must be a function of an answer and the accepted answers, got {metric!r}.")
+            raise TypeError(f"`metric` must be a function of an answer and the accepted answers, got {shown(metric)}.")
         spec.pop("metric", None)
     elif spec.get("metric", known[0]) not in known:
         raise ValueError(
-            f"`metric` must be one of {', '.join(known)}, got {spec['metric']!r}. Pass a custom metric in Python: "
+            f"`metric` must be one of {', '.join(known)}, got {shown(spec['metric'])}. Pass a custom metric in Python: "
             "`Task.from_file(path, metric=function)`."
         )
 
@@ -273,23 +275,23 @@ def _source_code(function: Any) -> str | None:
 def _group(spec: dict[str, Any]) -> str | None:
     group = spec.get("group")
     if group is not None and not isinstance(group, str):
-        raise TypeError(f"`group` must be the name of a field, got {group!r}.")
+        raise TypeError(f"`group` must be the name of a field, got {shown(group)}.")
     return group
 
 
 def _limit(spec: dict[str, Any]) -> dict[str, int]:
     limit = spec.get("limit") or {}
     if not isinstance(limit, dict):
-        raise TypeError(f"`limit` must be a mapping from {', '.join(SPLITS)} to numbers of rows, got {limit!r}.")
+        raise TypeError(f"`limit` must be a mapping from {', '.join(SPLITS)} to numbers of rows, got {shown(limit)}.")
     check_keys(limit, SPLITS, "limit")
     for split, value in limit.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`limit.{split}` must be a whole number of at least 1, got {value!r}.")
+            raise ValueError(f"`limit.{split}` must be a whole number of at least 1, got {shown(value)}.")
     return limit
 
 
 def _seed(spec: dict[str, Any]) -> int:
     seed = spec.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
+        raise ValueError(f"`seed` must be a whole number of at least 0, got {shown(seed)}.")
     return seed

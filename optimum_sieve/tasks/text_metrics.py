@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimum_sieve._messages import shown
+
 from .metrics import Scored
+from .spec import normal
 
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ def metric_name(metric: Metric) -> str:
 
 
 def normalize_text(text: str) -> str:
-    """Return `text` in lower case without punctuation, articles and extra spaces.
+    """Return `text` in lower case without punctuation, articles and extra spaces, and in Unicode form C.
 
     Example:
 
@@ -49,7 +52,7 @@ def normalize_text(text: str) -> str:
 
     ```
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    return " ".join(_ARTICLES.sub(" ", normal(text).lower().translate(_PUNCTUATION)).split())
 
 
 def last_number(text: str) -> Decimal | None:
@@ -85,14 +88,15 @@ def items(text: str, separators: str = "\n") -> Counter[str]:
     if text.lstrip().startswith("["):
         try:
             parsed = json.JSONDecoder().raw_decode(text.lstrip())[0]
-        except json.JSONDecodeError:
+        # A model may write brackets or digits without end.
+        except (ValueError, RecursionError):
             parsed = None
     if not isinstance(parsed, list):
         parsed = [_BULLET.sub("", part) for part in re.split(f"[{re.escape(separators)}]", text)]
     texts = [
         json.dumps(item, sort_keys=True, ensure_ascii=False) if isinstance(item, dict) else item for item in parsed
     ]
-    cleaned = [" ".join(str(item).lower().split()).rstrip(".,; ") for item in texts]
+    cleaned = [" ".join(normal(str(item)).lower().split()).rstrip(".,; ") for item in texts]
     kept = [item for item in cleaned if item]
     return Counter() if kept == ["none"] else Counter(kept)
 
@@ -154,7 +158,9 @@ def _custom_value(metric: Callable[[str, Sequence[str]], float], text: str, acce
     except (TypeError, ValueError):
         value = float("nan")
     if not np.isfinite(value):
-        raise ValueError(f"`metric` must return a finite number for every example, got {returned!r} for {text!r}.")
+        raise ValueError(
+            f"`metric` must return a finite number for every example, got {shown(returned)} for {shown(text)}."
+        )
     return value
 
 
@@ -175,7 +181,7 @@ def _word_f1(text: str, answer: str) -> float:
 
 
 def _rouge_l(text: str, answer: str) -> float:
-    words, gold = (re.findall(r"[^\W_]+", raw.lower()) for raw in (text, answer))
+    words, gold = (re.findall(r"[^\W_]+", normal(raw).lower()) for raw in (text, answer))
     if not words and not gold:
         return 1.0
     lengths = np.zeros(len(gold) + 1, dtype=np.int64)

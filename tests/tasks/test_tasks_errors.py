@@ -51,9 +51,17 @@ if TYPE_CHECKING:
         ({"answer": "{{ gold }}"}, ValueError, r"`answer` must name fields of the data, got 'gold'"),
         ({"prompt": "{{ text.a.b }}"}, ValueError, r"`prompt` must render for every row, got UndefinedError in row"),
         ({"prompt": "{{ text.__class__ }}"}, ValueError, r"`prompt` must render for every row, got SecurityError"),
-        ({"prompt": "{{ 1 / 0 }}"}, ValueError, r"`prompt` must render for every row, got ZeroDivisionError"),
+        (
+            {"prompt": "{{ 1 / (text | length * 0) }}"},
+            ValueError,
+            r"`prompt` must render for every row, got ZeroDivisionError",
+        ),
         ({"prompt": "{{ row.nothing }}"}, ValueError, r"got UndefinedError .*has no attribute 'nothing'"),
-        ({"prompt": " {{ '' }}\n"}, ValueError, r"`prompt` must not be empty, got ' \\n' in row \d+ of rows.jsonl"),
+        (
+            {"prompt": " {{ text[:0] }}\n"},
+            ValueError,
+            r"`prompt` must not be empty, got ' \\n' in row \d+ of rows.jsonl",
+        ),
         ({"answer": 3}, TypeError, r"`answer` must be a template that renders to one of the labels, got 3"),
         (
             {"answer": "{{ label }}!"},
@@ -115,7 +123,7 @@ if TYPE_CHECKING:
         (
             {"data": {"files": "rows.jsonl", "fractions": {"calibration": 1, "selection": 1, "test": 0}}},
             ValueError,
-            r"`data.fractions.test` must be a number above 0, got 0",
+            r"`data.fractions.test` must be a number above 0 and at most 1,000,000,000, got 0",
         ),
     ],
 )
