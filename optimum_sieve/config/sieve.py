@@ -80,7 +80,8 @@ class SieveConfig:
         vocabulary (`str`):
             `"whole"` (keeps every token) or `"task"`: tokenizer, embeddings and head keep the tokens of the calibration
             examples (and, without a `tolerance`, of the selection examples), the special tokens and the tokens needed
-            to encode any text. Other words are split into smaller tokens.
+            to encode any text. Other words are split into smaller tokens. With a `tolerance`, more tokens stay until
+            this alone costs at most half of it on the selection split.
         heal ([`HealConfig`][optimum_sieve.config.heal.HealConfig], *optional*):
             Settings of healing, a short training of the factors after pruning. With a `tolerance`, every size tried is
             healed. Default: no healing.
@@ -110,8 +111,8 @@ class SieveConfig:
             Relative task weights in calibration and healing, in the order of the tasks. `tolerance` applies to every
             task, whatever its weight. Default: equal weights.
         vocabulary_size (`int`, *optional*):
-            Minimum number of tokens with `vocabulary="task"`; the tokenizer's first tokens fill it up. Default: only
-            the tokens needed.
+            Minimum number of tokens with `vocabulary="task"`; the tokenizer's first tokens fill it up, those of the
+            task's characters before others. Default: only the tokens needed.
         search_steps (`int`):
             Bisection steps on the kept fraction, unless `allocation="genetic"`. Each step scores the selection split
             once.

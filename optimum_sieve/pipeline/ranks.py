@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation.stage import allocate_ranks
-from optimum_sieve.allocation.tolerance import search_kept_fraction
+from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.evaluation.stage import score, score_dense
 from optimum_sieve.healing.stage import monitored_part
@@ -15,6 +15,7 @@ from optimum_sieve.run.context import WHOLE
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.search.stage import run_search
 from optimum_sieve.surgery.live import LiveRanks
+from optimum_sieve.vocabulary.stage import vocabulary_part
 
 
 if TYPE_CHECKING:
@@ -44,16 +45,19 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
         `tuple[dict, list[dict]]`: Ranks by name (`None` = dense), and what the search tried.
 
     Raises:
-        RuntimeError: If no size is within the tolerance.
+        ToleranceError: If no size is within the tolerance; names the part of a reduced vocabulary in the loss.
     """
     config = run.config
     with run.timed("ranks"):
-        if config.allocation == "genetic":
-            result = run_search(run, bases)
-            return result["ranks"], result["candidates"]
-        if config.pruning_ratio is not None:
+        if config.allocation != "genetic" and config.pruning_ratio is not None:
             return allocate_ranks(run, bases, 1 - config.pruning_ratio), []
-        return _search_size(run, bases, healer)
+        try:
+            if config.allocation == "genetic":
+                result = run_search(run, bases)
+                return result["ranks"], result["candidates"]
+            return _search_size(run, bases, healer)
+        except ToleranceError as error:
+            raise ToleranceError(f"{error}{vocabulary_part(run)}") from None
 
 
 def _search_size(run: Run, bases: Bases, healer: Healer | None) -> tuple[Ranks, list[dict[str, Any]]]:

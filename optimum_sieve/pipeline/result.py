@@ -49,7 +49,7 @@ def pruned_result(
         loading (`dict[str, str]`, *optional*): Options it was loaded with.
     """
     bring_in(run.model)
-    return make_result(
+    result = make_result(
         run.model,
         scores=[TaskScores.of(*each) for each in zip(run.tasks, dense, pruned, strict=True)],
         sizes=(sizes, measure_sizes(run.model, run.targets)),
@@ -63,3 +63,10 @@ def pruned_result(
         vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
         latency=None if run.latencies is None else total_seconds(run, ranks),
     )
+    if run.vocabulary is not None and run.vocabulary_trials:
+        # The configuration has the sizes alone.
+        result.report["vocabulary"] = {
+            **run.vocabulary.sizes,
+            "trials": [dict(trial) for trial in run.vocabulary_trials],
+        }
+    return result

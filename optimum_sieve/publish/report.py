@@ -91,7 +91,7 @@ def build_report(
     largest_coefficient: float | None = None,
     loading: dict[str, str] | None = None,
     healing: dict[str, Any] | None = None,
-    vocabulary: dict[str, int] | None = None,
+    vocabulary: dict[str, Any] | None = None,
     latency: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Build the content of `sieve_report.json` as JSON values; keys of missing arguments are left out.
@@ -107,8 +107,9 @@ def build_report(
         largest_coefficient (`float`, *optional*): Largest one of the pivoted layers, see `optimum_sieve.surgery.apply`.
         loading (`dict[str, str]`, *optional*): Options that loaded the dense model, such as its dtype.
         healing (`dict[str, Any]`, *optional*): Result of healing, see `Healer.report`.
-        vocabulary (`dict[str, int]`, *optional*):
-            Rows of the embeddings under `"before"` and `"after"`, if the vocabulary was cut.
+        vocabulary (`dict[str, Any]`, *optional*):
+            Rows of the embeddings under `"before"` and `"after"`, if the vocabulary was cut; `"trials"` if the
+            vocabularies tried were scored.
         latency (`dict[str, float]`, *optional*):
             Total seconds of all targets for one row under `"dense"` and `"pruned"`, each layer measured alone and
             eager, as for `latency_target`.
@@ -212,11 +213,18 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return [
         ("", "dense", "pruned", "difference"),
         *(row for task in tasks for row in _task_rows(task, f"{task['task']}: " if len(tasks) > 1 else "")),
+        *_vocabulary_rows(report),
         *(
             (label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
             for label, before, after in size_changes(report)
         ),
     ]
+
+
+def _vocabulary_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Show the loss by removed tokens alone, on the selection split, if it was measured."""
+    trials = report.get("vocabulary", {}).get("trials", [])
+    return [("removed tokens alone (selection split)", "", "", _with_error(trial)) for trial in trials[-1:]]
 
 
 def _task_rows(task: dict[str, Any], prefix: str) -> list[tuple[str, str, str, str]]:

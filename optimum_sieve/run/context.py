@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .workdir import WorkDir, content_key
 
@@ -78,6 +78,7 @@ class Run:
             or, without one, memory.
         vocabulary (`TaskVocabulary`, *optional*): The reduced vocabulary of `model` and `tokenizer`.
         before_reduction (`Run`, *optional*): The run before the vocabulary was reduced.
+        vocabulary_trials (`tuple[dict, ...]`): Vocabularies that were scored before any pruning, the last one in use.
         by_block (`bool`): Whether only one block of the model is in memory at a time. The work directory has a path
             then.
         latencies (`dict[str, numpy.ndarray]`, *optional*): Measured seconds of each target against its rank, if there
@@ -97,6 +98,7 @@ class Run:
     study_storage: str | None = None
     vocabulary: TaskVocabulary | None = None
     before_reduction: Run | None = None
+    vocabulary_trials: tuple[Mapping[str, Any], ...] = ()
     by_block: bool = False
     latencies: Mapping[str, np.ndarray] | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -37,8 +37,7 @@ def needed_tokens(content: dict[str, Any], used: Iterable[str], size: int | None
     Args:
         content (`dict`): A serialized tokenizer.
         used (`Iterable[str]`): Tokens of the texts.
-        size (`int`, *optional*): Minimum number of tokens, filled up in order of id: usually the most frequent ones in
-            the tokenizer's training data.
+        size (`int`, *optional*): Minimum number of tokens, filled up in the order of `_likely_tokens`.
 
     Returns:
         `set[str]`: `used`, all added tokens, the intermediate merges of a BPE model, the unknown token, and the tokens
@@ -55,16 +54,29 @@ def needed_tokens(content: dict[str, Any], used: Iterable[str], size: int | None
         )
     tokens = model_tokens(content)
     parts = _Merger(content["model"]).parts if kind == "BPE" else _alone
-    kept = set(used) | _smallest_pieces(content["model"], tokens) | _unknown_token(content["model"])
+    used = set(used)
+    kept = used | _smallest_pieces(content["model"], tokens) | _unknown_token(content["model"])
     kept |= {part for token in kept for part in parts(token)}
     kept = (kept & tokens.keys()) | added_tokens(content).keys()
-    for token in sorted(tokens, key=tokens.__getitem__):
+    for token in _likely_tokens(content["model"], tokens, used):
         if len(kept) >= (size or 0):
             break
         more = parts(token) - kept
         if len(kept) + len(more) <= (size or 0):
             kept |= more
     return kept
+
+
+def _likely_tokens(model: dict[str, Any], tokens: dict[str, int], used: set[str]) -> list[str]:
+    """Sort tokens by how likely further texts of the task have them.
+
+    New texts mostly lack common words of the same language. Tokens whose characters all occur in `used` come first,
+    because a multilingual tokenizer has many others; then the order is that of the ids, which in most tokenizers is by
+    falling frequency in the training data.
+    """
+    marks = [model.get(mark) or "" for mark in ("continuing_subword_prefix", "end_of_word_suffix")]
+    seen = set().union(*used, *marks)
+    return sorted(tokens, key=lambda token: (not seen.issuperset(token), tokens[token]))
 
 
 def _alone(token: str) -> set[str]:

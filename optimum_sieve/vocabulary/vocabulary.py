@@ -85,7 +85,7 @@ def task_vocabulary(
         model (`PreTrainedModel`): The model, not modified.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         examples (`Sequence[Example]`): At least one.
-        size (`int`, *optional*): Minimum number of tokens, filled up in order of id.
+        size (`int`, *optional*): Minimum number of tokens, filled up with likely ones of further texts.
 
     Raises:
         ValueError: If the tokenizer or the model cannot be reduced, or gives different results afterwards.
