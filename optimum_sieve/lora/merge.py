@@ -12,6 +12,7 @@ from optimum_sieve.backbone.kinds import model_kind
 from optimum_sieve.backbone.loading import empty_model
 from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.modeling.conversion import check_pruned, plain_layers
+from optimum_sieve.modeling.fingerprint import task_names
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
@@ -133,16 +134,9 @@ def merge_adapter(model: PreTrainedModel, adapter: str | Path, *, rank: str = "w
     if rank == "keep":
         recompress(merged, before)
     block = merged.config.sieve
-    results = _task_names(block.get("results") or {})
+    results = task_names(block.get("results") or {})
     merged.config.sieve = {**block, "rank_pattern": read_rank_pattern(merged), "results": results}
     return merged
-
-
-def _task_names(results: dict[str, Any]) -> dict[str, Any]:
-    """Return results with the names of the tasks and without scores."""
-    if "tasks" in results:
-        return {"tasks": [_task_names(task) for task in results["tasks"]]}
-    return {key: value for key, value in results.items() if key == "task"}
 
 
 def save_merged(
@@ -159,14 +153,14 @@ def save_merged(
         model ([`~transformers.PreTrainedModel`]): The merged model.
         tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
         output_dir (`str | Path`): A new or empty directory.
-        overwrite (`bool`): Whether to replace a directory that holds files, once the new one is complete.
+        overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
         license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
 
     Returns:
         `Path`: `output_dir`.
 
     Raises:
-        FileExistsError: If `output_dir` holds files and `overwrite` is false.
+        FileExistsError: If `output_dir` holds files and `overwrite` is false, or files that are not of a model.
         OSError: If the disk is full or the directory cannot be written.
     """
     return save_directory(
@@ -183,5 +177,6 @@ def save_merged(
             license_id=license_id,
         ),
         overwrite=overwrite,
+        inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model),
     )

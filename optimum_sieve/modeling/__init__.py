@@ -1,9 +1,10 @@
 """The model type `sieve`: the files saved with the weights, and the conversion of a factorized model.
 
 In: a transformers model with `FactorizedLinear` layers, or a saved directory. Out: a model of type `sieve`.
-`modeling_sieve` is the entry point of remote code and imports `layers`, `experts`, `layout`, `tensor_parallel` and
-`vllm_rules` with relative imports; these six files are saved with the weights. `conversion.sieve_model` turns a
-factorized model into one that can be saved. Nothing here imports the rest of the package.
+`modeling_sieve` is the entry point of remote code. It is saved with the weights, together with the modules that it
+reaches by relative imports: `layers`, `experts`, `fingerprint`, `layout`, `loading_checks`, `replacing`,
+`tensor_parallel` and `vllm_rules`. `conversion.sieve_model` turns a factorized model into one that can be saved.
+Nothing here imports the rest of the package.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .experts import fuse_dense_experts, separate_names
+from .fingerprint import DIGEST_KEY, weights_digest
 from .layers import FactorizedLinear
 from .modeling_sieve import (
     FORMAT_VERSION,
@@ -44,7 +45,7 @@ def sieve_model(
             more layers replaced.
         base_model (`str`, *optional*): Hub id or path of the model that was pruned.
         settings (`dict`): Settings of the pruning run, as JSON values.
-        results (`dict`): Scores of the pruning run, as JSON values.
+        results (`dict`): Scores of the pruning run, as JSON values. The digest of the weights is added to them.
         base_revision (`str`, *optional*): Commit of `base_model`.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
 
@@ -78,6 +79,8 @@ def sieve_model(
     sieve_class = model_class(base_class, sieve_config)
     _replace_configs(model, base_config, sieve_config, block)
     model.__class__ = sieve_class
+    if results:
+        model.config.sieve["results"][DIGEST_KEY] = weights_digest(model)
     return model
 
 

@@ -1,8 +1,9 @@
-"""Hash every byte of a model's weights. Saved with the weights of a pruned model."""
+"""Hash every byte of a model's weights, which says whose scores are whose. Saved with a pruned model's weights."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,15 @@ import torch
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from torch import nn
 
+logger = logging.getLogger(__name__)
+
+# Key of the digest among results, which tells the weights they were measured on.
+DIGEST_KEY = "weights_sha256"
 # Elements that leave an accelerator at a time.
 _CHUNK = 2**24
 
@@ -103,3 +108,54 @@ def combine_digests(digests: dict[str, str]) -> str:
     """Combine the digests of tensors by name, in any order, to that of a model."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def current_results(
+    model: Any, results: dict[str, Any], state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """Return the results of a pruning run if they were measured on these weights, else the names of its tasks.
+
+    Args:
+        model (`PreTrainedModel`): The model that is being saved.
+        results (`dict[str, Any]`): With the digest under [`DIGEST_KEY`]; results without one are returned as they are.
+        state_dict (`Mapping[str, torch.Tensor]`, *optional*): The weights that are saved in place of the model's.
+    """
+    # The weights of a model with adapters are not saved.
+    if DIGEST_KEY not in results or getattr(model, "_hf_peft_config_loaded", False):
+        return results
+    if _saved_digest(model, state_dict) == results[DIGEST_KEY]:
+        return results
+    logger.warning(
+        "The weights have changed since they were scored: the results are removed from the configuration. Score the "
+        "saved model with `optimum-cli sieve evaluate`."
+    )
+    return task_names(results)
+
+
+def task_names(results: dict[str, Any]) -> dict[str, Any]:
+    """Return results with the names of the tasks and without scores."""
+    if isinstance(results.get("tasks"), list):
+        return {"tasks": [task_names(task) for task in results["tasks"] if isinstance(task, dict)]}
+    return {key: value for key, value in results.items() if key == "task"}
+
+
+def _saved_digest(model: Any, state_dict: Mapping[str, torch.Tensor] | None) -> str | None:
+    """Return the digest of the weights that a save writes; `None` if they are quantized or distributed."""
+    digests = {}
+    for name, held in stored_tensors(model, _loader(model)):
+        tensor = held if state_dict is None else state_dict.get(name)
+        if tensor is None or tensor.is_meta or type(tensor.detach()) is not torch.Tensor:
+            return None
+        digests[name] = tensor_digest(tensor, name)
+    return combine_digests(digests)
+
+
+def _loader(model: nn.Module) -> Callable[[nn.Module], AbstractContextManager[Any]]:
+    """Return the context that loads the direct tensors of a module, if the model is offloaded."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return nullcontext
+    # Offloading needs it anyway.
+    from accelerate.utils import align_module_device
+
+    load: Callable[[nn.Module], AbstractContextManager[Any]] = align_module_device
+    return load

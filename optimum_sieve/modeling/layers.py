@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import re
 from itertools import chain
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 Storage = Literal["factors", "pivoted"]
@@ -255,3 +259,8 @@ class FactorizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"storage={self.storage!r}, bias={self.has_bias}"
         )
+
+
+def factorized_layers(module: nn.Module) -> Iterator[tuple[str, FactorizedLinear]]:
+    """Yield the name of every [`FactorizedLinear`] in a module, and the layer."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, FactorizedLinear))

@@ -10,30 +10,29 @@ does everything else: sharding, dtypes, device maps, tied weights and generation
 
 from __future__ import annotations
 
-import difflib
 import functools
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from torch import nn
+from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
 
-from .experts import separate_experts
-from .layers import FACTOR_TENSOR, FactorizedLinear
+from .fingerprint import current_results
+from .layers import factorized_layers
 from .layout import copy_parameters
+from .loading_checks import check_files, check_loaded, removing_stale
+from .replacing import replace_linears
 from .tensor_parallel import factor_plan
 from .vllm_rules import keep_apart
 
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     _ConfigBase = PreTrainedConfig
 else:
@@ -90,7 +89,7 @@ class SievePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         _read_base(vars(config))
         super().__init__(config, *args, **kwargs)
-        _replace_linears(self)
+        replace_linears(self)
         self._tp_plan = factor_plan(self, self._tp_plan or {})
         if config.get_text_config()._attn_implementation == "vllm":
             keep_apart(self)
@@ -101,26 +100,43 @@ class SievePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return False
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save with the current ranks, which merging an adapter may have raised."""
-        self.config.sieve = {**self.config.sieve, "rank_pattern": read_rank_pattern(self)}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        """Save with the current ranks, which merging an adapter may have raised, and no scores of other weights."""
+        block = {**self.config.sieve, "rank_pattern": read_rank_pattern(self)}
+        if isinstance(block.get("results"), dict):
+            state_dict = kwargs.get("state_dict", args[1] if len(args) > 1 else None)
+            block["results"] = current_results(self, block["results"], state_dict)
+        self.config.sieve = block
+        with removing_stale(Path(save_directory)):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load like the class of the base architecture, and name the checkpoint if a file of it is damaged."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise SafetensorError(
+                f"The checkpoint {pretrained_model_name_or_path} must hold complete files, got a damaged one: {error}. "
+                "Download or save the model again."
+            ) from error
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a checkpoint whose tensors transformers would cast, or read from the wrong one of two saves."""
+        check_files(model, state_dict, checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """Refuse a checkpoint that does not fit, as transformers would continue with random weights."""
+        beyond = set(loading_info.unexpected_keys)
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        if problems := _loading_problems(self, loading_info):
-            # transformers would raise an error about these first.
-            loading_info.mismatched_keys.clear()
-            raise ValueError(
-                "The checkpoint must hold exactly the tensors that `rank_pattern` in config.json describes, got "
-                f"{'; '.join(problems)}. Download or save the model again."
-            )
+        check_loaded(self, loading_info, beyond, _declared_class(self))
         # This is the last step of `from_pretrained`.
         copy_parameters(self)
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
         """Exclude factorized layers from the rules of dense layers with the same wildcard name."""
-        factorized = dict(_factorized_layers(self))
+        factorized = dict(factorized_layers(self))
         return {name: style for name, style in super()._expand_parallel_plan(plan).items() if name not in factorized}
 
 
@@ -136,7 +152,7 @@ def read_rank_pattern(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """
     return {
         name: {"rank": layer.rank, "storage": layer.storage, "bias": layer.has_bias}
-        for name, layer in _factorized_layers(model.base_model)
+        for name, layer in factorized_layers(model.base_model)
     }
 
 
@@ -205,10 +221,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _factorized_layers(module: nn.Module) -> Iterator[tuple[str, FactorizedLinear]]:
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, FactorizedLinear))
-
-
 def _read_base(config_dict: dict[str, Any]) -> Any:
     """Check the `sieve` block and return the configuration class of the base architecture."""
     block = config_dict.get("sieve")
@@ -231,66 +243,22 @@ def _read_base(config_dict: dict[str, Any]) -> Any:
     return CONFIG_MAPPING[base]
 
 
-def _replace_linears(model: PreTrainedModel) -> None:
-    """Replace the layers in the rank pattern with empty `FactorizedLinear` layers."""
-    separate_experts(model.base_model, model.config.sieve.get("separate_experts", ()))
-    modules = dict(model.base_model.named_modules())
-    for name, entry in model.config.sieve["rank_pattern"].items():
-        if name not in modules:
-            closest = difflib.get_close_matches(name, modules, n=1)
-            hint = f"Did you mean {closest[0]!r}?" if closest else "Compare it with `model.named_modules()`."
-            raise ValueError(f"`rank_pattern` must name layers of {type(model).__name__}, got {name!r}. {hint}")
-        # A head that builds its trunk with `AutoModel.from_config` has replaced them.
-        if not isinstance(modules[name], FactorizedLinear):
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, _empty_layer(name, modules[name], entry))
-
-
-def _empty_layer(name: str, linear: nn.Module, entry: dict[str, Any]) -> FactorizedLinear:
-    """Make the layer that replaces `linear` according to `entry`, with the same device and dtype."""
-    if not isinstance(linear, nn.Linear | Conv1D):
-        raise ValueError(f"`rank_pattern` must name linear layers, got {name!r}, a {type(linear).__name__}.")
-    # Conv1D holds its weight as (in, out).
-    rows, columns = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.T.shape
+def _declared_class(model: PreTrainedModel) -> Any:
+    """Return the class of the model that was saved, as its configuration says."""
+    names: Any = model.config.architectures
+    if names is None or names == [type(model).__name__]:
+        return type(model)
     try:
-        return FactorizedLinear(
-            columns,
-            rows,
-            entry["rank"],
-            storage=entry["storage"],
-            bias=entry["bias"],
-            # vLLM puts parameters on meta itself, and would never fill a buffer on meta.
-            device=None if linear.weight.is_meta else linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        (name,) = names
+        declared = __getattr__(name)
+    except (AttributeError, TypeError, ValueError):
+        declared = None
+    if declared is None or getattr(declared, "config_class", None) is not type(model.config):
         raise ValueError(
-            f"`rank_pattern` must give {name!r} a `rank`, `storage` and `bias` that fit it, got {entry!r}. {error}"
-        ) from error
-
-
-def _loading_problems(model: PreTrainedModel, loading_info: Any) -> list[str]:
-    """List missing tensors, and factors that are unexpected or have another shape.
-
-    A class other than that of the checkpoint may add a head or a pooler, but not a block.
-    """
-    inside = tuple(f"{name}." for name, _ in _factorized_layers(model))
-    block = re.compile(("" if model.base_model is model else rf"{model.base_model_prefix}\.") + r".*\.\d+\.")
-    same = model.config.architectures == [type(model).__name__]
-    problems: dict[str, Iterable[str]] = {
-        "missing": (k for k in loading_info.missing_keys if same or k.startswith(inside) or block.match(k)),
-        "unexpected": (k for k in loading_info.unexpected_keys if FACTOR_TENSOR.search(k)),
-        "of another shape": (
-            f"{key} {tuple(saved)} instead of {tuple(expected)}"
-            for key, saved, expected in loading_info.mismatched_keys
-            if key.startswith(inside)
-        ),
-    }
-    return [f"{kind}: {listed}" for kind, names in problems.items() if (listed := _shorten(sorted(names)))]
-
-
-def _shorten(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+            f"`architectures` in config.json must name the class of the saved model, such as "
+            f"[{type(model).__name__!r}], got {str(names)[:200]}. Download or save the model again."
+        )
+    return declared
 
 
 # If code from one trusted checkpoint registered the type, transformers would not ask about trust for the next one.

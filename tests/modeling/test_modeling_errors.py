@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from edited_checkpoint import edit_config, edit_pattern, edit_tensors
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tiny_models import make_pruned_model, make_tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -46,24 +45,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def directory(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "model")
-
-
-def edit_config(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    edit(config)
-    path.write_text(json.dumps(config))
-
-
-def edit_pattern(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    edit_config(directory, lambda config: edit(config["sieve"]["rank_pattern"]))
-
-
-def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("version", [2, 0, None, "1"])

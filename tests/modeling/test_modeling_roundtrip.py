@@ -24,8 +24,9 @@ from tiny_models import (
 from toy import VOCABULARY, make_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
-from optimum_sieve.modeling import modeling_sieve
+from optimum_sieve.modeling import modeling_sieve, replacing
 from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.fingerprint import weights_digest
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 
@@ -83,7 +84,7 @@ def test_the_rank_pattern_describes_the_modules(architecture: str, tmp_path: Pat
     assert block["format_version"] == 1
     assert block["base_model_type"] == make_tiny_model(architecture).config.model_type
     assert (block["base_model"], block["settings"]) == ("org/base", {"pruning_ratio": 0.5})
-    assert block["results"] == {"score": 0.75}
+    assert block["results"] == {"score": 0.75, "weights_sha256": weights_digest(pruned)}
     pattern = block["rank_pattern"]
     linears = tiny_models.block_linears(make_tiny_model(architecture))
     assert set(pattern) < set(linears)
@@ -279,7 +280,7 @@ def test_replaced_layers_keep_device_and_dtype() -> None:
     linear = torch.nn.Linear(8, 6, device="meta", dtype=torch.float16)
     entry = {"rank": 2, "storage": "pivoted", "bias": True}
     with torch.device("meta"):
-        tensors = modeling_sieve._empty_layer("proj", linear, entry).state_dict()
+        tensors = replacing._empty_layer("proj", linear, entry).state_dict()
     assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
     assert {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != torch.float16} == {
         "row_order": torch.int32

@@ -1,0 +1,203 @@
+"""A checkpoint that lost, repeats or changed something is refused when it is loaded, under every head."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from edited_checkpoint import edit_config, edit_tensors
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES, assert_same_tensors, auto_class, make_pruned_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FACTORS = "model.layers.0.self_attn.q_proj"  # 32 by 32, rank 4
+PIVOTED = "model.layers.0.self_attn.k_proj"  # 16 by 32, rank 16
+HEADS = [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    make_pruned_model("llama").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def directory(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_missing_tensor_outside_the_blocks(directory: Path, head: Any, name: str) -> None:
+    edit_tensors(directory, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=rf"got missing: (model\.)?{name.removeprefix('model.')}\. Download"):
+        head.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("head", [AutoModel, AutoModelForSequenceClassification])
+def test_a_missing_head_is_noticed_by_other_heads(directory: Path, head: Any) -> None:
+    edit_tensors(directory, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"got missing: lm_head\.weight\. Download"):
+        head.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "names", [["LlamaForCausalLM"], ["SieveGPT2LMHeadModel"], ["Foo"], [], ["A", "B"], "SieveLlamaForCausalLM", [3], 7]
+)
+def test_an_architecture_that_was_not_saved(directory: Path, head: Any, names: object) -> None:
+    edit_config(directory, lambda config: config.update(architectures=names))
+    message = (
+        rf"`architectures` in config.json must name the class .*\['SieveLlama\w+'\], got {re.escape(str(names))}\. "
+    )
+    with pytest.raises(ValueError, match=message):
+        head.from_pretrained(directory)
+
+
+def test_another_architecture_of_the_same_base_needs_its_own_head(directory: Path) -> None:
+    edit_config(directory, lambda config: config.update(architectures=["SieveLlamaForSequenceClassification"]))
+    edit_tensors(directory, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"got missing: score\.weight\. Download"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_other_heads_load_a_complete_checkpoint(architecture: str, tmp_path: Path) -> None:
+    pruned = make_pruned_model(architecture)
+    pruned.save_pretrained(tmp_path)
+    assert_same_tensors(pruned, auto_class(architecture).from_pretrained(tmp_path))
+    for head in (AutoModel, AutoModelForSequenceClassification):
+        loaded = head.from_pretrained(tmp_path)
+        trunk = pruned.base_model.state_dict()
+        for name, tensor in loaded.base_model.state_dict().items():
+            # Another head may add a pooler.
+            assert "pooler" in name or torch.equal(trunk[name], tensor)
+
+
+def test_a_trunk_alone_gets_a_head(tmp_path: Path) -> None:
+    pruned = make_pruned_model("llama")
+    pruned.save_pretrained(tmp_path / "whole")
+    AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "trunk")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trunk")
+    assert_same_tensors(pruned.base_model, loaded.base_model)
+
+
+def edit_order(directory: Path, index: int, value: int) -> None:
+    edit_tensors(directory, lambda tensors: tensors[f"{PIVOTED}.row_order"].__setitem__(index, value))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("value", [-1, 16, 10**6, "repeated"])
+def test_a_row_order_that_is_no_permutation(directory: Path, head: Any, value: Any) -> None:
+    order = load_file(directory / "model.safetensors")[f"{PIVOTED}.row_order"]
+    edit_order(directory, 3, int(order[4]) if value == "repeated" else value)
+    message = r"got without every row once: (model\.)?layers.0.self_attn.k_proj.row_order\. Download"
+    with pytest.raises(ValueError, match=message):
+        head.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", [f"{FACTORS}.left.weight", f"{FACTORS}.left.bias", "model.embed_tokens.weight"])
+def test_weights_of_another_kind(directory: Path, name: str, dtype: torch.dtype) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ValueError, match=rf"got of another kind: {name} (I64|I8|BOOL|F8_E4M3)\. Download"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_row_order_of_floating_point_numbers(directory: Path) -> None:
+    name = f"{PIVOTED}.row_order"
+    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].float()}))
+    with pytest.raises(ValueError, match=rf"got of another kind: {name} F32\. Download"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_weights_of_another_kind_in_a_state_dict(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    cast = {name: tensor.int() if name.endswith("left.weight") else tensor for name, tensor in tensors.items()}
+    with pytest.raises(ValueError, match=r"got of another kind: .*left\.weight torch\.int32"):
+        type(loaded).from_pretrained(None, config=loaded.config, state_dict=cast)
+    assert_same_tensors(loaded, type(loaded).from_pretrained(None, config=loaded.config, state_dict=tensors))
+
+
+def test_fused_experts_of_another_kind(tmp_path: Path) -> None:
+    source = shutil.copytree(__file__.rpartition("/")[0] + "/saved/mixtral", tmp_path / "mixtral")
+    edit_tensors(
+        source,
+        lambda tensors: tensors.update(
+            {name: tensor.int() for name, tensor in tensors.items() if ".experts." in name and name.endswith(".weight")}
+        ),
+    )
+    with pytest.raises(ValueError, match=r"got of another kind: .*experts.* I32"):
+        AutoModelForCausalLM.from_pretrained(source)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [f"{FACTORS}.right.weight", f"{FACTORS}.left.bias", f"{PIVOTED}.pivot.weight"])
+def test_factors_that_are_not_finite(directory: Path, name: str, value: float) -> None:
+    edit_tensors(directory, lambda tensors: tensors[name].view(-1).__setitem__(5, value))
+    with pytest.raises(ValueError, match=rf"got not finite: {name}\. Download"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_factors_that_overflow_in_a_smaller_dtype(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors[f"{FACTORS}.left.bias"].__setitem__(0, 1e6))
+    AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=rf"got not finite: {FACTORS}\.left\.bias\. "):
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float16)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    make_pruned_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    return tmp_path / "sharded"
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor + 1}, second, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"got in two files: {name}\. Download"):
+        AutoModelForCausalLM.from_pretrained(sharded)
+
+
+@pytest.mark.parametrize("index", [0, 1, -1])
+def test_a_truncated_shard_is_named(sharded: Path, index: int) -> None:
+    path = sorted(sharded.glob("*.safetensors"))[index]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(
+        SafetensorError, match=r"The checkpoint .*sharded must hold complete files, got .*Download or save"
+    ):
+        AutoModelForCausalLM.from_pretrained(sharded)
+
+
+def test_two_saves_in_one_directory(sharded: Path) -> None:
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    make_pruned_model("llama", seed=1).save_pretrained(sharded.parent / "other")
+    shutil.copy(sharded.parent / "other" / "model.safetensors", sharded)
+    with pytest.raises(
+        ValueError, match=rf"got model\.safetensors and {len(set(index.values()))} shards in .*sharded\."
+    ):
+        AutoModelForCausalLM.from_pretrained(sharded)
+
+
+def test_shards_that_are_gone_do_not_matter(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_save_replaces_the_weights_of_an_earlier_one(tmp_path: Path) -> None:
+    for seed, size in enumerate(("1GB", "20KB", "1GB", "10KB")):
+        model = make_pruned_model("llama", seed=seed)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert_same_tensors(model, AutoModelForCausalLM.from_pretrained(tmp_path))
