@@ -20,7 +20,7 @@ from optimum_sieve.pipeline.ranks import choose_ranks
 from optimum_sieve.pipeline.result import pruned_result
 from optimum_sieve.publish.hub import push_folder
 from optimum_sieve.publish.result import SieveResult, save_result
-from optimum_sieve.search.stage import join_search, run_search, wait_for_search
+from optimum_sieve.search.stage import join_search, leading, run_search, wait_for_search
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import check_tasks, read_tasks
 from optimum_sieve.vocabulary.stage import reduce_vocabulary, reduced_vocabulary, restore_vocabulary
@@ -78,6 +78,7 @@ class SievePruner:
         self.base_model = base_model
         self.loading = loading
         self.result: SieveResult | None = None
+        self._work_dir: str | Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -163,7 +164,7 @@ class SievePruner:
             RuntimeError: If no size is within the tolerance.
         """
         run = self._prepare_search(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
-        with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
+        with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run, leading(run):
             return run_search(run, calibrate(run), num_bottlenecks=num_bottlenecks)
 
     def join_search(
@@ -173,6 +174,7 @@ class SievePruner:
 
         Raises:
             ValueError: If the bases in `work_dir` are not those of the study.
+            RuntimeError: If the process that leads the search is dead and is not started again.
         """
         run = self._prepare_search(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
@@ -217,14 +219,16 @@ class SievePruner:
             RuntimeError: If the model was pruned before.
             ToleranceError: If no size is within the tolerance; a `RuntimeError`. The model is dense then.
         """
+        self._work_dir = work_dir
         run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         with ExitStack() as undo:
             run = reduce_vocabulary(with_answers(run, *SPLITS))
             undo.callback(restore_vocabulary, run)
-            bases = calibrate(run)
-            run = with_latencies(run)
-            healer = make_healer(run)
-            ranks, trials = choose_ranks(run, bases, healer)
+            with leading(run):
+                bases = calibrate(run)
+                run = with_latencies(run)
+                healer = make_healer(run)
+                ranks, trials = choose_ranks(run, bases, healer)
             dense, sizes = score_test_dense(run), measure_sizes(self.model, run.targets, run.vocabulary)
             undo.callback(hold_ranks(run, bases, ranks, healer))
             del bases
@@ -243,14 +247,15 @@ class SievePruner:
 
         Args:
             output_dir (`str | Path`): A new or empty directory.
-            overwrite (`bool`): Whether to replace a directory that contains files once the new one is complete.
+            overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
 
         Returns:
             `Path`: `output_dir`.
 
         Raises:
             RuntimeError: If nothing was pruned yet.
-            FileExistsError: If `output_dir` contains files and `overwrite` is false.
+            FileExistsError: If `output_dir` contains files and `overwrite` is false, or files that are not of a model.
+            ValueError: If `output_dir` is, contains or lies in the dense model or the work directory.
             OSError: If the disk is full or the directory cannot be written.
         """
         if self.result is None:
@@ -263,6 +268,7 @@ class SievePruner:
             base_model=self.base_model,
             base_revision=self._base_revision(),
             task_specs=[task.spec for task in self.tasks],
+            work_dir=self._work_dir,
         )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:

@@ -4,7 +4,12 @@ In: the words of a command line. Out: a saved directory and a table, or one line
 folder at every start, so torch is imported only in `execute`; `options` makes the options of the settings classes.
 """
 
-from .sieve import SieveCommand
+from optimum_sieve.run.signals import quiet_start
+
+
+quiet_start()
+
+from .sieve import SieveCommand  # noqa: E402
 
 
 __all__ = ["SieveCommand"]

@@ -126,11 +126,12 @@ def input_paths(arguments: Namespace) -> Iterator[tuple[str, str | Path]]:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     files = given.get("task", [])
     tasks = [path for file in ([files] if isinstance(files, str) else files) for path in local_paths(Path(file))]
-    named = [(name, given[name]) for name in ("model", "dense", "compare_to", "adapter", "config") if name in given]
+    named = [(name, given.get(name)) for name in ("model", "dense", "compare_to", "adapter", "config")]
     if "gguf_file" in given:
         named.append(("gguf_file", os.path.join(given.get("dense", given["model"]), given["gguf_file"])))
-    # Other names are those of repositories on the Hub.
-    yield from ((name, path) for name, path in [*named, *(("task", path) for path in tasks)] if os.path.exists(path))
+    # The `dense` of an export is a flag.
+    yield from ((name, path) for name, path in named if isinstance(path, str))
+    yield from (("task", path) for path in tasks)
     if "work_dir" in given:
         yield "work_dir", given["work_dir"]
     if given.get("study_storage", "").startswith("sqlite:///"):
@@ -149,8 +150,9 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as end:
         if debug:
             raise
-        is_terminated = isinstance(end, Terminated)
-        _end(f"terminated by {end}" if is_terminated else "interrupted", end.status if is_terminated else 130)
+        if isinstance(end, Terminated):
+            _end(f"terminated by {end}", end.status)
+        _end("interrupted", 130)
     except Exception as error:
         if debug or not _is_reported(error):
             raise

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.run.outputs import check_file, is_standard_output
 
-from .base import SieveSubcommand, add_source
+from .base import SieveSubcommand, add_source, input_paths
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ class EvaluateCommand(SieveSubcommand):
             "--compare-to", metavar="MODEL", help="Dense model for a paired comparison on the same examples."
         )
         parser.add_argument(
-            "--json", metavar="FILE", help="Write the results to this file, in the format of sieve_report.json."
+            "--json",
+            metavar="FILE",
+            help="Write the results to this file, in the format of sieve_report.json; may be /dev/stdout.",
         )
         parser.add_argument(
             "--batch-size",
@@ -57,10 +60,8 @@ class EvaluateCommand(SieveSubcommand):
         from optimum_sieve.publish.report import build_report, format_table, task_block, write_report
         from optimum_sieve.tasks import Task
 
-        if arguments.json and not os.access(Path(arguments.json).absolute().parent, os.W_OK | os.X_OK):
-            raise FileNotFoundError(
-                f"`--json` must name a file in an existing, writable directory, got {arguments.json}. Create it."
-            )
+        if arguments.json:
+            check_file(Path(arguments.json), "--json", inputs=input_paths(arguments))
         task = Task.from_file(arguments.task)
         task.require_splits(arguments.split)
         if not task.labelled and arguments.compare_to is None:
@@ -92,7 +93,9 @@ class EvaluateCommand(SieveSubcommand):
         )
         if arguments.json:
             write_report(report, arguments.json)
-        print(format_table(report))
+        # A program that reads the standard output as JSON must find nothing else there.
+        in_the_way = arguments.json and is_standard_output(Path(arguments.json))
+        print(format_table(report), file=sys.stderr if in_the_way else sys.stdout)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import SieveSubcommand, add_debug
+from .base import SieveSubcommand, add_debug, reserved_output
 
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class ExportCommand(SieveSubcommand):
             action="store_true",
             help="Write an ONNX graph that keeps the factors, and verify it in ONNX Runtime.",
         )
-        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds a model.")
         parser.add_argument(
             "--dtype",
             help="Floating-point type of the exported model, such as bfloat16 (default: as saved; float32 for --onnx).",
@@ -56,13 +55,14 @@ class ExportCommand(SieveSubcommand):
         for option, form in (("tolerance", "onnx"), ("max_shard_size", "dense")):
             if getattr(arguments, option) is not None and not getattr(arguments, form):
                 self.parser.error(f"--{option.replace('_', '-')} requires --{form}")
+        with reserved_output(arguments):
+            self._export(arguments)
 
+    def _export(self, arguments: Namespace) -> None:
         from optimum_sieve.export.dense import save_dense
         from optimum_sieve.export.onnx import TOLERANCE, check_onnx_packages, export_onnx
         from optimum_sieve.publish.card import base_license
-        from optimum_sieve.run.outputs import check_output
 
-        check_output(Path(arguments.output), arguments.overwrite)
         if arguments.onnx:
             check_onnx_packages()
         model, tokenizer = _load(arguments)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from optimum_sieve.config.heal import HealConfig
 
-from .base import SieveSubcommand, add_debug, add_task
+from .base import SieveSubcommand, add_debug, add_task, reserved_output
 from .options import add_heal_settings, heal_settings_from
 
 
@@ -38,7 +38,7 @@ class HealCommand(SieveSubcommand):
             help="Relative sampling weights of the tasks, in the order of --task (default: equal weights).",
         )
         parser.add_argument("--output", metavar="DIR", required=True, help="Directory for the healed model.")
-        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds a model.")
         parser.add_argument(
             "--work-dir",
             metavar="DIR",
@@ -61,14 +61,15 @@ class HealCommand(SieveSubcommand):
     def execute(self, arguments: Namespace) -> None:
         """Heal, save and print the report as a table."""
         config = HealConfig.from_dict(heal_settings_from(arguments))
+        with reserved_output(arguments):
+            self._heal(arguments, config)
 
+    def _heal(self, arguments: Namespace, config: HealConfig) -> None:
         from optimum_sieve.pipeline.heal import heal_pruned
         from optimum_sieve.publish.report import format_table
         from optimum_sieve.publish.result import save_result
-        from optimum_sieve.run.outputs import check_output
         from optimum_sieve.tasks.several import read_tasks
 
-        check_output(Path(arguments.output), arguments.overwrite)
         tasks = read_tasks(arguments.task)
         result, tokenizer = heal_pruned(
             arguments.model,

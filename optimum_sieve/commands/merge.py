@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import SieveSubcommand, add_debug
+from .base import SieveSubcommand, add_debug, reserved_output
 
 
 if TYPE_CHECKING:
@@ -31,22 +30,24 @@ class MergeCommand(SieveSubcommand):
             help="Ranks after merging an adapter of whole matrices: widen (adds the adapter's rank; exact) or keep "
             "(truncates each layer to its previous rank; approximate) (default: %(default)s).",
         )
-        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds a model.")
         parser.add_argument("--dtype", help="Floating-point type of the merged model (default: as saved).")
         parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:
         """Merge, save and print the sizes before and after."""
+        with reserved_output(arguments):
+            self._merge(arguments)
+
+    def _merge(self, arguments: Namespace) -> None:
         from transformers import AutoConfig
 
         from optimum_sieve.backbone.loading import load_model
         from optimum_sieve.lora.layer import require_peft
         from optimum_sieve.lora.merge import check_adapter, merge_adapter, save_merged
         from optimum_sieve.publish.card import base_license
-        from optimum_sieve.run.outputs import check_output
 
-        check_output(Path(arguments.output), arguments.overwrite)
         require_peft()
         check_adapter(arguments.adapter, AutoConfig.from_pretrained(arguments.model, revision=arguments.revision))
         model, tokenizer, _ = load_model(

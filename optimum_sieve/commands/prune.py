@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import SieveSubcommand, add_source, load_pruner
+from .base import SieveSubcommand, add_source, load_pruner, reserved_output
 from .job import write_job
 from .options import add_settings, settings_from
 
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+
+    from optimum_sieve.config.sieve import SieveConfig
 
 
 class PruneCommand(SieveSubcommand):
@@ -28,7 +31,7 @@ class PruneCommand(SieveSubcommand):
         parser.add_argument(
             "--output", metavar="DIR", help="Directory for the pruned model. Not needed with --dry-run."
         )
-        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds a model.")
         parser.add_argument(
             "--work-dir",
             metavar="DIR",
@@ -55,13 +58,15 @@ class PruneCommand(SieveSubcommand):
             self.parser.error("the following arguments are required: --output (or --dry-run)")
         config = settings_from(arguments)
 
+        with nullcontext() if arguments.output is None else reserved_output(arguments):
+            self._prune(arguments, config)
+
+    def _prune(self, arguments: Namespace, config: SieveConfig) -> None:
         from optimum_sieve.backbone.sizes import tensor_bytes
         from optimum_sieve.publish.report import format_table
         from optimum_sieve.run import distributed
         from optimum_sieve.run.outputs import check_output
 
-        if arguments.output is not None:
-            check_output(Path(arguments.output), arguments.overwrite)
         pruner = load_pruner(arguments, config)
         if arguments.output is not None:
             check_output(Path(arguments.output), arguments.overwrite, needed_bytes=tensor_bytes(pruner.model))

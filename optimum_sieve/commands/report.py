@@ -20,7 +20,7 @@ class ReportCommand(SieveSubcommand):
         parser.description = "Write a page (search.html) and figures about the last search in --work-dir."
         parser.add_argument("--work-dir", metavar="DIR", required=True, help="Work directory of the search.")
         parser.add_argument("--output", metavar="DIR", required=True, help="Directory for the page and the figures.")
-        parser.add_argument("--overwrite", action="store_true", help="Overwrite a non-empty --output.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds a page.")
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from optimum_sieve.run.outputs import check_directory
 
 from .base import SieveSubcommand, add_source, load_pruner
 from .job import read_job, write_job
@@ -56,6 +59,7 @@ class SearchCommand(SieveSubcommand):
 
     def execute(self, arguments: Namespace) -> None:
         """Lead a search, or score candidates for one."""
+        check_directory(Path(arguments.work_dir), "work_dir")
         config = read_job(arguments) if arguments.worker else self._genetic(arguments)
 
         pruner = load_pruner(arguments)

@@ -81,7 +81,7 @@ def save_dense(
         model ([`~transformers.PreTrainedModel`]): A model of type `sieve`. Becomes dense in place.
         tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
         output_dir (`str | Path`): A new or empty directory.
-        overwrite (`bool`): Whether to replace a directory that holds files, once the new one is complete.
+        overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
         license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
         progress (`bool`): Whether to show a progress bar.
         options: Passed to `save_pretrained`, such as `max_shard_size`.
@@ -91,7 +91,7 @@ def save_dense(
 
     Raises:
         ValueError: As of [`export_dense`].
-        FileExistsError: If `output_dir` holds files and `overwrite` is false.
+        FileExistsError: If `output_dir` holds files and `overwrite` is false, or files that are not of a model.
         OSError: If the disk is full or the directory cannot be written.
     """
     layers, block = plain_layers(model), model.config.sieve
@@ -114,6 +114,7 @@ def save_dense(
             license_id=license_id,
         ),
         overwrite=overwrite,
+        inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model) + sum(map(_added_bytes, layers.values())),
     )
 

@@ -56,7 +56,7 @@ def export_onnx(
         model ([`~transformers.PreTrainedModel`]): A model of type `sieve`, on the CPU in float32; not changed.
         tokenizer (`PreTrainedTokenizerBase`): Saved with the graph.
         output_dir (`str | Path`): A new or empty directory.
-        overwrite (`bool`): Whether to replace a directory that holds files, once the new one is complete.
+        overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
         license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
         tolerance (`float`): Maximum logit difference, relative to the largest logit.
 
@@ -66,7 +66,7 @@ def export_onnx(
     Raises:
         ImportError: If onnx, onnxscript or onnxruntime is not installed.
         ValueError: If the model is not pruned, not plain float32 on the CPU, or `tolerance` is not positive.
-        FileExistsError: If `output_dir` holds files and `overwrite` is false.
+        FileExistsError: If `output_dir` holds files and `overwrite` is false, or files that are not of a model.
         RuntimeError: If the exporter fails, or the difference exceeds `tolerance`. Nothing is written then.
     """
     check_onnx_packages()
@@ -93,6 +93,7 @@ def export_onnx(
             license_id=license_id,
         ),
         overwrite=overwrite,
+        inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model),
     )
     return difference

@@ -9,13 +9,14 @@ from optimum_sieve.backbone.kinds import model_kind
 from optimum_sieve.backbone.sizes import shard_bytes
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.fingerprint import DIGEST_KEY
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.run import distributed
 from optimum_sieve.surgery.apply import largest_coefficient
 
 from .card import PIPELINE_TAGS, base_license, build_card
 from .directory import save_directory
-from .report import build_report, task_block, task_blocks
+from .report import build_report, remove_scores, task_block, task_blocks
 from .saved import save_model
 
 
@@ -127,6 +128,7 @@ def make_result(
         results=_results(report),
         vocabulary=vocabulary,
     )
+    report[DIGEST_KEY] = model.config.sieve["results"][DIGEST_KEY]
     return SieveResult(
         model=model,
         rank_pattern=read_rank_pattern(model),
@@ -152,23 +154,31 @@ def save_result(
     base_model: str | None,
     base_revision: str | None,
     task_specs: Sequence[dict[str, Any]],
+    work_dir: str | Path | None = None,
 ) -> Path:
     """Write model, tokenizer, model card and report; all of it or, if anything fails, nothing.
 
     Raises:
-        FileExistsError: If `output` holds files and `overwrite` is false.
+        FileExistsError: If `output` holds files and `overwrite` is false, or files that are not of a model.
+        ValueError: If `output` is, contains or lies in the dense model or `work_dir`.
         OSError: If the disk is full or the directory cannot be written.
     """
     if distributed.is_first():
         limited = result.report["settings"]["memory_limit"] is not None
         options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
+
+        def write_model(directory: Path) -> None:
+            save_model(result.model, directory, **options)
+            if DIGEST_KEY not in result.model.config.sieve["results"]:
+                remove_scores(result.report)
+
         save_directory(
             output,
-            lambda directory: save_model(result.model, directory, **options),
+            write_model,
             tokenizer,
             lambda: build_card(
                 result.report,
-                result.rank_pattern,
+                read_rank_pattern(result.model),
                 base_model=base_model,
                 base_revision=base_revision,
                 task_specs=task_specs,
@@ -178,6 +188,7 @@ def save_result(
             report=result.report,
             overwrite=overwrite,
             needed_bytes=result.report["bytes"]["after"],
+            inputs=[("model", base_model), ("work_dir", work_dir)],
         )
     distributed.wait()
     return output

@@ -29,6 +29,8 @@ _KINDS = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
+# Arguments whose paths the run itself makes.
+_MADE = ("work_dir", "study_storage")
 # Room in a path for the names of the files inside an output directory.
 _INNER_LENGTH = 100
 
@@ -44,7 +46,7 @@ def reserved(output: Path, overwrite: bool, *, needed_bytes: int = 0, inputs: In
         overwrite (`bool`): Whether to replace a directory that holds a model or a page.
         needed_bytes (`int`): Bytes that must be free on the disk.
         inputs (`Iterable[tuple[str, str | Path | None]]`): Names of arguments with their paths, from which the output
-            must be apart; `None` is no path.
+            must be apart. Names that do not exist are those of repositories on the Hub.
 
     Raises:
         FileExistsError: If it holds something that may not be replaced, or another run writes it.
@@ -122,29 +124,46 @@ def _resolved(path: Path, argument: str) -> tuple[Path, str | None]:
         raise OSError(f"`{argument}` must be a valid path, got {cut(str(path))}: {reason}. Choose another.") from error
 
 
+def check_directory(directory: Path, argument: str) -> Path:
+    """Check that a directory can be written or made; return its absolute path without links.
+
+    Raises:
+        FileExistsError: If it is something else.
+        OSError: If its name is invalid, or it cannot be written or made.
+    """
+    target, kind = _resolved(directory, argument)
+    shown = cut(str(directory))
+    if kind not in (None, "directory"):
+        raise FileExistsError(f"`{argument}` must be a directory, got the {kind} {shown}. Choose another name.")
+    _check_length(target, directory, argument)
+    existing = _existing(target.parent if argument == "output_dir" else target)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"`{argument}` must be in a directory that can be written, got {shown}. Choose another one.")
+    return target
+
+
 def _check_place(output: Path, needed_bytes: int, inputs: Inputs) -> Path:
     """Check all but the content of an output directory; return its absolute path without links."""
-    target, kind = _resolved(output, "output_dir")
-    shown = cut(str(output))
-    if kind not in (None, "directory"):
-        raise FileExistsError(f"`output_dir` must be a directory, got the {kind} {shown}. Choose another name.")
-    _check_length(target, output, "output_dir")
+    target = check_directory(output, "output_dir")
     _check_apart(target, output, "output_dir", inputs)
-    existing = next((parent for parent in target.parents if parent.exists()), target)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"`output_dir` must be in a directory that can be written, got {shown}. Choose another one.")
+    shown = cut(str(output))
     if os.path.ismount(target):
         raise OSError(
             f"`output_dir` must not be a mount point, which cannot be replaced as a whole, got {shown}. Name a "
             "directory inside it."
         )
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(target.parent)).free
     if free < needed_bytes * 1.05:
         raise OSError(
             f"`output_dir` must have room for {needed_bytes / 1e9:.2f} GB, got {free / 1e9:.2f} GB free for {shown}. "
             "Free some space or choose another disk."
         )
     return target
+
+
+def _existing(path: Path) -> Path:
+    """Return `path`, or its nearest parent that exists."""
+    return next((parent for parent in (path, *path.parents) if parent.exists()), path)
 
 
 def _check_length(target: Path, given: Path, argument: str) -> None:
@@ -159,9 +178,8 @@ def _check_length(target: Path, given: Path, argument: str) -> None:
 
 
 def _limit(target: Path, name: str, default: int) -> int:
-    existing = next((parent for parent in target.parents if parent.is_dir()), None)
     try:
-        return os.pathconf(existing, name) if existing is not None else default
+        return os.pathconf(_existing(target.parent), name)
     except (AttributeError, OSError, ValueError):
         return default
 
@@ -169,7 +187,8 @@ def _limit(target: Path, name: str, default: int) -> int:
 def _check_apart(target: Path, given: Path, argument: str, inputs: Inputs) -> None:
     """Check that an output is no input, contains none and lies in none; and that it is not the home directory."""
     for name, path in inputs:
-        if path is None:
+        # A name may also be that of a repository on the Hub.
+        if path is None or not (name in _MADE or os.path.exists(path)):
             continue
         other = Path(os.path.realpath(path))
         if target == other or target in other.parents or other in target.parents:

@@ -104,7 +104,7 @@ def test_the_command_refuses_what_does_not_fit(
     TOKENIZER.save_pretrained(tmp_path / "other")
     unanswered = write_task(tmp_path, answer=None)
     for words, message in (
-        ((*source(world), "--output", world), "must be new or empty"),
+        ((*source(world), "--output", world), "`output_dir` must be apart from `model`"),
         ((*source(world), "--output", tmp_path / "out", "--steps", 0), "`heal.steps` must be at least 1, got 0"),
         ((*source(world, model=world / "dense"), "--output", tmp_path / "out"), "must be a pruned model"),
         ((*source(world, dense=world / "pruned"), "--output", tmp_path / "out"), "must be a dense model"),

@@ -151,8 +151,11 @@ def test_an_output_that_holds_files_and_a_dense_model_are_refused(world: Path, m
     assert status == 1
     assert "`output_dir` must be new or empty" in error
     assert (tmp_path / "merged" / "kept.txt").read_text() == "kept"
+    assert "`output_dir` must hold nothing but a model" in (error := merge("around", "--overwrite")[2])
+    assert "merged with 'kept.txt'" in error
+    (tmp_path / "merged" / "kept.txt").unlink()
+    assert merge("around")[0] == 0
     assert merge("around", "--overwrite")[0] == 0
-    assert not (tmp_path / "merged" / "kept.txt").exists()
     dense = save(make_tiny_model("llama"), tmp_path / "dense")
     assert (
         "`model` must be a pruned model (model_type 'sieve'), got 'llama'"
