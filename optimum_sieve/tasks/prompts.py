@@ -214,9 +214,9 @@ class Prompt:
         if prompt is not None:
             if not isinstance(prompt, str):
                 raise TypeError(f"`prompt` must be a string, got {shown(prompt)}. For messages use `chat`.")
-            templates = (RowTemplate("prompt", prompt),)
-            require_fields("prompt", templates)
-            return cls(templates)
+            template = RowTemplate("prompt", prompt)
+            require_fields("prompt", (template,))
+            return cls((template,))
         if not isinstance(chat, list) or not chat:
             raise TypeError(f"`chat` must be a list of messages with `role` and `content`, got {shown(chat)}.")
         contents = [_message(i, message)["content"] for i, message in enumerate(chat)]

@@ -7,7 +7,7 @@ loop or macro too. An operation that can make much from little, such as `'a' * 1
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, MappingView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -76,7 +76,7 @@ def _size(value: Any, weigh: bool = False) -> int:
             waiting += [*item.keys(), *item.values()]
         elif isinstance(item, range):
             total += _ITEM * len(item)
-        elif isinstance(item, list | tuple | set | frozenset | MappingView):
+        elif isinstance(item, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
             waiting.extend(item)
     return total
 
@@ -93,16 +93,18 @@ def _charge_operation(name: str, values: list[Any]) -> None:
     if name in _PADDING:
         _spend(sum(numbers))
     elif name == "join" and len(values) > 1:
-        _spend(max(_length(values[0]) * _length(values[1]), 0))
+        _spend(_length(values[0]) * _length(values[1]))
     elif name == "replace" and len(values) > 2:
-        text, old, new = (value if isinstance(value, bytes) else str(value) for value in values[:3])
-        _spend((text.count(old) if type(text) is type(old) else len(text)) * len(new))
+        # Every character of bytes counts as replaced.
+        text, old, new = (str(value) for value in values[:3])
+        _spend((len(text) if isinstance(values[0], bytes) else text.count(old)) * len(new))
     elif name == "sum" and not all(isinstance(value, int | float) for value in values[1:]):
         _spend(_length(values[0]) * _size(values[0]))
     elif name in _MULTIPLYING:
         numbers = [] if name == "wordwrap" else numbers
-        lengths = [len(value) or 1 for value in values[1:] if hasattr(value, "__len__")]
-        _spend(prod([_size(values[0]), *numbers, *lengths]))
+        texts = [len(value) or 1 for value in values[1:] if isinstance(value, str)]
+        tables = [_size(value) for value in values[1:] if isinstance(value, dict | list | tuple)]
+        _spend(prod([_size(values[0]), *numbers, *texts, *tables]))
 
 
 def _counted(name: str, values: Iterable[Any]) -> list[Any]:
@@ -121,7 +123,7 @@ def _charge_formatting(text: str, values: Any) -> None:
     _spend((text.count("%") + text.count("{") + 1) * (max(widths, default=0) + _size(values, weigh=from_values)))
 
 
-def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _bounded(name: str, function: Any) -> Callable[..., Any]:
     """Charge a filter or test for its values and its result."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
@@ -149,7 +151,7 @@ def _printed(context: Any, value: Any) -> Any:
 class _Charges(NodeTransformer):
     """Insert the charges into a parsed template."""
 
-    def _value(self, node: nodes.Expr) -> nodes.Expr:
+    def _value(self, node: Any) -> nodes.Expr:
         return nodes.Filter(node, "charged", [], [], None, None, lineno=node.lineno)
 
     def _each_pass(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> None:
