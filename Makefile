@@ -15,7 +15,7 @@ export NO_MKDOCS_2_WARNING := 1
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
 
-$(INSTALLED): pyproject.toml constraints.txt optimum_sieve/commands/register_sieve.py
+$(INSTALLED): pyproject.toml constraints.txt optimum_sieve/commands/register_sieve.py optimum_sieve_autoload.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or later is needed for the tested versions; name one with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,10 @@
 """Register the model type `sieve` with transformers before anything of this package is imported.
 
-torch calls `register` at the end of its own import (entry point group `torch.backends`), so that plain
-`AutoModelForCausalLM.from_pretrained` loads a pruned model wherever this package is installed. This module uses the
-standard library alone and raises nothing, as an exception would break `import torch`. It registers a stand-in for the
-configuration class; the real one is imported when a pruned model is loaded.
+torch calls `register` at the end of its own import, so that plain `AutoModelForCausalLM.from_pretrained` loads a pruned
+model wherever this package is installed. The entry point (group `torch.backends`) is in `optimum_sieve_autoload.py`,
+outside the package. This module uses the standard library alone and raises nothing, as an exception would break
+`import torch`. It registers a stand-in for the configuration class; the real one is imported when a pruned model is
+loaded.
 
 `OPTIMUM_SIEVE_AUTOLOAD=0` in the environment turns it off. `import optimum_sieve.modeling.modeling_sieve` then
 registers the model type.
@@ -11,6 +12,7 @@ registers the model type.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MODEL_TYPE = "sieve"
+_MODULE = "optimum_sieve.modeling.modeling_sieve"
 _AUTO_MODULE = "transformers.models.auto.configuration_auto"
 
 
@@ -81,7 +84,8 @@ class _UnfinishedModule(ModuleType):
 
 def _register_stand_in(module: Any) -> None:
     try:
-        if _MODEL_TYPE not in module.CONFIG_MAPPING:
+        # If the classes are missing, transformers' own error names the remedy, `trust_remote_code=True`.
+        if importlib.util.find_spec(_MODULE) and _MODEL_TYPE not in module.CONFIG_MAPPING:
             namespace = {"__module__": __name__, "model_type": _MODEL_TYPE, "from_dict": staticmethod(_from_dict)}
             stand_in = type("SieveModelConfig", (module.PreTrainedConfig,), namespace)
             module.AutoConfig.register(_MODEL_TYPE, stand_in, exist_ok=True)

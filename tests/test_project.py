@@ -80,4 +80,6 @@ def test_the_wheel_brings_the_command_and_the_hook(tmp_path):
     assert {name for name in names if name.startswith("optimum/")} == {"optimum/commands/register/register_sieve.py"}
     data = {"py.typed", "publish/card_template.md", "search/page/page.html"}
     assert {f"optimum_sieve/{name}" for name in data} <= names
-    assert "[torch.backends]\noptimum_sieve = optimum_sieve._autoload:register" in entry_points
+    assert "[torch.backends]\noptimum_sieve = optimum_sieve_autoload:register" in entry_points
+    # Torch finds it there without the package.
+    assert "optimum_sieve_autoload.py" in names
