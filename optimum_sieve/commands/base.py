@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-from optimum_sieve._messages import cut
+from optimum_sieve._messages import cut, shown
 from optimum_sieve.run.signals import Terminated, raised_signals
 
 
@@ -40,8 +40,17 @@ class SieveSubcommand(BaseOptimumCLICommand):
     def run(self) -> None:
         """Run the subcommand; print an error as one line, or with its traceback under `--debug`."""
         with one_line_errors(debug=self.args.debug):
+            _check_words(self.args)
             self.execute(self.args)
             sys.stdout.flush()
+
+
+def _check_words(arguments: Namespace) -> None:
+    """Refuse words that no report or terminal can show: bytes that are no UTF-8, which Python keeps as surrogates."""
+    for name, value in vars(arguments).items():
+        for word in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(word, str) and not word.isascii() and cut(word, len(word)) != word:
+                raise ValueError(f"`--{name.replace('_', '-')}` must be valid UTF-8, got {shown(word)}.")
 
 
 def add_debug(parser: ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
@@ -105,7 +106,7 @@ def read_settings(path: Path, owner: str) -> dict[str, Any]:
     """
     file = cut(str(path))
     # A pipe or a device may never end.
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"`config` must be an existing JSON file of {owner} settings, got {file}.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
