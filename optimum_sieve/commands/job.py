@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.run.checksum import sealed, unsealed
 
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def write_job(arguments: Namespace, config: SieveConfig) -> None:
     is_secret = bool(url and holds_secret(url))
     storage = {"study_storage": None if is_secret else url, "study_storage_is_secret": is_secret}
     with replacing(path / _NAME) as temporary:
-        content = {**source, **storage, "settings": config.to_dict()}
+        content = sealed({**source, **storage, "settings": config.to_dict()})
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -53,10 +54,10 @@ def read_job(arguments: Namespace) -> SieveConfig:
             "`optimum-cli sieve search` without --worker first."
         )
     try:
-        job = json.loads(path.read_text(encoding="utf-8"))
+        job = unsealed(json.loads(path.read_text(encoding="utf-8")))
         values = {name: job[name] for name in (*_SOURCE, "study_storage", "study_storage_is_secret")}
         config = SieveConfig.from_dict(job["settings"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{path}` must be written by a search, got {error!r}. Start the search again.") from error
     if values.pop("study_storage_is_secret") and arguments.study_storage is None:
         raise ValueError("`--study-storage` must be given to each worker if its URL contains a password, got none.")

@@ -53,7 +53,7 @@ def check_file(path: Path) -> None:
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON content with its checksum."""
-    return {**content, _KEY: _json_digest(content)}
+    return {**content, _KEY: json_digest(content)}
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,12 +63,13 @@ def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If the content was altered, or has no checksum.
     """
     plain = {key: value for key, value in content.items() if key != _KEY}
-    if content.get(_KEY) != _json_digest(plain):
+    if content.get(_KEY) != json_digest(plain):
         raise ValueError("content that was altered after it was saved")
     return plain
 
 
-def _json_digest(content: Mapping[str, Any]) -> str:
+def json_digest(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of JSON content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -218,7 +218,7 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
                 _end_breeding(search, study, scored)
             except Exception:
                 # Workers must not wait for candidates that never come.
-                study.end()
+                study.abandon()
                 raise
 
 
@@ -229,14 +229,19 @@ def _end_breeding(search: Search, study: SearchStudy, scored: Sequence[Candidate
 
 
 def work(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], *, progress: bool) -> int:
-    """Score candidates of a study that another process leads, until that process ends it; return how many."""
+    """Score candidates of a study that another process leads, until that process ends it; return how many.
+
+    Raises:
+        RuntimeError: If the leader died and was not started again for a minute.
+    """
     with tqdm(desc="worker", unit="candidate", disable=not progress) as bar:
-        count = 0
+        count, check_leader = 0, study.watch()
         while not study.is_over:
             if score_one(search, study, scorers):
                 count += 1
                 bar.update()
             else:
+                check_leader()
                 time.sleep(_POLL_SECONDS)
     return count
 

@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation.stage import loss_curves
 from optimum_sieve.calibration.rounds import BASIS_SETTINGS
 from optimum_sieve.calibration.rounds import FORMAT as CALIBRATION_FORMAT
 from optimum_sieve.evaluation.stage import score_cache
+from optimum_sieve.run.checksum import sealed
 from optimum_sieve.run.files import replacing
 from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.tasks.task import metric_source, require_metric_sources
@@ -25,13 +27,14 @@ from .ranking import Goal
 from .scoring.by_likelihood import CandidateScorer
 from .scoring.by_text import WrittenScorer
 from .scoring.scorer import JointScorer
-from .study.storage import wait_for_study
+from .study.leader import announced, wait_for_study
+from .study.storage import naming_storage
 from .study.study import SearchStudy
 from .summary import SUMMARY, summarize
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.run.context import Run, TaskRun
@@ -77,8 +80,19 @@ def run_search(run: Run, bases: Mapping[str, FactorBasis], *, num_bottlenecks: i
     if run.work.path is not None:
         path = run.work.path / f"{SUMMARY}-{study.name.removeprefix('sieve-')}.json"
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(sealed(summary), indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+@contextmanager
+def leading(run: Run) -> Iterator[None]:
+    """Let workers know, inside the context, that this process leads the search of a run, before it has begun."""
+    url = _storage_url(run)
+    if run.config.allocation != "genetic" or url is None:
+        yield
+        return
+    with naming_storage(url), announced(url, _study_name(run)):
+        yield
 
 
 def wait_for_search(run: Run) -> None:
@@ -86,9 +100,12 @@ def wait_for_search(run: Run) -> None:
 
     Raises:
         ValueError: If a metric has no source.
+        RuntimeError: If the process that leads the search gives no sign of life.
     """
     require_metric_sources(task.metric for task in run.tasks)
-    wait_for_study(_storage_url(run) or "", _study_name(run))
+    url = _storage_url(run) or ""
+    with naming_storage(url):
+        wait_for_study(url, _study_name(run))
 
 
 def join_search(run: Run, bases: Mapping[str, FactorBasis]) -> int:
@@ -96,6 +113,7 @@ def join_search(run: Run, bases: Mapping[str, FactorBasis]) -> int:
 
     Raises:
         ValueError: If the search was made with other bases.
+        RuntimeError: If the process that leads the search died and was not started again.
     """
     search = make_search(run, bases)
     with open_study(run, search, bases) as study, LiveRanks(run.model, bases) as live:
@@ -138,15 +156,18 @@ def make_scorers(run: Run, search: Search, live: LiveRanks) -> dict[str, JointSc
     return {SEARCH: search_scorer, BOTTLENECK: search_scorer, CONFIRM: JointScorer(confirming, weights)}
 
 
-def open_study(run: Run, search: Search, bases: Mapping[str, FactorBasis]) -> SearchStudy:
+@contextmanager
+def open_study(run: Run, search: Search, bases: Mapping[str, FactorBasis]) -> Iterator[SearchStudy]:
     """Open the study of a run: in the storage asked for, else in the work directory, else in memory.
 
     Raises:
         ValueError: If the study was made with other bases.
+        OSError: If its storage cannot be read or written, also inside the context.
     """
-    study = SearchStudy(_storage_url(run), _study_name(run), search.space)
-    study.record_digest("bases", bases_digest(bases))
-    return study
+    url = _storage_url(run)
+    with naming_storage(url), SearchStudy(url, _study_name(run), search.space) as study:
+        study.record_digest("bases", bases_digest(bases))
+        yield study
 
 
 def _storage_url(run: Run) -> str | None:

@@ -10,6 +10,7 @@ from toy import make_model, make_tokenizer, parity_rows, write_task
 
 from optimum_sieve.commands.job import read_job, write_job
 from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.run.checksum import sealed, unsealed
 from optimum_sieve.search.study.storage import absolute_url, holds_secret, public_url
 
 
@@ -87,9 +88,9 @@ def test_a_worker_takes_what_the_leader_was_given(tmp_path, monkeypatch):
 def test_a_worker_reads_a_job_with_a_setting_that_was_removed(tmp_path):
     config = SieveConfig(tolerance=0.03, allocation="genetic")
     write_job(arguments(tmp_path), config)
-    job = json.loads((tmp_path / "job.json").read_text())
+    job = unsealed(json.loads((tmp_path / "job.json").read_text()))
     job["settings"]["prompt_weight"] = 1.0
-    (tmp_path / "job.json").write_text(json.dumps(job))
+    (tmp_path / "job.json").write_text(json.dumps(sealed(job)))
     assert read_job(arguments(tmp_path)) == config
 
 
@@ -102,6 +103,14 @@ def test_a_password_is_not_written_down(tmp_path):
     worker = arguments(tmp_path, study_storage=url)
     read_job(worker)
     assert worker.study_storage == url
+
+
+def test_a_job_with_another_setting_is_refused(tmp_path):
+    write_job(arguments(tmp_path), SieveConfig(tolerance=0.03, allocation="genetic"))
+    path = tmp_path / "job.json"
+    path.write_text(path.read_text().replace('"tolerance": 0.03', '"tolerance": 0.3'))
+    with pytest.raises(ValueError, match=r"job\.json` must be written by a search, got .*altered.* Start the"):
+        read_job(arguments(tmp_path))
 
 
 def test_a_damaged_job_is_named(tmp_path):

@@ -14,6 +14,7 @@ import threading
 import pytest
 from search_world import make_world, play, score
 
+from optimum_sieve.run.checksum import sealed
 from optimum_sieve.search.bottlenecks import bottleneck_table
 from optimum_sieve.search.page.figures import draw_all
 from optimum_sieve.search.page.page import find_summary, write_page
@@ -110,6 +111,15 @@ def test_latest_summary_is_read(found, tmp_path):
     (tmp_path / "job.json").write_text("{}")
     (tmp_path / "search-0123456789abcdef.json").write_text(json.dumps(found))
     assert find_summary(tmp_path) == found
+
+
+def test_a_summary_with_another_number_is_refused(found, tmp_path):
+    text = json.dumps(sealed(found))
+    (tmp_path / "search-0.json").write_text(text)
+    assert find_summary(tmp_path) == found
+    (tmp_path / "search-0.json").write_text(text.replace('"confidence": 0.', '"confidence": 0.1'))
+    with pytest.raises(ValueError, match=r"search-0\.json` must be a search's summary, got .*altered.* Delete it and"):
+        find_summary(tmp_path)
 
 
 @pytest.mark.parametrize(

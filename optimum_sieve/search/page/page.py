@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from optimum_sieve.run.checksum import unsealed
 from optimum_sieve.run.files import whole_directory
 from optimum_sieve.run.outputs import reserved
 from optimum_sieve.search.summary import FORMAT_VERSION, SUMMARY
@@ -36,6 +37,8 @@ def find_summary(work_dir: str | Path) -> dict[str, Any]:
     path = max(paths, key=lambda path: path.stat().st_mtime)
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # Those of earlier versions have no checksum.
+        summary = unsealed(summary) if "sha256" in summary else summary
         version = int(summary["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"`{path}` must be a search's summary, got {error!r}. Delete it and search again.") from error

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import json
 import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+
+from .journal import JournalError, WholeLines
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-logger = logging.getLogger(__name__)
-
-# Pause between a worker's checks whether the search has begun (seconds).
-_WAIT_SECONDS = 1.0
 # Attempts to open a database while another process makes its tables, and the pause between them (seconds).
 _ATTEMPTS, _ATTEMPT_SECONDS = 10, 0.3
 # Interval of a process's signs of life, and silence after which it counts as dead (seconds).
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
+# Errors of reading and writing a storage.
+STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError, JournalError)
 
 
 def open_storage(url: str | None, grace_seconds: int = GRACE_SECONDS) -> optuna.storages.BaseStorage:
@@ -39,7 +38,7 @@ def open_storage(url: str | None, grace_seconds: int = GRACE_SECONDS) -> optuna.
     try:
         with quiet():
             if url.startswith("journal:///"):
-                return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal://")))
+                return optuna.storages.JournalStorage(WholeLines(Path(url.removeprefix("journal://"))))
             return _open_database(url, grace_seconds)
     except Exception as error:
         raise ValueError(
@@ -65,28 +64,23 @@ def _open_database(url: str, grace_seconds: int) -> optuna.storages.RDBStorage:
     raise AssertionError("unreachable")
 
 
-def wait_for_study(url: str, name: str) -> None:
-    """Return once a study exists and its digests are recorded; its leader makes it after the calibration."""
-    is_logged = False
-    while not _is_made(url, name):
-        if not is_logged:
-            logger.warning("Waiting for the search %s to begin in %s.", name, public_url(url))
-            is_logged = True
-        time.sleep(_WAIT_SECONDS)
+@contextlib.contextmanager
+def naming_storage(url: str | None) -> Iterator[None]:
+    """Raise errors of a storage, such as those of a full disk, with its URL and what to do about them.
 
-
-def _is_made(url: str, name: str) -> bool:
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
-        return False
-    storage = open_storage(url)
+    Raises:
+        OSError: In place of any of `STORAGE_ERRORS`.
+    """
     try:
-        with quiet():
-            study = optuna.load_study(storage=storage, study_name=name)
-        return any(key.endswith("_sha256") for key in study.user_attrs)
-    except KeyError:
-        return False
-    finally:
-        close_storage(storage)
+        yield
+    except (*STORAGE_ERRORS, json.JSONDecodeError) as error:
+        # Optuna and SQLAlchemy wrap the message of the database.
+        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        reason = str(getattr(cause, "orig", None) or cause or error).splitlines()[0]
+        raise OSError(
+            f"`study_storage` must be writable and have room for the search, got {public_url(url or 'memory')}: "
+            f"{reason[:300]}. Scored candidates are kept: make room, or repair the storage, and start the search again."
+        ) from error
 
 
 def close_storage(storage: optuna.storages.BaseStorage) -> None:

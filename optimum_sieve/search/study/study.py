@@ -10,22 +10,25 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
+from optimum_sieve.run.checksum import json_digest, sealed, unsealed
 from optimum_sieve.search.candidate import Candidate, Outcome
 from optimum_sieve.search.correction import Shares
 
+from .heartbeat import beating
+from .leader import LeaderWatch
 from .processes import is_dead, this_process
-from .storage import GRACE_SECONDS, HEARTBEAT_SECONDS, close_storage, open_storage, quiet
+from .storage import GRACE_SECONDS, STORAGE_ERRORS, close_storage, naming_storage, open_storage, public_url, quiet
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from optuna.trial import FrozenTrial
 
@@ -58,6 +61,7 @@ class SearchStudy:
         self, storage: str | None, name: str, space: SearchSpace, *, grace_seconds: int = GRACE_SECONDS
     ) -> None:
         self.name = name
+        self.where = public_url(storage or "memory")
         self._space = space
         self._distributions: dict[str, BaseDistribution] = {
             gene.name: IntDistribution(0, len(gene.ranks) - 1) for gene in space.genes
@@ -65,7 +69,7 @@ class SearchStudy:
         self._grace_seconds = grace_seconds
         self._finished: dict[int, tuple[Any, Candidate]] = {}
         self._storage = open_storage(storage, grace_seconds)
-        with quiet():
+        with naming_storage(storage), quiet():
             self._study = optuna.create_study(
                 storage=self._storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
             )
@@ -94,6 +98,16 @@ class SearchStudy:
         """Record that the search has ended, which stops the workers."""
         self._study.set_user_attr("over", True)
 
+    def abandon(self) -> None:
+        """End the search after an error, if the storage can still be written."""
+        with contextlib.suppress(*STORAGE_ERRORS):
+            self.end()
+
+    def watch(self) -> Callable[[], None]:
+        """Return what a worker calls while it waits: it raises a `RuntimeError` once the leader is dead."""
+        watch = LeaderWatch(self.where)
+        return lambda: watch.check(self._study.user_attrs)
+
     def reopen(self) -> None:
         """Record that the search continues."""
         if self.is_over:
@@ -102,22 +116,42 @@ class SearchStudy:
     @property
     def ending(self) -> list[Genome] | None:
         """Genomes to confirm, once breeding has ended."""
-        genomes = self._study.user_attrs.get("ending")
+        genomes = self._stored("ending")
         return None if genomes is None else [tuple(genome) for genome in genomes]
 
     @ending.setter
     def ending(self, genomes: list[Genome]) -> None:
-        self._study.set_user_attr("ending", [list(genome) for genome in genomes])
+        self._store("ending", [list(genome) for genome in genomes])
 
     @property
     def shares(self) -> list[Shares]:
         """Measured shares of the loss, in order."""
-        rows = self._study.user_attrs.get("shares", [])
-        return [Shares(tuple(row["genome"]), tuple(row["values"])) for row in rows]
+        rows = self._stored("shares")
+        return [Shares(tuple(row["genome"]), tuple(row["values"])) for row in rows or ()]
 
     @shares.setter
     def shares(self, measured: list[Shares]) -> None:
-        self._study.set_user_attr("shares", [vars(shares) for shares in measured])
+        self._store("shares", [vars(shares) for shares in measured])
+
+    def _stored(self, name: str) -> Any:
+        """Return a value of the study, checked; `None` if there is none."""
+        content = self._study.user_attrs.get(name)
+        with self._naming(f"{name!r}"):
+            return None if content is None else unsealed(content)["value"]
+
+    def _store(self, name: str, value: Any) -> None:
+        self._study.set_user_attr(name, sealed({"value": value}))
+
+    @contextlib.contextmanager
+    def _naming(self, part: str) -> Iterator[None]:
+        """Raise errors about a part of the study with what to do about them."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`study_storage` must hold the study {self.name} as this package stored it, got {error!r} in {part} "
+                f"in {self.where}. Delete the study or its file, and search again."
+            ) from error
 
     def record_digest(self, name: str, digest: str) -> None:
         """Record a hash of the candidates' inputs; raise `ValueError` if another one was recorded before."""
@@ -147,6 +181,7 @@ class SearchStudy:
             if candidate.key not in known:
                 levels = dict(zip(self._distributions, candidate.genome, strict=True))
                 attributes = {name: getattr(candidate, name) for name in _ATTRIBUTES}
+                attributes["sha256"] = _digest(candidate)
                 self._study.add_trial(
                     create_trial(
                         state=TrialState.WAITING,
@@ -167,7 +202,11 @@ class SearchStudy:
                 process = this_process()
                 if isinstance(self._storage, optuna.storages.RDBStorage):
                     self._storage.record_heartbeat(trial._trial_id)
-                self._storage.set_trial_user_attr(trial._trial_id, "process", process)
+                try:
+                    self._storage.set_trial_user_attr(trial._trial_id, "process", process)
+                except (optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
+                    # A leader that was started again gave it up, or another process scored it, in between.
+                    continue
                 # SQLite lets two processes claim at once; the last to write its identity keeps the candidate.
                 if self._storage.get_trial(trial._trial_id).user_attrs.get("process") == process:
                     return trial.number, self._candidate(trial)
@@ -179,27 +218,17 @@ class SearchStudy:
         if not isinstance(self._storage, optuna.storages.RDBStorage):
             yield
             return
-        identifier, storage, is_over = self._trial_id(number), self._storage, threading.Event()
-
-        def beat() -> None:
-            storage.record_heartbeat(identifier)
-            while not is_over.wait(HEARTBEAT_SECONDS):
-                storage.record_heartbeat(identifier)
-            storage.remove_session()
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
+        identifier, storage = self._trial_id(number), self._storage
+        with beating(lambda count: storage.record_heartbeat(identifier), storage.remove_session):
             yield
-        finally:
-            is_over.set()
-            thread.join()
 
     def record(self, number: int, candidate: Candidate, outcome: Outcome) -> None:
         """End a trial with its scores; if another process ended it meanwhile, those scores count."""
         identifier = self._trial_id(number)
         try:
-            self._storage.set_trial_user_attr(identifier, "outcome", outcome.to_dict())
+            scores = outcome.to_dict()
+            self._storage.set_trial_user_attr(identifier, "outcome", scores)
+            self._storage.set_trial_user_attr(identifier, "outcome_sha256", _digest(candidate, scores))
             values = [self._space.kept(candidate.genome), outcome.mean] if outcome.complete else None
             state = TrialState.COMPLETE if outcome.complete else TrialState.PRUNED
             self._storage.set_trial_state_values(identifier, state, values)
@@ -207,8 +236,8 @@ class SearchStudy:
             logger.warning("Trial %d was ended by another process before its score came.", number)
 
     def release(self, number: int) -> None:
-        """Give a trial up, so that its candidate can be enqueued again."""
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        """Give a trial up, so that its candidate can be enqueued again. If the storage fails it is stale later."""
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, *STORAGE_ERRORS):
             self._storage.set_trial_state_values(self._trial_id(number), TrialState.FAIL)
 
     def release_waiting(self) -> None:
@@ -236,19 +265,27 @@ class SearchStudy:
         return start is not None and (datetime.datetime.now() - start).total_seconds() > self._grace_seconds
 
     def _candidate(self, trial: FrozenTrial) -> Candidate:
-        genome = tuple(int(trial.params[name]) for name in self._distributions)
-        outcome = trial.user_attrs.get("outcome")
-        return Candidate(
-            genome=genome,
-            **{name: trial.user_attrs[name] for name in _ATTRIBUTES},
-            outcome=None if outcome is None else Outcome.from_dict(outcome),
-        )
+        with self._naming(f"trial {trial.number}"):
+            attributes = trial.user_attrs
+            genome = tuple(int(trial.params[name]) for name in self._distributions)
+            candidate = Candidate(genome=genome, **{name: attributes[name] for name in _ATTRIBUTES})
+            outcome = attributes.get("outcome")
+            stored = attributes.get("sha256" if outcome is None else "outcome_sha256")
+            if stored != _digest(candidate, outcome):
+                raise ValueError("content that was altered after it was stored")
+            return candidate if outcome is None else replace(candidate, outcome=Outcome.from_dict(outcome))
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=states)
 
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+
+
+def _digest(candidate: Candidate, outcome: dict[str, Any] | None = None) -> str:
+    """Return the SHA-256 of a candidate, and of its scores if it has any."""
+    attributes = {name: getattr(candidate, name) for name in _ATTRIBUTES}
+    return json_digest({"genome": list(candidate.genome), **attributes, "outcome": outcome})
 
 
 def _key(trial: FrozenTrial) -> tuple[str, int, int]:
