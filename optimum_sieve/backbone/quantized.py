@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from optimum_sieve._messages import shown
+
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +55,7 @@ def quantization_options(config: PreTrainedConfig, name: str, *, accepted: bool 
     # transformers would load the packed values as if they were the weights.
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and method != "bitsandbytes":
         raise ValueError(
-            f"`model` must be quantized with a method that transformers supports, got {str(method)[:100]!r} in {name}. "
+            f"`model` must be quantized with a method that transformers supports, got {shown(method)} in {name}. "
             "Name the model that it was quantized from."
         )
     kind: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
@@ -67,9 +69,7 @@ def quantization_options(config: PreTrainedConfig, name: str, *, accepted: bool 
     _check_package(method, name)
     if is_pruned or not can_dequantize:
         return {}
-    logger.warning(
-        "%s is quantized with %s: its weights are dequantized, and saved without quantization.", name, method
-    )
+    logger.warning("%s is quantized with %s: its weights are dequantized and saved as plain ones.", name, method)
     return {"quantization_config": kind.from_dict({**settings, "dequantize": True})}
 
 
@@ -82,11 +82,11 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any] | None:
     return None
 
 
-def _method(settings: Mapping[str, Any]) -> Any:
+def _method(settings: Mapping[str, Any]) -> str:
     method = settings.get("quant_method")
     if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
         return "bitsandbytes"
-    return getattr(method, "value", method)
+    return str(getattr(method, "value", method))
 
 
 def _check_package(method: str, name: str) -> None:

@@ -127,7 +127,9 @@ def _score(
     source: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     if not is_reference:
         source |= {"gguf_file": arguments.gguf_file, "revision": arguments.revision}
-    model, tokenizer, _ = load_model(model_name, dtype=arguments.dtype, device=arguments.device, **source)
+    model, tokenizer, _ = load_model(
+        model_name, dtype=arguments.dtype, device=arguments.device, quantized=True, **source
+    )
     examples = labelled or task.examples(arguments.split, tokenizer)
     if not task.labelled and is_reference:
         labelled = examples = label_by_model(model, examples, tokenizer, batch_size=arguments.batch_size)

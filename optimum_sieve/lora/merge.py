@@ -38,21 +38,64 @@ def check_adapter(adapter: str | Path, config: Any) -> None:
         config (`PreTrainedConfig`): Configuration of the pruned model.
 
     Raises:
-        ValueError: If the model is not pruned, the directory holds no LoRA adapter in safetensors, or the model lacks a
-            layer of the adapter or has it in another shape.
+        ImportError: If PEFT is not installed.
+        ValueError: If the model is not pruned, the directory holds no LoRA adapter in safetensors, the model lacks a
+            layer of the adapter or has it in another shape, or the adapter lacks a tensor or has one too many.
     """
     check_pruned(config)
     directory = Path(adapter)
     settings = _read_settings(directory)
     shapes = _read_shapes(directory)
-    modules = dict(empty_model(config).named_modules())
-    problems = [problem for key, shape in shapes.items() if (problem := _problem(modules, key, shape))]
+    empty = empty_model(config)
+    matrices = {name: shape for name, shape in shapes.items() if name.endswith((_FIRST, _LAST))}
+    modules = dict(empty.named_modules())
+    problems = [problem for key, shape in matrices.items() if (problem := _problem(modules, key, shape))]
     if problems:
         base = settings.get("base_model_name_or_path")
         raise ValueError(
-            f"`adapter` must fit the model, got {len(problems)} of {len(shapes)} matrices that do not, such as "
+            f"`adapter` must fit the model, got {len(problems)} of {len(matrices)} matrices that do not, such as "
             f"{problems[0]}. It was trained on {base!r}: name that model, or one pruned from it."
         )
+    _check_complete(directory, shapes, empty)
+
+
+def _check_complete(adapter: Path, shapes: dict[str, list[int]], empty: PreTrainedModel) -> None:
+    """Check that an adapter holds exactly the tensors that its configuration makes of the model.
+
+    PEFT would leave out what is missing or too many, and merge the rest.
+    """
+    # A tensor of the model itself, such as resized embeddings, replaces that one.
+    known = {f"{_PREFIX}{name}": list(tensor.shape) for name, tensor in empty.state_dict().items()}
+    try:
+        expected = _expected_shapes(adapter, empty)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`adapter` must have an {_CONFIG} that PEFT can apply to the model, got {str(adapter)!r}: "
+            f"{str(error)[:200]}. Save it again with `save_pretrained`."
+        ) from error
+    problems = [f"{name!r}, which is missing" for name in expected if name not in shapes]
+    for name, shape in shapes.items():
+        fitting = expected.get(name, known.get(name))
+        if fitting is None:
+            problems.append(f"{name!r}, which its {_CONFIG} does not name")
+        elif fitting != shape:
+            problems.append(f"{name!r} of shape {tuple(shape)} instead of {tuple(fitting)}")
+    if problems:
+        raise ValueError(
+            f"`adapter` must hold the tensors that its {_CONFIG} names, got {len(problems)} that differ in "
+            f"{str(adapter)!r}, such as {problems[0]}. Save it again with `save_pretrained`."
+        )
+
+
+def _expected_shapes(adapter: Path, empty: PreTrainedModel) -> dict[str, list[int]]:
+    """Return the shapes of the tensors of an adapter by name, by adding an empty one to the empty model."""
+    peft = require_peft()
+    config = whole_matrix(peft.LoraConfig.from_pretrained(adapter))
+    # Some initializations compute with the weights.
+    config.init_lora_weights = True
+    adapted = peft.get_peft_model(empty, config, low_cpu_mem_usage=True)
+    tensors = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
@@ -69,12 +112,11 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 
 def _read_shapes(directory: Path) -> dict[str, list[int]]:
-    """Return the shapes of both matrices of every layer in the adapter, by tensor name."""
+    """Return the shapes of the tensors in the adapter by name."""
     path = directory / _WEIGHTS
     try:
         with safe_open(path, "pt") as tensors:
-            names = [name for name in tensors.keys() if name.endswith((_FIRST, _LAST))]  # noqa: SIM118
-            return {name: tensors.get_slice(name).get_shape() for name in names}
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"`adapter` must hold its weights in {_WEIGHTS}, got {str(directory)!r}: {error}. Save it again with "

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .block import check_block
 from .experts import fuse_dense_experts, separate_names
 from .fingerprint import DIGEST_KEY, weights_digest
 from .layers import FactorizedLinear
@@ -201,11 +202,31 @@ def _operations(conversion: Any) -> list[Any]:
     return list(getattr(conversion, "operations", None) or ())
 
 
-def check_pruned(config: Any) -> None:
-    """Check that a configuration is that of a pruned model.
+def require_model(model: Any, argument: str = "model") -> None:
+    """Check that an object is a transformers model, not another one around it.
 
     Raises:
-        ValueError: If its model type is not `sieve`.
+        TypeError: If not; the message says how to get the model inside.
+    """
+    if isinstance(model, PreTrainedModel):
+        return
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "OptimizedModule" in kinds:
+        remedy = "Pass the model that `torch.compile` was called with."
+    elif any(kind.startswith("Peft") for kind in kinds):
+        remedy = "Merge its adapters with `merge_and_unload()`, save the result and load that."
+    elif isinstance(getattr(model, "module", None), nn.Module):
+        remedy = "Pass its `module`."
+    else:
+        remedy = "Load one with `AutoModelForCausalLM`."
+    raise TypeError(f"`{argument}` must be a transformers model, got a {type(model).__name__}. {remedy}")
+
+
+def check_pruned(config: Any) -> None:
+    """Check that a configuration is that of a pruned model, with a whole `sieve` block.
+
+    Raises:
+        ValueError: If its model type is not `sieve`, or a part of the block has another form.
     """
     if not isinstance(config, SieveConfigMixin):
         kind = getattr(config, "model_type", None)
@@ -213,14 +234,17 @@ def check_pruned(config: Any) -> None:
             f"`model` must be a pruned model (model_type 'sieve'), got {kind!r}. Prune it first, with "
             "`optimum-cli sieve prune`."
         )
+    check_block(config.sieve)
 
 
 def plain_layers(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
     """Return the factorized layers of a pruned model by name, after checking that their factors are plain linears.
 
     Raises:
+        TypeError: If it is another object around a model.
         ValueError: If the model is not pruned, or is quantized, offloaded or has adapters.
     """
+    require_model(model)
     check_pruned(getattr(model, "config", None))
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
     for name, layer in layers.items():

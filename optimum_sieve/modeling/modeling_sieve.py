@@ -250,7 +250,8 @@ def _declared_class(model: PreTrainedModel) -> Any:
         return type(model)
     try:
         (name,) = names
-        declared = __getattr__(name)
+        # A trunk that is saved by itself has the class of the base architecture.
+        declared = __getattr__(f"Sieve{name.removeprefix('Sieve')}")
     except (AttributeError, TypeError, ValueError):
         declared = None
     if declared is None or getattr(declared, "config_class", None) is not type(model.config):

@@ -85,7 +85,7 @@ def heal_pruned(
     saved = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     check_pruned(saved)
     block: dict[str, Any] = copy.deepcopy(saved.sieve)
-    settings = _settings(block["settings"], config, task_weights, seed)
+    settings = _settings(block.get("settings") or {}, config, task_weights, seed)
     _check_tasks(tasks, settings)
     work_dir = WorkDir(work_dir).path
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
@@ -202,7 +202,7 @@ def _make_result(
         scores=[TaskScores.of(*each) for each in zip(run.tasks, dense.scores, after, strict=True)],
         sizes=(dense.sizes, measure_sizes(run.model, run.targets)),
         trials=[],
-        settings=block["settings"],
+        settings=block.get("settings") or {},
         seconds=run.seconds,
         loading=None,
         base_model=block.get("base_model"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .report import REPORT_NAME, task_blocks
+from optimum_sieve.modeling.block import check_block
+
+from .report import DIGEST_KEY, REPORT_NAME, task_blocks
 
 
 if TYPE_CHECKING:
@@ -118,9 +120,25 @@ def check_folder(folder: Path) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "sieve":
         raise ValueError(f"`model` must be a pruned model (model_type 'sieve'), got {kind!r} in {str(folder)!r}.")
+    block = config.get("sieve")
+    check_block(block)
+    _check_report(folder, block.get("results") or {})
     missing = [name for name in _needed(folder) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"`model` must be complete, got {str(folder)!r} without {', '.join(missing)}. Save it again.")
+
+
+def _check_report(folder: Path, results: dict[str, Any]) -> None:
+    """Check that a report is that of the weights in the same directory, as far as both name them."""
+    try:
+        digest = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))[DIGEST_KEY]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if digest != results.get(DIGEST_KEY):
+        raise ValueError(
+            f"`model` must have a report and a card of its own weights, got {str(folder)!r} with those of others: the "
+            f"weights changed after they were scored. Remove {REPORT_NAME}, and the scores in README.md."
+        )
 
 
 def _needed(folder: Path) -> list[str]:

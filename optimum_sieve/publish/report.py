@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from optimum_sieve.evaluation.scores import Evaluation
 
 REPORT_NAME = "sieve_report.json"
+# That of `modeling.fingerprint`, which imports torch.
+DIGEST_KEY = "weights_sha256"
+# Keys of what holds for the weights of the pruned model alone.
+_MEASURED = ("pruned", "paired_difference", "agreement", "kl", "healing", "largest_coefficient", DIGEST_KEY)
 _VERSIONED = ("optimum-sieve", "torch", "transformers", "optimum", "accelerate", "datasets", "numpy", "safetensors")
 
 
@@ -183,6 +187,13 @@ def format_table(report: dict[str, Any]) -> str:
 def task_blocks(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the blocks of all tasks in a report, see [`task_block`]."""
     return report.get("tasks") or [report]
+
+
+def remove_scores(report: dict[str, Any]) -> None:
+    """Remove what was measured on the pruned model from a report, in place, after its weights were changed."""
+    for block in (report, *task_blocks(report)):
+        for key in _MEASURED:
+            block.pop(key, None)
 
 
 def _title(task: dict[str, Any]) -> str:

@@ -9,14 +9,13 @@ from optimum_sieve.backbone.kinds import model_kind
 from optimum_sieve.backbone.sizes import shard_bytes
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.modeling.conversion import sieve_model
-from optimum_sieve.modeling.fingerprint import DIGEST_KEY
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.run import distributed
 from optimum_sieve.surgery.apply import largest_coefficient
 
 from .card import PIPELINE_TAGS, base_license, build_card
 from .directory import save_directory
-from .report import build_report, remove_scores, task_block, task_blocks
+from .report import DIGEST_KEY, build_report, remove_scores, task_block, task_blocks
 from .saved import save_model
 
 
@@ -164,7 +163,7 @@ def save_result(
         OSError: If the disk is full or the directory cannot be written.
     """
     if distributed.is_first():
-        limited = result.report["settings"]["memory_limit"] is not None
+        limited = result.report["settings"].get("memory_limit") is not None
         options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
 
         def write_model(directory: Path) -> None:

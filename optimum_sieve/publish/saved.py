@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from optimum_sieve.backbone.kinds import model_kind
+from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.modeling.fingerprint import same_bits, stored_tensors
 from optimum_sieve.modeling.layout import leaving_parameters
 
@@ -100,11 +101,9 @@ def _check_output(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
         # Also the other names of shared ones.
         reloaded.get_submodule(path)._parameters.update(module._parameters)
     reloaded.to(device)  # type: ignore[arg-type]
-    inputs, training = _inputs(model, device), model.training
-    try:
-        before, after = (each.train(False)(**inputs).logits.float() for each in (model, reloaded))
-    finally:
-        model.train(training)
+    inputs = _inputs(model, device)
+    with evaluating(model):
+        before, after = (each(**inputs).logits.float() for each in (model, reloaded))
     largest = before[before.isfinite()].abs().max().item() if before.isfinite().any() else 0.0
     if not torch.allclose(after, before, rtol=0, atol=_TOLERANCES.get(model.dtype, 0.05) * largest, equal_nan=True):
         difference = (after - before).abs().max().item()

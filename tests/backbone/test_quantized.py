@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -85,11 +86,9 @@ def test_a_format_that_cannot_be_dequantized_is_refused_by_name(
 @pytest.mark.parametrize("settings", [{"quant_method": "modelopt"}, {"quant_algo": "FP8"}, {"quant_method": ["fp8"]}])
 def test_an_unknown_format_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     base = set_quantization(save_base(tmp_path / "base"), settings)
-    method = str(settings.get("quant_method")).replace("[", r"\[")
+    method = re.escape(repr(str(settings.get("quant_method"))))
     for quantized in (False, True):
-        with pytest.raises(
-            ValueError, match=f"with a method that transformers supports, got .{method}"
-        ):
+        with pytest.raises(ValueError, match=f"with a method that transformers supports, got {method} in"):
             load_model(base, quantized=quantized)
 
 

@@ -181,7 +181,10 @@ def test_broken_adapters_and_unknown_ways_are_refused(world: Path, tmp_path: Pat
 
 def test_the_task_is_still_known_after_the_merge(world: Path) -> None:
     model = make_pruned_model("llama", vocab_size=len(VOCABULARY))
-    model.config.sieve = {**model.config.sieve, "results": {"task": "parity", "dense": {"score": 1}}}
+    model.config.sieve = {
+        **model.config.sieve,
+        "results": {"task": "parity", "dense": {"score": 1, "standard_error": 0}},
+    }
     merged = merge_adapter(model, world / "around")
     assert merged.config.sieve["results"] == {"task": "parity"}
     assert merged.config.sieve["rank_pattern"] == read_rank_pattern(merged)

@@ -53,7 +53,7 @@ def test_a_missing_head_is_noticed_by_other_heads(directory: Path, head: Any) ->
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
-    "names", [["LlamaForCausalLM"], ["SieveGPT2LMHeadModel"], ["Foo"], [], ["A", "B"], "SieveLlamaForCausalLM", [3], 7]
+    "names", [["GPT2LMHeadModel"], ["SieveGPT2LMHeadModel"], ["Foo"], [], ["A", "B"], "SieveLlamaForCausalLM", [3], 7]
 )
 def test_an_architecture_that_was_not_saved(directory: Path, head: Any, names: object) -> None:
     edit_config(directory, lambda config: config.update(architectures=names))
@@ -88,8 +88,15 @@ def test_a_trunk_alone_gets_a_head(tmp_path: Path) -> None:
     pruned = make_pruned_model("llama")
     pruned.save_pretrained(tmp_path / "whole")
     AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "trunk")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trunk")
-    assert_same_tensors(pruned.base_model, loaded.base_model)
+    # Of the class of the base architecture.
+    pruned.model.save_pretrained(tmp_path / "part")
+    for name in ("trunk", "part"):
+        for head in HEADS:
+            loaded = head.from_pretrained(tmp_path / name)
+            assert_same_tensors(pruned.base_model, loaded.base_model)
+    edit_tensors(tmp_path / "part", lambda tensors: tensors.pop("norm.weight"))
+    with pytest.raises(ValueError, match=r"got missing: model\.norm\.weight\. Download"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "part")
 
 
 def edit_order(directory: Path, index: int, value: int) -> None:

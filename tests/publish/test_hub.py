@@ -67,7 +67,6 @@ def folder(pruner, tmp_path) -> Path:
     """The pruned model on disk, its weights in several files."""
     pruner.save_pretrained(tmp_path / "model")
     pruner.model.save_pretrained(tmp_path / "model", max_shard_size="12KB")
-    (tmp_path / "model" / "model.safetensors").unlink()
     return tmp_path / "model"
 
 
