@@ -19,6 +19,7 @@ from .offloading import loaded
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 # Their versions stand for their code.
 _LIBRARIES = {library.__name__: library.__version__.partition("+")[0] for library in (torch, transformers)}
@@ -62,6 +63,16 @@ def architecture(model: Any) -> dict[str, Any]:
     }
     result: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return result
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash a tokenizer: how it splits texts, which also the token ids of all texts show, and how it decodes tokens."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    try:
+        content = backend.to_str()
+    except Exception:  # Slow tokenizers have no backend, and parts in Python cannot be serialized.
+        content = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return content_key(kind=type(tokenizer).__qualname__, special=str(tokenizer.special_tokens_map), content=content)
 
 
 def _generation_tokens(model: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.backbone.fingerprint import tokenizer_fingerprint
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.run import distributed
 from optimum_sieve.run.context import WHOLE
@@ -33,9 +34,11 @@ _FORMAT = 1
 def examples_fingerprint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> str:
-    """Hash examples: their texts and the token ids that the model receives."""
+    """Hash examples: their texts, the token ids that the model receives and, for written answers, the tokenizer."""
     tokens = tokens_fingerprint(examples, tokenizer, input_format(model))
-    return content_key(texts=[astuple(example) for example in examples], tokens=tokens)
+    # It decodes what the model writes.
+    decoder = None if examples[0].generation is None else tokenizer_fingerprint(tokenizer)
+    return content_key(texts=[astuple(example) for example in examples], tokens=tokens, decoder=decoder)
 
 
 def score_cache(run: Run, tasks: Sequence[TaskRun]) -> WorkDir:

@@ -144,10 +144,13 @@ class Healer:
     @property
     def key(self) -> str:
         """Hash of everything that a healed model depends on, besides its bases and ranks."""
+        # They limit the ranks of the rounds before the last.
+        latencies = self.run.latencies
         return self.run.key(
             *("heal", "seed", "storage", "allocation", "rank_multiple", "latency_target"),
             lessons=lessons_fingerprint(self.reference.lessons),
             monitor=self.reference.monitor.fingerprint,
+            latencies=None if latencies is None else {name: times.tolist() for name, times in latencies.items()},
             format=FORMAT,
         )
 

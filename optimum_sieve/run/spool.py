@@ -71,4 +71,4 @@ class Spool:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -142,7 +142,8 @@ def make_scorers(run: Run, search: Search, live: LiveRanks) -> dict[str, JointSc
 
     def scorer(task: TaskRun, examples: Sequence[Example], ends: Sequence[int], **more: Sequence[Example]) -> Scorer:
         kind = CandidateScorer if examples[0].generation is None else WrittenScorer
-        more_options = {"batch_size": run.config.batch_size, "vocabulary": run.vocabulary, **more}
+        more_options: dict[str, Any] = {"batch_size": run.config.batch_size, "vocabulary": run.vocabulary, **more}
+        more_options["model_key"] = run.model_key
         return kind(live, examples, ends, run.tokenizer, metric=task.metric, **more_options)
 
     searching, confirming = [], []

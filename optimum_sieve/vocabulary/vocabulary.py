@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from optimum_sieve.backbone.fingerprint import tokenizer_fingerprint
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.evaluation.batches import input_device, make_batches, site_logits
 from optimum_sieve.evaluation.encoding import encode_texts
+from optimum_sieve.run.workdir import content_key
 
 from .rows import RowSelection
 from .tokenizer import reduce_tokenizer, serialized
@@ -49,8 +49,8 @@ class TaskVocabulary:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the kept rows."""
-        return hashlib.sha256(json.dumps(self.rows.rows).encode()).hexdigest()
+        """Hash of the kept rows and of the reduced tokenizer, which splits texts that the rows were not chosen for."""
+        return content_key(rows=self.rows.rows, tokenizer=tokenizer_fingerprint(self.tokenizer))
 
     def apply(self) -> None:
         """Reduce the model to the kept rows."""

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tokenizers.decoders import Replace
 from torch import nn
 from toy import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sieve.backbone import fingerprint
-from optimum_sieve.backbone.fingerprint import model_fingerprint, model_key
+from optimum_sieve.backbone.fingerprint import model_fingerprint, model_key, tokenizer_fingerprint
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.offloading import holds_offloaded
+from optimum_sieve.evaluation.stage import examples_fingerprint
+from optimum_sieve.tasks import Example
+from optimum_sieve.tasks.example import Generation
 
 
 if TYPE_CHECKING:
@@ -147,3 +151,23 @@ def test_the_key_depends_on_the_versions_of_the_libraries(monkeypatch: pytest.Mo
     first = model_key(model)
     monkeypatch.setitem(fingerprint._LIBRARIES, "transformers", "99.0")
     assert model_key(model) != first
+
+
+def test_a_tokenizer_is_identified_by_how_it_splits_and_decodes() -> None:
+    first = tokenizer_fingerprint(make_tokenizer())
+    assert tokenizer_fingerprint(make_tokenizer()) == first
+    decoding, splitting, ending = make_tokenizer(), make_tokenizer(before="<s>"), make_tokenizer()
+    decoding.backend_tokenizer.decoder = Replace("odd", "even")
+    ending.eos_token = "?"
+    found = {tokenizer_fingerprint(tokenizer) for tokenizer in (decoding, splitting, ending)}
+    assert len({first, *found}) == 4
+
+
+def test_written_answers_depend_on_the_tokenizer_that_decodes_them() -> None:
+    tokenizers = [make_tokenizer(), make_tokenizer()]
+    tokenizers[1].backend_tokenizer.decoder = Replace("odd", "even")
+    written = Example(prompt="Number: 3", answer=" odd", accepted=("odd",), generation=Generation(max_new_tokens=2))
+    chosen = Example(prompt="Number: 3", answer=" odd", candidates=(" odd", " even"), target=0)
+    for example, count in ((written, 2), (chosen, 1)):
+        found = {examples_fingerprint(make_model(), tokenizer, [example]) for tokenizer in tokenizers}
+        assert len(found) == count

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from toy import load_task, make_model, make_tokenizer, parity_rows, write_rows
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, evaluate
@@ -111,6 +112,25 @@ def test_a_run_with_nothing_changed_computes_nothing(world: World) -> None:
     assert first["factors"] == 28
     assert first["dense model on selection"] == 1
     assert world.prune(world.task()) == {"pruned model on test": 1}
+
+
+@pytest.mark.parametrize("heal", [None, HealConfig(steps=2, eval_steps=1)])
+@pytest.mark.parametrize("part", ["columns", "value", "buffer"])
+def test_another_model_gets_no_result_of_the_first(world: World, part: str, heal: HealConfig | None) -> None:
+    """Nor one that differs where a sample of every 64th part of a matrix, which is column 0, does not."""
+    expected = world.prune(world.task(), heal=heal)
+    with torch.no_grad():
+        if part == "columns":
+            world.model.model.layers[1].mlp.up_proj.weight[:, 1::2] = 0
+        elif part == "value":
+            world.model.model.layers[0].self_attn.k_proj.weight[3, 7] += 0.5
+        else:
+            world.model.model.rotary_emb.inv_freq[1] *= 2
+    found = world.prune(world.task(), heal=heal)
+    # Another model may be pruned to other sizes.
+    for stage in ("moments", "factors", "teachers", "dense model on selection", "dense model on test"):
+        assert found[stage] == expected[stage]
+    assert sum(count for label, count in found.items() if label.startswith("kept")) == 2
 
 
 @pytest.mark.parametrize("change", ["limit", "rows"])

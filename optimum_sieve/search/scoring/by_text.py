@@ -58,10 +58,8 @@ class WrittenScorer(Scorer):
         self._live.hold({})
         model = cast("PreTrainedModel", self._live.model)
         # Losses and divergences refer to the dense model with this vocabulary, texts to the one with the full one.
-        self._teachers = [
-            teach(model, part, self._tokenizer, loss="vocabulary", batch_size=self._batch_size, progress=False)
-            for part in self._parts
-        ]
+        options: dict[str, Any] = {"batch_size": self._batch_size, "model_key": self._model_key, "progress": False}
+        self._teachers = [teach(model, part, self._tokenizer, loss="vocabulary", **options) for part in self._parts]
         texts = self._dense_texts()
         starts = [0, *self._ends[:-1]]
         self._dense = [

@@ -43,6 +43,7 @@ class Scorer(ABC):
         batch_size (`int`): Rows per forward pass.
         calibration (`Sequence[Example]`): More examples for the shares and the calibration of labels.
         vocabulary (`TaskVocabulary`, *optional*): The model's reduced vocabulary; the dense model is scored without it.
+        model_key (`str`, *optional*): Hash of the dense model. Default: computed where it is needed.
     """
 
     by_candidate: ClassVar[bool]
@@ -58,6 +59,7 @@ class Scorer(ABC):
         batch_size: int,
         calibration: Sequence[Example] = (),
         vocabulary: TaskVocabulary | None = None,
+        model_key: str | None = None,
     ) -> None:
         self._known = [*examples, *calibration]
         check_scorable(self._known, metric)
@@ -67,6 +69,7 @@ class Scorer(ABC):
         self._metric = metric
         self._batch_size = batch_size
         self._vocabulary = vocabulary
+        self._model_key = model_key
         self._ends = list(ends)
         # The last part holds the calibration examples.
         parts = [self._known[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]

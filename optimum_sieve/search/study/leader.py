@@ -34,8 +34,9 @@ def announced(url: str, name: str) -> Iterator[None]:
     storage = open_storage(url)
     try:
         with quiet():
-            directions = ["minimize", "maximize"]
-            study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+            study = optuna.create_study(
+                storage=storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
+            )
         with beating(lambda count: study.set_user_attr(_LEADER, [this_process(), count])):
             yield
     finally:
@@ -68,9 +69,9 @@ class LeaderWatch:
         grace = BEGIN_SECONDS if attributes is None else GRACE_SECONDS
         if time.monotonic() - self._since > grace:
             raise RuntimeError(
-                f"`work_dir` must be that of a search that is running, got {grace:.0f} seconds without a sign of life of "
-                f"its leader in {self._where}. Start the leader again with the same model, task, settings and library "
-                "versions, and then its workers."
+                f"`work_dir` must be that of a search that is running, got {grace:.0f} seconds without a sign of life "
+                f"of its leader in {self._where}. Start the leader again with the same model, task, settings and "
+                "library versions, and then its workers."
             )
 
 
