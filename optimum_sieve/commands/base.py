@@ -194,9 +194,11 @@ def _is_reported(error: Exception) -> bool:
 
 
 def _is_expected(error: Exception) -> bool:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    return isinstance(error, (*_REPORTED, SafetensorError))
+    # The tokenizers library raises nothing more specific than `Exception`.
+    return isinstance(error, (*_REPORTED, SafetensorError, StrictDataclassError)) or type(error) is Exception
 
 
 def _disk_error(error: BaseException | None) -> BaseException | None:

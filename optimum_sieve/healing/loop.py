@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.training import training_only
-from optimum_sieve.evaluation.batches import encode, input_device, pack, padding_id
+from optimum_sieve.evaluation.batches import encode, input_device, pack
 from optimum_sieve.evaluation.teacher import lessons_fingerprint
+from optimum_sieve.evaluation.token_ids import padding_id
 from optimum_sieve.run.workdir import WorkDir, content_key
 
 from .optimizer import FactorTraining, HeldAsFactors, trained_parameters
@@ -181,6 +182,8 @@ class _Trainer:
         if stored is not None:
             self.training.assign(stored[0])
             self.healing = Healing(**stored[1])
+            # Left by a run that was killed before it could remove it.
+            self.work.remove(_STATE, self.key)
         return stored is not None
 
     def train(self, progress: bool) -> None:

@@ -62,7 +62,8 @@ def whole_directory(output: Path) -> Iterator[Path]:
                 yield directory / NEW
                 _replace_directory(directory, target)
         except BaseException as error:
-            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            # The tokenizers library raises nothing more specific than `Exception`.
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or type(error) is Exception:
                 raise OSError(
                     f"`output_dir` must be writable and have room, got {output}: {error}. Nothing was written."
                 ) from error

@@ -94,16 +94,27 @@ def _reserve(target: Path) -> int | None:
 @contextmanager
 def shared(target: Path) -> Iterator[None]:
     """Write `target` while other processes may write it too; the last one wins. Remove what dead runs left of it."""
-    with suppress(BlockingIOError):
-        descriptor = _lock(target)
-        if descriptor is not None:
-            _clear_leftovers(target)
-            _unlock(target, descriptor)
+    _clear_unless_written(target)
     descriptor = _lock(target, share=True)
     try:
         yield
     finally:
         _unlock(target, descriptor)
+
+
+def clear_directory(directory: Path) -> None:
+    """Remove what dead runs left of the files in a directory."""
+    for lock in list(directory.glob(f".*{_LOCK}")):
+        with suppress(OSError):
+            _clear_unless_written(lock.with_name(lock.name[1:].removesuffix(_LOCK)))
+
+
+def _clear_unless_written(target: Path) -> None:
+    with suppress(BlockingIOError):
+        descriptor = _lock(target)
+        if descriptor is not None:
+            _clear_leftovers(target)
+            _unlock(target, descriptor)
 
 
 def _lock(target: Path, *, share: bool = False) -> int | None:

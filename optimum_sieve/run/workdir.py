@@ -18,6 +18,7 @@ from optimum_sieve.run import distributed
 
 from .checksum import UNSEALED, check_file, seal_file
 from .files import replacing
+from .reservation import clear_directory
 from .scratch import Scratch, remove_dead
 
 
@@ -56,6 +57,7 @@ class WorkDir:
             if not os.access(self.path, os.W_OK):
                 raise OSError(f"`work_dir` must be a directory that can be written, got {path}. Choose another one.")
             remove_dead(self.path)
+            clear_directory(self.path)
 
     @classmethod
     def temporary(cls) -> WorkDir:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def differing(first: dict[str, str], second: dict[str, str]) -> list[str]:
 def _timeless(path: Path) -> bytes:
     content = path.read_bytes()
     if path.suffix == ".json":
-        return json.dumps(_without_times(json.loads(content))).encode()
+        # A file that was cut off is no JSON.
+        with suppress(ValueError):
+            return json.dumps(_without_times(json.loads(content))).encode()
     return content
 
 

@@ -69,10 +69,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert {**resumed.to_dict(), "seconds": 0} == {**expected.to_dict(), "seconds": 0}
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["healed"]
 
+    # A run that was killed before it could remove its state.
+    (tmp_path / next(tmp_path.iterdir()).name.replace("healed", "healing")).touch()
     again = copy.deepcopy(start)
     assert run(again, stopping, task, monitor=monitors[1], work=WorkDir(tmp_path)).to_dict() == resumed.to_dict()
     assert Stopping.calls == calls + QUICK.steps - 12
     assert_same(weights(again), weights(whole))
+    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["healed"]
 
 
 KILLED = """

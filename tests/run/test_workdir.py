@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from typing import TYPE_CHECKING
 
 import pytest
@@ -68,6 +69,17 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         match=r"bases-k\.safetensors` must be a safetensors file as .* saved it, got .* Delete it and run again",
     ):
         work.load("bases", "k")
+
+
+def test_the_locks_of_killed_runs_are_removed_and_those_of_others_stay(tmp_path: Path) -> None:
+    dead, held = (tmp_path / f".{stage}-k.safetensors.sieve-lock" for stage in ("bases", "moments"))
+    dead.touch()
+    (tmp_path / ".bases-k.safetensors.abcdefgh.sieve-partial").mkdir()
+    (tmp_path / ".notes").touch()
+    with held.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        WorkDir(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [held.name, ".notes"]
 
 
 def test_a_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
