@@ -10,7 +10,7 @@ QUANTO := $(VENV)/quanto
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs style clean
+.PHONY: help demo test soak check docs style clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -34,6 +34,9 @@ test: $(INSTALLED) $(QUANTO) ## Run the tests and the doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 	PYTHONPATH=$(QUANTO) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/quantization/test_quanto.py
 
+soak: $(INSTALLED) ## Kill runs, fill disks, alter models and generate inputs by the thousand (SOAK_ARGS: options)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(SOAK_ARGS)
+
 check: $(INSTALLED) ## Lint, format, types, import rules, documentation, version
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +53,4 @@ style: $(INSTALLED) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 
 clean: ## Remove the virtual environment and everything built
-	rm -rf $(VENV) site dist demo-output .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) site dist demo-output soak .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

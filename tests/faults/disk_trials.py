@@ -27,11 +27,11 @@ _SLOW = 0.05
 def full_disk_trial(world: World, number: int) -> Trial:
     """Let every write fail from one change of the file system on, then run again with room.
 
-    The change is that of the number, over all changes of all commands in turn.
+    Numbers go over all changes of all commands, so that any few of them meet every command.
     """
-    command, at = _change(world, number)
+    command, at = _growth(world, number)
     place = world.trial(f"full {number}")
-    trial = Trial("full disk", f"{command.name}, no room from change {at} on")
+    trial = Trial("full disk", f"{command.name}, no room from its change {at} on")
     old = world.old_output(place) if command.has_output and number % 2 else {}
     fault = {"kind": "full", "at": at, "below": [str(place)]}
     overwrite = ["--overwrite"] if old else []
@@ -40,20 +40,12 @@ def full_disk_trial(world: World, number: int) -> Trial:
     return trial
 
 
-def full_disk_trials(world: World) -> int:
-    """Return how many changes there are to try."""
-    for name in _NAMES:
-        world.undisturbed(name)
-    return sum(world.changes.values())
-
-
-def _change(world: World, number: int) -> tuple[Command, int]:
-    number %= full_disk_trials(world)
-    for name in _NAMES:
-        if number < world.changes[name]:
-            return COMMANDS[name], number + 1
-        number -= world.changes[name]
-    raise AssertionError("unreachable")
+def _growth(world: World, number: int) -> tuple[Command, int]:
+    command = COMMANDS[_NAMES[number % len(_NAMES)]]
+    world.undisturbed(command.name)
+    count = world.growths[command.name]
+    # Prime, so that the multiples reach every change.
+    return command, 1 + (number // len(_NAMES)) * 10_007 % count
 
 
 def limited_file_trial(world: World, number: int) -> Trial:

@@ -78,7 +78,10 @@ def build(directory: str) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """The inputs, what each command makes of them undisturbed, how long that takes and in how many changes of files."""
+    """The inputs, what each command makes of them undisturbed, how long that takes and in how many changes of files.
+
+    `growths` counts the changes that need room on the disk.
+    """
 
     root: Path
     server: ForkServer
@@ -87,6 +90,7 @@ class World:
     work_files: dict[str, set[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     changes: dict[str, int] = field(default_factory=dict)
+    growths: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def make(cls, root: Path, server: ForkServer) -> World:
@@ -116,7 +120,9 @@ class World:
                 if kind == "first":
                     self.seconds[name] = ended.seconds
                 else:
-                    self.changes[name] = len(log.read_text().splitlines())
+                    changes = log.read_text().splitlines()
+                    self.changes[name] = len(changes)
+                    self.growths[name] = sum(change.startswith("grows ") for change in changes)
                 self.work_files[name] = {path.name for path in (trial / "work").glob("*")}
                 assert stray(trial) == [], f"{name} leaves {stray(trial)}"
                 shutil.rmtree(trial)

@@ -15,8 +15,8 @@ from typing import Any
 
 
 _FIRST_PATH = {"os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.truncate"}
-# Needs room on a disk.
-_GROWING = {"open", "os.mkdir", "os.rename", "os.link", "os.symlink"}
+# These need room on a disk, and so does a new file.
+_GROWING = {"os.mkdir", "os.rename", "os.link", "os.symlink"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -25,7 +25,7 @@ def install(kind: str, below: list[str], at: int = 0, number: int = 9, seconds: 
 
     Args:
         kind: `count` (write each to `log`), `die` (send the signal `number` before the change `at`), `full` (no room
-            from the change `at` on) or `slow` (wait up to `seconds` before each).
+            from the change `at` on, of those that need room) or `slow` (wait up to `seconds` before each).
         below: Absolute paths of directories.
         at: From 1.
         number: A signal.
@@ -36,14 +36,16 @@ def install(kind: str, below: list[str], at: int = 0, number: int = 9, seconds: 
     rng = random.Random(os.getpid())
     count = 0
 
-    def change(event: str, path: str) -> None:
+    def change(event: str, path: str, grows: bool) -> None:
         nonlocal count
+        if kind == "full" and not grows:
+            return
         count += 1
         if kind == "count":
-            os.write(descriptor, f"{event} {path}\n".encode())
+            os.write(descriptor, f"{'grows' if grows else 'stays'} {event} {path}\n".encode())
         elif kind == "die" and count == at:
             os.kill(os.getpid(), number)
-        elif kind == "full" and count >= at and event in _GROWING:
+        elif kind == "full" and count >= at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         elif kind == "slow":
             time.sleep(rng.random() * seconds)
@@ -51,13 +53,14 @@ def install(kind: str, below: list[str], at: int = 0, number: int = 9, seconds: 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         path = _changed(event, arguments)
         if path is not None and any(path.startswith(directory + os.sep) for directory in below):
-            change(event, path)
+            new = event == "open" and (arguments[2] or 0) & os.O_CREAT
+            change(event, path, bool(new) or event in _GROWING)
 
     sys.addaudithook(hook)
     synchronize = os.fsync
 
     def fsync(file: Any) -> None:
-        change("os.fsync", "")
+        change("os.fsync", "", grows=False)
         synchronize(file)
 
     os.fsync = fsync

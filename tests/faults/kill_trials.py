@@ -39,7 +39,9 @@ def kill_trial(world: World, number: int, *, name: str | None = None, own_proces
     rng = random.Random(number)
     command = COMMANDS[name or list(COMMANDS)[number % len(COMMANDS)]]
     expected = world.undisturbed(command.name)
-    wanted = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    # Ctrl-C ends the breeding of a search on purpose, and the best candidate so far is its result.
+    last = signal.SIGTERM if command.name == "search" else signal.SIGINT
+    wanted = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, last])
     moment = _own_moment(rng, world, command, wanted) if own_process else _moment(rng, world, command, wanted)
     kind = "killed: optimum-cli in its own process" if own_process else f"killed: {command.name}"
     trial = Trial(kind, f"trial {number}, {command.name}, {wanted.name}, {moment}")
@@ -103,9 +105,8 @@ def _run_again(
         there = result(command, place)
         trial.require(there in (old, expected), LOST, f"the earlier output does not come back: {ended.err[-300:]}")
     before = {name for name in stray(place) if name.startswith("temporary/")}
-    trial.require(
-        all(name.startswith("temporary/optimum-sieve-") for name in before), LEFT, f"by other names: {before}"
-    )
+    ours = ("temporary/sieve-", "temporary/optimum-sieve-")
+    trial.require(all(name.startswith(ours) for name in before), LEFT, f"by other names: {before}")
     overwrite = ["--overwrite"] if there and command.has_output else []
     (ended,) = world.server.run(world.run(command, place, *overwrite))
     trial.judge_end(ended, 0)

