@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from block_fp8 import save_block_fp8, set_quantization
+from quantized_checkpoints import save_block_fp8, save_mxfp4, set_quantization
 from safetensors.torch import load_file
-from toy import load_task, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from toy import VOCABULARY, load_task, make_model, make_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.backbone.loading import load_model
@@ -32,14 +39,14 @@ def save_base(directory: Path) -> Path:
 
 
 def kinds(directory: Path) -> set[torch.dtype]:
-    return {tensor.dtype for tensor in load_file(directory / "model.safetensors").values()}
+    return {tensor.dtype for path in directory.glob("*.safetensors") for tensor in load_file(path).values()}
 
 
-def prune(source: Any, directory: Path) -> Path:
+def prune(source: Any, directory: Path, config: SieveConfig = CONFIG, **options: Any) -> Path:
     task = load_task(directory)
-    options = {} if isinstance(source, str) else {"tokenizer": make_tokenizer()}
+    options |= {} if isinstance(source, str) else {"tokenizer": make_tokenizer()}
     pruner = SievePruner.from_pretrained(source, task=task, **options)
-    scored = pruner.prune(CONFIG, progress=False).model
+    scored = pruner.prune(config, progress=False).model
     output = pruner.save_pretrained(directory / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(output)
     assert torch.equal(scored(IDS).logits, reloaded(IDS).logits)
@@ -62,6 +69,40 @@ def test_a_model_that_transformers_dequantized_is_saved_as_it_was_scored(tmp_pat
         base, dtype="auto", quantization_config=FineGrainedFP8Config(dequantize=True)
     )
     assert kinds(prune(model, tmp_path)) == {torch.bfloat16, torch.int32}
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
+def test_the_experts_of_a_block_fp8_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, intermediate_size=48, moe_intermediate_size=16, num_experts=4))
+    make_tokenizer().save_pretrained(save_block_fp8(model, tmp_path / "base"))
+    assert kinds(prune(str(tmp_path / "base"), tmp_path)) == {torch.bfloat16, torch.int32}
+
+
+def test_a_block_fp8_checkpoint_under_a_memory_limit(tmp_path: Path) -> None:
+    base, config = str(save_base(tmp_path / "base")), SieveConfig(pruning_ratio=0.3, rounds=1, memory_limit="1GB")
+    output = prune(base, tmp_path, config, offload_dir=tmp_path / "offload")
+    assert kinds(output) == {torch.bfloat16, torch.int32}
+
+
+def test_an_mxfp4_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rotary = {"rope_type": "default", "rope_theta": 1e4}
+    config = GptOssConfig(**SIZES, intermediate_size=32, num_local_experts=4, rope_parameters=rotary, pad_token_id=None)
+    make_tokenizer().save_pretrained(save_mxfp4(GptOssForCausalLM(config), tmp_path / "base"))
+    assert kinds(prune(str(tmp_path / "base"), tmp_path)) == {torch.bfloat16, torch.int32}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from block_fp8 import save_block_fp8
+from quantized_checkpoints import save_block_fp8
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_pruned_model, make_tiny_model
 from toy import load_task, make_model, make_tokenizer, parity_rows

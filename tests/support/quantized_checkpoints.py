@@ -1,4 +1,4 @@
-"""Write checkpoints with block FP8 weights, as several model makers publish them."""
+"""Write checkpoints with block FP8 or MXFP4 weights, as model makers publish them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,24 @@ def save_block_fp8(model: PreTrainedModel, directory: Path) -> Path:
         tensors[name] = tensor
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return set_quantization(directory, {"quant_method": "fp8", "weight_block_size": [_BLOCK, _BLOCK]})
+
+
+def save_mxfp4(model: PreTrainedModel, directory: Path) -> Path:
+    """Save a GPT-OSS with random experts in blocks of 32 four-bit numbers."""
+    model.to(torch.bfloat16).save_pretrained(directory)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, columns, rows = tensor.shape
+            grid = (experts, rows, columns // 32)
+            tensors[f"{name}_blocks"] = torch.randint(256, (*grid, 16), dtype=torch.uint8, generator=generator)
+            tensors[f"{name}_scales"] = torch.randint(120, 126, grid, dtype=torch.uint8, generator=generator)
+        else:
+            tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    dense = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return set_quantization(directory, {"quant_method": "mxfp4", "modules_to_not_convert": dense})
 
 
 def set_quantization(directory: Path, settings: dict[str, Any]) -> Path:
