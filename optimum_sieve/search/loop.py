@@ -11,6 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from optimum_sieve.allocation.tolerance import ToleranceError
+from optimum_sieve.run.signals import Terminated
 
 from .bottlenecks import bottleneck_candidates
 from .breeding import fast, paper
@@ -210,6 +211,8 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
                 study.enqueue(wanted)
                 if not score_one(search, study, scorers):
                     time.sleep(_POLL_SECONDS)
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 scored = study.finished()
                 if search.ending is not None or not any(candidate.is_complete for candidate in scored):

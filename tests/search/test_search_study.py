@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import optuna
 import pytest
 from search_world import ShareScorer, genome_of, make_world, play, score
 
+from optimum_sieve.run.signals import Terminated
 from optimum_sieve.search.candidate import Candidate
 from optimum_sieve.search.loop import lead, score_one, work
 from optimum_sieve.search.study import processes
@@ -104,6 +106,18 @@ def test_a_search_goes_on_after_an_error(storage, tmp_path, fail_at, error):
         # Ctrl-C once something was scored: no new generations, but the best so far is confirmed.
         assert search.result(scored).part == "confirm"
         assert sum(candidate.part == "search" for candidate in scored) < 18
+
+
+def test_sigterm_stops_a_search_at_once_and_the_next_start_goes_on(tmp_path):
+    url = storages(tmp_path)["sqlite"]
+    search = small_world()
+    scorers = make_scorers(search, fail_at=6, error=lambda text: Terminated(signal.SIGTERM))
+    with pytest.raises(Terminated, match="SIGTERM"):
+        lead(search, SearchStudy(url, "sieve-test", search.space), scorers, progress=False)
+    assert scorers["confirm"].calls == 0
+    again = small_world()
+    scored = lead(again, SearchStudy(url, "sieve-test", again.space), make_scorers(again), progress=False)
+    assert genomes(scored) == genomes(play(small_world()))
 
 
 def test_candidates_are_enqueued_and_claimed_once(storage):
