@@ -61,7 +61,8 @@ def architecture(model: Any) -> dict[str, Any]:
         for name, value in model.config.to_diff_dict().items()
         if name not in ("_name_or_path", "transformers_version")
     }
-    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    # Infinity and NaN, such as in the `time_step_limit` of Mamba2, are no JSON.
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str), parse_constant=str)
     return result
 
 

@@ -27,6 +27,7 @@ class InputFormat:
             token.
         start_token_id (`int`, *optional*): First token of a decoder.
         label_ids (`Mapping[str, int]`): Class index by label name, for classifiers.
+        num_tokens (`int`, *optional*): Number of input embeddings.
     """
 
     kind: Kind = "causal"
@@ -34,6 +35,7 @@ class InputFormat:
     pad_token_id: int | None = None
     start_token_id: int | None = None
     label_ids: Mapping[str, int] = field(default_factory=dict)
+    num_tokens: int | None = None
 
     def classes(self, candidates: Sequence[str]) -> list[int]:
         """Return the class index of each candidate, by label name or, if labels have only default names, by order.
@@ -64,6 +66,7 @@ def input_format(model: Any) -> InputFormat:
         return InputFormat()
     kind = model_kind(model)
     pad = _token_id(config, "pad_token_id")
+    common: dict[str, Any] = {"kind": kind, "num_tokens": _num_embeddings(model)}
     if kind == "classification":
         labels = {str(name): int(index) for name, index in config.label2id.items()}
         if len(labels) < 2:
@@ -73,15 +76,15 @@ def input_format(model: Any) -> InputFormat:
         # Some architectures start positions after the padding token's id.
         limit = max_positions(model)
         offset = pad + 1 if pad is not None and config.model_type in _OFFSET_POSITIONS else 0
-        return InputFormat(kind=kind, max_length=limit and limit - offset, pad_token_id=pad, label_ids=labels)
+        return InputFormat(**common, max_length=limit and limit - offset, pad_token_id=pad, label_ids=labels)
     if kind == "seq2seq":
         start = _token_id(config, "decoder_start_token_id")
         if start is None:
             raise ValueError(
                 "`model` must have a `decoder_start_token_id` in its configuration, got None. Set it before pruning."
             )
-        return InputFormat(kind=kind, max_length=max_positions(model), pad_token_id=pad, start_token_id=start)
-    return InputFormat(max_length=max_positions(model))
+        return InputFormat(**common, max_length=max_positions(model), pad_token_id=pad, start_token_id=start)
+    return InputFormat(**common, max_length=max_positions(model))
 
 
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "ibert", "longformer", "mpnet")
@@ -109,6 +112,15 @@ def max_positions(model: Any) -> int | None:
     text_config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text_config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _num_embeddings(model: Any) -> int | None:
+    """Return the number of input embeddings, or `None` if the model does not tell."""
+    try:
+        count = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return count if isinstance(count, int) else None
 
 
 def _token_id(config: Any, name: str) -> int | None:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_sieve._messages import listed, shown
+from optimum_sieve.modeling.block import check_block
+from optimum_sieve.modeling.conversion import require_model
 from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.modeling.layout import copy_parameters
 from optimum_sieve.modeling.modeling_sieve import SievePreTrainedModel
@@ -20,6 +23,7 @@ from optimum_sieve.run.scratch import Scratch
 from .blockwise import find_blocks
 from .kinds import auto_class_name
 from .quantized import quantization_options
+from .sources import read_config, source_options
 
 
 if TYPE_CHECKING:
@@ -54,25 +58,25 @@ def load_model(
         quantized (`bool`): Whether a checkpoint that cannot be dequantized on loading may stay quantized.
 
     Raises:
-        ValueError: If `dtype` is not a floating-point type, a loaded model comes without a tokenizer, or the model
-            cannot be offloaded or dequantized.
+        TypeError: If `model` is neither a name nor a transformers model.
+        ValueError: If `dtype` is not a floating-point type, this machine lacks the `device`, a loaded model comes
+            without a tokenizer, or the model cannot be offloaded or dequantized.
         OSError: If the model is not found or damaged.
     """
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise ValueError("`tokenizer` must be given with a loaded model, got None. Pass the model's tokenizer.")
-        return model, tokenizer, getattr(model.config, "_name_or_path", None) or None
-    name = str(model)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not isinstance(model, str | Path):
+        return _given(model, tokenizer)
+    name, kind, target_device = str(model), read_dtype(dtype), read_device(device)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **source_options(name, revision)}
     options |= {key: value for key, value in (("gguf_file", gguf_file), ("revision", revision)) if value is not None}
+    # GGUF files hold causal language models.
+    config = None if gguf_file else read_config(name, **options)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    # GGUF files hold causal language models.
-    config = None if gguf_file else AutoConfig.from_pretrained(name, **options)
     if config is not None:
         options |= quantization_options(config, name, accepted=quantized)
+        if config.model_type == "sieve":
+            check_block(config.sieve)
     auto_class = getattr(transformers, auto_class_name(config))
-    target_device = torch.device(device) if device is not None else default_device()
     scratch: Scratch | None = None
     if offload_dir is not None:
         if config is None:
@@ -82,7 +86,7 @@ def load_model(
             )
         scratch = Scratch(Path(offload_dir), "offloaded")
         options |= {"device_map": offload_map(config, target_device), "offload_folder": str(scratch.path)}
-    loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=read_dtype(dtype), **options)
+    loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=kind, **options)
     if not isinstance(loaded, SievePreTrainedModel):
         # Pruned models do it themselves.
         copy_parameters(loaded)
@@ -91,6 +95,15 @@ def load_model(
     else:
         loaded.to(target_device)  # type: ignore[arg-type]
     return loaded, tokenizer, name
+
+
+def _given(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    require_model(model)
+    if tokenizer is None:
+        raise ValueError("`tokenizer` must be given with a loaded model, got None. Pass the model's tokenizer.")
+    return model, tokenizer, getattr(model.config, "_name_or_path", None) or None
 
 
 def offload_map(config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:
@@ -149,15 +162,47 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def read_device(device: str | torch.device | None) -> torch.device:
+    """Return the device that a user named, which must work; `None` gives the default one.
+
+    Raises:
+        ValueError: If there is no such device on this machine.
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        # Only an allocation shows whether a device works. The meta device has no values.
+        usable = not torch.empty(1, device=found).is_meta
+    except Exception:  # Each kind of device has errors of its own.
+        usable = False
+    if usable:
+        return found
+    raise ValueError(f"`device` must be one that torch finds on this machine, {_devices()}, got {shown(str(device))}.")
+
+
+def _devices() -> str:
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerators = [f"'{kind.type}:{index}'" for index in range(torch.accelerator.device_count())] if kind else []
+    return listed(["'cpu'", *accelerators])
+
+
 def read_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     """Return the floating-point type that a user named; `None` and `"auto"` give `"auto"`.
 
     Raises:
-        ValueError: If it is not a floating-point type.
+        ValueError: If it is not a floating-point type that models compute in.
     """
     if dtype is None:
         return "auto"
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if kind == "auto" or (isinstance(kind, torch.dtype) and kind.is_floating_point):
+    # Types of one byte are for storage.
+    if kind == "auto" or (isinstance(kind, torch.dtype) and kind.is_floating_point and kind.itemsize > 1):
         return kind
-    raise ValueError(f"`dtype` must be a floating-point type such as 'bfloat16' or 'float32', got {dtype!r}.")
+    raise ValueError(f"`dtype` must be a floating-point type such as 'bfloat16' or 'float32', got {shown(dtype)}.")
+
+
+def dtype_of(config: PreTrainedConfig, dtype: str | torch.dtype | None) -> torch.dtype:
+    """Return the type that a model with this configuration is loaded in."""
+    kind = read_dtype(dtype)
+    return kind if isinstance(kind, torch.dtype) else getattr(config, "dtype", None) or torch.float32

@@ -80,12 +80,11 @@ class ExportCommand(SieveSubcommand):
 
 def _load(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the pruned model on the CPU, after its configuration was checked."""
-    from transformers import AutoConfig
-
     from optimum_sieve.backbone.loading import load_model
+    from optimum_sieve.backbone.sources import read_config
     from optimum_sieve.modeling.conversion import check_pruned
 
-    check_pruned(AutoConfig.from_pretrained(arguments.model, revision=arguments.revision))
+    check_pruned(read_config(arguments.model, revision=arguments.revision))
     dtype = arguments.dtype or ("float32" if arguments.onnx else None)
     model, tokenizer, _ = load_model(arguments.model, dtype=dtype, device="cpu", revision=arguments.revision)
     return model, tokenizer

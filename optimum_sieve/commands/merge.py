@@ -41,15 +41,14 @@ class MergeCommand(SieveSubcommand):
             self._merge(arguments)
 
     def _merge(self, arguments: Namespace) -> None:
-        from transformers import AutoConfig
-
         from optimum_sieve.backbone.loading import load_model
+        from optimum_sieve.backbone.sources import read_config
         from optimum_sieve.lora.layer import require_peft
         from optimum_sieve.lora.merge import check_adapter, merge_adapter, save_merged
         from optimum_sieve.publish.card import base_license
 
         require_peft()
-        check_adapter(arguments.adapter, AutoConfig.from_pretrained(arguments.model, revision=arguments.revision))
+        check_adapter(arguments.adapter, read_config(arguments.model, revision=arguments.revision))
         model, tokenizer, _ = load_model(
             arguments.model, dtype=arguments.dtype, device="cpu", revision=arguments.revision
         )

@@ -17,6 +17,7 @@ from optimum_sieve.backbone.kinds import InputFormat, Kind
 
 from .encoding import EncodedExample, encode_examples
 from .head import head_at
+from .token_ids import check_token_ids, padding_id
 
 
 if TYPE_CHECKING:
@@ -140,12 +141,6 @@ def pack(rows: Sequence[EncodedExample], *, batch_size: int, pad_id: int, kind: 
     return [_collate(batch, pad_id, kind) for batch in batches]
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase, inputs: InputFormat) -> int:
-    """Return the token id used for padding."""
-    pads = (inputs.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((i for i in pads if isinstance(i, int)), 0)
-
-
 def encode(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, candidates: bool, inputs: InputFormat
 ) -> list[EncodedExample]:
@@ -153,6 +148,9 @@ def encode(
     if not examples:
         raise ValueError("`examples` must hold at least one example, got none.")
     rows = encode_examples(examples, tokenizer, candidates, inputs)
+    scored = [] if inputs.kind == "classification" else [(row.index, [read[2] for read in row.reads]) for row in rows]
+    read = [(row.index, ids) for row in rows for ids in [*row.rows, row.source or []]]
+    check_token_ids([*read, *scored], tokenizer, inputs)
     max_length = inputs.max_length
     too_long = [row for row in rows if max_length is not None and row.length > max_length]
     if too_long:

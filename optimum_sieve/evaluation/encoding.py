@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from .token_ids import check_token_ids
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -110,6 +112,7 @@ def encode_prompts(
             (prefix if example.add_special_tokens else []) + ids for example, ids in zip(examples, plain, strict=True)
         ]
     _refuse_empty(rows, examples)
+    check_token_ids(enumerate(rows), tokenizer, inputs)
     return rows
 
 
@@ -199,10 +202,9 @@ def _whole_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 
 
 def _refuse_empty(rows: list[list[int]], examples: Sequence[Example]) -> None:
-    empty = next((index for index, row in enumerate(rows) if not row), None)
-    if empty is not None:
-        prompt = examples[empty].prompt
-        raise ValueError(f"`examples[{empty}]` must have a prompt of at least one token, got {prompt!r}.")
+    for index, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        if not row:
+            raise ValueError(f"`examples[{index}]` must have a prompt of at least one token, got {example.prompt!r}.")
 
 
 def _encode_row(index: int, example: Example, prompt: list[int], wholes: list[list[int]]) -> EncodedExample:

@@ -20,8 +20,9 @@ from transformers import (
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
 
-from .batches import input_device, padding_id
+from .batches import input_device
 from .encoding import answer_lengths, encode_prompts
+from .token_ids import padding_id
 
 
 if TYPE_CHECKING:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import nn
 from tqdm.auto import tqdm
 
 from optimum_sieve.backbone.kinds import input_format
-from optimum_sieve.run.checksum import UNSEALED, check_file, is_sealed, seal_file
+from optimum_sieve.modeling.conversion import require_model
+from optimum_sieve.run.checksum import check_file, is_sealed, seal_file, unsealed_metadata
 from optimum_sieve.run.files import replacing
 from optimum_sieve.tasks.metrics import CLASS_METRICS, most_frequent, score_classes
 from optimum_sieve.tasks.text_metrics import TEXT_METRICS, majority_text_score, metric_name, normalize_text, score_texts
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from optimum_sieve.tasks import Example
@@ -106,7 +107,7 @@ class Evaluation:
         metadata = {
             "format_version": str(FORMAT_VERSION),
             "evaluation": json.dumps(scalars, sort_keys=True),
-            **UNSEALED,
+            **unsealed_metadata(path.name),
         }
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         with replacing(path) as temporary:
@@ -178,6 +179,7 @@ def evaluate(
     Raises:
         ValueError: If an example cannot be scored, or the model returns values that are not finite.
     """
+    _check_model(model)
     check_scorable(examples, metric)
     bar = tqdm(total=len(examples), desc=description or None, unit="example", disable=not progress)
     if examples[0].generation is not None:
@@ -187,6 +189,12 @@ def evaluate(
     batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
     with bar:
         return evaluation_of(candidate_scores(model, batches, examples, bar.update), examples, metric)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what is no model, or hides the configuration that says how to score it, such as `DataParallel`."""
+    if not isinstance(model, nn.Module) or (isinstance(getattr(model, "module", None), nn.Module)):
+        require_model(model)
 
 
 def check_scorable(examples: Sequence[Example], metric: Metric) -> None:

@@ -219,7 +219,7 @@ def require_model(model: Any, argument: str = "model") -> None:
         remedy = "Pass its `module`."
     else:
         remedy = "Load one with `AutoModelForCausalLM`."
-    raise TypeError(f"`{argument}` must be a transformers model, got a {type(model).__name__}. {remedy}")
+    raise TypeError(f"`{argument}` must be a transformers model, got {type(model).__name__}. {remedy}")
 
 
 def check_pruned(config: Any) -> None:

@@ -12,7 +12,7 @@ from optimum_sieve.backbone.targets import is_linear, linear_weight
 from optimum_sieve.evaluation.batches import check_examples
 from optimum_sieve.evaluation.generation import check_generation
 from optimum_sieve.evaluation.stage import examples_fingerprint
-from optimum_sieve.modeling.conversion import check_convertible, is_gguf
+from optimum_sieve.modeling.conversion import check_convertible, is_gguf, require_model
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.tasks.data import SPLITS
 
@@ -31,8 +31,10 @@ def check_model(model: PreTrainedModel) -> None:
     """Check that the model is a dense language model or sequence classifier.
 
     Raises:
+        TypeError: If it is another object, such as one around a model.
         ValueError: If the model is already pruned, neither generates nor classifies, or has adapters.
     """
+    require_model(model)
     if getattr(model.config, "model_type", None) == "sieve":
         raise ValueError("`model` must be a dense model, got one that is pruned already. Use its base model.")
     config = model.config

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sizes import measure_sizes
+from optimum_sieve.backbone.sources import read_config, source_options
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned
 from optimum_sieve.healing.stage import Reference, heal_config
@@ -82,7 +83,7 @@ def heal_pruned(
             no answers.
         OSError: If a model cannot be loaded.
     """
-    saved = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    saved = read_config(model, trust_remote_code=trust_remote_code)
     check_pruned(saved)
     block: dict[str, Any] = copy.deepcopy(saved.sieve)
     settings = _settings(block.get("settings") or {}, config, task_weights, seed)
@@ -92,7 +93,7 @@ def heal_pruned(
 
     reduced = None
     if "vocabulary" in block:
-        reduced = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        reduced = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **source_options(model))
     base, tokenizer, _ = load_model(dense, gguf_file=gguf_file, **loading)
     before = _Dense.of(_dense_run(base, tokenizer, tasks, settings, reduced, work_dir=work_dir, progress=progress))
     del base

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig
-
-from optimum_sieve.backbone.loading import empty_model, read_dtype
+from optimum_sieve.backbone.loading import dtype_of, empty_model
+from optimum_sieve.backbone.sources import read_config
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.modeling.experts import separate_names
 
@@ -16,6 +14,8 @@ from .memory import calibration_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
 
     from optimum_sieve.config.sieve import SieveConfig
 
@@ -60,10 +60,8 @@ def _measure(
     model: str | Path, settings: SieveConfig, dtype: str | torch.dtype | None, options: dict[str, Any]
 ) -> tuple[int, int, bool]:
     """Return the bytes of weights and of moments and bases, and whether the model has experts to separate."""
-    config = AutoConfig.from_pretrained(str(model), **options)
+    config = read_config(model, **options)
     empty = empty_model(config, separate=True)
     targets = find_targets(empty, settings.target_modules, settings.exclude_modules)
-    asked = read_dtype(dtype)
-    element = (asked if isinstance(asked, torch.dtype) else getattr(config, "dtype", None) or torch.float32).itemsize
-    weights = sum(parameter.numel() for parameter in empty.parameters()) * element
+    weights = sum(parameter.numel() for parameter in empty.parameters()) * dtype_of(config, dtype).itemsize
     return weights, calibration_bytes(targets, settings), bool(separate_names(empty))

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig
-
-from optimum_sieve.backbone.loading import empty_model
+from optimum_sieve.backbone.loading import dtype_of, empty_model, read_dtype
+from optimum_sieve.backbone.sources import read_config
 from optimum_sieve.backbone.targets import find_targets
 
 from .flops import Work, count_work
@@ -74,10 +72,12 @@ def forecast(
 
     Raises:
         OSError: If there is no configuration.
-        ValueError: If the model has no linear layers to prune, or the `memory_limit` is too low.
+        ValueError: If `dtype` is not a floating-point type, the model has no linear layers to prune, or the
+            `memory_limit` is too low.
     """
-    described = AutoConfig.from_pretrained(str(model), **options)
-    kind: torch.dtype = getattr(torch, dtype)
+    read_dtype(dtype)
+    described = read_config(model, **options)
+    kind = dtype_of(described, dtype)
     empty = empty_model(described, separate=True)
     empty.to(dtype=kind)  # type: ignore[call-arg]
     targets = find_targets(empty, config.target_modules, config.exclude_modules)

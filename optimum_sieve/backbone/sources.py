@@ -1,0 +1,100 @@
+"""Where a model comes from: a directory or the Hub. Wrong names and a missing connection are errors at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig
+
+from optimum_sieve._messages import shown
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def read_config(model: str | Path, **options: Any) -> PreTrainedConfig:
+    """Return the configuration of a model in a directory or on the Hub.
+
+    Args:
+        model (`str | Path`): Hub id, directory or file.
+        options (`Any`): Options of transformers' `AutoConfig.from_pretrained`.
+
+    Raises:
+        OSError: If there is no such model, or the Hub cannot be reached.
+        ValueError: If the configuration is invalid.
+    """
+    options |= source_options(model, options.get("revision"))
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(model), **options)
+    except RecursionError:
+        raise ValueError(
+            f"`model` must have a config.json of few levels, got one nested too deep in {shown(str(model))}."
+        ) from None
+    return config
+
+
+def source_options(model: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Check that a model is there; return the option for transformers to use the cache if the Hub cannot be reached.
+
+    Otherwise each missing file of each part (configuration, tokenizer, weights) costs many seconds of retries.
+
+    Raises:
+        TypeError: If `model` is no name.
+        FileNotFoundError: If the name is that of a path and there is none, or is not a Hub id.
+        ConnectionError: If a model that is not in the cache would have to be loaded from a Hub that cannot be reached;
+            an `OSError`.
+    """
+    if not isinstance(model, str | Path):
+        raise TypeError(f"`model` must be the name of a directory or the id of a model, got {type(model).__name__}.")
+    name = str(model)
+    if _exists(name):
+        return {}
+    if not _can_be_hub_id(name):
+        raise FileNotFoundError(
+            f"`model` must be a directory that exists or the id of a model on the Hub, got {shown(name)}."
+        )
+    problem = _unreachable(name, revision)
+    if problem is None:
+        return {}
+    if not (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots").is_dir():
+        raise ConnectionError(
+            f"`model` must be a directory that exists or the id of a model on the Hub, got {shown(name)}: it is no "
+            f"directory here, is not in the cache, and the Hub cannot be reached ({problem}). Check the name, or the "
+            "connection."
+        )
+    return {"local_files_only": True}
+
+
+def _exists(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).exists()
+    except (OSError, ValueError):
+        # A name too long for a path, with a null character or with lone surrogates.
+        return False
+
+
+def _can_be_hub_id(name: str) -> bool:
+    """Tell whether a name is of the form `name` or `user/name`; others can only be paths."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _unreachable(name: str, revision: str | None) -> str | None:
+    """Ask the Hub once, without retries; return why that was impossible, or `None` if there was any answer."""
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+    except HfHubHTTPError:
+        # Also without this file, or without permission: transformers reports it.
+        return None
+    except Exception as error:  # The HTTP library and its errors depend on the version of huggingface_hub.
+        return shown(str(error) or type(error).__name__).strip("'\"")
+    return None
