@@ -211,11 +211,9 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
                 study.enqueue(wanted)
                 if not score_one(search, study, scorers):
                     time.sleep(_POLL_SECONDS)
-            except Terminated:
-                raise
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as end:
                 scored = study.finished()
-                if search.ending is not None or not any(candidate.is_complete for candidate in scored):
+                if search.ending is not None or not _can_end(end, scored):
                     raise
                 logger.warning("Interrupted: the best candidate so far is confirmed. Interrupt again to stop.")
                 _end_breeding(search, study, scored)
@@ -223,6 +221,11 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
                 # Workers must not wait for candidates that never come.
                 study.abandon()
                 raise
+
+
+def _can_end(interrupt: KeyboardInterrupt, scored: Sequence[Candidate]) -> bool:
+    """Return whether Ctrl-C, but not SIGTERM, may end the breeding: only if something was scored."""
+    return not isinstance(interrupt, Terminated) and any(candidate.is_complete for candidate in scored)
 
 
 def _end_breeding(search: Search, study: SearchStudy, scored: Sequence[Candidate]) -> None:
