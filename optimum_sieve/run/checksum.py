@@ -1,6 +1,7 @@
 """Checksums in the files of a work directory, which notice any content altered after it was saved. Without torch.
 
-A safetensors file has the SHA-256 of all its other bytes in its metadata, JSON content has it as one more key.
+A safetensors file has its name and the SHA-256 of all its other bytes in its metadata. JSON content has its SHA-256 as
+one more key.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-_KEY = "sha256"
-# Metadata of a file that `seal_file` completes. Its digits count as zeros in the checksum.
-UNSEALED = {_KEY: "0" * 64}
+_KEY, _NAME = "sha256", "file"
 _FIELD = f'"{_KEY}":"'.encode()
 _CHUNK = 2**20
 # The format's own limit.
 _MOST_HEADER_BYTES = 100_000_000
 
 
+def unsealed_metadata(name: str) -> dict[str, str]:
+    """Return metadata of a file with a name, which `seal_file` completes. The zeros count as such in the checksum."""
+    return {_KEY: "0" * 64, _NAME: name}
+
+
 def seal_file(path: Path) -> None:
-    """Write the checksum of a safetensors file into its metadata, which must contain `UNSEALED`."""
+    """Write the checksum of a safetensors file into its metadata, which must contain `unsealed_metadata`."""
     digest, place = _digest(path)
     with path.open("r+b") as file:
         file.seek(place)
@@ -37,11 +41,15 @@ def is_sealed(path: Path) -> bool:
         return _FIELD in _header(file)
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, name: str | None = None) -> None:
     """Read a whole safetensors file, but keep nothing of it in memory, and compare it with its checksum.
 
+    Args:
+        path (`Path`): The file.
+        name (`str`, *optional*): The name that it was saved under. Default: any.
+
     Raises:
-        ValueError: If the content was altered, or has no checksum.
+        ValueError: If the content was altered, is that of another file, or has no checksum.
         OSError: If the file cannot be read.
     """
     digest, place = _digest(path)
@@ -49,6 +57,10 @@ def check_file(path: Path) -> None:
         file.seek(place)
         if file.read(len(digest)) != digest.encode():
             raise ValueError("content that was altered after it was saved")
+        file.seek(0)
+        saved = json.loads(_header(file)[8:])["__metadata__"].get(_NAME)
+        if name not in (None, saved):
+            raise ValueError(f"the content of {saved}")
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

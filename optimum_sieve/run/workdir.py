@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from optimum_sieve.run import distributed
 
-from .checksum import UNSEALED, check_file, seal_file
+from .checksum import check_file, seal_file, unsealed_metadata
 from .files import replacing
 from .reservation import clear_directory
 from .scratch import Scratch, remove_dead
@@ -118,7 +118,8 @@ class WorkDir:
     ) -> None:
         try:
             with replacing(path) as temporary:
-                metadata = UNSEALED if record is None else {**UNSEALED, "record": json.dumps(record)}
+                metadata = unsealed_metadata(path.name)
+                metadata |= {} if record is None else {"record": json.dumps(record)}
                 on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
                 save_file(on_cpu, temporary, metadata=metadata)
                 seal_file(temporary)
@@ -138,7 +139,7 @@ class WorkDir:
         if path is None or not distributed.agree(path.exists()):
             return None
         with _naming(path):
-            check_file(path)
+            check_file(path, path.name)
         return path
 
     def file(self, stage: str, key: str) -> Path | None:

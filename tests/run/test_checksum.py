@@ -54,6 +54,18 @@ def test_any_changed_byte_of_a_file_is_noticed(tmp_path: Path) -> None:
     assert work.load("moments", "k") is not None
 
 
+def test_a_file_in_place_of_another_is_refused(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path)
+    work.save("bases", "one", {"a": torch.ones(2)})
+    make_evaluation().save(tmp_path / "evaluation-one.safetensors")
+    for stage in ("bases", "evaluation"):
+        (tmp_path / f"{stage}-one.safetensors").rename(tmp_path / f"{stage}-other.safetensors")
+        with pytest.raises(ValueError, match=rf"{stage}-other\.safetensors` must .*, got the content of {stage}-one\."):
+            work.find(stage, "other")
+    # A user may rename a file of scores.
+    assert Evaluation.load(tmp_path / "evaluation-other.safetensors").score == 0.5
+
+
 def test_a_file_without_a_checksum_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "bases-k.safetensors")
     with pytest.raises(ValueError, match=r"bases-k\.safetensors` must .*, got a file without a checksum\. Delete it"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 
 import pytest
@@ -16,6 +15,7 @@ from optimum_sieve.evaluation.comparison import compare, expected_rises
 from optimum_sieve.evaluation.scores import evaluate
 from optimum_sieve.factorization.closed_form import factorize
 from optimum_sieve.search.labels import calibrated_labels, expected_difference
+from optimum_sieve.search.page.page import find_summary
 from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
 from optimum_sieve.search.scoring.scorer import JointScorer
 from optimum_sieve.surgery.apply import truncated
@@ -176,7 +176,7 @@ def test_search_then_prune_scores_no_candidate_twice(tmp_path, monkeypatch):
     config, work = SieveConfig(**SETTINGS, **TOLERANT), tmp_path / "work"
     found = make_pruner(tmp_path).search(config, work_dir=work, num_bottlenecks=3, progress=False)
     assert 0 < len(found["bottlenecks"]) <= 3
-    assert json.loads(next(work.glob("search-*.json")).read_text()) == found
+    assert find_summary(work) == found
 
     def forbidden(*args, **options):
         raise AssertionError("scored again")
