@@ -32,6 +32,7 @@ from optimum_sieve.modeling.layout import copy_parameters
 from optimum_sieve.pipeline import heal_pruned
 from optimum_sieve.pipeline.prepare import prepare as prepare_run
 from optimum_sieve.plan.forecast import forecast
+from optimum_sieve.run.files import replacing, whole_directory
 from optimum_sieve.surgery import truncated
 from optimum_sieve.tasks.metrics import CLASS_METRICS, Scored, score_classes, standard_error
 from optimum_sieve.tasks.spec import read_spec
@@ -146,19 +147,16 @@ def append_json(path: Path | None, row: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path, **options: Any) -> None:
     """Save a model, also one that came from a GGUF file, and its tokenizer; all of it or nothing."""
     forget_gguf(model)
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    model.save_pretrained(partial, **options)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with whole_directory(directory) as partial:
+        model.save_pretrained(partial, **options)
+        tokenizer.save_pretrained(partial)
 
 
 def machine_name(device: torch.device | str = "cpu") -> str:
