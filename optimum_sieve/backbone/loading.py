@@ -23,7 +23,7 @@ from optimum_sieve.run.scratch import Scratch
 from .blockwise import find_blocks
 from .kinds import auto_class_name
 from .quantized import quantization_options
-from .sources import read_config, source_options
+from .sources import naming_model, read_config, source_options
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def load_model(
     # GGUF files hold causal language models.
     config = None if gguf_file else read_config(name, **options)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        with naming_model(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if config is not None:
         options |= quantization_options(config, name, accepted=quantized)
         if config.model_type == "sieve":
@@ -86,7 +87,8 @@ def load_model(
             )
         scratch = Scratch(Path(offload_dir), "offloaded")
         options |= {"device_map": offload_map(config, target_device), "offload_folder": str(scratch.path)}
-    loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=kind, **options)
+    with naming_model(name):
+        loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=kind, **options)
     if not isinstance(loaded, SievePreTrainedModel):
         # Pruned models do it themselves.
         copy_parameters(loaded)

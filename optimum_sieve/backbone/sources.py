@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
 from optimum_sieve._messages import shown
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedConfig
 
 
@@ -31,12 +33,33 @@ def read_config(model: str | Path, **options: Any) -> PreTrainedConfig:
     """
     options |= source_options(model, options.get("revision"))
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(model), **options)
+        with naming_model(model):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(str(model), **options)
     except RecursionError:
         raise ValueError(
             f"`model` must have a config.json of few levels, got one nested too deep in {shown(str(model))}."
         ) from None
     return config
+
+
+@contextmanager
+def naming_model(model: str | Path) -> Iterator[None]:
+    """Let errors of transformers name the argument and the model.
+
+    Raises:
+        OSError: If a file is missing or cannot be read.
+        ValueError: If a file does not hold what it should.
+    """
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # Errors of this package name an argument.
+        if str(error).startswith("`"):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"`model` must be one that transformers can load, got an error for {shown(str(model))}: {error}"
+        ) from error
 
 
 def source_options(model: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -82,7 +105,7 @@ def _exists(name: str) -> bool:
 def _can_be_hub_id(name: str) -> bool:
     """Tell whether a name is of the form `name` or `user/name`; others can only be paths."""
     try:
-        validate_repo_id(name)
+        hf_hub_url(name, "config.json")
     except HFValidationError:
         return False
     return True

@@ -169,6 +169,9 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
 
 
 def _end(message: str, status: int) -> NoReturn:
+    # The error has a line of its own: not that of an open progress bar.
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+        bar.close()
     print(f"error: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()

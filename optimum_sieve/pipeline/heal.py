@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sizes import measure_sizes
-from optimum_sieve.backbone.sources import read_config, source_options
+from optimum_sieve.backbone.sources import naming_model, read_config, source_options
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned
 from optimum_sieve.healing.stage import Reference, heal_config
@@ -93,7 +93,8 @@ def heal_pruned(
 
     reduced = None
     if "vocabulary" in block:
-        reduced = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **source_options(model))
+        with naming_model(model):
+            reduced = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **source_options(model))
     base, tokenizer, _ = load_model(dense, gguf_file=gguf_file, **loading)
     before = _Dense.of(_dense_run(base, tokenizer, tasks, settings, reduced, work_dir=work_dir, progress=progress))
     del base

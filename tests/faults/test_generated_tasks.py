@@ -23,7 +23,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     rows = [{**row, "names": ["a", row["text"]], "number": i} for i, row in enumerate(toy.parity_rows(40))]
     toy.write_rows(world.directory / "rows.jsonl", rows)
     loaded = toy.make_model(), toy.make_tokenizer(chat=True), "model"
-    with stopped(), pytest.MonkeyPatch.context() as patch:
+    with stopped(but=["optimum_sieve.evaluation.scores.evaluate"]), pytest.MonkeyPatch.context() as patch:
         patch.setattr("optimum_sieve.backbone.loading.load_model", lambda *unused, **options: loaded)
         yield world
 
