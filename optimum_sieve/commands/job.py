@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def write_job(arguments: Namespace, config: SieveConfig) -> None:
 
 def _absolute(name: str) -> str:
     """Return an absolute path, as a worker may start in another directory; Hub ids stay as they are."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if os.path.exists(name) else name
 
 
 def read_job(arguments: Namespace) -> SieveConfig:
@@ -48,7 +49,7 @@ def read_job(arguments: Namespace) -> SieveConfig:
         ValueError: If the file is damaged, or the URL of the study storage must be given.
     """
     path = Path(arguments.work_dir) / _NAME
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(
             f"`--work-dir` must be the directory of a started search, got {arguments.work_dir} without {_NAME}. Start "
             "`optimum-cli sieve search` without --worker first."

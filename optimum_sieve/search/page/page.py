@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from optimum_sieve._messages import cut
 from optimum_sieve.run.checksum import unsealed
 from optimum_sieve.run.files import whole_directory
 from optimum_sieve.run.outputs import reserved
@@ -28,10 +30,10 @@ def find_summary(work_dir: str | Path) -> dict[str, Any]:
         FileNotFoundError: If no search has ended there.
         ValueError: If the file is damaged or was written by a newer version.
     """
-    paths = list(Path(work_dir).glob(f"{SUMMARY}-*.json"))
+    paths = list(Path(work_dir).glob(f"{SUMMARY}-*.json")) if os.path.isdir(work_dir) else []
     if not paths:
         raise FileNotFoundError(
-            f"`work_dir` must be that of a search that has ended, got {work_dir} without {SUMMARY}-*.json. Run "
+            f"`work_dir` must be that of a search that has ended, got {cut(str(work_dir))} without {SUMMARY}-*.json. Run "
             "`optimum-cli sieve search` to its end first."
         )
     path = max(paths, key=lambda path: path.stat().st_mtime)
