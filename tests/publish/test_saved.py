@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.export.dense import save_dense
 from optimum_sieve.lora.merge import save_merged
 from optimum_sieve.modeling.fingerprint import DIGEST_KEY, weights_digest
+from optimum_sieve.publish.hub import check_folder
 from optimum_sieve.publish.saved import check_saved, save_model
 
 
@@ -161,3 +163,25 @@ def test_the_reload_shares_the_tensors_it_compared(tmp_path: Path, monkeypatch: 
     save_model(model, tmp_path)
     pointers = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     assert {name: tensor.data_ptr() for name, tensor in loaded[0].state_dict().items()} == pointers
+
+
+def test_a_report_of_other_weights_is_not_pushed(pruner: SievePruner, tmp_path: Path) -> None:
+    first = pruner.save_pretrained(tmp_path / "first")
+    check_folder(first)
+    model = AutoModelForCausalLM.from_pretrained(first)
+    model.lm_head.weight.data[0] += 1
+    model.save_pretrained(tmp_path / "second")
+    for name in ("sieve_report.json", "README.md"):
+        shutil.copy(first / name, tmp_path / "second")
+    with pytest.raises(ValueError, match=r"`model` must have a report and a card of its own weights, got .*second'"):
+        check_folder(tmp_path / "second")
+    (tmp_path / "second" / "sieve_report.json").unlink()
+    check_folder(tmp_path / "second")
+
+
+def test_a_report_without_a_digest_is_pushed(pruner: SievePruner, tmp_path: Path) -> None:
+    output = pruner.save_pretrained(tmp_path / "out")
+    report = json.loads((output / "sieve_report.json").read_text())
+    del report[DIGEST_KEY]
+    (output / "sieve_report.json").write_text(json.dumps(report))
+    check_folder(output)
