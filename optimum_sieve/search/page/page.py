@@ -33,8 +33,8 @@ def find_summary(work_dir: str | Path) -> dict[str, Any]:
     paths = list(Path(work_dir).glob(f"{SUMMARY}-*.json")) if os.path.isdir(work_dir) else []
     if not paths:
         raise FileNotFoundError(
-            f"`work_dir` must be that of a search that has ended, got {cut(str(work_dir))} without {SUMMARY}-*.json. Run "
-            "`optimum-cli sieve search` to its end first."
+            f"`work_dir` must be that of a search that has ended, got {cut(str(work_dir))} without {SUMMARY}-*.json. "
+            "Run `optimum-cli sieve search` to its end first."
         )
     path = max(paths, key=lambda path: path.stat().st_mtime)
     try:
