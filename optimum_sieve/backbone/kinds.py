@@ -100,7 +100,7 @@ def model_kind(model: Any) -> Kind:
 
 def auto_class_name(config: Any) -> str:
     """Return the name of the Auto class that loads a checkpoint with this configuration including its head."""
-    names = [name.partition("__")[0] for name in getattr(config, "architectures", None) or ()]
+    names = [str(name).partition("__")[0] for name in getattr(config, "architectures", None) or ()]
     if any(name.endswith(_CLASSIFIER) for name in names):
         return "AutoModelForSequenceClassification"
     return "AutoModelForSeq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "AutoModelForCausalLM"

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from huggingface_hub.file_download import repo_folder_name
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from optimum_sieve._messages import shown
+from optimum_sieve._messages import cut, shown
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PreTrainedConfig
+
+# What transformers raises for files with other values than it expects; out of memory is none of them.
+_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    StrictDataclassError,
+)
+# transformers makes an object for each.
+_MOST = {"num_labels": 1_000_000, "num_hidden_layers": 10_000}
 
 
 def read_config(model: str | Path, **options: Any) -> PreTrainedConfig:
@@ -32,14 +39,18 @@ def read_config(model: str | Path, **options: Any) -> PreTrainedConfig:
         ValueError: If the configuration is invalid.
     """
     options |= source_options(model, options.get("revision"))
-    try:
-        with naming_model(model):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(str(model), **options)
-    except RecursionError:
-        raise ValueError(
-            f"`model` must have a config.json of few levels, got one nested too deep in {shown(str(model))}."
-        ) from None
+    with naming_model(model):
+        described, _ = PreTrainedConfig.get_config_dict(str(model), **options)
+        _check_counts(described)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(model), **options)
     return config
+
+
+def _check_counts(described: dict[str, Any]) -> None:
+    for name, most in _MOST.items():
+        count = described.get(name)
+        if isinstance(count, int | float) and not count <= most:
+            raise ValueError(f"`model` must have a `{name}` of {most:,} at most in config.json, got {shown(count)}.")
 
 
 @contextmanager
@@ -52,13 +63,18 @@ def naming_model(model: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except RecursionError:
+        raise ValueError(
+            f"`model` must have files of few levels, got one nested too deep in {shown(str(model))}."
+        ) from None
+    except _ERRORS as error:
         # Errors of this package name an argument.
         if str(error).startswith("`"):
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
+        reason = cut(str(error) or type(error).__name__, 1000)
         raise kind(
-            f"`model` must be one that transformers can load, got an error for {shown(str(model))}: {error}"
+            f"`model` must be one that transformers can load, got an error for {shown(str(model))}: {reason}"
         ) from error
 
 

@@ -167,11 +167,41 @@ except ConnectionError as error:
     assert "Retrying" not in done.stderr
 
 
-def test_a_configuration_that_is_nested_too_deep(directory: Path) -> None:
-    path = directory / "model" / "config.json"
-    path.write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
-    with pytest.raises(ValueError, match=r"`model` must have a config\.json of few levels, got one nested too deep in"):
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_is_nested_too_deep(name: str, directory: Path) -> None:
+    (directory / "model" / name).write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(ValueError, match=r"`model` must have files of few levels, got one nested too deep in '"):
         load_model(directory / "model")
+
+
+@pytest.mark.parametrize("value", [10**400, 10**9, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["num_labels", "num_hidden_layers"])
+def test_counts_that_would_never_end(name: str, value: Any, directory: Path) -> None:
+    path = directory / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    message = rf"`model` must have a `{name}` of [\d,]+ at most in config\.json, got (inf|nan|1000000000|an integer of)"
+    with pytest.raises(ValueError, match=message):
+        load_model(directory / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("head_dim", value) for value in (0, 10**400, [1])),
+        *(("dtype", value) for value in (float("inf"), [], "\ud800")),
+        *(("pad_token_id", value) for value in (10**400, 10**5, "x")),
+        *(("vocab_size", value) for value in (10**400, 2**63, 1.5)),
+        *(("rope_parameters", value) for value in ({"rope_theta": 10**400, "rope_type": "default"}, 5)),
+    ],
+)
+def test_values_that_transformers_does_not_expect(name: str, value: Any, directory: Path) -> None:
+    path = directory / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(
+        ValueError, match=r"^`model` must be one that transformers can load, got an error for '"
+    ) as caught:
+        load_model(directory / "model")
+    assert len(str(caught.value)) < 1500
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), (0.0, float("inf"))])
