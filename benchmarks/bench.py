@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,7 +25,7 @@ from optimum_sieve.calibration import calibrate
 from optimum_sieve.calibration.losses import answer_loss
 from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.evaluation.comparison import divergences
-from optimum_sieve.modeling.conversion import forget_gguf, sieve_model
+from optimum_sieve.modeling.conversion import forget_quantization, sieve_model
 from optimum_sieve.modeling.layout import copy_parameters
 from optimum_sieve.pipeline import heal_pruned
 from optimum_sieve.pipeline.prepare import prepare as prepare_run
@@ -153,7 +151,7 @@ def write_text(path: Path, text: str) -> None:
 
 def save_model(model: Any, tokenizer: Any, directory: Path, **options: Any) -> None:
     """Save a model, also one that came from a GGUF file, and its tokenizer; all of it or nothing."""
-    forget_gguf(model)
+    forget_quantization(model)
     with whole_directory(directory) as partial:
         model.save_pretrained(partial, **options)
         tokenizer.save_pretrained(partial)

@@ -10,7 +10,7 @@ import torch
 from bench import (
     answer_loss,
     find_targets,
-    forget_gguf,
+    forget_quantization,
     input_format,
     load_model,
     make_batches,
@@ -87,5 +87,5 @@ def tune(model: Any, tokenizer: Any, examples: Sequence[Example], tuning: Tuning
         schedule.step()
         losses.append(float(loss.detach()))
     merged = adapted.eval().merge_and_unload()
-    forget_gguf(merged)
+    forget_quantization(merged)
     return merged, losses
