@@ -37,7 +37,7 @@ def announced(url: str, name: str) -> Iterator[None]:
             study = optuna.create_study(
                 storage=storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
             )
-        with beating(lambda count: study.set_user_attr(_LEADER, [this_process(), count])):
+        with beating(lambda count: study.set_user_attr(_LEADER, [this_process(), count]), storage.remove_session):
             yield
     finally:
         close_storage(storage)
