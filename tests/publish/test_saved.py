@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +16,7 @@ from tiny_models import ARCHITECTURES, make_pruned_model, make_tiny_model
 from toy import load_task, make_model, make_tokenizer, parity_rows
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import optimum_sieve
 from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.export.dense import save_dense
 from optimum_sieve.lora.merge import save_merged
@@ -24,7 +27,6 @@ from optimum_sieve.publish.saved import check_saved, save_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -185,3 +187,14 @@ def test_a_report_without_a_digest_is_pushed(pruner: SievePruner, tmp_path: Path
     del report[DIGEST_KEY]
     (output / "sieve_report.json").write_text(json.dumps(report))
     check_folder(output)
+
+
+def test_weights_are_written_in_one_place() -> None:
+    package = Path(optimum_sieve.__file__).parent
+    writers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"(?<!tokenizer)(?<!pruner)(?<!super\(\))(?<!self)\.save_pretrained\(", path.read_text())
+    }
+    # The second one writes an ONNX graph, and checks it itself.
+    assert writers == {"publish/saved.py", "export/onnx.py"}
