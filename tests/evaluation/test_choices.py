@@ -211,13 +211,17 @@ def test_pruned_within_a_tolerance_and_saved(tmp_path: Path, allocation: str) ->
         ({"choices": ["{{ a }}", "{{ a }}"], "candidate": "{{ choice }}"}, ValueError, r"must be distinct texts"),
         ({"answer": 3}, TypeError, r"`answer` must be a template of the right choice's index"),
         (
-            {"answer": "F"},
+            {"answer": "{{ question and 'F' }}"},
             ValueError,
             r"exactly one of the choices 'odd', .*got 'F' in row .*, which matches none of them",
         ),
-        ({"answer": "{{ 7 }}"}, ValueError, r"got 7 in row \d+ of rows.jsonl, which matches none of them"),
         (
-            {"answer": "1", "choices": ["1", "even"]},
+            {"answer": "{{ 7 if question else 8 }}"},
+            ValueError,
+            r"got 7 in row \d+ of rows.jsonl, which matches none of them",
+        ),
+        (
+            {"answer": "{{ question and '1' }}", "choices": ["1", "even"]},
             ValueError,
             r"got '1' in row \d+ of rows.jsonl, which matches 2 of them. An integer is always an index: `{{ answer",
         ),

@@ -210,9 +210,17 @@ def test_classifiers_are_refused(tmp_path: Path) -> None:
     ("changes", "error", "message"),
     [
         ({"answer": 3}, TypeError, r"`answer` must be a string or a list of strings, got 3. Put it in quotes"),
-        ({"answer": " "}, ValueError, r"`answer` must render to at least one text, none empty, got \[''\] in row \d+"),
-        ({"answer": "{{ [] }}"}, ValueError, r"`answer` must render to at least one text, none empty, got \[\] in row"),
-        ({"answer": "{{ [none] }}"}, ValueError, r"`answer` must not hold a missing value"),
+        (
+            {"answer": "{{ text[:0] }} "},
+            ValueError,
+            r"`answer` must render to at least one text, none empty, got \[''\] in row \d+",
+        ),
+        (
+            {"answer": "{{ [] if text else 1 }}"},
+            ValueError,
+            r"`answer` must render to at least one text, none empty, got \[\] in row",
+        ),
+        ({"answer": "{{ [none] if text else 1 }}"}, ValueError, r"`answer` must not hold a missing value"),
         ({"answer": "{{ lable }}"}, ValueError, r"`answer` must name fields of the data, got 'lable'"),
         ({"stop": 3}, TypeError, r"`stop` must be a string or a list of strings, got 3"),
         ({"stop": ["\n", ""]}, ValueError, r"`stop` must not hold empty strings"),
@@ -226,7 +234,7 @@ def test_classifiers_are_refused(tmp_path: Path) -> None:
             r"`answer` must contain a number for the metric 'numeric', got '(odd|even)'",
         ),
         (
-            {"metric": "entity_f1", "answer": ["a", "b"]},
+            {"metric": "entity_f1", "answer": ["{{ text }}", "b"]},
             ValueError,
             r"`answer` must render the whole list as one text for the metric 'entity_f1', got 2 texts",
         ),

@@ -378,11 +378,11 @@ def test_saving_before_pruning_is_refused(pruner, tmp_path):
 
 
 def test_overwrite_replaces_the_directory_as_a_whole(pruner, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
     pruner.prune(HALF, **QUIET)
+    pruner.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "model-00002-of-00002.safetensors").write_text("of an older, larger model")
     with pytest.raises(FileExistsError, match="must be new or empty"):
         pruner.save_pretrained(tmp_path / "out")
     pruner.save_pretrained(tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "old.txt").exists()
+    assert not (tmp_path / "out" / "model-00002-of-00002.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -200,6 +200,7 @@ def test_report_card_and_configuration_have_a_row_for_each_task(
     report = json.loads((directory / "sieve_report.json").read_text())
     assert set(report) == {
         *("tasks", "parameters", "bytes", "seconds", "settings", "versions", "largest_coefficient"),
+        "weights_sha256",
     }
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     for task, own in zip(tasks, report["tasks"], strict=True):
