@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from huggingface_hub.file_download import repo_folder_name
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
 from optimum_sieve._messages import cut, shown
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 # What transformers raises for files with other values than it expects; out of memory is none of them.
 _ERRORS = (
-    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, SafetensorError),
     StrictDataclassError,
 )
 # transformers makes an object for each.
@@ -68,10 +69,10 @@ def naming_model(model: str | Path) -> Iterator[None]:
             f"`model` must have files of few levels, got one nested too deep in {shown(str(model))}."
         ) from None
     except _ERRORS as error:
-        # Errors of this package name an argument.
-        if str(error).startswith("`"):
+        # Errors of this package name an argument or the checkpoint.
+        if str(error).startswith(("`", "The checkpoint ")):
             raise
-        kind = OSError if isinstance(error, OSError) else ValueError
+        kind = OSError if isinstance(error, OSError | SafetensorError) else ValueError
         reason = cut(str(error) or type(error).__name__, 1000)
         raise kind(
             f"`model` must be one that transformers can load, got an error for {shown(str(model))}: {reason}"
@@ -85,6 +86,7 @@ def source_options(model: str | Path, revision: str | None = None) -> dict[str, 
 
     Raises:
         TypeError: If `model` is no name.
+        ValueError: If the name is no valid Unicode.
         FileNotFoundError: If the name is that of a path and there is none, or is not a Hub id.
         ConnectionError: If a model that is not in the cache would have to be loaded from a Hub that cannot be reached;
             an `OSError`.
@@ -93,6 +95,7 @@ def source_options(model: str | Path, revision: str | None = None) -> dict[str, 
         raise TypeError(f"`model` must be the name of a directory or the id of a model, got {type(model).__name__}.")
     name = str(model)
     if _exists(name):
+        check_name(name)
         return {}
     if not _can_be_hub_id(name):
         raise FileNotFoundError(
@@ -108,6 +111,20 @@ def source_options(model: str | Path, revision: str | None = None) -> dict[str, 
             "connection."
         )
     return {"local_files_only": True}
+
+
+def check_name(name: str, argument: str = "model") -> None:
+    """Check that card and configuration can hold the name of a model; that of a directory can have any bytes.
+
+    Raises:
+        ValueError: If it is no valid Unicode.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"`{argument}` must have a name of valid Unicode, which the model card shows, got {shown(name)}. Rename it."
+        ) from None
 
 
 def _exists(name: str) -> bool:
