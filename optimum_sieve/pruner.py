@@ -11,6 +11,7 @@ from optimum_sieve.backbone.experts import separated_view
 from optimum_sieve.backbone.latency import with_latencies
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sizes import measure_sizes
+from optimum_sieve.backbone.sources import check_name
 from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned, with_answers
 from optimum_sieve.healing.stage import hold_ranks, make_healer
@@ -75,6 +76,7 @@ class SievePruner:
         self.tokenizer = tokenizer
         self.tasks = read_tasks(task)
         check_tasks(self.tasks)
+        check_name(base_model or "", "base_model")
         self.base_model = base_model
         self.loading = loading
         self.result: SieveResult | None = None

@@ -118,6 +118,17 @@ def test_a_path_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch, tm
         assert len(str(caught.value)) < 400
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system with names of any bytes")
+def test_a_name_that_the_card_cannot_show(directory: Path, tmp_path: Path) -> None:
+    """File systems allow names of any bytes, which Python reads as lone surrogates."""
+    odd = directory / os.fsdecode(b"model\xff")
+    (directory / "model").rename(odd)
+    with pytest.raises(ValueError, match=r"`model` must have a name of valid Unicode, .*, got '.*model\\udcff'"):
+        load_model(odd)
+    with pytest.raises(ValueError, match=r"`base_model` must have a name of valid Unicode, .*, got 'a\\ud800'"):
+        SievePruner(make_model(), make_tokenizer(), load_task(tmp_path, parity_rows(60)), base_model="a\ud800")
+
+
 @pytest.mark.parametrize("name", ["model", "user/model", "--model", "5"])
 def test_a_hub_that_cannot_be_reached(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
