@@ -2,5 +2,6 @@
 
 In: model, tokenizer, tasks, settings. Out: `context.Run`, which holds them, the targets, the work directory
 (`workdir.WorkDir`) and the times, makes cache keys and is read by every stage. `distributed` connects processes;
-`files` writes files and directories atomically.
+`files` writes files and directories atomically, `checksum` notices altered ones, `scratch` makes private directories and
+`spool` stores tensors there.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,7 @@ from optimum_sieve.backbone.offloading import holds_offloaded
 from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.tasks import Example
 from optimum_sieve.tasks.example import Generation
+from optimum_sieve.vocabulary.vocabulary import TaskVocabulary
 
 
 if TYPE_CHECKING:
@@ -172,3 +174,12 @@ def test_written_answers_depend_on_the_tokenizer_that_decodes_them() -> None:
     for example, count in ((written, 2), (chosen, 1)):
         found = {examples_fingerprint(make_model(), tokenizer, [example]) for tokenizer in tokenizers}
         assert len(found) == count
+
+
+def test_a_reduced_vocabulary_depends_on_its_tokenizer_and_its_rows() -> None:
+    found = {
+        TaskVocabulary(tokenizer, tokenizer, SimpleNamespace(rows=rows)).fingerprint  # type: ignore[arg-type]
+        for tokenizer in (make_tokenizer(), make_tokenizer(before="<s>"))
+        for rows in ([0, 1], [0, 2])
+    }
+    assert len(found) == 4

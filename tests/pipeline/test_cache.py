@@ -12,6 +12,7 @@ import torch
 from toy import load_task, make_model, make_tokenizer, parity_rows, write_rows
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, evaluate
+from optimum_sieve.backbone import fingerprint
 from optimum_sieve.calibration import rounds
 from optimum_sieve.calibration import stage as calibration_stage
 from optimum_sieve.calibration.collect import collect_moments
@@ -20,6 +21,7 @@ from optimum_sieve.evaluation.stage import score
 from optimum_sieve.evaluation.teacher import teach
 from optimum_sieve.factorization.closed_form import factorize
 from optimum_sieve.healing import stage as healing_stage
+from optimum_sieve.modeling.fingerprint import weights_digest
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tasks import Task
 
@@ -131,6 +133,22 @@ def test_another_model_gets_no_result_of_the_first(world: World, part: str, heal
     for stage in ("moments", "factors", "teachers", "dense model on selection", "dense model on test"):
         assert found[stage] == expected[stage]
     assert sum(count for label, count in found.items() if label.startswith("kept")) == 2
+
+
+@pytest.mark.parametrize(("heal", "count"), [(None, 1), (HealConfig(steps=2, eval_steps=1), 2)])
+def test_all_weights_are_read_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, heal: HealConfig | None, count: int
+) -> None:
+    """Those of the dense model once in a run, and those of the pruned model once where it is healed."""
+    models = []
+
+    def hashing(model: Any, **options: Any) -> str:
+        models.append(model)
+        return weights_digest(model, **options)
+
+    monkeypatch.setattr(fingerprint, "weights_digest", hashing)
+    world.prune(world.task(), tolerance=None, pruning_ratio=0.5, heal=heal)
+    assert len(models) == count
 
 
 @pytest.mark.parametrize("change", ["limit", "rows"])
