@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -125,6 +126,11 @@ class SievePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Refuse a checkpoint whose tensors transformers would cast, or read from the wrong one of two saves."""
         check_files(model, state_dict, checkpoint_files)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def _get_dtype_plan(self, dtype: Any) -> dict[str, Any]:
+        """Keep row orders integers in modules that stay in float32 whatever the dtype, such as `wo` of T5."""
+        plan = super()._get_dtype_plan(dtype)
+        return {r"^*\.row_order$": torch.int32, **plan} if plan else plan
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """Refuse a checkpoint that does not fit, as transformers would continue with random weights."""

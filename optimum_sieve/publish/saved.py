@@ -74,6 +74,8 @@ def _differences(model: PreTrainedModel, reloaded: PreTrainedModel) -> list[str]
         other = expected.pop(name, None)
         if other is None:
             differences.append(f"{name!r}, which the scored model does not have")
+        elif _is_widened(tensor, other):
+            continue
         elif (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
             differences.append(
                 f"{name!r}, {tensor.dtype} of shape {tuple(tensor.shape)} instead of {other.dtype} of shape "
@@ -84,6 +86,12 @@ def _differences(model: PreTrainedModel, reloaded: PreTrainedModel) -> list[str]
         else:
             _share(model, reloaded, name)
     return [*differences, *(f"{name!r}, which is not saved" for name in expected)]
+
+
+def _is_widened(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether a tensor has the values of `other` in float32, where transformers keeps modules in it."""
+    is_half = other.dtype in (torch.float16, torch.bfloat16)
+    return is_half and tensor.dtype == torch.float32 and torch.equal(tensor, other.to(tensor))
 
 
 def _share(model: PreTrainedModel, reloaded: PreTrainedModel, name: str) -> None:
@@ -99,7 +107,8 @@ def _check_output(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
     device = next(model.parameters()).device
     for path, module in model.named_modules():
         # Also the other names of shared ones.
-        reloaded.get_submodule(path)._parameters.update(module._parameters)
+        own = reloaded.get_submodule(path)._parameters
+        own.update({name: value for name, value in module._parameters.items() if _is_same_kind(own[name], value)})
     reloaded.to(device)  # type: ignore[arg-type]
     inputs = _inputs(model, device)
     with evaluating(model):
@@ -108,6 +117,10 @@ def _check_output(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
     if not torch.allclose(after, before, rtol=0, atol=_TOLERANCES.get(model.dtype, 0.05) * largest, equal_nan=True):
         difference = (after - before).abs().max().item()
         raise _error(f"outputs that differ by {difference:.2g} where the largest is {largest:.2g}")
+
+
+def _is_same_kind(own: torch.Tensor | None, value: torch.Tensor | None) -> bool:
+    return own is not None and value is not None and own.dtype == value.dtype
 
 
 def _inputs(model: PreTrainedModel, device: torch.device) -> dict[str, torch.Tensor]:

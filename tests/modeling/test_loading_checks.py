@@ -12,8 +12,17 @@ import torch
 from edited_checkpoint import edit_config, edit_tensors
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, assert_same_tensors, auto_class, make_pruned_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from tiny_models import ARCHITECTURES, assert_same_tensors, auto_class, factorize_in_place, make_pruned_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from optimum_sieve.modeling.conversion import sieve_model
 
 
 if TYPE_CHECKING:
@@ -111,6 +120,18 @@ def test_a_row_order_that_is_no_permutation(directory: Path, head: Any, value: A
     message = r"got without every row once: (model\.)?layers.0.self_attn.k_proj.row_order\. Download"
     with pytest.raises(ValueError, match=message):
         head.from_pretrained(directory)
+
+
+def test_a_row_order_in_a_module_that_stays_in_float32(tmp_path: Path) -> None:
+    settings = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=64, **settings))
+    factorize_in_place(model, storage="pivoted")
+    sieve_model(model, base_model=None, settings={}, results={}).save_pretrained(tmp_path)
+    for dtype in (torch.float16, torch.bfloat16):
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=dtype)
+        orders = {name: tensor for name, tensor in loaded.named_buffers() if name.endswith("row_order")}
+        assert any(".wo." in name for name in orders)
+        assert {tensor.dtype for tensor in orders.values()} == {torch.int32}
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)

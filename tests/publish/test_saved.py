@@ -14,7 +14,7 @@ from quantized_checkpoints import save_block_fp8
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_pruned_model, make_tiny_model
 from toy import load_task, make_model, make_tokenizer, parity_rows
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import optimum_sieve
 from optimum_sieve import SieveConfig, SievePruner
@@ -42,6 +42,23 @@ def test_the_model_does_not_change(training: bool, tmp_path: Path) -> None:
     save_model(model, tmp_path)
     assert (weights_digest(model), list(map(id, model.parameters())), model.training) == (before, parameters, training)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def make_t5() -> Any:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)).eval()
+
+
+def test_modules_that_transformers_keeps_in_float32_may_be_narrower_in_memory(tmp_path: Path) -> None:
+    model = make_t5().half()
+    save_model(model, tmp_path)
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
+    kept = "encoder.block.0.layer.1.DenseReluDense.wo"
+    assert (loaded.get_submodule(kept).weight.dtype, loaded.dtype) == (torch.float32, torch.float16)
+    model.get_submodule(kept).weight.data[3, 5] += 1
+    with pytest.raises(RuntimeError, match=rf"'{kept}\.weight', torch\.float32 of shape .* instead of torch.float16"):
+        check_saved(model, tmp_path)
 
 
 def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
