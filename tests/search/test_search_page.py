@@ -199,3 +199,14 @@ def test_the_browser_test_would_see_a_fetch(browser, page, tmp_path):
     (page.parent / "other.html").write_text('<img src="http://elsewhere.invalid/x.png">')
     _, asked = browser.open("other.html", tmp_path / "shot.png")
     assert asked == {"http://elsewhere.invalid/x.png"}
+
+
+def test_a_page_replaces_a_page_and_nothing_else(found, page):
+    assert write_page(found, page.parent, overwrite=True).read_text() == page.read_text()
+    (page.parent / "holiday.png").write_bytes(PNG)
+    with pytest.raises(FileExistsError, match=r"`output_dir` must hold nothing but .* with 'holiday.png'"):
+        write_page(found, page.parent, overwrite=True)
+    with pytest.raises(ValueError, match=r"`output_dir` must be apart from `work_dir`, got .*/page, which lies in"):
+        write_page(found, page.parent / "page", work_dir=page.parent)
+    assert (page.parent / "holiday.png").read_bytes() == PNG
+    assert page.exists()
