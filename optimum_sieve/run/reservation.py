@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from optimum_sieve._messages import cut
 
 from .contents import foreign_entry
+from .signals import uninterrupted
 
 
 if sys.platform != "win32":
@@ -59,20 +60,22 @@ def exclusive(target: Path) -> Iterator[bool]:
         yield False
         return
     missing = [parent for parent in target.parents if not parent.exists()]
+    descriptor = None
     try:
-        descriptor = _reserve(target)
-        _holders[target] = threading.get_ident()
-        try:
+        with uninterrupted():
+            descriptor = _reserve(target)
+            _holders[target] = threading.get_ident()
             if descriptor is not None:
                 _clear_leftovers(target)
-            yield True
-        finally:
-            del _holders[target]
-            _unlock(target, descriptor)
+        yield True
     finally:
-        for parent in missing:
-            with suppress(OSError):
-                parent.rmdir()
+        with uninterrupted():
+            if _holders.get(target) == threading.get_ident():
+                del _holders[target]
+            _unlock(target, descriptor)
+            for parent in missing:
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 def _reserve(target: Path) -> int | None:
@@ -94,12 +97,15 @@ def _reserve(target: Path) -> int | None:
 @contextmanager
 def shared(target: Path) -> Iterator[None]:
     """Write `target` while other processes may write it too; the last one wins. Remove what dead runs left of it."""
-    _clear_unless_written(target)
-    descriptor = _lock(target, share=True)
+    descriptor = None
     try:
+        with uninterrupted():
+            _clear_unless_written(target)
+            descriptor = _lock(target, share=True)
         yield
     finally:
-        _unlock(target, descriptor)
+        with uninterrupted():
+            _unlock(target, descriptor)
 
 
 def clear_directory(directory: Path) -> None:
@@ -172,11 +178,15 @@ def temporary_directory(target: Path) -> Iterator[Path]:
 
     It can be read by its owner alone, but `new` gets the usual permissions.
     """
-    directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+    directory = None
     try:
+        with uninterrupted():
+            directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
         yield directory
     finally:
-        settle(directory, target)
+        if directory is not None:
+            with uninterrupted():
+                settle(directory, target)
 
 
 def _clear_leftovers(target: Path) -> None:

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .signals import uninterrupted
+
 
 if sys.platform != "win32":
     import fcntl
@@ -44,16 +46,17 @@ class Scratch:
 
     def __init__(self, parent: Path | None, purpose: str) -> None:
         parent = parent or Path(tempfile.gettempdir())
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            remove_dead(parent)
-            self.path, descriptor = _make(parent, purpose)
-        except OSError as error:
-            raise OSError(
-                f"`{parent}` must be a directory that can be written, got {error}. Choose another `work_dir`."
-            ) from error
-        # Runs at the end of the interpreter too, hence after errors and signals that Python handles.
-        self._remove = weakref.finalize(self, _end, self.path, descriptor, os.getpid())
+        with uninterrupted():
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                remove_dead(parent)
+                self.path, descriptor = _make(parent, purpose)
+            except OSError as error:
+                raise OSError(
+                    f"`{parent}` must be a directory that can be written, got {error}. Choose another `work_dir`."
+                ) from error
+            # Runs at the end of the interpreter too, hence after errors and signals that Python handles.
+            self._remove = weakref.finalize(self, _end, self.path, descriptor, os.getpid())
 
     def remove(self) -> None:
         """Remove the directory with its content."""
@@ -110,5 +113,6 @@ def _locked(descriptor: int, *, without: bool) -> bool:
 def _end(path: Path, descriptor: int, process: int) -> None:
     # A forked process has copies of the finalizers.
     if os.getpid() == process:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(descriptor)
+        with uninterrupted():
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)

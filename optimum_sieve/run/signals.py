@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
+# Depth of `uninterrupted` in the main thread, and the interrupt that waits for its end.
+_depth = 0
+_waiting: KeyboardInterrupt | None = None
 _PROGRAMS = ("optimum-cli", "optimum-cli-script", "optimum_cli")
 
 
@@ -36,22 +40,58 @@ def raised_signals() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:
-            raise Terminated(number)
+            _interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated(number))
+            return
         # A forked worker has nothing to clean up; the process that started it waits for its end.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: end}
-    if sys.platform != "win32":
-        handlers[signal.SIGHUP] = end
+    numbers = [signal.SIGINT, signal.SIGTERM, *([] if sys.platform == "win32" else [signal.SIGHUP])]
     # `nohup` and background jobs ignore signals on purpose.
-    taken = [number for number in handlers if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, handlers[number]) for number in taken}
+    taken = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, end) for number in taken}
+    unraisable, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
         yield
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in previous.items():
             signal.signal(number, signal.default_int_handler if handler is _end_at_once else handler)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the context ends, so that nothing cuts a cleanup off."""
+    global _depth, _waiting
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if not _depth and _waiting is not None:
+            interrupt, _waiting = _waiting, None
+            raise interrupt
+
+
+def _interrupt(interrupt: KeyboardInterrupt) -> None:
+    global _waiting
+    if not _depth:
+        raise interrupt
+    _waiting = interrupt
+
+
+def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Repeat an interrupt that met a finalizer, where Python ignores exceptions."""
+    interrupt = unraisable.exc_value
+    if not isinstance(interrupt, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = interrupt.status - 128 if isinstance(interrupt, Terminated) else signal.SIGINT
+    # Not here, where it would be ignored again.
+    threading.Timer(0.01, _thread.interrupt_main, [number]).start()
 
 
 def quiet_start() -> None:

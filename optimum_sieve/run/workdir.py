@@ -20,6 +20,7 @@ from .checksum import check_file, seal_file, unsealed_metadata
 from .files import replacing
 from .reservation import clear_directory
 from .scratch import Scratch, remove_dead
+from .signals import uninterrupted
 
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class WorkDir:
             if not os.access(self.path, os.W_OK):
                 raise OSError(f"`work_dir` must be a directory that can be written, got {path}. Choose another one.")
             remove_dead(self.path)
-            clear_directory(self.path)
+            with uninterrupted():
+                clear_directory(self.path)
 
     @classmethod
     def temporary(cls) -> WorkDir:

@@ -193,13 +193,15 @@ class SearchStudy:
 
     def claim(self) -> tuple[int, Candidate] | None:
         """Take a waiting candidate for this process alone; return its trial number and itself, or `None`."""
+        process = this_process()
         for trial in sorted(self._trials(TrialState.WAITING), key=_key):
             try:
+                # Before the claim too: a process that dies right after it is known to be dead.
+                self._storage.set_trial_user_attr(trial._trial_id, "process", process)
                 claimed = self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             except (optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
                 continue
             if claimed:
-                process = this_process()
                 if isinstance(self._storage, optuna.storages.RDBStorage):
                     self._storage.record_heartbeat(trial._trial_id)
                 try:
