@@ -166,5 +166,5 @@ def test_a_loss_that_is_not_finite_is_refused(examples: list[Any]) -> None:
     run = BlockRun(model, blocks, batches, loss, device=CPU, spool=Spool())
     for place in range(len(blocks)):
         run.forward(place)
-    with pytest.raises(ValueError, match="calibration loss must be finite"):
+    with pytest.raises(ValueError, match="The calibration loss must be finite, got nan"):
         run.start_backward()

@@ -119,7 +119,7 @@ def test_pruned_saved_and_loaded_by_plain_transformers(name: str, task: Task, tm
     found = evaluate(loaded, examples, tokenizer, metric="accuracy", batch_size=8, progress=False)
     assert found.score == result.report["pruned"]["score"]
     assert auto_class.__name__ in (directory / "README.md").read_text()
-    with pytest.raises(ValueError, match="pruned already"):
+    with pytest.raises(ValueError, match=r"`model` must .*pruned already"):
         SievePruner.from_pretrained(directory, task=task)
 
 
@@ -158,11 +158,11 @@ def test_labels_are_found_by_name_or_by_place() -> None:
 
 def test_regressions_are_refused(task: Task) -> None:
     labels = {"id2label": {0: "value"}, "label2id": {"value": 0}}
-    with pytest.raises(ValueError, match="at least two labels"):
+    with pytest.raises(ValueError, match=r"`model` must .*at least two labels"):
         SievePruner(make_model("bert", **labels), make_tokenizer(), task)
 
 
 def test_texts_longer_than_a_classifier_takes_are_refused(task: Task) -> None:
     pruner = SievePruner(make_model("roberta", max_position_embeddings=6), make_tokenizer(after="</s>"), task)
-    with pytest.raises(ValueError, match="must fit in the 5 tokens"):
+    with pytest.raises(ValueError, match="`examples` must fit in the 5 tokens"):
         pruner.plan(SieveConfig(pruning_ratio=0.5))

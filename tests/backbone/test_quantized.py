@@ -129,7 +129,9 @@ def test_an_unknown_format_is_refused(settings: dict[str, Any], tmp_path: Path) 
     base = set_quantization(save_base(tmp_path / "base"), settings)
     method = re.escape(repr(str(settings.get("quant_method"))))
     for quantized in (False, True):
-        with pytest.raises(ValueError, match=f"with a method that transformers supports, got {method} in"):
+        with pytest.raises(
+            ValueError, match=rf"`model` must .*with a method that transformers supports, got {method} in"
+        ):
             load_model(base, quantized=quantized)
 
 

@@ -23,10 +23,14 @@ from optimum_sieve import SieveConfig, evaluate
 def test_the_package_refuses_what_the_table_calls_refused() -> None:
     methods = {method.name: method for method in part("methods").METHODS}
     preset = part("methods").PRESETS["full"]
-    with pytest.raises(ValueError, match="whose search does not heal"):
+    with pytest.raises(
+        ValueError, match=r"`heal` with a `tolerance` .* must go with .* got 'genetic', whose search does not heal"
+    ):
         SieveConfig.from_dict(preset.config("movie", methods["joint-genetic-healed"], 0.02))
     SieveConfig.from_dict(preset.config("movie", methods["joint-genetic"], 0.02))
-    with pytest.raises(ValueError, match="'learned'"):
+    with pytest.raises(
+        ValueError, match="`projection='learned'` must go with allocation='uniform' and a `pruning_ratio`"
+    ):
         SieveConfig.from_dict(preset.config("movie", methods["learned"], 0.02))
     for method in methods.values():
         assert (method.refusal is not None) == (method.name == "joint-genetic-healed")

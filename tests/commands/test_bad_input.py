@@ -301,5 +301,5 @@ def test_damaged_work_directory_names_the_file(directory: Path) -> None:
     damaged = next(Path("work").glob("bases-*"))
     damaged.write_bytes(b"not a checkpoint")
     again = SievePruner.from_pretrained("model", task="task.json", device="cpu")
-    with pytest.raises(ValueError, match=rf"{damaged.name}.*Delete it and run again"):
+    with pytest.raises(ValueError, match=rf"`.*{damaged.name}` must .*Delete it and run again"):
         again.prune(config, work_dir="work", progress=False)

@@ -173,7 +173,7 @@ def test_broken_adapters_and_unknown_ways_are_refused(world: Path, tmp_path: Pat
     adapted = adapted_model("whole matrices")
     adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data[0, 0] = torch.inf
     adapted.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must name finite adapters, got NaN or infinity in 'default'"):
+    with pytest.raises(ValueError, match="`adapter_names` must name finite adapters, got NaN or infinity in 'default'"):
         merge_adapter(make_pruned_model("llama"), tmp_path)
     with pytest.raises(ValueError, match="`rank` must be 'widen' or 'keep', got 'shrink'"):
         merge_adapter(make_pruned_model("llama"), tmp_path, rank="shrink")

@@ -115,7 +115,7 @@ def test_a_job_with_another_setting_is_refused(tmp_path):
 
 def test_a_damaged_job_is_named(tmp_path):
     (tmp_path / "job.json").write_text("{}")
-    with pytest.raises(ValueError, match="must be written by a search"):
+    with pytest.raises(ValueError, match=r"`.*job.json` must be written by a search"):
         read_job(arguments(tmp_path))
 
 

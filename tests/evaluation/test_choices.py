@@ -125,7 +125,9 @@ def test_equal_questions_stay_in_one_split_whatever_their_order(tmp_path: Path) 
         # The same row at another number is shuffled in another way.
         write_rows(tmp_path / f"{split}.jsonl", rows[{"calibration": 0, "selection": 7, "test": 14}[split] :][:8])
     files = {split: f"{split}.jsonl" for split in ("calibration", "selection", "test")}
-    with pytest.raises(ValueError, match="must have disjoint splits, got 1 rows of selection whose prompt is in calib"):
+    with pytest.raises(
+        ValueError, match="`data` must have disjoint splits, got 1 rows of selection whose prompt is in calib"
+    ):
         load(tmp_path, data={"files": files}, shuffle=True)
 
 

@@ -170,7 +170,7 @@ def test_load_refuses_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(evaluation_scores, "FORMAT_VERSION", 2)
     run().save(path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"must have format_version 1 or older, got 2 .*Upgrade optimum-sieve"):
+    with pytest.raises(ValueError, match=r"`path` must have format_version 1 or older, got 2 .*Upgrade optimum-sieve"):
         Evaluation.load(path)
 
 
@@ -227,7 +227,9 @@ def test_a_model_that_returns_nan_is_refused() -> None:
     model = make_model()
     with torch.no_grad():
         model.get_input_embeddings().weight[20] = float("nan")
-    with pytest.raises(ValueError, match=r"finite logits, got NaN or infinity for \d+ of 40 examples. Load it with"):
+    with pytest.raises(
+        ValueError, match=r"`model` must .*finite logits, got NaN or infinity for \d+ of 40 examples. Load it with"
+    ):
         run(model)
 
 

@@ -199,7 +199,7 @@ def test_only_the_options_that_are_needed_are_set() -> None:
 def test_biases_without_a_place_are_refused(architecture: str, count: str, layer: str, tmp_path: Path) -> None:
     pruned = make_pruned(architecture, biases=True)
     before, config = logits(pruned), pruned.config.to_dict()
-    with pytest.raises(ValueError, match=rf"not zero in {count} factorized layers, such as '{layer}'"):
+    with pytest.raises(ValueError, match=rf"`model` must .*not zero in {count} factorized layers, such as '{layer}'"):
         save_dense(pruned, make_tokenizer(), tmp_path / "dense")
     assert not list(tmp_path.iterdir())
     assert torch.equal(logits(pruned), before)
@@ -225,13 +225,13 @@ def test_the_directory_is_whole(tmp_path: Path) -> None:
 
 
 def test_models_that_cannot_be_multiplied_out_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must be a pruned model .*got 'llama'"):
+    with pytest.raises(ValueError, match=r"`model` must be a pruned model .*got 'llama'"):
         export_dense(make_tiny_model("llama"))
     directory = save(make_pruned("llama", storage="factors"), tmp_path / "pruned")
     offloaded = AutoModelForCausalLM.from_pretrained(
         directory, device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=tmp_path / "offload"
     )
-    with pytest.raises(ValueError, match="must be in memory"):
+    with pytest.raises(ValueError, match="`model` must be in memory, got weights that are offloaded"):
         export_dense(offloaded)
 
 
@@ -242,7 +242,7 @@ def test_adapters_are_refused_until_they_are_merged() -> None:
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(make_pruned("llama"), peft.LoraConfig(target_modules=["right"], r=2))
     torch.nn.init.ones_(adapted.base_model.model.model.layers[1].mlp.up_proj.right.lora_B["default"].weight)
-    with pytest.raises(ValueError, match=r"plain factors, got Linear.* merge"):
+    with pytest.raises(ValueError, match=r"`model` must .*plain factors, got Linear.* merge"):
         export_dense(adapted.base_model.model)
     merged = adapted.merge_and_unload()
     expected = logits(merged)
@@ -256,7 +256,9 @@ def test_quantized_models_are_refused(tmp_path: Path) -> None:
     model.model.layers[0].mlp.up_proj = tiny_models.factors_layer(linear.weight.detach(), 8, None)
     directory = save(sieve_model(model, base_model=None, settings={}, results={}), tmp_path)
     config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    with pytest.raises(ValueError, match=r"plain factors, got Linear8bitLt in 'model\.layers\.0\.mlp\.up_proj'"):
+    with pytest.raises(
+        ValueError, match=r"`model` must .*plain factors, got Linear8bitLt in 'model\.layers\.0\.mlp\.up_proj'"
+    ):
         export_dense(AutoModelForCausalLM.from_pretrained(directory, quantization_config=config))
 
 

@@ -228,7 +228,10 @@ def test_qlora_learns_loads_again_and_merges_into_the_plain_model(tmp_path: Path
     model = peft.prepare_model_for_kbit_training(four_bit(directory), use_gradient_checkpointing=False)
     factors = [child for m in model.modules() if isinstance(m, FactorizedLinear) for child in m.children()]
     assert {child.weight.dtype for child in factors} == {torch.uint8}
-    with pytest.raises(ValueError, match=r"plain factors .*, got Linear4bit in 'model\.layers\.0\.self_attn\.q_proj'"):
+    with pytest.raises(
+        ValueError,
+        match=r"`target_modules` must .*plain factors .*, got Linear4bit in 'model\.layers\.0\.self_attn\.q_proj'",
+    ):
         peft.get_peft_model(copy.deepcopy(model), config_for(model, "whole matrices"))
     adapted = peft.get_peft_model(model, config_for(model, "factors"))
     losses = train(adapted)

@@ -222,7 +222,7 @@ def test_a_broken_adapter_is_refused_by_a_safe_merge() -> None:
     adapted = adapted_model("whole matrices")
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_B["default"].weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="must name finite adapters, got NaN or infinity in 'default'"):
+    with pytest.raises(ValueError, match="`adapter_names` must name finite adapters, got NaN or infinity in 'default'"):
         layer.merge(safe_merge=True)
     assert not layer.merged
 

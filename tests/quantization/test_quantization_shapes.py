@@ -150,5 +150,7 @@ def test_quantized_models_and_other_methods_are_refused(directories: dict[str, P
     directory = save(load(directories["llama"], fit(directories["llama"], eight)), tmp_path)
     with pytest.raises(ValueError, match="`config` must be of a model that is not quantized, got one that is"):
         fit(directory, eight)
-    with pytest.raises(ValueError, match=r"must be a BitsAndBytesConfig, .* or QuantoConfig, got LlamaConfig"):
+    with pytest.raises(
+        ValueError, match=r"`quantization_config` must be a BitsAndBytesConfig, .* or QuantoConfig, got LlamaConfig"
+    ):
         fit(directories["llama"], LlamaConfig())

@@ -134,7 +134,7 @@ def test_the_writer_enters_the_reservation_of_its_command(tmp_path: Path) -> Non
     with reserved(output, overwrite=False):
         with reserved(output, overwrite=False), whole_directory(output) as partial:
             write_model(partial, "new")
-        with pytest.raises(FileExistsError, match="another run is writing"):
+        with pytest.raises(FileExistsError, match=r"`output_dir` must .*another run is writing"):
             finish_in_thread(lambda: reserved(output, overwrite=True).__enter__())
     assert names(tmp_path) == ["out"]
 

@@ -170,7 +170,7 @@ def test_a_waiting_candidate_with_another_genome_is_not_scored(tmp_path):
         with sqlite3.connect(tmp_path / "search.db") as database:
             database.execute("UPDATE trial_params SET param_value = 1 - (param_value > 0)")
         database.close()
-        with pytest.raises(ValueError, match=r"must hold the study sieve-test .*altered"):
+        with pytest.raises(ValueError, match=r"`study_storage` must hold the study sieve-test .*altered"):
             study.claim()
 
 

@@ -237,7 +237,7 @@ def test_a_newer_format_is_refused(tmp_path):
     url = storages(tmp_path)["sqlite"]
     SearchStudy(url, "sieve-test", small_world().space)
     optuna.load_study(storage=url, study_name="sieve-test").set_user_attr("format_version", 99)
-    with pytest.raises(ValueError, match=r"format 1 or older, got 99.*Upgrade"):
+    with pytest.raises(ValueError, match=r"`storage` must .*format 1 or older, got 99.*Upgrade"):
         SearchStudy(url, "sieve-test", small_world().space)
 
 

@@ -72,7 +72,7 @@ def test_recompress_refuses_what_it_cannot_do_and_changes_nothing() -> None:
             recompress(model, ranks)
     assert_same_state(model, state)
     adapted = adapted_model("factors").base_model.model
-    with pytest.raises(ValueError, match="must have plain factors to merge into, got Linear of"):
+    with pytest.raises(ValueError, match="`model` must have plain factors to merge into, got Linear of"):
         recompress(adapted, {name: 1})
 
 

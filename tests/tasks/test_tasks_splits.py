@@ -94,7 +94,9 @@ def test_the_seed_decides_and_the_rest_is_reproducible(tmp_path: Path, data: dic
 def test_a_group_must_have_a_value_in_every_row(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{**row, "author": i % 9} for i, row in enumerate(parity_rows(20))]
     rows[6]["author"] = None
-    with pytest.raises(ValueError, match=r"a value in every row, got none for 'author' in row 7 of rows.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"`group` must .*a value in every row, got none for 'author' in row 7 of rows.jsonl"
+    ):
         load_task(tmp_path, rows, group="author")
 
 
@@ -104,8 +106,9 @@ def test_overlapping_splits_are_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "test.jsonl", [*rows[2::3], rows[1], rows[4], rows[0]])
     with pytest.raises(
         ValueError,
-        match=r"disjoint splits, got 2 rows of test whose prompt is in selection too \(the first: row \d+ of "
-        r"test.jsonl and row \d of selection.jsonl\). Remove them|got 1 rows of test whose prompt is in calibration",
+        match=r"`data` must have disjoint splits, got 2 rows of test whose prompt is in selection too \(the first: row "
+        r"\d+ of test.jsonl and row \d of selection.jsonl\). Remove them"
+        r"|`data` must .* got 1 rows of test whose prompt is in calibration",
     ):
         load_task(tmp_path, data=SEPARATE)
 
@@ -117,14 +120,14 @@ def test_rows_beyond_the_limit_may_overlap(tmp_path: Path) -> None:
     unused = next(row for row in rows[2::3] if f"Number: {row['text']} Parity:" not in prompts(used, "test"))
     write_rows(tmp_path / "calibration.jsonl", [*rows[0::3], unused])
     assert load_task(tmp_path, data=SEPARATE, limit={"test": 5}).splits["calibration"] == 21
-    with pytest.raises(ValueError, match="got 1 rows of test whose prompt is in calibration too"):
+    with pytest.raises(ValueError, match=r"`data` must .*got 1 rows of test whose prompt is in calibration too"):
         load_task(tmp_path, data=SEPARATE)
 
 
 def test_groups_in_separate_files_must_be_disjoint(tmp_path: Path) -> None:
     write_splits(tmp_path, [{**row, "author": f"a{i // 4}"} for i, row in enumerate(parity_rows(30))])
     load_task(tmp_path, data=SEPARATE)
-    with pytest.raises(ValueError, match="whose value of 'author' is in calibration too"):
+    with pytest.raises(ValueError, match=r"`data` must .*whose value of 'author' is in calibration too"):
         load_task(tmp_path, data=SEPARATE, group="author")
 
 

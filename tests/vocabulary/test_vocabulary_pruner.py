@@ -302,5 +302,7 @@ def test_adapters_that_train_the_embeddings(output):
 
 def test_refused_before_any_work(tmp_path):
     words = SievePruner(make_model(), make_tokenizer(), load_task(tmp_path, parity_rows(60)))
-    with pytest.raises(ValueError, match="of the kind BPE, WordPiece, Unigram, got WordLevel"):
+    with pytest.raises(
+        ValueError, match=r"`vocabulary='task'` must .*of the kind BPE, WordPiece, Unigram, got WordLevel"
+    ):
         words.plan(SieveConfig(pruning_ratio=0.3, **TASK))
