@@ -91,7 +91,15 @@ def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
         return
     number = interrupt.status - 128 if isinstance(interrupt, Terminated) else signal.SIGINT
     # Not here, where it would be ignored again.
-    threading.Timer(0.01, _thread.interrupt_main, [number]).start()
+    threading.Timer(0.01, _send_to_main, [number]).start()
+
+
+def _send_to_main(number: int) -> None:
+    if sys.platform == "win32":
+        _thread.interrupt_main(number)
+    else:
+        # Also ends a call of the system that waits.
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def quiet_start() -> None:
