@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from optimum_sieve.modeling.fingerprint import combine_digests, tensor_digest, weights_digest
+from optimum_sieve._messages import cut
+from optimum_sieve.modeling.fingerprint import DIGEST_KEY, combine_digests, tensor_digest, weights_digest
 from optimum_sieve.run.workdir import content_key
 
 from .offloading import loaded
@@ -19,7 +20,7 @@ from .offloading import loaded
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Their versions stand for their code.
 _LIBRARIES = {library.__name__: library.__version__.partition("+")[0] for library in (torch, transformers)}
@@ -52,6 +53,25 @@ def model_fingerprint(model: nn.Module) -> str:
             if buffer is not None:
                 digests[f"{prefix}.{name}"] = tensor_digest(buffer, name)
     return combine_digests(digests)
+
+
+def check_digest(model: PreTrainedModel, name: str) -> None:
+    """Check that the weights of a pruned model are those that its results were measured on, if it has a digest of them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): In memory, in the dtype that was saved.
+        name (`str`): Where it was loaded from, for the message.
+
+    Raises:
+        ValueError: If any byte differs.
+    """
+    digest = (model.config.sieve.get("results") or {}).get(DIGEST_KEY)
+    if digest is not None and weights_digest(model) != digest:
+        raise ValueError(
+            "`model` must have the weights that its results were measured on, got weights with another digest than "
+            f"config.json in {cut(name)}: they are damaged or were changed. Download or copy it again; if they were "
+            "changed on purpose, load and save it with `save_pretrained`, which removes the results."
+        )
 
 
 def architecture(model: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from optimum_sieve.run import distributed
 from optimum_sieve.run.scratch import Scratch
 
 from .blockwise import find_blocks
+from .fingerprint import check_digest
 from .kinds import auto_class_name
 from .quantized import quantization_options
 from .sources import naming_model, read_config, source_options
@@ -60,7 +61,8 @@ def load_model(
     Raises:
         TypeError: If `model` is neither a name nor a transformers model.
         ValueError: If `dtype` is not a floating-point type, this machine lacks the `device`, a loaded model comes
-            without a tokenizer, or the model cannot be offloaded or dequantized.
+            without a tokenizer, the model cannot be offloaded or dequantized, or a pruned model, loaded as it was
+            saved, has other weights than its digest says.
         OSError: If the model is not found or damaged.
     """
     if not isinstance(model, str | Path):
@@ -92,6 +94,8 @@ def load_model(
     if not isinstance(loaded, SievePreTrainedModel):
         # Pruned models do it themselves.
         copy_parameters(loaded)
+    elif scratch is None and kind in ("auto", getattr(config, "dtype", None)):
+        check_digest(loaded, name)
     if scratch is not None:
         weakref.finalize(loaded, scratch.remove)
     else:
