@@ -174,7 +174,9 @@ def stray(trial: Path) -> list[str]:
     """Name what is neither output, nor work directory, nor a trial's own."""
     known = {"out", "work", "temporary", "changes", "log.out", "log.err"}
     left = [path.name for path in trial.iterdir() if path.name not in known]
-    temporary = [f"temporary/{path.name}" for path in (trial / "temporary").iterdir()]
+    # torch makes one of its own when it is imported.
+    names = [path.name for path in (trial / "temporary").iterdir() if not path.name.startswith("torchinductor_")]
+    temporary = [f"temporary/{name}" for name in names]
     hidden = [path.relative_to(trial).as_posix() for path in (trial / "work").rglob(".*")]
     return sorted([*left, *temporary, *hidden])
 
