@@ -140,6 +140,7 @@ ALTERATIONS = {
     "the examples": "UPDATE trial_user_attributes SET value_json = replace(value_json, 'true', 'false') "
     "WHERE key = 'outcome'",
     "the slot": "UPDATE trial_user_attributes SET value_json = '77' WHERE key = 'slot'",
+    "the part": "DELETE FROM trial_user_attributes WHERE key = 'part'",
     "the genome": "UPDATE trial_params SET param_value = 1 - (param_value > 0)",
     "the ending": "UPDATE study_user_attributes SET value_json = replace(value_json, '[[', '[[9') WHERE key = 'ending'",
     "the shares": "UPDATE study_user_attributes SET value_json = replace(value_json, '0.', '1.') WHERE key = 'shares'",
@@ -158,7 +159,9 @@ def test_an_altered_search_is_refused(tmp_path, change):
     again = small_world()
     with (
         SearchStudy(url, "sieve-test", again.space) as study,
-        pytest.raises(ValueError, match=r"`study_storage` must hold the study sieve-test as .*altered.* search again"),
+        pytest.raises(
+            ValueError, match=r"`study_storage` must hold the study sieve-test as .*(altered|KeyError).* search again"
+        ),
     ):
         lead(again, study, make_scorers(again), progress=False)
 
@@ -194,6 +197,54 @@ def test_a_candidate_that_another_process_ends_while_it_is_claimed_is_left(tmp_p
     claimed = study.claim()
     assert claimed is not None
     assert claimed[1].key == wanted[1].key
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "journal"])
+def test_a_process_that_comes_too_late_for_a_candidate_leaves_it_to_the_first(tmp_path, kind, monkeypatch):
+    search = small_world()
+    study = SearchStudy(storages(tmp_path).get(kind), "sieve-test", search.space)
+    study.enqueue(search.open_candidates([])[:1])
+    first, waiting = study_module.this_process(), study._trials(TrialState.WAITING)
+    trials, get, came = study._trials, study._storage.get_trial, []
+
+    def get_late(trial_id):
+        if not came:
+            # Another process saw the candidate while it was waiting, and comes before the first has looked.
+            came.append(trial_id)
+            monkeypatch.setattr(study_module, "this_process", lambda: ["elsewhere", 1, 1.0])
+            monkeypatch.setattr(study, "_trials", lambda *states: waiting)
+            assert study.claim() is None
+            monkeypatch.setattr(study_module, "this_process", lambda: first)
+            monkeypatch.setattr(study, "_trials", trials)
+        return get(trial_id)
+
+    monkeypatch.setattr(study._storage, "get_trial", get_late)
+    claimed = study.claim()
+    assert came
+    assert claimed is not None
+    (trial,) = study._trials(TrialState.RUNNING)
+    assert trial.number == claimed[0]
+    assert trial.user_attrs["process"] == first
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_a_process_that_dies_while_it_claims_is_known_to_be_dead(tmp_path, kind, monkeypatch):
+    search = small_world()
+    study = SearchStudy(storages(tmp_path)[kind], "sieve-test", search.space)
+    study.enqueue(search.open_candidates([])[:1])
+    change = study._storage.set_trial_state_values
+    machine, number, start = study_module.this_process()
+
+    def claim_and_die(*values):
+        change(*values)
+        raise SystemExit
+
+    monkeypatch.setattr(study._storage, "set_trial_state_values", claim_and_die)
+    monkeypatch.setattr(study_module, "this_process", lambda: [machine, number, start - 100])
+    with pytest.raises(SystemExit):
+        study.claim()
+    monkeypatch.undo()
+    assert study.release_dead() == 1
 
 
 @pytest.fixture

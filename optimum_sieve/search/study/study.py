@@ -176,7 +176,7 @@ class SearchStudy:
 
     def enqueue(self, candidates: Iterable[Candidate]) -> None:
         """Add the candidates that are not scored, waiting or being scored."""
-        known = {_key(trial) for trial in self._trials(*_KNOWN)}
+        known = {self._key(trial) for trial in self._trials(*_KNOWN)}
         for candidate in candidates:
             if candidate.key not in known:
                 levels = dict(zip(self._distributions, candidate.genome, strict=True))
@@ -194,10 +194,11 @@ class SearchStudy:
     def claim(self) -> tuple[int, Candidate] | None:
         """Take a waiting candidate for this process alone; return its trial number and itself, or `None`."""
         process = this_process()
-        for trial in sorted(self._trials(TrialState.WAITING), key=_key):
+        for trial in sorted(self._trials(TrialState.WAITING), key=self._key):
             try:
-                # Before the claim too: a process that dies right after it is known to be dead.
-                self._storage.set_trial_user_attr(trial._trial_id, "process", process)
+                # A process that dies right after the claim is known to be dead. Another name than "process", which the
+                # process that claimed a trial must find as it wrote it.
+                self._storage.set_trial_user_attr(trial._trial_id, "claiming", process)
                 claimed = self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             except (optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
                 continue
@@ -251,8 +252,10 @@ class SearchStudy:
         """Give up the trials of dead processes: at once on this machine, elsewhere after the grace period."""
         before = len(self._trials(TrialState.FAIL))
         for trial in self._trials(TrialState.RUNNING):
-            process = trial.user_attrs.get("process")
-            if self._was_never_begun(trial) if process is None else is_dead(process):
+            attributes = trial.user_attrs
+            process = attributes.get("process", attributes.get("claiming"))
+            is_lost = "process" not in attributes and self._was_never_begun(trial)
+            if is_lost or (process is not None and is_dead(process)):
                 self.release(trial.number)
         with quiet():
             optuna.storages.fail_stale_trials(self._study)
@@ -277,6 +280,11 @@ class SearchStudy:
                 raise ValueError("content that was altered after it was stored")
             return candidate if outcome is None else replace(candidate, outcome=Outcome.from_dict(outcome))
 
+    def _key(self, trial: FrozenTrial) -> tuple[str, int, int]:
+        with self._naming(f"trial {trial.number}"):
+            attributes = trial.user_attrs
+            return attributes["part"], attributes["generation"], attributes["slot"]
+
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=states)
 
@@ -288,8 +296,3 @@ def _digest(candidate: Candidate, outcome: dict[str, Any] | None = None) -> str:
     """Return the SHA-256 of a candidate, and of its scores if it has any."""
     attributes = {name: getattr(candidate, name) for name in _ATTRIBUTES}
     return json_digest({"genome": list(candidate.genome), **attributes, "outcome": outcome})
-
-
-def _key(trial: FrozenTrial) -> tuple[str, int, int]:
-    attributes = trial.user_attrs
-    return attributes["part"], attributes["generation"], attributes["slot"]
