@@ -293,6 +293,31 @@ def test_full_disk_leaves_nothing(directory: Path, work: str, message: str) -> N
     assert sorted(path.name for path in directory.iterdir()) == ["model", "rows.jsonl", "task.json"]
 
 
+def test_a_word_that_is_no_utf_8_is_refused(cli: Callable[..., tuple[int, str, str]], directory: Path) -> None:
+    status, _, error = cli("prune", "--model", "model", "--task", "task.json", "--output", "o\udcff", *HALF)
+    assert status == 1
+    assert error.splitlines()[-1] == "error: `--output` must be valid UTF-8, got 'o\\udcff'."
+    assert not list(directory.glob("o*"))
+
+
+def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm.auto import tqdm
+
+    from optimum_sieve.commands.base import one_line_errors
+
+    bars = []
+
+    def work() -> None:
+        with one_line_errors(debug=False):
+            bars.append(tqdm(total=2))
+            raise ValueError("`task` must be another one")
+
+    with pytest.raises(SystemExit):
+        work()
+    assert bars[0].disable
+    assert capsys.readouterr().err.splitlines()[-1] == "error: `task` must be another one"
+
+
 def test_damaged_work_directory_names_the_file(directory: Path) -> None:
     from optimum_sieve import SieveConfig, SievePruner
 
