@@ -37,6 +37,7 @@ def build(directory: str) -> None:
     from toy import VOCABULARY, make_tokenizer
 
     from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.modeling.fingerprint import DIGEST_KEY, weights_digest
 
     make_tiny_model("llama", vocab_size=len(VOCABULARY)).save_pretrained(Path(directory) / "dense")
     make_tokenizer().save_pretrained(Path(directory) / "dense")
@@ -47,6 +48,8 @@ def build(directory: str) -> None:
         model.config.sieve["settings"] = SieveConfig(pruning_ratio=0.5).to_dict()
         if name == "half":
             model = model.to(torch.bfloat16)
+            # Saving drops the results of other weights, and casting made others.
+            model.config.sieve["results"][DIGEST_KEY] = weights_digest(model)
         model.save_pretrained(Path(directory) / name, max_shard_size="10KB" if name == "sharded" else "5GB")
         make_tokenizer().save_pretrained(Path(directory) / name)
 
