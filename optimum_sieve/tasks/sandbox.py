@@ -11,6 +11,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, V
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from inspect import signature
 from math import prod
 from typing import Any
 
@@ -29,6 +30,7 @@ _REMOVED_GLOBALS = ("lipsum",)
 # Filters and methods whose result grows by the integers that they are given, or by the product of all they are given.
 _PADDING = frozenset(("batch", "center", "ljust", "rjust", "round", "slice", "to_bytes", "zfill"))
 _MULTIPLYING = frozenset(("expandtabs", "indent", "tojson", "translate", "wordwrap"))
+_BY_ADDRESS = (object.__repr__, object.__str__)
 
 
 class MissingValueError(Exception):
@@ -100,8 +102,14 @@ def _charge_operation(name: str, values: list[Any]) -> None:
         _spend((len(text) if isinstance(values[0], bytes) else text.count(old)) * len(new))
     elif name == "sum" and not all(isinstance(value, int | float) for value in values[1:]):
         _spend(_length(values[0]) * _size(values[0]))
+    elif name == "striptags":
+        # Its time grows with the square of their number.
+        _spend(str(values[0]).count("<") ** 2 // 1000)
     elif name in _MULTIPLYING:
-        numbers = [] if name == "wordwrap" else numbers
+        if name == "wordwrap":
+            # Long words are cut piece by piece, the rest copied each time. The width makes nothing longer.
+            _spend(sum(len(word) ** 2 for word in str(values[0]).split()) // 100)
+            numbers = []
         texts = [len(value) or 1 for value in values[1:] if isinstance(value, str)]
         tables = [_size(value) for value in values[1:] if isinstance(value, dict | list | tuple)]
         _spend(prod([_size(values[0]), *numbers, *texts, *tables]))
@@ -123,12 +131,24 @@ def _charge_formatting(text: str, values: Any) -> None:
     _spend((text.count("%") + text.count("{") + 1) * (max(widths, default=0) + _size(values, weigh=from_values)))
 
 
+def _in_order(function: Any, values: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Put arguments that are given by name where their position is, as the charges go by position."""
+    try:
+        bound = signature(function).bind(*values, **options)
+    except (TypeError, ValueError):
+        # The call itself raises a better error, if it is one.
+        return values, options
+    return bound.args, bound.kwargs
+
+
 def _bounded(name: str, function: Any) -> Callable[..., Any]:
     """Charge a filter or test for its values and its result."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @wraps(function)
     def bounded(*arguments: Any, **options: Any) -> Any:
+        if name != "format":
+            arguments, options = _in_order(function, arguments, options)
         values = _counted(name, arguments)
         if name == "format":
             _charge_formatting(str(values[0]), [values[1:], options])
@@ -141,10 +161,17 @@ def _bounded(name: str, function: Any) -> Callable[..., Any]:
 
 @pass_context
 def _printed(context: Any, value: Any) -> Any:
-    """Charge a printed value; refuse a missing one."""
+    """Charge a printed value; refuse a missing one, and what prints as a name of Python instead of a text."""
     # NaN, a missing number, differs from itself.
     if value is None or (isinstance(value, float) and value != value):
         raise MissingValueError
+    items = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ()
+    for item in (value, *items):
+        if callable(item):
+            raise TypeError(f"it prints the function {getattr(item, '__name__', item)!r}; call it with brackets")
+        # The default text of an object is its address, another one in every run.
+        if isinstance(item, Iterator) or (type(item).__repr__, type(item).__str__) == _BY_ADDRESS:
+            raise TypeError(f"it prints a {type(item).__name__} instead of its items; add `| join` or `| list`")
     return _charged(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,6 +28,10 @@ FIELDS: dict[str, Any] = {
 }
 LIST = "{% set ns = namespace(x=[1]) %}{% for i in range(100) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}"
 ENDLESS = {
+    "wrapped text without spaces": "{{ ('a' * 300000) | wordwrap(1) | length }}",
+    "text of tags": "{{ ('<!---->' * 300000) | striptags }}",
+    "replacement given by name": "{% set s = 'a' * 100000 %}{{ s | replace(new=s, old='a') | length }}",
+    "width given by name": "{{ 'a' | center(width=10**10) }}",
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "loops that keep nothing": "{% for i in range(9999) %}{% for j in range(9999) if false %}{% endfor %}{% endfor %}",
     "macros that call twice": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
@@ -212,6 +217,23 @@ def test_missing_numbers_are_missing_values(tmp_path: Path) -> None:
         ValueError, match=r"`prompt` must not print a missing value, got one for count in row 4 of rows"
     ):
         load_task(tmp_path, rows, prompt="{{ text }} {{ count }}")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("{{ text.upper }}", "it prints the function 'upper'; call it with brackets"),
+        ("{{ [text.upper] }}", "it prints the function 'upper'; call it with brackets"),
+        ("{{ row.items }}", "it prints the function 'items'; call it with brackets"),
+        ("{{ text }}{% macro twice() %}{% endmacro %}{{ twice }}", "it prints the function <Macro 'twice'>"),
+        ("{{ text.split() | map('upper') }}", "it prints a generator instead of its items; add `| join` or `| list`"),
+        ("{{ text }}{{ cycler(1, 2) }}", "it prints a Cycler instead of its items"),
+    ],
+)
+def test_what_has_no_text_of_its_own_is_not_printed(tmp_path: Path, prompt: str, message: str) -> None:
+    pattern = r"`prompt` must render for every row, got TypeError in row \d+ of rows.jsonl: "
+    with pytest.raises(ValueError, match=pattern + re.escape(message)):
+        load_task(tmp_path, parity_rows(20), prompt=prompt)
 
 
 @pytest.mark.parametrize("field", ["self", "range", "dict", "context", "environment", "loop", "row", "charged"])
