@@ -77,9 +77,9 @@ def calibrate(run: Run, *, must_exist: bool = False) -> Bases:
 class WholeRound(Round):
     """A round with the whole model, all moments and all bases in memory."""
 
-    def load(self) -> Bases | None:
+    def load(self, *, verify: bool = True) -> Bases | None:
         """Return the bases from the work directory; `None` if they are not there."""
-        stored = self.run.work.load("bases", self.key)
+        stored = self.run.work.load("bases", self.key, verify=verify)
         if stored is None:
             return None
         model = self.run.model
@@ -105,7 +105,7 @@ class WholeRound(Round):
         # Tensors with other strides round products differently, so a resumed run must get the same ones.
         # Freed first: two sets of bases may not fit in memory.
         bases.clear()
-        saved = self.load()
+        saved = self.load(verify=False)
         assert saved is not None
         return saved
 

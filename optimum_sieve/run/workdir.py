@@ -70,22 +70,24 @@ class WorkDir:
             weakref.finalize(work, scratch.remove)
         return work
 
-    def load(self, stage: str, key: str) -> dict[str, torch.Tensor] | None:
-        """Return the tensors of a finished stage, or `None`.
+    def load(self, stage: str, key: str, *, verify: bool = True) -> dict[str, torch.Tensor] | None:
+        """Return the tensors of a finished stage, or `None`; `verify` as in [`WorkDir.find`].
 
         Raises:
             ValueError: If the file is damaged or its content was altered; the message names it.
         """
-        stored = self.load_with_record(stage, key)
+        stored = self.load_with_record(stage, key, verify=verify)
         return None if stored is None else stored[0]
 
-    def load_with_record(self, stage: str, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Return the tensors of a finished stage and their record, or `None`.
+    def load_with_record(
+        self, stage: str, key: str, *, verify: bool = True
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Return the tensors of a finished stage and their record, or `None`; `verify` as in [`WorkDir.find`].
 
         Raises:
             ValueError: If the file is damaged or its content was altered; the message names it.
         """
-        path = self.find(stage, key)
+        path = self.find(stage, key, verify=verify)
         if path is None:
             return None
         with _naming(path), safe_open(path, framework="pt") as file:
@@ -131,22 +133,40 @@ class WorkDir:
                 "are kept: make room and run again."
             ) from error
 
-    def find(self, stage: str, key: str) -> Path | None:
+    def find(self, stage: str, key: str, *, verify: bool = True) -> Path | None:
         """Return the file of a finished stage, or `None`; the same in all processes of a run.
+
+        Args:
+            stage (`str`): Name of the stage.
+            key (`str`): Hash of its inputs.
+            verify (`bool`): Whether the first process reads the whole file and compares its checksum. A file that this
+                run has just saved needs no check.
 
         Raises:
             ValueError: If the file is damaged or its content was altered; the message names it.
         """
         path = self.file(stage, key)
-        if path is None or not distributed.agree(path.exists()):
+        if path is None:
             return None
-        with _naming(path):
-            check_file(path, path.name)
-        return path
+        exists, damage = distributed.agree(_examine(path, verify) if distributed.is_first() else (False, ""))
+        if damage:
+            raise _damaged(path, damage)
+        return path if exists else None
 
     def file(self, stage: str, key: str) -> Path | None:
         """Return the file of a stage, whether it exists or not; `None` without a path."""
         return None if self.path is None else self.path / f"{stage}-{key}.safetensors"
+
+
+def _examine(path: Path, verify: bool) -> tuple[bool, str]:
+    """Return whether a file exists and, if `verify` is set, how its content is damaged, in words; `""` if it is not."""
+    exists = path.exists()
+    if exists and verify:
+        try:
+            check_file(path, path.name)
+        except (OSError, ValueError) as error:
+            return True, str(error)
+    return exists, ""
 
 
 @contextmanager
@@ -155,9 +175,13 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"`{path}` must be a safetensors file as this package saved it, got {error}. Delete it and run again."
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"`{path}` must be a safetensors file as this package saved it, got {reason}. Delete it and run again."
+    )
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from toy import load_task, make_model, make_tokenizer, parity_rows
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
 from optimum_sieve.allocation.budget import rank_choices
 from optimum_sieve.backbone import latency
+from optimum_sieve.evaluation import scores
 from optimum_sieve.evaluation.scores import Evaluation
+from optimum_sieve.run import distributed, workdir
 from optimum_sieve.run.checksum import check_file, sealed, unsealed
 from optimum_sieve.run.spool import Spool
 from optimum_sieve.run.workdir import WorkDir
@@ -130,6 +133,46 @@ def test_every_stage_refuses_a_file_with_another_number(tmp_path: Path, stage: s
     for path in paths:
         path.unlink()
     prune(tmp_path, **settings)
+
+
+@pytest.fixture
+def read_files(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Names of the files whose checksum was compared, with how often."""
+    names: Counter[str] = Counter()
+
+    def checking(path: Path, *rest: Any) -> None:
+        names[path.name] += 1
+        check_file(path, *rest)
+
+    for module in (workdir, scores):
+        monkeypatch.setattr(module, "check_file", checking)
+    return names
+
+
+@pytest.mark.parametrize("settings", [{}, {"memory_limit": 1000, "pruning_ratio": 0.5, "tolerance": None}])
+def test_files_are_verified_once_when_a_run_resumes_and_not_after_they_were_saved(
+    tmp_path: Path, read_files: Counter[str], settings: dict[str, Any]
+) -> None:
+    prune(tmp_path, **settings)
+    assert not read_files
+    prune(tmp_path, **settings)
+    assert {name.partition("-")[0] for name in read_files} >= {"bases", "evaluation"}
+    assert set(read_files.values()) == {1}
+
+
+def test_processes_that_share_a_run_leave_the_verification_to_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_files: Counter[str]
+) -> None:
+    work = WorkDir(tmp_path)
+    work.save("bases", "k", {"a": torch.ones(2)})
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    answers = iter([(True, ""), (False, ""), (True, "content that was altered")])
+    monkeypatch.setattr(distributed, "agree", lambda _: next(answers))
+    assert work.find("bases", "k") == tmp_path / "bases-k.safetensors"
+    assert work.find("bases", "k") is None
+    with pytest.raises(ValueError, match=r"bases-k\.safetensors` must .* got content that was altered\. Delete it"):
+        work.find("bases", "k")
+    assert not read_files
 
 
 def make_evaluation() -> Evaluation:
