@@ -12,13 +12,21 @@ import torch
 import transformers
 
 from optimum_sieve._messages import cut
-from optimum_sieve.modeling.fingerprint import DIGEST_KEY, combine_digests, tensor_digest, weights_digest
+from optimum_sieve.modeling.fingerprint import (
+    DIGEST_KEY,
+    combine_digests,
+    stored_tensors,
+    tensor_digest,
+    weights_digest,
+)
 from optimum_sieve.run.workdir import content_key
 
 from .offloading import loaded
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,15 +71,32 @@ def check_digest(model: PreTrainedModel, name: str) -> None:
         name (`str`): Where it was loaded from, for the message.
 
     Raises:
-        ValueError: If any byte differs.
+        ValueError: If any byte differs, apart from the float32 in which transformers keeps some modules.
     """
     digest = (model.config.sieve.get("results") or {}).get(DIGEST_KEY)
-    if digest is not None and weights_digest(model) != digest:
+    if digest is not None and digest not in _digests(model):
         raise ValueError(
             "`model` must have the weights that its results were measured on, got weights with another digest than "
             f"config.json in {cut(name)}: they are damaged or were changed. Download or copy it again; if they were "
             "changed on purpose, load and save it with `save_pretrained`, which removes the results."
         )
+
+
+def _digests(model: PreTrainedModel) -> Iterator[str]:
+    """Yield the digest of a model as it was loaded, then as it was saved."""
+    yield weights_digest(model)
+    if model.dtype in (torch.float16, torch.bfloat16):
+        # transformers loads some modules in float32, such as `wo` of T5, also if they were saved in the model's dtype.
+        tensors = ((name, _narrowed(tensor, model.dtype)) for name, tensor in stored_tensors(model))
+        yield combine_digests({name: tensor_digest(tensor, name) for name, tensor in tensors})
+
+
+def _narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a float32 tensor in a smaller dtype if that holds the same values, else the tensor itself."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.float(), tensor) else tensor
 
 
 def architecture(model: Any) -> dict[str, Any]:

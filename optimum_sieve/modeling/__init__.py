@@ -2,9 +2,9 @@
 
 In: a transformers model with `FactorizedLinear` layers, or a saved directory. Out: a model of type `sieve`.
 `modeling_sieve` is the entry point of remote code. It is saved with the weights, together with the modules that it
-reaches by relative imports: `layers`, `experts`, `fingerprint`, `layout`, `loading_checks`, `replacing`,
-`tensor_parallel` and `vllm_rules`. `conversion.sieve_model` turns a factorized model into one that can be saved.
-Nothing here imports the rest of the package.
+reaches by relative imports: `layers`, `empty_layers`, `experts`, `fingerprint`, `layout`, `loading_checks`,
+`tensor_parallel` and `vllm_rules`. These import nothing else of the package. `conversion.sieve_model` turns a
+factorized model into one that can be saved.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+# Two numbers in a byte, none of them NaN or infinite; unknown to older versions of torch.
+_PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -96,14 +98,27 @@ def _check_is_only_save(file: Path) -> None:
 
 @contextmanager
 def removing_stale(directory: Path) -> Iterator[None]:
-    """Remove the weights of an earlier save that a save inside the context leaves next to its own."""
+    """Remove the weights of an earlier save that a save inside the context leaves next to its own.
+
+    Nothing is removed unless exactly one of the two was written: some processes of a distributed save write nothing.
+    """
     paths = [directory / name for name in (_SINGLE, _INDEX)]
-    before = {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+    before = list(map(_state, paths))
     yield
-    if all(path.is_file() for path in paths):
-        for path, changed in before.items():
-            if path.stat().st_mtime_ns == changed:
-                path.unlink()
+    after = list(map(_state, paths))
+    written = [old != new for old, new in zip(before, after, strict=True)]
+    if None not in after and sum(written) == 1:
+        # Another process of the same save may have removed it.
+        paths[written.index(False)].unlink(missing_ok=True)
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return numbers that change when a file is written; `None` without a file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def check_loaded(model: Any, loading_info: Any, found_beyond: Iterable[str], declared: Any) -> None:
@@ -178,9 +193,14 @@ def _not_finite(model: nn.Module) -> Iterator[str]:
     for name, layer in factorized_layers(model):
         for child, tensor in layer.named_parameters():
             is_plain = type(tensor.data) is torch.Tensor and tensor.is_floating_point() and not tensor.is_meta
-            # The extremes show NaN and infinity, without a second tensor.
-            if is_plain and tensor.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach())):
+            if is_plain and tensor.dtype not in _PACKED and tensor.numel() and not _is_finite(tensor.detach()):
                 yield f"{name}.{child}"
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # The extremes show NaN and infinity, without a second tensor. float8 has no kernel for them.
+    values = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.bfloat16)
+    return all(bool(end.isfinite()) for end in torch.aminmax(values))
 
 
 def raise_problems(problems: Mapping[str, Iterable[str]]) -> None:

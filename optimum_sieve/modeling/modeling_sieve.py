@@ -11,6 +11,7 @@ does everything else: sharding, dtypes, device maps, tied weights and generation
 from __future__ import annotations
 
 import functools
+import inspect
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
 
+from .empty_layers import replace_linears
 from .fingerprint import current_results
 from .layers import factorized_layers
 from .layout import copy_parameters
 from .loading_checks import check_files, check_loaded, removing_stale
-from .replacing import replace_linears
 from .tensor_parallel import factor_plan
 from .vllm_rules import keep_apart
 
@@ -122,10 +123,14 @@ class SievePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             ) from error
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+    def _load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
         """Refuse a checkpoint whose tensors transformers would cast, or read from the wrong one of two saves."""
-        check_files(model, state_dict, checkpoint_files)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        # This code is saved with models and meets later versions, where a private method may have other parameters.
+        load: Any = PreTrainedModel._load_pretrained_model
+        values = inspect.signature(load).bind_partial(*args, **kwargs).arguments
+        if "model" in values:
+            check_files(values["model"], values.get("state_dict"), values.get("checkpoint_files"))
+        return load(*args, **kwargs)
 
     def _get_dtype_plan(self, dtype: Any) -> dict[str, Any]:
         """Keep row orders integers in modules that stay in float32 whatever the dtype, such as `wo` of T5."""

@@ -51,7 +51,7 @@ def save_directory(
 
     Raises:
         FileExistsError: If `output_dir` holds files and `overwrite` is false, or files that are not of a model.
-        ValueError: If it is, contains or lies in an input.
+        ValueError: If it is, contains or is inside an input.
         OSError: If the disk is full or the directory cannot be written.
     """
     output = Path(output_dir)

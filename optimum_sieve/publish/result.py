@@ -159,7 +159,7 @@ def save_result(
 
     Raises:
         FileExistsError: If `output` holds files and `overwrite` is false, or files that are not of a model.
-        ValueError: If `output` is, contains or lies in the dense model or `work_dir`.
+        ValueError: If `output` is, contains or is inside the dense model or `work_dir`.
         OSError: If the disk is full or the directory cannot be written.
     """
     if distributed.is_first():

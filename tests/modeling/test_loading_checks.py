@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from optimum_sieve.modeling.conversion import sieve_model
+from optimum_sieve.modeling.loading_checks import _not_finite, removing_stale
 
 
 if TYPE_CHECKING:
@@ -185,6 +188,46 @@ def test_factors_that_overflow_in_a_smaller_dtype(directory: Path) -> None:
         AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_factors_in_float8_are_checked(dtype: torch.dtype) -> None:
+    model = make_pruned_model("llama")
+    weight = model.get_submodule(FACTORS).left.weight
+    weight.data = weight.data.to(dtype)
+    assert list(_not_finite(model)) == []
+    # The bits of NaN in both.
+    weight.data.view(torch.uint8)[3, 1] = 0x7F
+    assert list(_not_finite(model)) == [f"{FACTORS}.left.weight"]
+
+
+def test_packed_factors_in_float4_hold_no_nan() -> None:
+    if not hasattr(torch, "float4_e2m1fn_x2"):
+        pytest.skip("this torch has no float4")
+    model = make_pruned_model("llama")
+    weight = model.get_submodule(FACTORS).left.weight
+    weight.data = torch.zeros(32, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    assert list(_not_finite(model)) == []
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_files_are_checked_whatever_the_order_of_private_parameters(
+    directory: Path, by_name: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load: Any = PreTrainedModel._load_pretrained_model
+    cls: Any = type(AutoModelForCausalLM.from_pretrained(directory))
+    edit_tensors(directory, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].int()}))
+    files = [str(directory / "model.safetensors")]
+    model, config = make_pruned_model("llama"), object()
+
+    def later(load_config: Any, checkpoint_files: Any, model: Any, state_dict: Any = None) -> Any:
+        return load(model, state_dict, checkpoint_files, load_config)
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(later))
+    values = {"load_config": config, "checkpoint_files": files, "model": model}
+    arguments, options = ((), values) if by_name else (tuple(values.values()), {})
+    with pytest.raises(ValueError, match=r"got of another kind: model\.norm\.weight I32\. Download"):
+        cls._load_pretrained_model(*arguments, **options)
+
+
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     make_pruned_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
@@ -229,3 +272,38 @@ def test_a_save_replaces_the_weights_of_an_earlier_one(tmp_path: Path) -> None:
         model = make_pruned_model("llama", seed=seed)
         model.save_pretrained(tmp_path, max_shard_size=size)
         assert_same_tensors(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def both_saves(directory: Path) -> dict[str, bytes]:
+    """Write all weights and a complete set of shards, and return the content of each file."""
+    model = make_pruned_model("llama")
+    model.save_pretrained(directory, max_shard_size="20KB")
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    return {path.name: path.read_bytes() for path in directory.glob("model*")}
+
+
+def test_a_process_that_writes_nothing_removes_nothing(tmp_path: Path) -> None:
+    before = both_saves(tmp_path)
+    make_pruned_model("llama", seed=1).save_pretrained(tmp_path, is_main_process=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("model*")}.items() >= before.items()
+
+
+@pytest.mark.parametrize("written", [(), ("model.safetensors", "model.safetensors.index.json")], ids=len)
+def test_weights_are_removed_only_if_one_of_the_two_was_written(tmp_path: Path, written: tuple[str, ...]) -> None:
+    before = both_saves(tmp_path)
+    with removing_stale(tmp_path):
+        for name in written:
+            (tmp_path / name).write_bytes(before[name] + b" ")
+    assert {path.name for path in tmp_path.glob("model*")} == before.keys()
+
+
+def test_a_file_of_the_same_age_counts_as_written(tmp_path: Path) -> None:
+    """Some file systems store times in whole seconds."""
+    both_saves(tmp_path)
+    path = tmp_path / "model.safetensors"
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    with removing_stale(tmp_path):
+        path.write_bytes(path.read_bytes() + b" ")
+        os.utime(path, ns=times)
+    assert path.is_file()
+    assert not (tmp_path / "model.safetensors.index.json").exists()

@@ -24,7 +24,7 @@ from tiny_models import (
 from toy import VOCABULARY, make_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
-from optimum_sieve.modeling import modeling_sieve, replacing
+from optimum_sieve.modeling import empty_layers, modeling_sieve
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.modeling.fingerprint import weights_digest
 from optimum_sieve.modeling.layers import FactorizedLinear
@@ -280,7 +280,7 @@ def test_replaced_layers_keep_device_and_dtype() -> None:
     linear = torch.nn.Linear(8, 6, device="meta", dtype=torch.float16)
     entry = {"rank": 2, "storage": "pivoted", "bias": True}
     with torch.device("meta"):
-        tensors = replacing._empty_layer("proj", linear, entry).state_dict()
+        tensors = empty_layers._empty_layer("proj", linear, entry).state_dict()
     assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
     assert {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != torch.float16} == {
         "row_order": torch.int32

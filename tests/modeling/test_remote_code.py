@@ -18,13 +18,13 @@ import optimum_sieve
 
 
 CODE = (
+    "empty_layers.py",
     "experts.py",
     "fingerprint.py",
     "layers.py",
     "layout.py",
     "loading_checks.py",
     "modeling_sieve.py",
-    "replacing.py",
     "tensor_parallel.py",
     "vllm_rules.py",
 )

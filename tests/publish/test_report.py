@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from optimum_sieve import Comparison, Evaluation
+from optimum_sieve.modeling import fingerprint
+from optimum_sieve.publish import report
 from optimum_sieve.publish.report import build_report, format_table, size_changes, task_block, write_report
 from optimum_sieve.tasks.metrics import score_classes
 
@@ -29,6 +31,10 @@ def make_evaluation(correct: int, count: int = 10, metric: str = "accuracy") -> 
 
 COMPARISON = Comparison(mean=-0.1, standard_error=0.05, agreement=0.9, kl=0.0123, count=10)
 PARAMETERS = {"targets_before": 2000, "targets_after": 500, "model_before": 3000, "model_after": 1500}
+
+
+def test_report_and_configuration_name_the_digest_alike():
+    assert report.DIGEST_KEY == fingerprint.DIGEST_KEY
 
 
 @pytest.fixture

@@ -61,6 +61,18 @@ def test_modules_that_transformers_keeps_in_float32_may_be_narrower_in_memory(tm
         check_saved(model, tmp_path)
 
 
+def test_a_model_that_needs_other_inputs_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("all examples must have an end token")
+
+    model = make_pruned_model("llama")
+    monkeypatch.setattr(model, "forward", refuse)
+    save_model(model, tmp_path)
+    edit(tmp_path, lambda tensors: tensors["model.norm.weight"].__setitem__(7, 1.0001))
+    with pytest.raises(RuntimeError, match=r"got 1 tensors that differ, such as the values of 'model\.norm\.weight'"):
+        check_saved(model, tmp_path)
+
+
 def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     path = directory / "model.safetensors"
     tensors = load_file(path)
