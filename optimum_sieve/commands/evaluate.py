@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_sieve.config.sieve import SieveConfig
-from optimum_sieve.run.outputs import check_file, is_standard_output
+from optimum_sieve.run.outputs import check_report_file, is_standard_output
 
 from .base import SieveSubcommand, add_source, input_paths
 
@@ -61,7 +61,7 @@ class EvaluateCommand(SieveSubcommand):
         from optimum_sieve.tasks import Task
 
         if arguments.json:
-            check_file(Path(arguments.json), "--json", inputs=input_paths(arguments))
+            check_report_file(Path(arguments.json), "--json", inputs=input_paths(arguments))
         task = Task.from_file(arguments.task)
         task.require_splits(arguments.split)
         if not task.labelled and arguments.compare_to is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+_NAME = "optimum-sieve"
 _CONFIG, _TEMPLATES = "config.json", "additional_chat_templates"
 # Files that `save_pretrained` of a model, its configuration, tokenizer or processor may write, and the exports.
 _MODEL = (
@@ -67,7 +68,8 @@ def is_config(content: Any) -> bool:
 def is_report(path: Path) -> bool:
     """Return whether a file is a report of this package."""
     content = _read(path)
-    return isinstance(content, dict) and isinstance(content.get("versions"), dict)
+    # A package.json of npm has `versions` too.
+    return isinstance(content, dict) and isinstance(versions := content.get("versions"), dict) and _NAME in versions
 
 
 def _code(directory: Path) -> set[str]:

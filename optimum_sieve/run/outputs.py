@@ -50,7 +50,7 @@ def reserved(output: Path, overwrite: bool, *, needed_bytes: int = 0, inputs: In
 
     Raises:
         FileExistsError: If it holds something that may not be replaced, or another run writes it.
-        ValueError: If it is, contains or lies in an input or the home directory.
+        ValueError: If it is, contains or is inside an input, or is or contains the home directory.
         OSError: If it cannot be written or there is not enough room.
     """
     target = _check_place(output, needed_bytes, inputs)
@@ -65,7 +65,7 @@ def check_output(output: Path, overwrite: bool, *, needed_bytes: int = 0, inputs
     _check_content(_check_place(output, needed_bytes, inputs), output, overwrite)
 
 
-def check_file(file: Path, argument: str, *, inputs: Inputs = ()) -> None:
+def check_report_file(file: Path, argument: str, *, inputs: Inputs = ()) -> None:
     """Check that a report can be written to `file`: a new one, one of this package, or the standard output.
 
     Args:
@@ -76,7 +76,7 @@ def check_file(file: Path, argument: str, *, inputs: Inputs = ()) -> None:
     Raises:
         FileExistsError: If it is something that may not be replaced.
         FileNotFoundError: If its directory does not exist or cannot be written.
-        ValueError: If it is an input or lies in one.
+        ValueError: If it is an input or inside one.
     """
     if is_standard_output(file):
         return
@@ -167,7 +167,7 @@ def _existing(path: Path) -> Path:
 
 
 def _check_length(target: Path, given: Path, argument: str) -> None:
-    """Check that temporary names beside `target`, and names inside it, are not too long for the system."""
+    """Check that temporary names next to `target`, and names inside it, are not too long for the system."""
     length, whole = len(os.fsencode(target.name)), len(os.fsencode(target))
     longest, longest_path = _limit(target, "PC_NAME_MAX", 255), _limit(target, "PC_PATH_MAX", 4096)
     if length + ADDED_LENGTH > longest or whole + ADDED_LENGTH + _INNER_LENGTH > longest_path:
@@ -185,23 +185,42 @@ def _limit(target: Path, name: str, default: int) -> int:
 
 
 def _check_apart(target: Path, given: Path, argument: str, inputs: Inputs) -> None:
-    """Check that an output is no input, contains none and lies in none; and that it is not the home directory."""
+    """Check that an output is no input, contains none and is inside none; and that it is not the home directory."""
     for name, path in inputs:
         # A name may also be that of a repository on the Hub.
         if path is None or not (name in _MADE or os.path.exists(path)):
             continue
         other = Path(os.path.realpath(path))
-        if target == other or target in other.parents or other in target.parents:
-            relation = "is" if target == other else "contains" if target in other.parents else "lies in"
+        relation = _relation(target, other)
+        if relation is not None:
             raise ValueError(
                 f"`{argument}` must be apart from `{name}`, got {cut(str(given))}, which {relation} {cut(str(path))}. "
                 "Choose another place."
             )
     home = Path(os.path.realpath(os.path.expanduser("~")))
-    if target == home or target in home.parents:
+    if _relation(target, home) in ("is", "contains"):
         raise ValueError(
             f"`{argument}` must not be or contain the home directory, got {cut(str(given))}. Name a directory inside."
         )
+
+
+def _relation(one: Path, other: Path) -> str | None:
+    """Return what `one` does to `other`: `"is"`, `"contains"`, `"is inside"` or, without a relation, `None`."""
+    if _is_same(one, other):
+        return "is"
+    if any(_is_same(one, parent) for parent in other.parents):
+        return "contains"
+    return "is inside" if any(_is_same(parent, other) for parent in one.parents) else None
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Return whether two paths without links name one file: two mounts, or upper and lower case, may do so."""
+    if one == other:
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _check_content(target: Path, output: Path, overwrite: bool) -> None:

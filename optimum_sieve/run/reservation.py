@@ -1,6 +1,6 @@
-"""Locks of outputs among processes, and what dead runs left beside an output. Does not import torch.
+"""Locks of outputs among processes, and what dead runs left next to an output. Does not import torch.
 
-The lock of `out` is on the file `.out.sieve-lock` beside it. The system releases it when the process ends, even after
+The lock of `out` is on the file `.out.sieve-lock` next to it. The system releases it when the process ends, even after
 `kill -9`, so a temporary directory `.out.<random>.sieve-partial` that exists while nobody holds the lock is of a dead
 run. No name contains a process id: two containers on one disk may have the same.
 """
@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ _NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
 ADDED_LENGTH = 2 + 8 + len(_PARTIAL)
 # The thread that holds each output: a command takes it at the start, and the function that writes takes it again.
 _holders: dict[Path, int] = {}
+_RETRY_SECONDS = 0.05
 
 
 @contextmanager
@@ -96,12 +98,19 @@ def _reserve(target: Path) -> int | None:
 
 @contextmanager
 def shared(target: Path) -> Iterator[None]:
-    """Write `target` while other processes may write it too; the last one wins. Remove what dead runs left of it."""
+    """Write `target` while other processes may write it too; the last one wins. Remove what dead runs left of it.
+
+    Waits, until a signal, while another process holds `target` for itself.
+    """
     descriptor = None
     try:
-        with uninterrupted():
-            _clear_unless_written(target)
-            descriptor = _lock(target, share=True)
+        while True:
+            # Signals are raised between two attempts.
+            with uninterrupted(), suppress(BlockingIOError):
+                _clear_unless_written(target)
+                descriptor = _lock(target, share=True)
+                break
+            time.sleep(_RETRY_SECONDS)
         yield
     finally:
         with uninterrupted():
@@ -124,7 +133,7 @@ def _clear_unless_written(target: Path) -> None:
 
 
 def _lock(target: Path, *, share: bool = False) -> int | None:
-    """Open and lock the file beside `target`, for this process alone or for all that `share` it.
+    """Open and lock the file next to `target`, for this process alone or for all that `share` it.
 
     Returns:
         `int`, *optional*: The descriptor; `None` on a file system without locks.
@@ -146,8 +155,9 @@ def _lock(target: Path, *, share: bool = False) -> int | None:
             os.close(descriptor)
             raise
         except OSError:
-            path.unlink(missing_ok=True)
+            # Windows removes no open file.
             os.close(descriptor)
+            path.unlink(missing_ok=True)
             return None
         os.close(descriptor)
 
@@ -166,15 +176,15 @@ def _lock_file(target: Path) -> Path:
 
 
 def _flock(descriptor: int, *, share: bool = False) -> None:
-    """Lock a file for this process alone, or wait until it can be shared."""
+    """Lock a file for this process alone, or for all that `share` it; never waits."""
     if sys.platform == "win32":
         raise OSError("There are no locks of this kind on Windows.")
-    fcntl.flock(descriptor, fcntl.LOCK_SH if share else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if share else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 @contextmanager
 def temporary_directory(target: Path) -> Iterator[Path]:
-    """Yield a new directory beside `target`, to hold its next content as `new`; removed at the end.
+    """Yield a new directory next to `target`, to hold its next content as `new`; removed at the end.
 
     It can be read by its owner alone, but `new` gets the usual permissions.
     """
@@ -200,15 +210,20 @@ def settle(directory: Path, target: Path) -> None:
     """Remove a temporary directory, after it gave `target` what it lacks.
 
     The old content is moved into it only once the new content is complete. So if it holds the old one and `target` does
-    not exist, the run ended between the two renames, and the new content takes the place.
+    not exist, the run ended between the two renames, and the new content becomes `target`. If the disk refuses that
+    too, the directory stays, with both contents, and the next run tries again.
     """
     old = directory / OLD
-    if old.exists():
+    # A temporary file of `replacing` may have the same name.
+    if old.is_dir():
         for content in (directory / NEW, old):
             if not target.exists():
                 with suppress(OSError):
                     content.rename(target)
-    if old.exists():
+    if old.is_dir():
+        if not target.exists():
+            logger.warning("%s could not be replaced: its content is in %s until the next run to it.", target, old)
+            return
         _keep_foreign(old, target)
     shutil.rmtree(directory, ignore_errors=True)
 

@@ -105,7 +105,9 @@ def _send_to_main(number: int) -> None:
 def quiet_start() -> None:
     """Let Ctrl-C end `optimum-cli sieve` with one line until [`raised_signals`], while it has nothing to clean up."""
     program = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem
-    if program in _PROGRAMS and sys.argv[1:2] == ["sieve"]:
+    # A background job of a script ignores Ctrl-C, and stays so.
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_usual and program in _PROGRAMS and sys.argv[1:2] == ["sieve"]:
         signal.signal(signal.SIGINT, _end_at_once)
 
 

@@ -130,7 +130,7 @@ def test_data_files_settings_and_the_study_are_inputs(refused: Callable[..., str
     data.mkdir()
     (world / "dataset.json").write_text(json.dumps({**task, "data": {"dataset": "rows", "split": "train"}}))
     error = refused("prune", "--task", "dataset.json", "--output", "rows/out")
-    assert "`output_dir` must be apart from `task`, got rows/out, which lies in" in error
+    assert "`output_dir` must be apart from `task`, got rows/out, which is inside" in error
     (world / "sub").mkdir()
     (world / "sub" / "config.json").write_text('{"pruning_ratio": 0.5}')
     error = refused("prune", "--config", "sub/config.json", "--output", "sub", "--overwrite")
@@ -143,8 +143,8 @@ def test_data_files_settings_and_the_study_are_inputs(refused: Callable[..., str
     ("file", "message"),
     [
         ("task.json", "`--json` must be apart from `task`, got task.json, which is "),
-        ("model/config.json", "`--json` must be apart from `model`, got model/config.json, which lies in model"),
-        ("model/new.json", "`--json` must be apart from `model`, got model/new.json, which lies in model"),
+        ("model/config.json", "`--json` must be apart from `model`, got model/config.json, which is inside model"),
+        ("model/new.json", "`--json` must be apart from `model`, got model/new.json, which is inside model"),
         ("notes/notes.txt", "`--json` must name a new file or a report to replace, got notes/notes.txt"),
         ("notes", "`--json` must be a regular file, got the directory notes"),
         ("queue", "`--json` must be a regular file, got the FIFO queue"),
@@ -166,7 +166,7 @@ def test_the_page_of_a_search_is_apart_from_its_directory(refused: Callable[...,
     (world / "searched").mkdir()
     summary = {"format_version": 1}
     (world / "searched" / "search-0.json").write_text(json.dumps(summary))
-    for output, relation in (("searched", "is"), ("searched/page", "lies in"), (".", "contains")):
+    for output, relation in (("searched", "is"), ("searched/page", "is inside"), (".", "contains")):
         error = refused("report", "--work-dir", "searched", "--output", output, "--overwrite")
         assert f"`output_dir` must be apart from `work_dir`, got {output}, which {relation} searched" in error
     assert "got notes with 'notes.txt'" in refused(

@@ -15,6 +15,7 @@ from writers import finish, model_name, start, start_and_wait, write_model
 from optimum_sieve.run import reservation
 from optimum_sieve.run.files import replacing, whole_directory
 from optimum_sieve.run.outputs import reserved
+from optimum_sieve.run.signals import Terminated, raised_signals
 
 
 if TYPE_CHECKING:
@@ -100,6 +101,79 @@ def test_a_kill_between_the_two_renames_is_finished_by_the_next_run(tmp_path: Pa
         pass
     assert model_name(output) == ("new" if lost == "nothing" else "old")
     assert names(tmp_path) == ["out"]
+
+
+def test_a_disk_that_takes_no_name_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = write_model(tmp_path / "out")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target == output:
+            raise OSError(30, "Read-only file system")
+        return rename(path, target)
+
+    def replace() -> None:
+        with whole_directory(output) as partial:
+            write_model(partial, "new")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match=r"`output_dir` must .*Read-only file system"):
+        replace()
+    (directory,) = tmp_path.iterdir()
+    assert [model_name(directory / name) for name in ("old", "new")] == ["old", "new"]
+    assert f"{output} could not be replaced: its content is in {directory / 'old'}" in caplog.text
+    monkeypatch.undo()
+    with reserved(output, overwrite=True):
+        assert model_name(output) == "new"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_half_a_file_with_a_name_of_ours_is_no_file(tmp_path: Path, name: str) -> None:
+    def fail() -> None:
+        with replacing(tmp_path / name) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fail()
+    assert names(tmp_path) == []
+
+
+def test_a_file_waits_for_another_run_until_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(descriptor: int, operation: int) -> None:
+        assert operation & reservation.fcntl.LOCK_NB
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise BlockingIOError
+
+    monkeypatch.setattr(reservation.fcntl, "flock", held)
+    with pytest.raises(Terminated), raised_signals():
+        replacing(tmp_path / "file").__enter__()
+    monkeypatch.undo()
+    (tmp_path / ".file.sieve-lock").unlink()
+    assert names(tmp_path) == []
+
+
+def test_without_locks_a_file_is_closed_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, unlink = [], Path.unlink
+
+    def refuse(descriptor: int, operation: int) -> None:
+        opened.append(descriptor)
+        raise OSError(38, "Function not implemented")
+
+    def remove(path: Path, missing_ok: bool = False) -> None:
+        for descriptor in opened:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(descriptor)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(reservation.fcntl, "flock", refuse)
+    monkeypatch.setattr(Path, "unlink", remove)
+    with reserved(tmp_path / "out", overwrite=False):
+        assert opened
+    assert names(tmp_path) == []
 
 
 def test_what_a_living_run_writes_is_left_alone(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from test_files import make_fifo, make_socket
 from writers import write_model
 
 from optimum_sieve.run import outputs
-from optimum_sieve.run.outputs import check_directory, check_file, check_output
+from optimum_sieve.run.outputs import check_directory, check_output, check_report_file
 
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def test_special_files_are_no_outputs(tmp_path: Path, make: Callable[[Path], Non
         with pytest.raises(FileExistsError, match=f"`work_dir` must be a directory, got the {kind} {path}"):
             check_directory(path, "work_dir")
         with pytest.raises(FileExistsError, match=f"`--json` must be a regular file, got the {kind} {path}"):
-            check_file(path, "--json")
+            check_report_file(path, "--json")
 
 
 @pytest.mark.parametrize("mode", [stat.S_IFCHR, stat.S_IFBLK])
@@ -55,7 +55,7 @@ def test_devices_are_no_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(FileExistsError, match="`output_dir` must be a directory, got the device"):
         check_output(tmp_path / "it", overwrite=True)
     with pytest.raises(FileExistsError, match="`--json` must be a regular file, got the device"):
-        check_file(tmp_path / "it", "--json")
+        check_report_file(tmp_path / "it", "--json")
 
 
 @pytest.mark.parametrize("name", ["x" * 250, "ü" * 120, "x" * 300, "a\0b", "\ud800"])
@@ -65,7 +65,7 @@ def test_names_that_the_system_cannot_take(tmp_path: Path, name: str) -> None:
         check_output(path, overwrite=False)
     assert len(str(caught.value).replace(str(tmp_path), "")) < 500
     with pytest.raises(OSError, match=f"`--json` must {rule}"):
-        check_file(path, "--json")
+        check_report_file(path, "--json")
     with pytest.raises(OSError, match=f"`work_dir` must {rule}"):
         check_directory(path, "work_dir")
 
@@ -91,8 +91,8 @@ def test_a_loop_of_links(tmp_path: Path) -> None:
         ("link", "is"),
         ("other/../model", "is"),
         ("link/../model", "is"),
-        ("model/out", "lies in"),
-        ("link/new/out", "lies in"),
+        ("model/out", "is inside"),
+        ("link/new/out", "is inside"),
         (".", "contains"),
         ("other/..", "contains"),
     ],
@@ -123,6 +123,37 @@ def test_names_of_repositories_are_no_paths(tmp_path: Path, monkeypatch: pytest.
         check_output(Path("user"), overwrite=False, inputs=[("work_dir", "user/name")])
 
 
+@pytest.mark.parametrize(
+    ("output", "given", "relation"),
+    [
+        ("MODEL", "model", "is"),
+        ("MODEL/out", "model", "is inside"),
+        ("MODEL", "model/inner", "contains"),
+        ("model", "MODEL/inner", "contains"),
+    ],
+)
+def test_another_case_of_the_name_of_an_input_is_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, given: str, relation: str
+) -> None:
+    write_model(write_model(tmp_path / "model") / "inner")
+
+    def ignoring_case(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda path, *arguments, **options: call(
+            os.fspath(path).replace("MODEL", "model") if isinstance(path, str | Path) else path, *arguments, **options
+        )
+
+    for name in ("stat", "access"):
+        monkeypatch.setattr(os, name, ignoring_case(getattr(os, name)))
+    with pytest.raises(
+        ValueError, match=rf"`output_dir` must be apart from `model`, got .*{output}, which {relation} "
+    ):
+        check_output(tmp_path / output, overwrite=True, inputs=[("model", tmp_path / given)])
+    monkeypatch.setenv("HOME", str(tmp_path / "model"))
+    if output == "MODEL":
+        with pytest.raises(ValueError, match=r"`output_dir` must not be or contain the home directory, got .*MODEL"):
+            check_output(tmp_path / output, overwrite=True)
+
+
 @pytest.mark.parametrize("output", ["home", "home/", "link", ".", "home/inner/.."])
 def test_the_home_directory_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
     (tmp_path / "home").mkdir()
@@ -135,20 +166,22 @@ def test_the_home_directory_is_no_output(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_report_replaces_reports_alone(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
-    check_file(path, "--json")
-    for content in ("", json.dumps({"versions": {"python": "3"}})):
+    check_report_file(path, "--json")
+    for content in ("", json.dumps({"versions": {"optimum-sieve": "0.1.0"}})):
         path.write_text(content)
-        check_file(path, "--json")
-    for content in ("notes", "[]", json.dumps({"model_type": "llama"})):
+        check_report_file(path, "--json")
+    # The last one is of npm.
+    others = ({"model_type": "llama"}, {"versions": []}, {"name": "left-pad", "versions": {"1.0.0": {}}})
+    for content in ("notes", "[]", *map(json.dumps, others)):
         path.write_text(content)
         with pytest.raises(
             FileExistsError, match=r"`--json` must name a new file or a report to replace, got .*/scores"
         ):
-            check_file(path, "--json")
+            check_report_file(path, "--json")
     with pytest.raises(ValueError, match=r"`--json` must be apart from `task`, got .*scores.json, which is "):
-        check_file(path, "--json", inputs=[("task", path)])
-    with pytest.raises(ValueError, match=r"`--json` must be apart from `model`, got .*scores.json, which lies in "):
-        check_file(path, "--json", inputs=[("model", tmp_path)])
+        check_report_file(path, "--json", inputs=[("task", path)])
+    with pytest.raises(ValueError, match=r"`--json` must be apart from `model`, got .*scores.json, which is inside "):
+        check_report_file(path, "--json", inputs=[("model", tmp_path)])
     with pytest.raises(FileNotFoundError, match="`--json` must name a file in an existing, writable directory, got "):
-        check_file(tmp_path / "gone" / "scores.json", "--json")
-    check_file(Path("/dev/stdout"), "--json")
+        check_report_file(tmp_path / "gone" / "scores.json", "--json")
+    check_report_file(Path("/dev/stdout"), "--json")

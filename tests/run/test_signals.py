@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from optimum_sieve.run.files import replacing, whole_directory
 from optimum_sieve.run.scratch import Scratch
-from optimum_sieve.run.signals import Terminated, raised_signals, uninterrupted
+from optimum_sieve.run.signals import Terminated, quiet_start, raised_signals, uninterrupted
 
 
 if TYPE_CHECKING:
@@ -38,6 +39,18 @@ def test_a_signal_waits_for_the_end_of_a_cleanup(number: int) -> None:
         clean_up()
     assert done == ["cleaned up"]
     assert isinstance(raised.value, Terminated) == (number == signal.SIGTERM)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+def test_a_background_job_goes_on_ignoring_ctrl_c(monkeypatch: pytest.MonkeyPatch, handler: Any) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "optimum-cli", raising=False)
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "sieve", "prune"])
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        quiet_start()
+        assert (signal.getsignal(signal.SIGINT) is handler) == (handler is signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_thread_of_its_own_does_not_hold_signals_back() -> None:
