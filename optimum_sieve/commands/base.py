@@ -115,7 +115,7 @@ def reserved_output(arguments: Namespace) -> AbstractContextManager[None]:
 
     Raises:
         FileExistsError: If the output holds something that may not be replaced, or another run writes it.
-        ValueError: If it is, contains or lies in an input or the work directory.
+        ValueError: If it is, contains or is inside an input or the work directory.
         OSError: If a directory cannot be written.
     """
     from optimum_sieve.run import distributed

@@ -1,4 +1,4 @@
-"""Write files and directories as a whole or not at all: to a temporary place beside them, renamed once on the disk.
+"""Write files and directories as a whole or not at all: under a temporary name next to them, renamed once on the disk.
 
 Both are safe from other runs and finish or remove what dead runs left (`reservation`). Does not import torch.
 """
@@ -62,8 +62,10 @@ def whole_directory(output: Path) -> Iterator[Path]:
                 yield directory / NEW
                 _replace_directory(directory, target)
         except BaseException as error:
-            # The tokenizers library raises nothing more specific than `Exception`.
-            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or type(error) is Exception:
+            # Errors of the system have a number, unlike those of transformers when it cannot load what was written. The
+            # tokenizers library raises nothing more specific than `Exception`.
+            is_system = isinstance(error, OSError) and error.errno is not None
+            if is_system or type(error).__name__ == "SafetensorError" or type(error) is Exception:
                 raise OSError(
                     f"`output_dir` must be writable and have room, got {output}: {error}. Nothing was written."
                 ) from error

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optimum_sieve._messages import cut
+
 from .signals import uninterrupted
 
 
@@ -45,7 +47,7 @@ class Scratch:
     """
 
     def __init__(self, parent: Path | None, purpose: str) -> None:
-        parent = parent or Path(tempfile.gettempdir())
+        argument, parent = ("TMPDIR", Path(tempfile.gettempdir())) if parent is None else ("work_dir", parent)
         with uninterrupted():
             try:
                 parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,8 @@ class Scratch:
                 self.path, descriptor = _make(parent, purpose)
             except OSError as error:
                 raise OSError(
-                    f"`{parent}` must be a directory that can be written, got {error}. Choose another `work_dir`."
+                    f"`{argument}` must be a directory that can be written, got {cut(str(parent))}: "
+                    f"{error.strerror or error}. Choose another one."
                 ) from error
             # Runs at the end of the interpreter too, hence after errors and signals that Python handles.
             self._remove = weakref.finalize(self, _end, self.path, descriptor, os.getpid())
@@ -114,5 +117,6 @@ def _end(path: Path, descriptor: int, process: int) -> None:
     # A forked process has copies of the finalizers.
     if os.getpid() == process:
         with uninterrupted():
-            shutil.rmtree(path, ignore_errors=True)
+            # Windows removes no open file.
             os.close(descriptor)
+            shutil.rmtree(path, ignore_errors=True)

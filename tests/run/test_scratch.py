@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -117,11 +119,26 @@ def test_a_forked_process_removes_nothing(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(OSError, match=r"closed` must be a directory that can be written, got .* `work_dir`"):
+    with pytest.raises(OSError, match=r"`work_dir` must be a directory that can be written, got .*closed"):
         Scratch(tmp_path / "closed", "states")
 
 
 def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file` must be a directory that can be written, got .* `work_dir`"):
+    with pytest.raises(OSError, match=r"`work_dir` must be a directory that can be written, got .*file: "):
         Scratch(tmp_path / "file", "states")
+
+
+def test_the_directory_of_the_system_is_named_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"`TMPDIR` must be a directory that can be written, got .*file: "):
+        Scratch(None, "states")
+
+
+def test_the_lock_is_closed_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch, close, events = Scratch(tmp_path, "states"), os.close, []
+    monkeypatch.setattr(os, "close", lambda descriptor: events.append("closed") or close(descriptor))
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **options: events.append("removed"))
+    scratch.remove()
+    assert events == ["closed", "removed"]
