@@ -105,9 +105,9 @@ def read_settings(path: Path, owner: str) -> dict[str, Any]:
         ValueError: If the file cannot be read, or is not a JSON object.
     """
     file = cut(str(path))
-    # A pipe or a device may never end.
+    # A pipe can be read only once, and a device may never end.
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"`config` must be an existing JSON file of {owner} settings, got {file}.")
+        raise FileNotFoundError(f"`config` must be an existing JSON file of {owner} settings, not a pipe, got {file}.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

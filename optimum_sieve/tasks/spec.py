@@ -69,9 +69,9 @@ def read_spec(path: Path) -> dict[str, Any]:
         ValueError: If it cannot be parsed, repeats a key, or is not a mapping.
     """
     file = cut(str(path))
-    # `is_file` is false for a pipe or a device, which may never end.
+    # A pipe can be read only once, and a device may never end.
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"`task` must be an existing task file (YAML or JSON), got {file}.")
+        raise FileNotFoundError(f"`task` must be an existing task file (YAML or JSON), not a pipe, got {file}.")
     try:
         size = path.stat().st_size
         if size > _MOST_BYTES:

@@ -207,5 +207,7 @@ def test_a_config_file_is_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "loop.json").symlink_to("loop.json")
     for name in ("pipe.json", "loop.json", "absent.json", "."):
-        with pytest.raises(FileNotFoundError, match=f"`config` must be an existing JSON file .* got .*{name}"):
+        with pytest.raises(
+            FileNotFoundError, match=f"`config` must be an existing JSON file .*, not a pipe, got .*{name}"
+        ):
             SieveConfig.from_json_file(tmp_path / name)

@@ -11,6 +11,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from io import FileIO
     from pathlib import Path
 
 
@@ -48,21 +49,18 @@ class WholeLines(JournalFileBackend):
             raise JournalError(str(error)) from error
 
     def _append(self, content: bytes) -> None:
-        descriptor = os.open(self._path, os.O_RDWR)
-        try:
-            end = _end_of_lines(descriptor)
-            os.ftruncate(descriptor, end)
-            os.lseek(descriptor, end, os.SEEK_SET)
+        with self._path.open("r+b", buffering=0) as file:
+            end = _end_of_lines(file)
+            file.truncate(end)
+            file.seek(end)
             try:
                 rest = memoryview(content)
                 while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-                os.fsync(descriptor)
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
             except OSError:
-                os.ftruncate(descriptor, end)
+                file.truncate(end)
                 raise
-        finally:
-            os.close(descriptor)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Yield the lines from a number on.
@@ -76,9 +74,11 @@ class WholeLines(JournalFileBackend):
             raise JournalError(f"a line that cannot be read: {error}") from error
 
 
-def _end_of_lines(descriptor: int) -> int:
+def _end_of_lines(file: FileIO) -> int:
     """Return the position after the last whole line of a file."""
-    size = os.lseek(descriptor, 0, os.SEEK_END)
-    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read(1) in (b"", b"\n"):
         return size
-    return os.pread(descriptor, size, 0).rfind(b"\n") + 1
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
