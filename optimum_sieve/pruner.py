@@ -166,7 +166,7 @@ class SievePruner:
             RuntimeError: If no size is within the tolerance.
         """
         run = self._prepare_search(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
-        with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run, leading(run):
+        with leading(run), reduced_vocabulary(with_answers(run, "calibration", "selection")) as run, leading(run):
             return run_search(run, calibrate(run), num_bottlenecks=num_bottlenecks)
 
     def join_search(
@@ -224,8 +224,9 @@ class SievePruner:
         self._work_dir = work_dir
         run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         with ExitStack() as undo:
-            run = reduce_vocabulary(with_answers(run, *SPLITS))
-            undo.callback(restore_vocabulary, run)
+            with leading(run):
+                run = reduce_vocabulary(with_answers(run, *SPLITS))
+                undo.callback(restore_vocabulary, run)
             with leading(run):
                 bases = calibrate(run)
                 run = with_latencies(run)

@@ -86,12 +86,15 @@ def run_search(run: Run, bases: Mapping[str, FactorBasis], *, num_bottlenecks: i
 
 @contextmanager
 def leading(run: Run) -> Iterator[None]:
-    """Let workers know, inside the context, that this process leads the search of a run, before it has begun."""
+    """Let workers know, inside the context, that this process leads the search of a run, before it has begun.
+
+    Entered before the dense model writes answers and, with a reduced vocabulary, once more for the search itself.
+    """
     url = _storage_url(run)
     if run.config.allocation != "genetic" or url is None:
         yield
         return
-    with naming_storage(url), announced(url, _study_name(run)):
+    with naming_storage(url), announced(url, _announced_name(run)):
         yield
 
 
@@ -105,7 +108,7 @@ def wait_for_search(run: Run) -> None:
     require_metric_sources(task.metric for task in run.tasks)
     url = _storage_url(run) or ""
     with naming_storage(url):
-        wait_for_study(url, _study_name(run))
+        wait_for_study(url, _study_name(run), _announced_name(run.before_reduction or run))
 
 
 def join_search(run: Run, bases: Mapping[str, FactorBasis]) -> int:
@@ -190,6 +193,12 @@ def _study_name(run: Run) -> str:
         format=[CALIBRATION_FORMAT, _STUDY_FORMAT],
     )
     return f"sieve-{key}"
+
+
+def _announced_name(run: Run) -> str:
+    """Name the study in which a leader announces itself: that of its search, as soon as its vocabulary is known."""
+    name = _study_name(run)
+    return name if run.config.vocabulary == "whole" or run.vocabulary is not None else f"{name}-vocabulary"
 
 
 def bases_digest(bases: Mapping[str, FactorBasis]) -> str:

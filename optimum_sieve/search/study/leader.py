@@ -75,8 +75,13 @@ class LeaderWatch:
             )
 
 
-def wait_for_study(url: str, name: str) -> None:
+def wait_for_study(url: str, name: str, announced_name: str | None = None) -> None:
     """Return once a study exists and its digests are recorded; its leader records them after the calibration.
+
+    Args:
+        url (`str`): The storage.
+        name (`str`): The study.
+        announced_name (`str`, *optional*): The study in which its leader announces itself before it knows `name`.
 
     Raises:
         RuntimeError: If the leader gives no sign of life.
@@ -86,6 +91,8 @@ def wait_for_study(url: str, name: str) -> None:
         attributes = _attributes(url, name)
         if any(key.endswith("_sha256") for key in attributes or ()):
             return
+        if not attributes and announced_name not in (None, name):
+            attributes = _attributes(url, str(announced_name))
         watch.check(attributes)
         if not is_logged:
             logger.warning("Waiting for the search %s to begin in %s.", name, public_url(url))
