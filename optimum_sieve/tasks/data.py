@@ -23,6 +23,8 @@ DEFAULT_FRACTIONS = {"calibration": 0.5, "selection": 0.25, "test": 0.25}
 _LARGEST_FRACTION = 10**9
 # `datasets` searches a directory with all its links, several times.
 _MOST_ENTRIES = 10_000
+# It loads nothing from hidden directories, such as the `.git` of a clone, but searches them too.
+_MOST_HIDDEN_ENTRIES = 100_000
 _FILE_KEYS = ("files", "fractions")
 _DATASET_KEYS = ("dataset", "name", "revision", "split", "splits", "fractions")
 
@@ -135,10 +137,13 @@ def _read_dataset(dataset: str, split: str, name: str | None, revision: str | No
 
 def _check_directory(dataset: str, path: Path) -> None:
     """Raise `ValueError` if the directory has very many entries, links that lead back, or files that never end."""
-    count = 0
+    count = hidden = 0
     for folder, folders, files in os.walk(path, followlinks=True):
-        count += len(folders) + len(files)
-        if count > _MOST_ENTRIES:
+        if f"{os.sep}." in folder.removeprefix(str(path)):
+            hidden += len(folders) + len(files)
+        else:
+            count += len(folders) + len(files)
+        if count > _MOST_ENTRIES or hidden > _MOST_HIDDEN_ENTRIES:
             raise ValueError(
                 f"`data.dataset` must be a directory of at most {_MOST_ENTRIES:,} files, got more in {shown(dataset)}. "
                 "Name the directory of the data alone."
