@@ -1,4 +1,4 @@
-"""What a directory holds: one that `save_pretrained` or `sieve report` wrote, or something to keep. Without torch."""
+"""Recognise directories that `save_pretrained` or `sieve report` wrote, from others, which are kept. Without torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Write files and directories as a whole or not at all: under a temporary name next to them, renamed once on the disk.
 
-Both are safe from other runs and finish or remove what dead runs left (`reservation`). Does not import torch.
+Both are safe from other runs and finish or remove the leftovers of dead runs (`reservation`). Does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Locks of outputs among processes, and what dead runs left next to an output. Does not import torch.
+"""Locks of outputs among processes, and the leftovers of dead runs next to an output. Does not import torch.
 
 The lock of `out` is on the file `.out.sieve-lock` next to it. The system releases it when the process ends, even after
 `kill -9`, so a temporary directory `.out.<random>.sieve-partial` that exists while nobody holds the lock is of a dead
@@ -46,7 +46,7 @@ _RETRY_SECONDS = 0.05
 
 @contextmanager
 def exclusive(target: Path) -> Iterator[bool]:
-    """Keep other runs from writing the directory `target`, and finish or remove what dead runs left of it.
+    """Keep other runs from writing the directory `target`, and finish or remove the leftovers of dead runs.
 
     Yields whether this is the outermost context: the thread that holds `target` may enter again. Missing parent
     directories are made, and removed again if they stay empty.
@@ -98,7 +98,7 @@ def _reserve(target: Path) -> int | None:
 
 @contextmanager
 def shared(target: Path) -> Iterator[None]:
-    """Write `target` while other processes may write it too; the last one wins. Remove what dead runs left of it.
+    """Write `target` while other processes may write it too; the last one wins. Remove the leftovers of dead runs.
 
     Waits, until a signal, while another process holds `target` for itself.
     """
@@ -118,7 +118,7 @@ def shared(target: Path) -> Iterator[None]:
 
 
 def clear_directory(directory: Path) -> None:
-    """Remove what dead runs left of the files in a directory."""
+    """Remove the leftovers of dead runs of the files in a directory."""
     for lock in list(directory.glob(f".*{_LOCK}")):
         with suppress(OSError):
             _clear_unless_written(lock.with_name(lock.name[1:].removesuffix(_LOCK)))
@@ -200,7 +200,7 @@ def temporary_directory(target: Path) -> Iterator[Path]:
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Settle the temporary directories of `target`, none of which is of a living process."""
+    """Settle the temporary directories of `target`; no living process uses them."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}{re.escape(_PARTIAL)}")
     for path in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name) and not path.is_symlink()]:
         settle(path, target)
