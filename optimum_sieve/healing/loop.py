@@ -95,6 +95,7 @@ def heal(
     monitor: Monitor | None = None,
     seed: int = 0,
     work: WorkDir | None = None,
+    pruned_key: str | None = None,
     progress: bool = True,
 ) -> Healing:
     r"""Train the factors of a pruned model, in place, to match the dense model.
@@ -113,6 +114,7 @@ def heal(
             kept. Default: the weights of the last step are kept.
         seed (`int`): Seed of the examples' order.
         work (`WorkDir`, *optional*): Stores the state every `eval_steps`, and the result.
+        pruned_key (`str`, *optional*): Hash of `model`. Default: computed from all of its weights if `work` has a path.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -121,7 +123,7 @@ def heal(
     Raises:
         ValueError: If the model has no factorized layer, or the loss or its gradient is not finite.
     """
-    trainer = _Trainer(model, lessons, tokenizer, config, monitor, seed, work or WorkDir(None))
+    trainer = _Trainer(model, lessons, tokenizer, config, monitor, seed, work or WorkDir(None), pruned_key)
     try:
         if not trainer.load_result():
             with training_only(model, trainer.training.parameters, checkpointing=config.gradient_checkpointing):
@@ -149,6 +151,7 @@ class _Trainer:
         monitor: Monitor | None,
         seed: int,
         work: WorkDir,
+        pruned_key: str | None,
     ) -> None:
         self.model, self.lessons, self.config, self.monitor, self.seed, self.work = (
             model, lessons, config, monitor, seed, work,
@@ -166,7 +169,8 @@ class _Trainer:
         self.healing = Healing(examples=sum(map(len, self.rows)))
         self.best: dict[str, torch.Tensor] = {}
         self.key = content_key(
-            model=model_key(model),
+            # Slow: every byte is read. The key only names files.
+            model=model_key(model) if pruned_key is None and work.path is not None else pruned_key,
             teacher=lessons_fingerprint(lessons),
             settings=config.to_dict(),
             monitor=None if monitor is None else monitor.fingerprint,
@@ -205,7 +209,8 @@ class _Trainer:
                     now = time.perf_counter()
                     self.healing.seconds += now - started
                     started = now
-                    self._save(_STATE, {**self.training.state(), **_named("best", self.best)})
+                    best = {f"best|{name}": value for name, value in self.best.items()}
+                    self._save(_STATE, {**self.training.state(), **best})
         if self.best:
             self.training.assign(self.best)
         else:
@@ -285,10 +290,6 @@ class _Trainer:
 
 def _merit(record: Mapping[str, Any]) -> tuple[float, float]:
     return record["score"], -record.get("kl", 0.0)
-
-
-def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}|{name}": tensor for name, tensor in tensors.items()}
 
 
 def _schedule(step: int, steps: int) -> float:

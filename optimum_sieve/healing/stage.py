@@ -87,8 +87,8 @@ class Reference:
         )
         return cls(lessons=[_lesson(run, task) for task in run.tasks], monitor=monitor)
 
-    def heal(self, run: Run) -> Healing:
-        """Train the factors of the model, which the run must hold pruned now."""
+    def heal(self, run: Run, pruned_key: str | None = None) -> Healing:
+        """Train the factors of the model, which the run must hold pruned now, and whose hash may be known."""
         return heal(
             run.model,
             self.lessons,
@@ -98,6 +98,7 @@ class Reference:
             seed=run.config.seed,
             # The monitor chooses the weights by the metrics.
             work=score_cache(run, run.tasks),
+            pruned_key=pruned_key,
             progress=run.progress,
         )
 
@@ -234,7 +235,9 @@ class Healer:
 
     def _calibrate_again(self) -> dict[str, FactorBasis]:
         """Take one round of moments on the model as it is now and factor its weights."""
-        key = content_key(model=self.run.model_key, healed=model_fingerprint(self.run.model))
+        # The key only names files.
+        healed = "" if self.run.work.path is None else model_fingerprint(self.run.model)
+        key = content_key(model=self.run.model_key, healed=healed)
         config = dataclasses.replace(self.run.config, rounds=1)
         # Its time counts as healing.
         return calibrate(dataclasses.replace(self.run, model_key=key, config=config, seconds={}))

@@ -100,10 +100,12 @@ def heal_pruned(
     del base
     pruned, tokenizer, _ = load_model(model, **loading)
     runs = task_runs(pruned, tokenizer, tasks, settings)
-    run = Run(model=pruned, tokenizer=tokenizer, tasks=runs, model_key=model_key(pruned), **before.shared)
+    # Nothing is stored without a work directory.
+    key = "" if work_dir is None else model_key(pruned)
+    run = Run(model=pruned, tokenizer=tokenizer, tasks=runs, model_key=key, **before.shared)
     check_base(run, before.shapes, before.fingerprints)
     with run.timed("healing"):
-        healing = before.reference.heal(run)
+        healing = before.reference.heal(run, key or None)
     return _make_result(run, before, healing, block, task_weights), tokenizer
 
 

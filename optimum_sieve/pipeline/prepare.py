@@ -126,6 +126,7 @@ def prepare(
     work = WorkDir.temporary() if is_temporary else WorkDir(work_dir)
     runs = task_runs(model, tokenizer, tasks, config)
     separate_experts(model)
+    is_stored = work.path is not None or study_storage is not None
     return Run(
         model=model,
         tokenizer=tokenizer,
@@ -135,7 +136,8 @@ def prepare(
         work=work,
         by_block=by_block,
         progress=progress and distributed.is_first(),
-        model_key=model_key(model),
+        # It names stored results alone, and takes as long as reading all weights.
+        model_key=model_key(model) if is_stored else "",
         study_storage=study_storage,
     )
 

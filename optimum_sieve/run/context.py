@@ -73,7 +73,7 @@ class Run:
         targets (`list[Target]`): Layers to prune.
         work (`WorkDir`): Cache of finished stages.
         progress (`bool`): Whether to show progress bars.
-        model_key (`str`): Hash of the dense model and, if it was reduced, its vocabulary.
+        model_key (`str`): Hash of the dense model and, if it was reduced, its vocabulary. Empty if nothing is stored.
         study_storage (`str`, *optional*): URL of the Optuna storage of a search. Default: a file in the work directory
             or, without one, memory.
         vocabulary (`TaskVocabulary`, *optional*): The reduced vocabulary of `model` and `tokenizer`.

@@ -151,6 +151,14 @@ def test_all_weights_are_read_once(
     assert len(models) == count
 
 
+def test_no_model_is_hashed_where_nothing_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "weights_digest", lambda *unused, **options: pytest.fail("all weights were read"))
+    pruner = SievePruner(make_model(), TOKENIZER, load_task(tmp_path, ROWS))
+    config = SieveConfig(pruning_ratio=0.5, rank_multiple=1, rounds=1, heal=HealConfig(steps=2, eval_steps=1, rounds=2))
+    result = pruner.prune(config, progress=False)
+    assert len(result.report["healing"]["rounds"]) == 2
+
+
 @pytest.mark.parametrize("change", ["limit", "rows"])
 def test_another_test_split_repeats_the_test_alone(world: World, change: str) -> None:
     world.prune(world.task())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
+from optimum_sieve.backbone import fingerprint
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.evaluation.scores import evaluate
 from optimum_sieve.healing import loop
+from optimum_sieve.modeling.fingerprint import weights_digest
 from optimum_sieve.pipeline import heal as heal_module
 from optimum_sieve.pipeline.heal import heal_pruned
 
@@ -81,6 +84,21 @@ def test_a_run_that_goes_on_repeats_nothing_of_the_dense_model(
     assert scored == ["pruned model on test"]
     for part in ("pruned", "kl", "healing"):
         assert again.report[part] == first.report[part]
+
+
+@pytest.mark.parametrize(("stored", "count"), [(True, 2), (False, 1)])
+def test_the_pruned_model_is_hashed_once_for_its_check_and_once_for_the_work_directory(
+    saved: Path, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool, count: int
+) -> None:
+    hashed = []
+
+    def hashing(model: Any, **options: Any) -> str:
+        hashed.append(model.config.model_type)
+        return weights_digest(model, **options)
+
+    monkeypatch.setattr(fingerprint, "weights_digest", hashing)
+    heal(saved, task, work_dir=tmp_path / "work" if stored else None)
+    assert Counter(hashed) == Counter({"llama": int(stored), "sieve": count})
 
 
 def test_a_dense_model_at_fault_is_named(saved: Path, task: Task) -> None:
