@@ -23,7 +23,7 @@ from optimum_sieve.run.scratch import Scratch
 from .blockwise import find_blocks
 from .fingerprint import check_digest
 from .kinds import auto_class_name
-from .quantized import quantization_options
+from .quantized import check_quantized, quantization_options
 from .sources import naming_model, read_config, source_options
 
 
@@ -88,9 +88,12 @@ def load_model(
                 "unpacked in memory as a whole. Save the unpacked model with `save_pretrained` and prune that."
             )
         scratch = Scratch(Path(offload_dir), "offloaded")
-        options |= {"device_map": offload_map(config, target_device), "offload_folder": str(scratch.path)}
+        with naming_model(name):
+            device_map = offload_map(config, target_device)
+        options |= {"device_map": device_map, "offload_folder": str(scratch.path)}
     with naming_model(name):
         loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=kind, **options)
+    check_quantized(loaded, name)
     if not isinstance(loaded, SievePreTrainedModel):
         # Pruned models do it themselves.
         copy_parameters(loaded)
@@ -211,4 +214,9 @@ def read_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
 def dtype_of(config: PreTrainedConfig, dtype: str | torch.dtype | None) -> torch.dtype:
     """Return the type that a model with this configuration is loaded in."""
     kind = read_dtype(dtype)
-    return kind if isinstance(kind, torch.dtype) else getattr(config, "dtype", None) or torch.float32
+    if isinstance(kind, torch.dtype):
+        return kind
+    saved = getattr(config, "dtype", None) or torch.float32
+    if not isinstance(saved, torch.dtype):
+        raise ValueError(f"`dtype` in config.json must be the name of a floating-point type, got {shown(saved)}.")
+    return saved

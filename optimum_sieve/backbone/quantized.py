@@ -7,6 +7,7 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
+from torch.nn import Parameter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from optimum_sieve._messages import shown
@@ -15,7 +16,7 @@ from optimum_sieve._messages import shown
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,20 @@ def quantization_options(config: PreTrainedConfig, name: str, *, accepted: bool 
         return {}
     logger.warning("%s is quantized with %s: its weights are dequantized and saved as plain ones.", name, method)
     return {"quantization_config": kind.from_dict({**settings, "dequantize": True})}
+
+
+def check_quantized(model: PreTrainedModel, name: str) -> None:
+    """Check that the layers that bitsandbytes made for a checkpoint received quantized weights.
+
+    Raises:
+        ValueError: If a weight is a plain one, which fails in the first forward pass.
+    """
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("bitsandbytes") and type(getattr(module, "weight", None)) is Parameter:
+            raise ValueError(
+                "`model` must have the quantized weights that `quantization_config` in config.json describes, got "
+                f"plain ones in {path!r} of {name}. Remove `quantization_config`, or download the model again."
+            )
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any] | None:

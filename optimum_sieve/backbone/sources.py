@@ -52,6 +52,8 @@ def _check_counts(described: dict[str, Any]) -> None:
         count = described.get(name)
         if isinstance(count, int | float) and not count <= most:
             raise ValueError(f"`model` must have a `{name}` of {most:,} at most in config.json, got {shown(count)}.")
+    if described.get("hidden_size") == 0:
+        raise ValueError("`model` must have a `hidden_size` of at least 1 in config.json, got 0.")
 
 
 @contextmanager
@@ -76,6 +78,13 @@ def naming_model(model: str | Path) -> Iterator[None]:
         reason = cut(str(error) or type(error).__name__, 1000)
         raise kind(
             f"`model` must be one that transformers can load, got an error for {shown(str(model))}: {reason}"
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"`model` must have weights of the shapes that its config.json gives, got others in {shown(str(model))}; "
+            "transformers lists them above. Download or save the model again."
         ) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.loading import dtype_of, empty_model
-from optimum_sieve.backbone.sources import read_config
+from optimum_sieve.backbone.sources import naming_model, read_config
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.modeling.experts import separate_names
 
@@ -61,7 +61,9 @@ def _measure(
 ) -> tuple[int, int, bool]:
     """Return the bytes of weights and of moments and bases, and whether the model has experts to separate."""
     config = read_config(model, **options)
-    empty = empty_model(config, separate=True)
+    with naming_model(model):
+        empty = empty_model(config, separate=True)
+        itemsize = dtype_of(config, dtype).itemsize
     targets = find_targets(empty, settings.target_modules, settings.exclude_modules)
-    weights = sum(parameter.numel() for parameter in empty.parameters()) * dtype_of(config, dtype).itemsize
+    weights = sum(parameter.numel() for parameter in empty.parameters()) * itemsize
     return weights, calibration_bytes(targets, settings), bool(separate_names(empty))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.loading import dtype_of, empty_model, read_dtype
-from optimum_sieve.backbone.sources import read_config
+from optimum_sieve.backbone.sources import naming_model, read_config
 from optimum_sieve.backbone.targets import find_targets
 
 from .flops import Work, count_work
@@ -77,8 +77,9 @@ def forecast(
     """
     read_dtype(dtype)
     described = read_config(model, **options)
-    kind = dtype_of(described, dtype)
-    empty = empty_model(described, separate=True)
+    with naming_model(model):
+        kind = dtype_of(described, dtype)
+        empty = empty_model(described, separate=True)
     empty.to(dtype=kind)  # type: ignore[call-arg]
     targets = find_targets(empty, config.target_modules, config.exclude_modules)
     rows = min(config.batch_size, examples)

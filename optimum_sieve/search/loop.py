@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from optimum_sieve.allocation.tolerance import ToleranceError
-from optimum_sieve.run.signals import Terminated
+from optimum_sieve.run.signals import Terminated, uninterrupted
 
 from .bottlenecks import bottleneck_candidates
 from .breeding import fast, paper
@@ -19,6 +19,7 @@ from .candidate import BOTTLENECK, CONFIRM, SEARCH, Candidate, of_part
 from .confirm import confirmed, ladder, next_step
 from .correction import Shares, corrected, measure_shares
 from .ranking import Ranking
+from .worker import POLL_SECONDS, score_one
 
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-# Pause of a process that finds all candidates taken (seconds).
-_POLL_SECONDS = 0.2
 
 
 @dataclass(eq=False, kw_only=True)
@@ -182,45 +180,69 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
     """Run the search to its end, scoring along; `Ctrl-C` ends the breeding and confirms the best candidate so far.
 
     The genomes to confirm are written to the study before the first step and stay fixed: neither a late score of a
-    worker nor a restart changes them.
+    worker nor a restart changes them. Only a second `Ctrl-C` before any of them was scored lets the next start breed
+    on.
 
     Returns:
         `list[Candidate]`: All candidates with outcomes.
     """
     study.reopen()
     search.ending, search.shares = study.ending, study.shares
+    is_ended_by_hand = False
     with tqdm(desc="search", unit="candidate", disable=not progress) as bar:
         while True:
             try:
-                scored = study.finished()
-                if (point := search.next_point(scored)) is not None:
-                    search.shares = [*search.shares, measure_shares(search.space, scorers[SEARCH], point)]
-                    study.shares = search.shares
-                    continue
-                wanted = search.open_candidates(scored)
-                if search.ending is None and not wanted:
-                    _end_breeding(search, study, scored)
-                    continue
-                # Nothing new while it waits for workers.
-                if len(scored) != bar.n:
-                    _show(bar, search, scored)
-                if not wanted:
-                    study.end()
+                if (scored := _advance(search, study, scorers, bar)) is not None:
                     return scored
-                study.release_dead()
-                study.enqueue(wanted)
-                if not score_one(search, study, scorers):
-                    time.sleep(_POLL_SECONDS)
             except KeyboardInterrupt as end:
-                scored = study.finished()
-                if search.ending is not None or not _can_end(end, scored):
-                    raise
-                logger.warning("Interrupted: the best candidate so far is confirmed. Interrupt again to stop.")
-                _end_breeding(search, study, scored)
+                _end_by_hand(search, study, end, again=is_ended_by_hand)
+                is_ended_by_hand = True
             except Exception:
                 # Workers must not wait for candidates that never come.
                 study.abandon()
                 raise
+
+
+def _advance(
+    search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], bar: tqdm
+) -> list[Candidate] | None:
+    """Take one step of a search; return all candidates after the last one."""
+    scored = study.finished()
+    if (point := search.next_point(scored)) is not None:
+        search.shares = [*search.shares, measure_shares(search.space, scorers[SEARCH], point)]
+        study.shares = search.shares
+        return None
+    wanted = search.open_candidates(scored)
+    if search.ending is None and not wanted:
+        _end_breeding(search, study, scored)
+        return None
+    # Nothing new while it waits for workers.
+    if len(scored) != bar.n:
+        _show(bar, search, scored)
+    if not wanted:
+        study.end()
+        return scored
+    study.release_dead()
+    study.enqueue(wanted)
+    if not score_one(search, study, scorers):
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def _end_by_hand(search: Search, study: SearchStudy, interrupt: KeyboardInterrupt, *, again: bool) -> None:
+    """End the breeding after Ctrl-C, or raise `interrupt` if that is not possible or was done before."""
+    scored = study.finished()
+    if search.ending is not None or not _can_end(interrupt, scored):
+        if again:
+            _breed_on(study)
+        raise interrupt
+    logger.warning("Interrupted: the best candidate so far is confirmed. Interrupt again to stop.")
+    try:
+        with uninterrupted():
+            _end_breeding(search, study, scored)
+    except KeyboardInterrupt:
+        _breed_on(study)
+        raise
 
 
 def _can_end(interrupt: KeyboardInterrupt, scored: Sequence[Candidate]) -> bool:
@@ -234,40 +256,12 @@ def _end_breeding(search: Search, study: SearchStudy, scored: Sequence[Candidate
     study.ending = search.ending
 
 
-def work(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer], *, progress: bool) -> int:
-    """Score candidates of a study that another process leads, until that process ends it; return how many.
-
-    Raises:
-        RuntimeError: If the leader died and was not started again for a minute.
-    """
-    with tqdm(desc="worker", unit="candidate", disable=not progress) as bar:
-        count, check_leader = 0, study.watch()
-        while not study.is_over:
-            if score_one(search, study, scorers):
-                count += 1
-                bar.update()
-            else:
-                check_leader()
-                time.sleep(_POLL_SECONDS)
-    return count
-
-
-def score_one(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer]) -> bool:
-    """Score one waiting candidate, if there is any; after an error or an interrupt it returns to the queue."""
-    claimed = study.claim()
-    if claimed is None:
-        return False
-    number, candidate = claimed
-    can_drop = candidate.part == SEARCH and search.goal.kept is None
-    try:
-        with study.alive(number):
-            ranks = search.space.ranks(candidate.genome)
-            outcome = scorers[candidate.part].score(ranks, tolerance=search.goal.tolerance if can_drop else None)
-    except BaseException:
-        study.release(number)
-        raise
-    study.record(number, candidate, outcome)
-    return True
+def _breed_on(study: SearchStudy) -> None:
+    """Let the next start breed on, if nothing was confirmed yet."""
+    with uninterrupted():
+        if not of_part(study.finished(), CONFIRM):
+            study.release_waiting()
+            study.ending = None
 
 
 def _show(bar: tqdm, search: Search, scored: Sequence[Candidate]) -> None:

@@ -21,7 +21,7 @@ from optimum_sieve.tasks.text_metrics import metric_name
 
 from .candidate import BOTTLENECK, CONFIRM, SEARCH
 from .genome import SearchSpace
-from .loop import Search, lead, work
+from .loop import Search, lead
 from .presets import PRESETS
 from .ranking import Goal
 from .scoring.by_likelihood import CandidateScorer
@@ -31,6 +31,7 @@ from .study.leader import announced, wait_for_study
 from .study.storage import naming_storage
 from .study.study import SearchStudy
 from .summary import SUMMARY, summarize
+from .worker import work
 
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from math import prod
 from typing import Any
 
-from jinja2 import StrictUndefined, nodes, pass_context
+from jinja2 import StrictUndefined, Undefined, nodes, pass_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -26,11 +26,15 @@ BUDGET = 20_000_000
 _ITEM, _PASS = 20, 400
 # Text at random would differ between runs; nobody writes prompts with HTML attributes and links.
 _REMOVED_FILTERS = ("random", "urlize", "xmlattr")
-_REMOVED_GLOBALS = ("lipsum",)
 # Filters and methods whose result grows by the integers that they are given, or by the product of all they are given.
 _PADDING = frozenset(("batch", "center", "ljust", "rjust", "round", "slice", "to_bytes", "zfill"))
 _MULTIPLYING = frozenset(("expandtabs", "indent", "tojson", "translate", "wordwrap"))
-_BY_ADDRESS = (object.__repr__, object.__str__)
+# Filters that make text of any value.
+_MAKING_TEXT = frozenset(
+    ("center", "escape", "format", "indent", "join", "lower", "replace", "string", "trim", "upper")
+)
+# Others may take time that grows with the square of the text.
+_ENCODINGS = ("ascii", "latin-1", "utf-16", "utf-8")
 
 
 class MissingValueError(Exception):
@@ -62,10 +66,7 @@ def _spend(units: int) -> None:
 
 
 def _size(value: Any, weigh: bool = False) -> int:
-    """Count the characters and items of `value` with repeated parts repeated, until they exceed the budget.
-
-    An integer counts its digits or, if you `weigh`, its value.
-    """
+    """Count characters and items up to the budget; an integer counts its digits or, if you `weigh`, its value."""
     total, waiting = 0, [value]
     while waiting and total <= BUDGET:
         item = waiting.pop()
@@ -91,9 +92,13 @@ def _charged(value: Any) -> Any:
 def _charge_operation(name: str, values: list[Any]) -> None:
     """Charge a filter, test or method for its values and, where its result may be longer, for the result."""
     _spend(_size(values))
+    if name in _MAKING_TEXT:
+        _refuse_functions(*values)
+    elif name in ("decode", "encode") and str(values[1] if len(values) > 1 else "utf-8").lower() not in _ENCODINGS:
+        raise WorkError(f"it uses the encoding {values[1]!r}; use one of {', '.join(_ENCODINGS)}")
     numbers = [min(abs(value), BUDGET) for value in values[1:] if isinstance(value, int)]
     if name in _PADDING:
-        _spend(sum(numbers))
+        _spend(sum(numbers) * (_ITEM if name in ("batch", "slice") else 1))
     elif name == "join" and len(values) > 1:
         _spend(_length(values[0]) * _length(values[1]))
     elif name == "replace" and len(values) > 2:
@@ -103,13 +108,12 @@ def _charge_operation(name: str, values: list[Any]) -> None:
     elif name == "sum" and not all(isinstance(value, int | float) for value in values[1:]):
         _spend(_length(values[0]) * _size(values[0]))
     elif name == "striptags":
-        # Its time grows with the square of their number.
+        # Its time grows with the square of the number of tags.
         _spend(str(values[0]).count("<") ** 2 // 1000)
     elif name in _MULTIPLYING:
         if name == "wordwrap":
             # Long words are cut piece by piece, the rest copied each time. The width makes nothing longer.
-            _spend(sum(len(word) ** 2 for word in str(values[0]).split()) // 100)
-            numbers = []
+            numbers = [max((len(word) ** 2 for word in str(values[0]).split()), default=0) // 10**6 + 1]
         texts = [len(value) or 1 for value in values[1:] if isinstance(value, str)]
         tables = [_size(value) for value in values[1:] if isinstance(value, dict | list | tuple)]
         _spend(prod([_size(values[0]), *numbers, *texts, *tables]))
@@ -131,30 +135,39 @@ def _charge_formatting(text: str, values: Any) -> None:
     _spend((text.count("%") + text.count("{") + 1) * (max(widths, default=0) + _size(values, weigh=from_values)))
 
 
-def _in_order(function: Any, values: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Put arguments that are given by name where their position is, as the charges go by position."""
-    try:
-        bound = signature(function).bind(*values, **options)
-    except (TypeError, ValueError):
-        # The call itself raises a better error, if it is one.
-        return values, options
-    return bound.args, bound.kwargs
+def _refuse_functions(*values: Any) -> None:
+    """Refuse functions, which somebody forgot to call, where a text is made of values: they show their address."""
+    for item in _with_items(*values):
+        if callable(item) and not isinstance(item, Undefined):
+            raise TypeError(f"it prints the function {getattr(item, '__name__', item)!r}; call it with brackets")
+
+
+def _with_items(*values: Any) -> Iterator[Any]:
+    for value in values:
+        yield value
+        yield from value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ()
 
 
 def _bounded(name: str, function: Any) -> Callable[..., Any]:
     """Charge a filter or test for its values and its result."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
+    inner = getattr(function, "__wrapped__", function)
+    order = signature(partial(inner, None) if hasattr(inner, "jinja_pass_arg") else inner)
 
     @wraps(function)
     def bounded(*arguments: Any, **options: Any) -> Any:
-        if name != "format":
-            arguments, options = _in_order(function, arguments, options)
-        values = _counted(name, arguments)
         if name == "format":
-            _charge_formatting(str(values[0]), [values[1:], options])
-        else:
-            _charge_operation(name, [*values[first:], *options.values()])
-        return _charged(function(*values, **options))
+            _refuse_functions(*arguments, *options.values())
+            _charge_formatting(str(arguments[0]), [arguments[1:], options])
+            return _charged(function(*arguments, **options))
+        context, arguments = arguments[:first], arguments[first:]
+        with suppress(TypeError):
+            # Charges go by position, so arguments that are given by name are put where they belong.
+            bound = order.bind(*arguments, **options)
+            arguments, options = bound.args, bound.kwargs
+        values = _counted(name, arguments)
+        _charge_operation(name, [*values, *options.values()])
+        return _charged(function(*context, *values, **options))
 
     return bounded
 
@@ -165,13 +178,12 @@ def _printed(context: Any, value: Any) -> Any:
     # NaN, a missing number, differs from itself.
     if value is None or (isinstance(value, float) and value != value):
         raise MissingValueError
-    items = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ()
-    for item in (value, *items):
-        if callable(item):
-            raise TypeError(f"it prints the function {getattr(item, '__name__', item)!r}; call it with brackets")
+    _refuse_functions(value)
+    for item in _with_items(value):
+        kind: Any = type(item)
         # The default text of an object is its address, another one in every run.
-        if isinstance(item, Iterator) or (type(item).__repr__, type(item).__str__) == _BY_ADDRESS:
-            raise TypeError(f"it prints a {type(item).__name__} instead of its items; add `| join` or `| list`")
+        if isinstance(item, Iterator) or kind.__repr__ is object.__repr__:
+            raise TypeError(f"it prints a {kind.__name__} instead of its items; add `| join` or `| list`")
     return _charged(value)
 
 
@@ -240,11 +252,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(
             undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_printed, optimized=False
         )
-        for name in _REMOVED_GLOBALS:
-            del self.globals[name]
-        for name in _REMOVED_FILTERS:
-            del self.filters[name]
-        self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
+        del self.globals["lipsum"]
+        kept = self.filters.keys() - _REMOVED_FILTERS
+        self.filters = {name: _bounded(name, self.filters[name]) for name in kept}
         self.tests = {name: _bounded(name, function) for name, function in self.tests.items()}
         self.filters |= {"charged": _charged, "spend": _spend}
 
@@ -255,6 +265,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Charge an operation for its values before it runs, and for its result after."""
+        _refuse_functions(left, right)
         if operator == "%" and isinstance(left, str):
             _charge_formatting(left, [right])
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):

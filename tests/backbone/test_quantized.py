@@ -153,3 +153,11 @@ def test_an_absent_package_is_named(
     monkeypatch.setattr("importlib.metadata.version", absent)
     with pytest.raises(ImportError, match=rf"`{package}` must be installed to load .*base.*`pip install {package}`"):
         load_model(base, quantized=quantized)
+
+
+def test_plain_weights_with_the_settings_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    set_quantization(tmp_path, {"load_in_8bit": True})
+    message = r"`model` must have the quantized weights that .*, got plain ones in 'model.layers.0.self_attn.q_proj' of"
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path, tokenizer=make_tokenizer(), quantized=True)

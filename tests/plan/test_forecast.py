@@ -17,6 +17,7 @@ from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.commands import plan as command
 from optimum_sieve.factorization.closed_form import factorize
 from optimum_sieve.factorization.moments import accumulate_moments, empty_moments, watches_outputs
+from optimum_sieve.plan.fits import must_offload
 from optimum_sieve.plan.flops import count_work
 from optimum_sieve.plan.forecast import forecast
 from optimum_sieve.plan.hardware import HARDWARE, rates_of
@@ -141,3 +142,26 @@ def test_the_command_reads_a_configuration_alone(run: Any, capsys: Any, tmp_path
     assert run("plan", "--model", tmp_path, "--hardware", "h200") == 1
     assert "unheard-of" in capsys.readouterr().err
     assert run("plan", "--model", model, "--examples", "0") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_size": 0}, ""),
+        ({"rope_parameters": {"rope_type": "evil", "rope_theta": 1.0}}, ".*evil"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0, "rope_theta": 1.0}}, ""),
+        ({"dtype": 5}, ""),
+    ],
+)
+@pytest.mark.parametrize("limit", [None, "1GB"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_damaged_configuration_is_an_error_that_names_the_model(
+    model: Any, tmp_path: Path, changes: dict[str, Any], reason: str, limit: str | None
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**model.config.to_dict(), **changes}))
+    config = SieveConfig(pruning_ratio=0.5, memory_limit=limit)
+    with pytest.raises(ValueError, match=rf"`(model|dtype|hidden_size)`.*{reason}"):
+        forecast(tmp_path, config, examples=2, tokens=3, dtype="auto") if limit is None else must_offload(
+            tmp_path, config
+        )

@@ -16,13 +16,14 @@ from search_world import play
 from test_search_study import genomes, make_scorers, small_world, storages
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.search import loop
-from optimum_sieve.search.loop import lead, work
+from optimum_sieve.search import worker
+from optimum_sieve.search.loop import lead
 from optimum_sieve.search.study import leader
 from optimum_sieve.search.study import study as study_module
 from optimum_sieve.search.study.leader import LeaderWatch, announced, wait_for_study
 from optimum_sieve.search.study.storage import naming_storage
 from optimum_sieve.search.study.study import SearchStudy
+from optimum_sieve.search.worker import work
 
 
 LIMITED = """
@@ -253,7 +254,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(leader, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(leader, "BEGIN_SECONDS", 0.3)
     monkeypatch.setattr(leader, "_WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(loop, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.02)
 
 
 DYING = """

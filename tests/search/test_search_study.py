@@ -17,11 +17,12 @@ from search_world import ShareScorer, genome_of, make_world, play, score
 
 from optimum_sieve.run.signals import Terminated
 from optimum_sieve.search.candidate import Candidate
-from optimum_sieve.search.loop import lead, score_one, work
+from optimum_sieve.search.loop import lead
 from optimum_sieve.search.study import processes
 from optimum_sieve.search.study.processes import is_dead, this_process
 from optimum_sieve.search.study.storage import public_url
 from optimum_sieve.search.study.study import SearchStudy
+from optimum_sieve.search.worker import score_one, work
 
 
 class WorldScorer(ShareScorer):
@@ -120,6 +121,22 @@ def test_sigterm_stops_a_search_at_once_and_the_next_start_goes_on(tmp_path):
     assert genomes(scored) == genomes(play(small_world()))
 
 
+@pytest.mark.parametrize(("calls", "goes_on"), [(1, True), (2, False)])
+def test_a_second_ctrl_c_lets_the_next_start_go_on_unless_something_was_confirmed(tmp_path, calls, goes_on):
+    url = storages(tmp_path)["sqlite"]
+    search = small_world()
+    scorers = {
+        "search": WorldScorer(search, fail_at=6, error=KeyboardInterrupt),
+        "confirm": WorldScorer(search, "confirm", fail_at=calls, error=KeyboardInterrupt),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        lead(search, SearchStudy(url, "sieve-test", search.space), scorers, progress=False)
+    again = small_world()
+    scored = lead(again, SearchStudy(url, "sieve-test", again.space), make_scorers(again), progress=False)
+    assert (genomes(scored) == genomes(play(small_world()))) == goes_on
+    assert again.result(scored).part == "confirm"
+
+
 def test_candidates_are_enqueued_and_claimed_once(storage):
     search = small_world()
     study = SearchStudy(storage, "sieve-test", search.space)
@@ -170,6 +187,7 @@ import os, sys
 sys.path[:0] = sys.argv[2:]
 from test_search_study import small_world
 from optimum_sieve.search.study.study import SearchStudy
+from optimum_sieve.search.worker import score_one, work
 search = small_world()
 study = SearchStudy(sys.argv[1], "sieve-test", search.space)
 study.enqueue(search.open_candidates([]))

@@ -329,21 +329,6 @@ def test_a_directory_that_never_ends_is_no_data_set(tmp_path: Path, monkeypatch:
     dataset_error(tmp_path, "..", r"at most 20 files, got more in '\.\.'. Name the directory of the data alone")
 
 
-def test_hidden_directories_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum_sieve.tasks.data._MOST_ENTRIES", 20)
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "data").mkdir()
-    write_rows(tmp_path / "data" / "train.jsonl", parity_rows(20))
-    for folder in (".git/objects", ".git"):
-        (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
-        for i in range(20):
-            (tmp_path / "data" / folder / f"{i}.txt").touch()
-    task = Task.from_dict(task_spec(data={"dataset": "data", "split": "train"}), tmp_path)
-    assert sum(task.splits.values()) == 20
-    (tmp_path / "data" / ".git" / "again").symlink_to("..")
-    dataset_error(tmp_path, "../data", r"regular files, .* got .*\.git/again' in '../data'. Remove")
-
-
 def test_a_directory_with_a_link_to_its_file_is_a_data_set(tmp_path: Path) -> None:
     write_rows(tmp_path / "blob", parity_rows(20))
     (tmp_path / "data").mkdir()

@@ -32,6 +32,7 @@ ENDLESS = {
     "text of tags": "{{ ('<!---->' * 300000) | striptags }}",
     "replacement given by name": "{% set s = 'a' * 100000 %}{{ s | replace(new=s, old='a') | length }}",
     "width given by name": "{{ 'a' | center(width=10**10) }}",
+    "many slices": "{{ 'a' | slice(19000000) | list | length }}",
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "loops that keep nothing": "{% for i in range(9999) %}{% for j in range(9999) if false %}{% endfor %}{% endfor %}",
     "macros that call twice": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
@@ -226,6 +227,12 @@ def test_missing_numbers_are_missing_values(tmp_path: Path) -> None:
         ("{{ [text.upper] }}", "it prints the function 'upper'; call it with brackets"),
         ("{{ row.items }}", "it prints the function 'items'; call it with brackets"),
         ("{{ text }}{% macro twice() %}{% endmacro %}{{ twice }}", "it prints the function <Macro 'twice'>"),
+        ("{{ text ~ text.upper }}", "it prints the function 'upper'"),
+        ("{{ text.upper | string }}", "it prints the function 'upper'"),
+        ("{{ '%s' % text.upper }}", "it prints the function 'upper'"),
+        ("{{ '%s' | format(text.upper) }}", "it prints the function 'upper'"),
+        ("{{ [text.upper] | join }}", "it prints the function 'upper'"),
+        ("{{ ' '.join([text.upper]) }}", "it prints the function 'upper'"),
         ("{{ text.split() | map('upper') }}", "it prints a generator instead of its items; add `| join` or `| list`"),
         ("{{ text }}{{ cycler(1, 2) }}", "it prints a Cycler instead of its items"),
     ],
@@ -305,3 +312,11 @@ def test_other_kinds_need_fields_in_the_answer_too(tmp_path: Path, kind: str) ->
     spec = task_spec(kind=kind, labels=None, answer="{label}", **extra)
     with pytest.raises(ValueError, match=r"`answer` must use a field of the data, got none in '{label}'\."):
         Task.from_dict(json.loads(json.dumps(spec)), tmp_path)
+
+
+@pytest.mark.parametrize("call", ["encode('punycode')", "encode().decode('idna')", "encode(encoding='punycode')"])
+def test_encodings_that_take_quadratic_time_are_refused(tmp_path: Path, call: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"`prompt` must render for every row, got .*it uses the encoding '(puny|idna)"
+    ):
+        load_task(tmp_path, parity_rows(20), prompt=f"{{{{ text.{call} | length }}}} {{{{ text }}}}")

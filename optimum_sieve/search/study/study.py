@@ -120,8 +120,8 @@ class SearchStudy:
         return None if genomes is None else [tuple(genome) for genome in genomes]
 
     @ending.setter
-    def ending(self, genomes: list[Genome]) -> None:
-        self._store("ending", [list(genome) for genome in genomes])
+    def ending(self, genomes: list[Genome] | None) -> None:
+        self._store("ending", None if genomes is None else [list(genome) for genome in genomes])
 
     @property
     def shares(self) -> list[Shares]:
