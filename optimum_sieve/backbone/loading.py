@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_sieve._messages import listed, shown
+from optimum_sieve._messages import cut, listed, shown
 from optimum_sieve.modeling.block import check_block
 from optimum_sieve.modeling.conversion import require_model
 from optimum_sieve.modeling.experts import separate_experts
@@ -28,6 +28,8 @@ from .sources import naming_model, read_config, source_options
 
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from transformers import PreTrainedConfig
 
 
@@ -81,6 +83,7 @@ def load_model(
             check_block(config.sieve)
     auto_class = getattr(transformers, auto_class_name(config))
     scratch: Scratch | None = None
+    loaded: PreTrainedModel
     if offload_dir is not None:
         if config is None:
             raise ValueError(
@@ -92,7 +95,8 @@ def load_model(
             device_map = offload_map(config, target_device)
         options |= {"device_map": device_map, "offload_folder": str(scratch.path)}
     with naming_model(name):
-        loaded: PreTrainedModel = auto_class.from_pretrained(name, dtype=kind, **options)
+        loaded, info = auto_class.from_pretrained(name, dtype=kind, output_loading_info=True, **options)
+    _check_missing(info["missing_keys"], name)
     check_quantized(loaded, name)
     if not isinstance(loaded, SievePreTrainedModel):
         # Pruned models do it themselves.
@@ -104,6 +108,15 @@ def load_model(
     else:
         loaded.to(target_device)  # type: ignore[arg-type]
     return loaded, tokenizer, name
+
+
+def _check_missing(missing: Collection[str], name: str) -> None:
+    """Refuse a checkpoint that lacks tensors, which transformers fills with random values."""
+    if missing:
+        raise ValueError(
+            f"`model` must have all weights that its config.json describes, got {cut(name)} without "
+            f"{listed(sorted(missing))}. Download or save it again."
+        )
 
 
 def _given(

@@ -68,7 +68,7 @@ def _check_complete(adapter: Path, shapes: dict[str, list[int]], empty: PreTrain
     known = {f"{_PREFIX}{name}": list(tensor.shape) for name, tensor in empty.state_dict().items()}
     try:
         expected = _expected_shapes(adapter, empty)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"`adapter` must have an {_CONFIG} that PEFT can apply to the model, got {str(adapter)!r}: "
             f"{str(error)[:200]}. Save it again with `save_pretrained`."

@@ -11,6 +11,7 @@ from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.offloading import holds_offloaded
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.losses import PROMPT_SITES
+from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.modeling.experts import separate_experts
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.backbone.targets import Target
-    from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.plan.plan import PrunePlan
     from optimum_sieve.tasks import Task
     from optimum_sieve.vocabulary import TaskVocabulary
@@ -47,6 +47,11 @@ def check_inputs(
     Raises:
         ValueError: If something does not fit; the message names it and, with several tasks, the task.
     """
+    if not isinstance(config, SieveConfig):
+        raise TypeError(
+            f"`config` must be a `SieveConfig`, got {type(config).__name__}. Pass for example "
+            "`SieveConfig(tolerance=0.02)`."
+        )
     task_shares(config.task_weights, len(tasks))
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(model, targets)

@@ -185,7 +185,7 @@ def _limit(target: Path, name: str, default: int) -> int:
 
 
 def _check_apart(target: Path, given: Path, argument: str, inputs: Inputs) -> None:
-    """Check that an output is no input, contains none and is inside none; and that it is not the home directory."""
+    """Check that an output is no input, contains none and is inside none; also of the home and current directory."""
     for name, path in inputs:
         # A name may also be that of a repository on the Hub.
         if path is None or not (name in _MADE or os.path.exists(path)):
@@ -197,11 +197,13 @@ def _check_apart(target: Path, given: Path, argument: str, inputs: Inputs) -> No
                 f"`{argument}` must be apart from `{name}`, got {cut(str(given))}, which {relation} {cut(str(path))}. "
                 "Choose another place."
             )
-    home = Path(os.path.realpath(os.path.expanduser("~")))
-    if _relation(target, home) in ("is", "contains"):
-        raise ValueError(
-            f"`{argument}` must not be or contain the home directory, got {cut(str(given))}. Name a directory inside."
-        )
+    kept = {"home": os.path.expanduser("~"), "current": os.curdir}
+    for name, path in kept.items():
+        if _relation(target, Path(os.path.realpath(path))) in ("is", "contains"):
+            raise ValueError(
+                f"`{argument}` must not be or contain the {name} directory, got {cut(str(given))}. Name a directory "
+                "inside."
+            )
 
 
 def _relation(one: Path, other: Path) -> str | None:

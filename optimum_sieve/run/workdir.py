@@ -50,6 +50,8 @@ class WorkDir:
     """
 
     def __init__(self, path: str | Path | None) -> None:
+        if path == "":
+            raise ValueError("`work_dir` must name a directory, got ''. Pass None to store nothing.")
         self.path = None if path is None else Path(path)
         if self.path is not None:
             if self.path.is_file():
@@ -161,6 +163,8 @@ class WorkDir:
 def _examine(path: Path, verify: bool) -> tuple[bool, str]:
     """Return whether a file exists and, if `verify` is set, how its content is damaged, in words; `""` if it is not."""
     exists = path.exists()
+    if exists and not path.is_file():
+        return True, "it is no regular file"
     if exists and verify:
         try:
             check_file(path, path.name)

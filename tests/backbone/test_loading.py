@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import make_pruned_model, make_tiny_model
 from toy import load_task, make_model, make_tokenizer, parity_rows, task_spec, write_rows
 from transformers import AutoConfig
@@ -288,3 +289,30 @@ def test_a_wrapped_model_is_evaluated_as_it_is(kind: str, tmp_path: Path) -> Non
 def test_a_loaded_model_needs_its_tokenizer() -> None:
     with pytest.raises(ValueError, match="`tokenizer` must be given with a loaded model, got None"):
         load_model(make_tiny_model("llama"))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"]
+)
+def test_a_dense_model_without_a_tensor_is_refused(name: str, directory: Path) -> None:
+    file = directory / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"`model` must have all weights .* without {name}\. Download"):
+        load_model(directory / "model")
+
+
+def test_a_dense_model_with_fewer_layers_than_it_says_is_refused(directory: Path) -> None:
+    path = directory / "model" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] + 1}))
+    with pytest.raises(ValueError, match=r"`model` must have all weights .*layers"):
+        load_model(directory / "model")
+
+
+@pytest.mark.parametrize("config", [None, {}, "0.5"])
+def test_settings_of_another_type_are_refused(config: Any, directory: Path) -> None:
+    pruner = SievePruner.from_pretrained(directory / "model", task=directory / "task.json")
+    with pytest.raises(TypeError, match=rf"`config` must be a `SieveConfig`, got {type(config).__name__}"):
+        pruner.prune(config)

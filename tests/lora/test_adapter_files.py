@@ -96,7 +96,15 @@ def test_a_missing_magnitude_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"modules_to_save": 5}, {"r": "x"}, {"target_modules": 5}, {"rank_pattern": 5}, {"lora_alpha": None}]
+    "changes",
+    [
+        {"modules_to_save": 5},
+        {"r": "x"},
+        {"target_modules": 5},
+        {"rank_pattern": 5},
+        {"lora_alpha": None},
+        {"lora_alpha": 10**400},
+    ],
 )
 def test_a_configuration_that_cannot_be_applied_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     save_adapter(tmp_path)

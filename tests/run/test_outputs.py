@@ -164,6 +164,14 @@ def test_the_home_directory_is_no_output(tmp_path: Path, monkeypatch: pytest.Mon
     check_output(tmp_path / "home" / "out", overwrite=True)
 
 
+@pytest.mark.parametrize("output", ["", "..", "../here"])
+def test_the_current_directory_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match=r"`output_dir` must not be or contain the current directory, got "):
+        check_output(Path(output), overwrite=True)
+
+
 def test_a_report_replaces_reports_alone(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     check_report_file(path, "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -80,6 +81,23 @@ def test_the_locks_of_killed_runs_are_removed_and_those_of_others_stay(tmp_path:
         fcntl.flock(file, fcntl.LOCK_EX)
         WorkDir(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == [held.name, ".notes"]
+
+
+def test_a_fifo_in_place_of_a_result_is_damage(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path)
+    path = work.file("bases", "0")
+    assert path is not None
+    os.mkfifo(path)
+    for verify in (True, False):
+        with pytest.raises(
+            ValueError, match=rf"`{path}` must be a safetensors file .*it is no regular file. Delete it"
+        ):
+            work.find("bases", "0", verify=verify)
+
+
+def test_an_empty_name_is_not_the_current_directory() -> None:
+    with pytest.raises(ValueError, match="`work_dir` must name a directory, got ''"):
+        WorkDir("")
 
 
 def test_a_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
