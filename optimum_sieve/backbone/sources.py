@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from huggingface_hub.file_download import repo_folder_name
@@ -74,18 +75,22 @@ def naming_model(model: str | Path) -> Iterator[None]:
         # Errors of this package name an argument or the checkpoint.
         if str(error).startswith(("`", "The checkpoint ")):
             raise
-        kind = OSError if isinstance(error, OSError | SafetensorError) else ValueError
-        reason = cut(str(error) or type(error).__name__, 1000)
-        raise kind(
-            f"`model` must be one that transformers can load, got an error for {shown(str(model))}: {reason}"
-        ) from error
+        raise _not_loadable(model, error) from error
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
             raise
-        raise ValueError(
-            f"`model` must have weights of the shapes that its config.json gives, got others in {shown(str(model))}; "
-            "transformers lists them above. Download or save the model again."
-        ) from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise ValueError(
+                "`model` must have weights of the shapes that its config.json gives, got others in "
+                f"{shown(str(model))}; transformers lists them above. Download or save the model again."
+            ) from error
+        raise _not_loadable(model, error) from error
+
+
+def _not_loadable(model: str | Path, error: Exception) -> Exception:
+    kind = OSError if isinstance(error, OSError | SafetensorError) else ValueError
+    reason = cut(str(error) or type(error).__name__, 1000)
+    return kind(f"`model` must be one that transformers can load, got an error for {shown(str(model))}: {reason}")
 
 
 def source_options(model: str | Path, revision: str | None = None) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def raised_signals() -> Iterator[None]:
     finally:
         sys.unraisablehook = unraisable
         for number, handler in previous.items():
-            signal.signal(number, signal.default_int_handler if handler is _end_at_once else handler)
+            # The process is about to end: another Ctrl-C would print a traceback and cut off the last cleanups.
+            signal.signal(number, signal.SIG_IGN if handler is _end_at_once else handler)
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def test_counts_that_would_never_end(name: str, value: Any, directory: Path) -> 
         *(("head_dim", value) for value in (0, 10**400, [1])),
         *(("dtype", value) for value in (float("inf"), [], "\ud800")),
         *(("pad_token_id", value) for value in (10**400, 10**5, "x")),
-        *(("vocab_size", value) for value in (10**400, 2**63, 1.5)),
+        *(("vocab_size", value) for value in (10**400, 2**63, 1.5, -1)),
         *(("rope_parameters", value) for value in ({"rope_theta": 10**400, "rope_type": "default"}, 5)),
     ],
 )
@@ -300,6 +300,16 @@ def test_a_dense_model_without_a_tensor_is_refused(name: str, directory: Path) -
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"`model` must have all weights .* without {name}\. Download"):
+        load_model(directory / "model")
+
+
+def test_weights_of_other_shapes_are_refused(directory: Path) -> None:
+    path = directory / "model" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 1}))
+    with pytest.raises(
+        ValueError, match=r"`model` must have weights of the shapes that its config.json gives, got .*m"
+    ):
         load_model(directory / "model")
 
 
