@@ -116,12 +116,18 @@ def _read_shapes(directory: Path) -> dict[str, list[int]]:
     path = directory / _WEIGHTS
     try:
         with safe_open(path, "pt") as tensors:
-            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
+            shapes = {name: part.get_shape() for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"`adapter` must hold its weights in {_WEIGHTS}, got {str(directory)!r}: {error}. Save it again with "
             "`save_pretrained`."
         ) from error
+    other = [f"{name!r} of {kind}" for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]
+    if other:
+        raise ValueError(f"`adapter` must hold floating-point numbers, got {other[0]} in {str(directory)!r}.")
+    return shapes
 
 
 def _problem(modules: dict[str, Any], key: str, shape: list[int]) -> str | None:

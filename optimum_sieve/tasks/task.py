@@ -125,6 +125,8 @@ class Task:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {shown(kind)}.")
         check_keys(spec, (*_KEYS, *KINDS[kind].keys), "task")
         name = require(spec, "name", str, "a string")
+        if not name.strip() or not name.isprintable():
+            raise ValueError(f"`name` must be a line of text, which reports show, got {shown(name)}.")
         _check_metric(spec, metric, KINDS[kind].metrics)
         prompt = Prompt.from_spec(spec)
         scoring = KINDS[kind].from_spec(spec, prompt, _seed(spec))
@@ -280,7 +282,7 @@ def _group(spec: dict[str, Any]) -> str | None:
 
 
 def _limit(spec: dict[str, Any]) -> dict[str, int]:
-    limit = spec.get("limit") or {}
+    limit = {} if spec.get("limit") is None else spec["limit"]
     if not isinstance(limit, dict):
         raise TypeError(f"`limit` must be a mapping from {', '.join(SPLITS)} to numbers of rows, got {shown(limit)}.")
     check_keys(limit, SPLITS, "limit")

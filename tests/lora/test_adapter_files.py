@@ -84,6 +84,16 @@ def test_tensors_that_are_missing_or_too_many_are_refused(
         merge_adapter(make_pruned_model("llama"), tmp_path)
 
 
+def test_integers_are_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = f"{FIRST}.lora_A.weight"
+    save_file({**tensors, name: tensors[name].int()}, path)
+    with pytest.raises(ValueError, match=rf"`adapter` must hold floating-point numbers, got '{name}' of I32"):
+        merge_adapter(make_pruned_model("llama"), tmp_path)
+
+
 def test_a_missing_magnitude_is_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path, use_dora=True)
     path = tmp_path / "adapter_model.safetensors"

@@ -74,6 +74,14 @@ if TYPE_CHECKING:
         ({"labels": {"odd": 1, "even": 2}}, TypeError, r"`labels.odd` must be a string, got 1. Put it in quotes"),
         ({"labels": {"odd": "", "even": "x"}}, ValueError, r"`labels.odd` must not be empty"),
         ({"labels": {"odd": " x", "even": " x"}}, ValueError, r"`labels` must have distinct texts, got \[' x', ' x'\]"),
+        *(
+            ({"name": value}, ValueError, r"`name` must be a line of text, which reports show, got ")
+            for value in ("", " ", "a\nb", "\x00")
+        ),
+        *(
+            ({"limit": value}, TypeError, rf"`limit` must be a mapping from .*, got {shown}")
+            for value, shown in (([], r"\[\]"), ("", "''"), (0, "0"), (False, "False"))
+        ),
         ({"limit": 5}, TypeError, r"`limit` must be a mapping from calibration, selection, test"),
         ({"limit": {"train": 5}}, ValueError, r"`limit` must have known keys only, got 'train'"),
         ({"limit": {"test": 0}}, ValueError, r"`limit.test` must be a whole number of at least 1, got 0"),
