@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=500, help="default: %(default)s")
     parser.add_argument("--mutations", type=int, default=300, help="default: %(default)s")
     parser.add_argument("--disks", type=int, default=40, help="trials of each kind of disk (default: %(default)s)")
-    parser.add_argument("--examples", type=int, default=1000, help="of each kind of input (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=5000, help="of each kind of input (default: %(default)s)")
     parser.add_argument("--log", type=Path, default=ROOT / "soak", help="directory of the logs (default: soak)")
     options = parser.parse_args()
     start = time.monotonic()
