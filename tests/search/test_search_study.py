@@ -13,14 +13,16 @@ from dataclasses import replace
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 from search_world import ShareScorer, genome_of, make_world, play, score
 
+from optimum_sieve.run import reservation
 from optimum_sieve.run.signals import Terminated
 from optimum_sieve.search.candidate import Candidate
 from optimum_sieve.search.loop import lead
 from optimum_sieve.search.study import processes
 from optimum_sieve.search.study.processes import is_dead, this_process
-from optimum_sieve.search.study.storage import public_url
+from optimum_sieve.search.study.storage import close_storage, open_storage, public_url
 from optimum_sieve.search.study.study import SearchStudy
 from optimum_sieve.search.worker import score_one, work
 
@@ -317,3 +319,46 @@ def test_processes_may_make_the_tables_of_a_database_at_once(tmp_path):
     finally:
         for process in started:
             process.communicate()
+
+
+@pytest.mark.parametrize("table", ["studies", "trials", "version_info", "alembic_version"])
+def test_a_process_that_dies_while_it_makes_the_tables_leaves_no_half_database(tmp_path, monkeypatch, table):
+    url = storages(tmp_path)["sqlite"]
+    path = tmp_path / "search.db"
+
+    def die(connection, cursor, statement, *_):
+        if f"CREATE TABLE {table}" in statement:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reservation, "settle", lambda *_: None)
+        sqlalchemy.event.listen(sqlalchemy.engine.Engine, "after_cursor_execute", die)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                open_storage(url)
+        finally:
+            sqlalchemy.event.remove(sqlalchemy.engine.Engine, "after_cursor_execute", die)
+    assert not path.exists()
+    storage = open_storage(url)
+    (index,) = [one for one in sqlalchemy.inspect(storage.engine).get_indexes("studies") if one["unique"]]
+    assert index["column_names"] == ["study_name"]
+    close_storage(storage)
+    assert [file.name for file in tmp_path.iterdir()] == ["search.db"]
+
+
+def test_a_database_that_another_process_has_made_meanwhile_stays(tmp_path, monkeypatch):
+    url = storages(tmp_path)["sqlite"]
+    real = optuna.storages.RDBStorage
+
+    def slower(made, **options):
+        storage = real(made, **options)
+        if "partial" in made:
+            monkeypatch.setattr(optuna.storages, "RDBStorage", real)
+            close_storage(open_storage(url))
+            SearchStudy(url, "first", small_world().space)
+        return storage
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", slower)
+    storage = open_storage(url)
+    assert optuna.get_all_study_names(storage) == ["first"]
+    close_storage(storage)

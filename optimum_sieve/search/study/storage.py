@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import warnings
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+
+from optimum_sieve.run.reservation import shared, temporary_directory
 
 from .journal import JournalError, WholeLines
 
@@ -52,6 +55,7 @@ def _open_database(url: str, grace_seconds: int) -> optuna.storages.RDBStorage:
     # Several processes write to one SQLite file: wait for the lock rather than fail.
     engine: dict[str, Any] = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     options: dict[str, Any] = {"grace_period": grace_seconds, "engine_kwargs": engine}
+    _make_tables(url)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT_SECONDS, **options)
@@ -62,6 +66,30 @@ def _open_database(url: str, grace_seconds: int) -> optuna.storages.RDBStorage:
                 raise
         time.sleep(_ATTEMPT_SECONDS)
     raise AssertionError("unreachable")
+
+
+def _make_tables(url: str) -> None:
+    """Make a new SQLite file under a temporary name, so that a killed process leaves none with a part of its tables.
+
+    Without the index of the names, which Optuna makes last, there would be two studies of one name.
+    """
+    parsed = make_url(url)
+    name = parsed.database or ":memory:"
+    if parsed.get_backend_name() != "sqlite" or name.startswith((":memory:", "file:")) or Path(name).exists():
+        return
+    target = Path(name).resolve()
+    with shared(target), temporary_directory(target) as directory:
+        made = directory / target.name
+        close_storage(optuna.storages.RDBStorage(parsed.set(database=str(made)).render_as_string(False)))
+        try:
+            os.link(made, target)
+        except FileExistsError:
+            # Another process was faster.
+            return
+        except OSError:
+            # A file system without hard links.
+            if not target.exists():
+                made.rename(target)
 
 
 @contextlib.contextmanager
