@@ -354,11 +354,11 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/old"]
 
 
-def test_the_current_directory_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_names_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    monkeypatch.chdir(tmp_path / "real")
-    for place in (Path(), tmp_path / "link"):
+    monkeypatch.chdir(tmp_path)
+    for place in (Path("real"), Path("link"), tmp_path / "link"):
         with reserved(place, overwrite=True), whole_directory(place) as partial:
             write_model(partial, str(place))
         assert json.loads((tmp_path / "real" / "config.json").read_text())["name"] == str(place)

@@ -206,7 +206,7 @@ def test_a_page_replaces_a_page_and_nothing_else(found, page):
     (page.parent / "holiday.png").write_bytes(PNG)
     with pytest.raises(FileExistsError, match=r"`output_dir` must hold nothing but .* with 'holiday.png'"):
         write_page(found, page.parent, overwrite=True)
-    with pytest.raises(ValueError, match=r"`output_dir` must be apart from `work_dir`, got .*/page, which lies in"):
+    with pytest.raises(ValueError, match=r"`output_dir` must be apart from `work_dir`, got .*/page, which is inside"):
         write_page(found, page.parent / "page", work_dir=page.parent)
     assert (page.parent / "holiday.png").read_bytes() == PNG
     assert page.exists()
