@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -22,11 +21,8 @@ from typing import TYPE_CHECKING
 from optimum_sieve._messages import cut
 
 from .contents import foreign_entry
+from .locks import LOCK, lock, open_lock
 from .signals import uninterrupted
-
-
-if sys.platform != "win32":
-    import fcntl
 
 
 if TYPE_CHECKING:
@@ -35,8 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NEW, OLD = "new", "old"
-_LOCK, _PARTIAL = ".sieve-lock", ".sieve-partial"
-_NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
+_PARTIAL = ".sieve-partial"
 # What the name of a temporary directory adds to that of the output: two dots, eight letters and the ending.
 ADDED_LENGTH = 2 + 8 + len(_PARTIAL)
 # The thread that holds each output: a command takes it at the start, and the function that writes takes it again.
@@ -119,9 +114,9 @@ def shared(target: Path) -> Iterator[None]:
 
 def clear_directory(directory: Path) -> None:
     """Remove the leftovers of dead runs of the files in a directory."""
-    for lock in list(directory.glob(f".*{_LOCK}")):
+    for path in list(directory.glob(f".*{LOCK}")):
         with suppress(OSError):
-            _clear_unless_written(lock.with_name(lock.name[1:].removesuffix(_LOCK)))
+            _clear_unless_written(path.with_name(path.name[1:].removesuffix(LOCK)))
 
 
 def _clear_unless_written(target: Path) -> None:
@@ -144,9 +139,9 @@ def _lock(target: Path, *, share: bool = False) -> int | None:
     """
     path = _lock_file(target)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
+        descriptor = open_lock(path, create=0o666)
         try:
-            _flock(descriptor, share=share)
+            lock(descriptor, share=share)
             with suppress(FileNotFoundError):
                 # Whoever held the lock removes the file before it lets go.
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -166,20 +161,13 @@ def _unlock(target: Path, descriptor: int | None) -> None:
     if descriptor is not None:
         with suppress(OSError):
             # Fails while others share the lock; the last one removes the file.
-            _flock(descriptor)
+            lock(descriptor)
             _lock_file(target).unlink(missing_ok=True)
         os.close(descriptor)
 
 
 def _lock_file(target: Path) -> Path:
-    return target.with_name(f".{target.name}{_LOCK}")
-
-
-def _flock(descriptor: int, *, share: bool = False) -> None:
-    """Lock a file for this process alone, or for all that `share` it; never waits."""
-    if sys.platform == "win32":
-        raise OSError("There are no locks of this kind on Windows.")
-    fcntl.flock(descriptor, (fcntl.LOCK_SH if share else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    return target.with_name(f".{target.name}{LOCK}")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 import tempfile
 import weakref
 from contextlib import suppress
@@ -19,18 +18,13 @@ from typing import TYPE_CHECKING
 
 from optimum_sieve._messages import cut
 
+from .locks import LOCK, lock, open_lock
 from .signals import uninterrupted
-
-
-if sys.platform != "win32":
-    import fcntl
 
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-_LOCK = ".sieve-lock"
-_NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
 _NAME = re.compile(r"sieve-[a-z]+-[a-z0-9_]{8}")
 
 
@@ -83,7 +77,7 @@ def remove_dead(parent: Path) -> None:
     for path in paths:
         # Missing in a directory that is not ours, or was made this moment. Another user's cannot be opened.
         with suppress(OSError):
-            descriptor = os.open(path / _LOCK, os.O_RDWR | _NO_LINK)
+            descriptor = open_lock(path / LOCK)
             if _locked(descriptor, without=False):
                 shutil.rmtree(path, ignore_errors=True)
             os.close(descriptor)
@@ -93,7 +87,7 @@ def _make(parent: Path, purpose: str) -> tuple[Path, int]:
     """Make and lock a directory; return it and the descriptor of its lock."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=f"sieve-{purpose}-", dir=parent))
-        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = open_lock(path / LOCK, create=0o600)
         # Another run may have taken the lock, and removed the directory, before this one could lock it.
         if _locked(descriptor, without=True) and os.fstat(descriptor).st_nlink:
             return path, descriptor
@@ -102,10 +96,8 @@ def _make(parent: Path, purpose: str) -> tuple[Path, int]:
 
 def _locked(descriptor: int, *, without: bool) -> bool:
     """Lock a file and return whether that succeeded; `without`: the result on a file system without locks."""
-    if sys.platform == "win32":
-        return without
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
     except BlockingIOError:
         return False
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from writers import finish, model_name, start, start_and_wait, write_model
 
-from optimum_sieve.run import reservation
 from optimum_sieve.run.files import replacing, whole_directory
 from optimum_sieve.run.outputs import reserved
 from optimum_sieve.run.signals import Terminated, raised_signals
@@ -150,10 +150,10 @@ def test_a_file_waits_for_another_run_until_a_signal(tmp_path: Path, monkeypatch
         os.kill(os.getpid(), signal.SIGTERM)
         raise BlockingIOError
 
-    monkeypatch.setattr(reservation.fcntl, "flock", held)
+    monkeypatch.setattr(fcntl, "flock", held)
     with pytest.raises(Terminated), raised_signals():
         replacing(tmp_path / "file").__enter__()
-    assert all(operation & reservation.fcntl.LOCK_NB for operation in operations)
+    assert all(operation & fcntl.LOCK_NB for operation in operations)
     monkeypatch.undo()
     (tmp_path / ".file.sieve-lock").unlink()
     assert names(tmp_path) == []
@@ -172,7 +172,7 @@ def test_without_locks_a_file_is_closed_before_it_is_removed(tmp_path: Path, mon
                 os.fstat(descriptor)
         unlink(path, missing_ok)
 
-    monkeypatch.setattr(reservation.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(Path, "unlink", remove)
     with reserved(tmp_path / "out", overwrite=False):
         assert opened
@@ -238,7 +238,7 @@ def test_without_locks_names_are_still_unique(tmp_path: Path, monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(reservation.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     write_model(tmp_path / ".out.abcd1234.sieve-partial")
     with whole_directory(tmp_path / "out") as first:
         write_model(first)
