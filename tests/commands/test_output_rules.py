@@ -53,9 +53,10 @@ def refused(world: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[
         raise AssertionError("a model was loaded")
 
     monkeypatch.chdir(world)
-    monkeypatch.setattr(loading, "load_model", load)
     monkeypatch.setattr("optimum_sieve.pruner.load_model", load)
     monkeypatch.setattr("optimum_sieve.pipeline.heal.load_model", load)
+    # Last: the modules above are imported here at the latest, and would keep the replacement.
+    monkeypatch.setattr(loading, "load_model", load)
 
     def refused(command: str, *words: str, status: int = 1) -> str:
         before = {path: path.lstat() for path in world.rglob("*")}

@@ -175,13 +175,13 @@ def test_a_trial_of_leftovers_misses_a_file_of_the_user(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import sys
+import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import injection
 place = Path(sys.argv[2])
 (place / "inside").mkdir()
-injection.install(below=[str(place / "inside")], log=str(place / "log"), **eval(sys.argv[3]))
+injection.install(below=[str(place / "inside")], log=str(place / "log"), **json.loads(sys.argv[3]))
 try:
     (place / "outside").write_text("x")
     (place / "inside" / "a").write_text("x")
@@ -206,7 +206,7 @@ except OSError as error:
 def test_faults_meet_the_change_they_are_meant_for(
     tmp_path: Path, fault: dict[str, Any], status: int, printed: str, left: list[str]
 ) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(HERE), str(tmp_path), repr(fault)]
+    command = [sys.executable, "-c", SCRIPT, str(HERE), str(tmp_path), json.dumps(fault)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (status, printed), done.stderr
     assert [path.name for path in (tmp_path / "inside").iterdir()] == left
