@@ -258,7 +258,7 @@ class SievePruner:
         Raises:
             RuntimeError: If nothing was pruned yet.
             FileExistsError: If `output_dir` contains files and `overwrite` is false, or files that are not of a model.
-            ValueError: If `output_dir` is, contains or lies in the dense model or the work directory.
+            ValueError: If `output_dir` is, contains or is inside the dense model or the work directory.
             OSError: If the disk is full or the directory cannot be written.
         """
         if self.result is None:

@@ -65,7 +65,7 @@ def write_page(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If `output_dir` is, contains or lies in `work_dir`.
+        ValueError: If `output_dir` is, contains or is inside `work_dir`.
         OSError: If the directory holds other files or cannot be written.
     """
     output = Path(output_dir)
