@@ -3,7 +3,6 @@ r"""Losses whose gradients weight the moments of calibration; each is a sum over
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import nn
 
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.evaluation.batches import Batch, log_likelihoods, make_batches, site_logits
+from optimum_sieve.evaluation.head import prompt_positions
 
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def token_fisher_root(seed: int, prompt_weight: float) -> Loss:
 
     def root(model: nn.Module, batch: Batch) -> torch.Tensor:
         weights = torch.ones(len(batch.sites))
-        if prompt_weight and batch.kind == "causal":
+        if prompt_weight:
             batch, shares = _with_prompts(batch, seed)
             weights = torch.cat([weights, prompt_weight * shares])
         logits = site_logits(model, batch)
@@ -130,15 +130,10 @@ def token_fisher_root(seed: int, prompt_weight: float) -> Loss:
 
 def _with_prompts(batch: Batch, seed: int) -> tuple[Batch, torch.Tensor]:
     """Add positions before each answer to the sites; return the weight of each, in tokens of the answer."""
-    rows, positions = batch.sites.cpu().unbind(dim=1)
-    sites, shares = [], []
-    for row, index in enumerate(batch.indices):
-        answer = positions[rows == row]
-        chosen = np.random.default_rng((seed, index)).permutation(int(answer.min()))[:PROMPT_SITES]
-        sites += [(row, position) for position in sorted(chosen.tolist())]
-        shares += [len(answer) / max(1, len(chosen))] * len(chosen)
-    added = torch.tensor(sites, dtype=torch.long).reshape(-1, 2).to(batch.sites)
-    return replace(batch, sites=torch.cat([batch.sites, added])), torch.tensor(shares)
+    chosen = prompt_positions(batch, PROMPT_SITES, seed)
+    lengths = batch.sites[:, 0].bincount().tolist()
+    shares = [length / len(places) for length, places in zip(lengths, chosen, strict=True) for _ in places]
+    return batch.with_sites(chosen), torch.tensor(shares)
 
 
 def _token_signs(batch: Batch, width: int, seed: int) -> torch.Tensor:

@@ -81,6 +81,12 @@ class Batch:
         """Number of examples in the batch."""
         return len(self.indices)
 
+    def with_sites(self, positions: Sequence[Sequence[int]]) -> Batch:
+        """Return the batch with further sites after its own: the `positions` of each of its rows."""
+        added = [(row, position) for row, chosen in enumerate(positions) for position in chosen]
+        sites = torch.tensor(added, dtype=torch.long).reshape(-1, 2).to(self.sites)
+        return replace(self, sites=torch.cat([self.sites, sites]))
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}

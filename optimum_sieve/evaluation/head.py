@@ -1,16 +1,40 @@
-"""Compute logits only at the positions that are scored."""
+"""Compute logits only at the positions that are scored; choose further positions in the prompts."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from .batches import Batch
+
+
+def prompt_positions(batch: Batch, count: int, seed: int) -> list[list[int]]:
+    """Return up to `count` random positions before the answer of each example, ascending.
+
+    They depend on the seed and the example's index, not on the batch. Only causal models predict the prompt's tokens;
+    for others there are none.
+
+    Args:
+        batch (`Batch`): A batch in which each example is one row, with its gold answer.
+        count (`int`): Maximum number of positions of each example.
+        seed (`int`): Seed of the choice.
+    """
+    if batch.kind != "causal":
+        return [[] for _ in batch.indices]
+    rows, positions = batch.sites.cpu().unbind(dim=1)
+    ends = [int(positions[rows == row].min()) for row in range(batch.num_examples)]
+    return [
+        sorted(np.random.default_rng((seed, index)).permutation(end)[:count].tolist())
+        for index, end in zip(batch.indices, ends, strict=True)
+    ]
 
 
 @contextmanager
