@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .allocators import LatencyBudget, LossCurve, allocate
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from optimum_sieve.backbone.targets import Target
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.run.context import Run
 
@@ -17,11 +20,13 @@ if TYPE_CHECKING:
 
 
 def loss_curves(run: Run, bases: Mapping[str, FactorBasis]) -> list[LossCurve]:
-    """Return the predicted loss of every target against its rank."""
-    return [
-        LossCurve(target.name, target.out_features, target.in_features, bases[target.name].energy.cpu().numpy())
-        for target in run.targets
-    ]
+    """Return the predicted loss of every target against its rank; directions that a basis lacks lose nothing."""
+
+    def energy(target: Target) -> np.ndarray:
+        values = bases[target.name].energy.cpu().numpy()
+        return np.pad(values, (0, target.max_rank - len(values)))
+
+    return [LossCurve(t.name, t.out_features, t.in_features, energy(t)) for t in run.targets]
 
 
 def allocate_ranks(run: Run, bases: Mapping[str, FactorBasis], kept: float) -> Ranks:

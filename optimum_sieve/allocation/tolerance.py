@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from optimum_sieve.evaluation.comparison import Comparison
@@ -17,7 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 class ToleranceError(RuntimeError):
-    """No size tried is within the tolerance."""
+    """No size tried is within the tolerance.
+
+    Args:
+        message (`str`): The message.
+        trials (`list[dict]`): Records of the sizes that were tried.
+    """
+
+    def __init__(self, message: str, trials: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.trials = list(trials)
 
 
 def search_kept_fraction(
@@ -52,7 +61,7 @@ def search_kept_fraction(
         kept = (low + high) / 2
         comparisons = compare_at(kept)
         bounds = {name: comparison.lower_bound(confidence) for name, comparison in comparisons.items()}
-        trials.append(_trial(kept, comparisons, bounds))
+        trials.append(size_trial(kept, comparisons, confidence))
         for name, comparison in comparisons.items():
             logger.info(
                 "Kept %.1f %%, %s: score difference %+.4f +- %.4f, lower bound %+.4f, agreement %.3f.",
@@ -60,12 +69,13 @@ def search_kept_fraction(
             )  # fmt: skip
         low, high = (low, kept) if min(bounds.values()) >= -tolerance else (kept, high)
     if high == 1.0:
-        raise ToleranceError(_failure(trials, tolerance))
+        raise ToleranceError(_failure(trials, tolerance), trials)
     return high, trials
 
 
-def _trial(kept: float, comparisons: Mapping[str, Comparison], bounds: Mapping[str, float]) -> dict[str, Any]:
-    """Return the record of one fraction: flat for one task, nested under `"tasks"` for several."""
+def size_trial(kept: float, comparisons: Mapping[str, Comparison], confidence: float) -> dict[str, Any]:
+    """Return the record of one kept fraction: flat for one task, nested under `"tasks"` for several."""
+    bounds = {name: comparison.lower_bound(confidence) for name, comparison in comparisons.items()}
     if len(comparisons) == 1:
         return {"kept": kept, "lower_bound": min(bounds.values()), **next(iter(comparisons.values())).to_dict()}
     tasks = {name: {"lower_bound": bounds[name], **comparison.to_dict()} for name, comparison in comparisons.items()}

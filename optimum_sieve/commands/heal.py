@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
 
+# One size is trained longer than each of several.
+_STEPS = 128
+
+
 class HealCommand(SieveSubcommand):
     """Train the factors of a pruned model for a few steps to match the dense model."""
 
@@ -55,12 +59,12 @@ class HealCommand(SieveSubcommand):
         parser.add_argument(
             "--seed", type=int, metavar="N", default=0, help="Seed of the example order (default: %(default)s)."
         )
-        add_heal_settings(parser, exclude=("rounds",))
+        add_heal_settings(parser, exclude=("start", "shrink"), steps=_STEPS)
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:
         """Heal, save and print the report as a table."""
-        config = HealConfig.from_dict(heal_settings_from(arguments))
+        config = HealConfig.from_dict({"steps": _STEPS, **heal_settings_from(arguments)})
         with reserved_output(arguments):
             self._heal(arguments, config)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.config.tune import TuneConfig
 
 
 if TYPE_CHECKING:
@@ -19,37 +20,54 @@ if TYPE_CHECKING:
 
 
 _STOP_CRITERIA = ("tolerance", "pruning_ratio")
-_HEAL = "heal"
+_HEAL, _TUNE = "heal", "tune"
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add one option for each field of `SieveConfig` and, after `--heal-`, of `HealConfig`.
+    """Add one option for each field of `SieveConfig` and, after `--heal-` and `--tune-`, of the training settings.
 
     Options that are not given are absent from the parsed arguments, so that each one given overrides its value in the
     `--config` file. `--help` leaves the advanced ones to `--help-all`.
     """
     settings = parser.add_argument_group("settings", "Settings of pruning. --help-all also shows the advanced ones.")
-    healing = parser.add_argument_group("healing", "A short training after pruning. Any of these options turns it on.")
+    healing = parser.add_argument_group("healing", "Short trainings of the factors at falling sizes, on by default.")
+    tuning = parser.add_argument_group(
+        "tuning", "A short training of the dense model on the gold answers, first. Any of these options turns it on."
+    )
     advanced = parser.add_argument_group("advanced settings")
     _add_fields(settings.add_mutually_exclusive_group(), SieveConfig, _STOP_CRITERIA)
-    _add_fields(settings, SieveConfig, _everyday(SieveConfig, (*_STOP_CRITERIA, _HEAL)))
+    _add_fields(settings, SieveConfig, _everyday(SieveConfig, (*_STOP_CRITERIA, _HEAL, _TUNE)))
+    healing.add_argument("--no-heal", action="store_true", help="Train nothing.", default=argparse.SUPPRESS)
     _add_fields(healing, HealConfig, _everyday(HealConfig), f"{_HEAL}_")
+    tuning.add_argument(
+        "--tune", action="store_true", help="Tune with the default settings.", default=argparse.SUPPRESS
+    )
+    _add_fields(tuning, TuneConfig, _everyday(TuneConfig), f"{_TUNE}_")
     hidden = _add_fields(advanced, SieveConfig, SieveConfig.ADVANCED)
     hidden += _add_fields(advanced, HealConfig, HealConfig.ADVANCED, f"{_HEAL}_")
+    hidden += _add_fields(advanced, TuneConfig, TuneConfig.ADVANCED, f"{_TUNE}_")
     _add_help_all(parser, hidden)
 
 
-def add_heal_settings(parser: argparse.ArgumentParser, *, exclude: Sequence[str] = ()) -> None:
-    """Add one option for each field of `HealConfig` that is not in `exclude`; `--help-all` shows the advanced ones."""
+def add_heal_settings(parser: argparse.ArgumentParser, *, exclude: Sequence[str] = (), **defaults: Any) -> None:
+    """Add one option for each field of `HealConfig` that is not in `exclude`; `--help-all` shows the advanced ones.
+
+    `defaults` are shown instead of the fields' own.
+    """
     settings = parser.add_argument_group("settings", "Settings of healing. --help-all also shows the advanced ones.")
     advanced = parser.add_argument_group("advanced settings")
-    _add_fields(settings, HealConfig, _everyday(HealConfig, exclude))
+    _add_fields(settings, HealConfig, _everyday(HealConfig, exclude), **defaults)
     _add_help_all(parser, _add_fields(advanced, HealConfig, [n for n in HealConfig.ADVANCED if n not in exclude]))
 
 
 def heal_settings_from(arguments: argparse.Namespace, *, prefix: str = "") -> dict[str, Any]:
     """Return the settings of healing that were given."""
-    names = [field.name for field in dataclasses.fields(HealConfig)]
+    return _given(HealConfig, arguments, prefix)
+
+
+def _given(settings: type[Any], arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
+    """Return the fields of a settings class whose options were given."""
+    names = [field.name for field in dataclasses.fields(settings)]
     return {name: getattr(arguments, prefix + name) for name in names if hasattr(arguments, prefix + name)}
 
 
@@ -60,29 +78,38 @@ def settings_from(arguments: argparse.Namespace) -> SieveConfig:
         ValueError: If a value breaks its rule, or no stop criterion is given.
         OSError: If the `--config` file cannot be read.
     """
-    names = [field.name for field in dataclasses.fields(SieveConfig) if field.name != _HEAL]
-    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    given = _given(SieveConfig, arguments, "")
+    is_tuned = given.pop(_TUNE, False)
     if any(name in given for name in _STOP_CRITERIA):
         # Either criterion on the command line replaces either one in the file.
         given = dict.fromkeys(_STOP_CRITERIA) | given
     config = SieveConfig.from_json_file(arguments.config, **given) if arguments.config else SieveConfig.from_dict(given)
+    tuning = _given(TuneConfig, arguments, f"{_TUNE}_")
+    if is_tuned or tuning:
+        from_file = {} if config.tune is None else config.tune.to_dict()
+        config = dataclasses.replace(config, tune=TuneConfig.from_dict({**from_file, **tuning}))
     healing = heal_settings_from(arguments, prefix=f"{_HEAL}_")
+    if hasattr(arguments, "no_heal"):
+        if healing:
+            name = f"--heal-{next(iter(healing)).replace('_', '-')}"
+            raise ValueError(f"`--no-heal` must not go with `{name}`, which sets the healing. Omit one of them.")
+        return dataclasses.replace(config, heal=None)
     if not healing:
         return config
-    from_file = {} if config.heal is None else config.heal.to_dict()
+    from_file = config.heal.to_dict() if isinstance(config.heal, HealConfig) else {}
     return dataclasses.replace(config, heal=HealConfig.from_dict({**from_file, **healing}))
 
 
-def _everyday(settings: type[SieveConfig | HealConfig], exclude: Sequence[str] = ()) -> list[str]:
+def _everyday(settings: type[SieveConfig | HealConfig | TuneConfig], exclude: Sequence[str] = ()) -> list[str]:
     """Return the names of the fields that are neither advanced nor in `exclude`."""
     names = [field.name for field in dataclasses.fields(settings)]
     return [name for name in names if name not in (*settings.ADVANCED, *exclude)]
 
 
-def _add_fields(group: Any, settings: type[Any], names: Sequence[str], prefix: str = "") -> list[str]:
+def _add_fields(group: Any, settings: type[Any], names: Sequence[str], prefix: str = "", **changed: Any) -> list[str]:
     """Add an option for each of the fields `names` of a settings class; return their names in the parsed arguments."""
     types_by_name, help_by_name = typing.get_type_hints(settings), _descriptions(settings)
-    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)} | changed
     for name in names:
         group.add_argument(
             f"--{(prefix + name).replace('_', '-')}",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from optimum_sieve._messages import shown
 
 from .heal import HealConfig
+from .tune import TuneConfig
 
 
 if TYPE_CHECKING:
@@ -18,10 +19,12 @@ def check_combinations(config: SieveConfig) -> None:
 
     Raises:
         ValueError: If they do; the message names both settings and their values.
-        TypeError: If `heal` is not a `HealConfig`.
+        TypeError: If `heal` is not a `HealConfig`, or `tune` not a `TuneConfig`.
     """
     _check_allocation(config)
     _check_healing(config)
+    if config.tune is not None and not isinstance(config.tune, TuneConfig):
+        raise TypeError(f"`tune` must be a TuneConfig or None, got {shown(config.tune)}.")
     if config.vocabulary_size is not None and config.vocabulary != "task":
         raise ValueError(
             f"`vocabulary_size` must go with vocabulary='task', got {config.vocabulary_size} and vocabulary="
@@ -44,17 +47,8 @@ def _check_allocation(config: SieveConfig) -> None:
 
 
 def _check_healing(config: SieveConfig) -> None:
-    if config.heal is None:
+    if isinstance(config.heal, HealConfig) or config.heal in (None, "auto"):
         return
-    if not isinstance(config.heal, HealConfig):
-        raise TypeError(f"`heal` must be a HealConfig or None, got {shown(config.heal)}.")
-    if config.allocation == "genetic" and (config.tolerance is not None or config.heal.rounds > 1):
-        raise ValueError(
-            "`heal` with a `tolerance` or several rounds must go with allocation='energy' or 'uniform', got "
-            "'genetic', whose search does not heal its candidates. Set a `pruning_ratio` and one round of healing."
-        )
-    if config.projection == "learned" and config.heal.rounds > 1:
-        raise ValueError(
-            f"`heal.rounds` must be 1 with projection='learned', got {config.heal.rounds}: adapters are trained for "
-            "one size."
-        )
+    if isinstance(config.heal, str):
+        raise ValueError(f"`heal` must be a HealConfig, 'auto' or None, got {shown(config.heal)}.")
+    raise TypeError(f"`heal` must be a HealConfig, 'auto' or None, got {shown(config.heal)}.")

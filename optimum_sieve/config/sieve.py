@@ -12,6 +12,8 @@ from optimum_sieve._messages import shown
 
 from .combinations import check_combinations
 from .heal import HealConfig
+from .rules import CHOICES, FLOAT_RANGES, HINTS, LEAST_INTEGERS, OPTIONAL, REMOVED
+from .tune import TuneConfig
 from .validate import (
     MOST,
     MOST_SEED,
@@ -23,18 +25,9 @@ from .validate import (
     check_task_weights,
     drop_removed,
     parse_bytes,
+    parse_seconds,
     read_settings,
 )
-
-
-PROJECTIONS = ("svd", "activation", "joint", "learned")
-ALLOCATIONS = ("uniform", "energy", "genetic")
-STORAGES = ("factors", "pivoted")
-SEARCH_PRESETS = ("fast", "paper")
-LOSSES = ("fisher", "labels", "answer")
-VOCABULARIES = ("whole", "task")
-LABEL_SOURCES = ("data", "model", "sampled")
-WEIGHTINGS = ("norms", "balanced", "likelihood")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +75,16 @@ class SieveConfig:
             examples (and, without a `tolerance`, of the selection examples), the special tokens and the tokens needed
             to encode any text. Other words are split into smaller tokens. With a `tolerance`, more tokens stay until
             this alone costs at most half of it on the selection split.
-        heal ([`HealConfig`][optimum_sieve.config.heal.HealConfig], *optional*):
-            Settings of healing, a short training of the factors after pruning. With a `tolerance`, every size tried is
-            healed. Default: no healing.
+        time_limit (`float` or `str`, *optional*):
+            Time after which no further size is tried, in seconds or as text such as `"90s"`, `"12min"` or `"2h"`: the
+            result is then the smallest size accepted so far. Default: no limit.
+        heal ([`HealConfig`][optimum_sieve.config.heal.HealConfig] or `str`, *optional*):
+            Settings of healing: the run prunes to falling sizes, trains the factors shortly at each one and goes on
+            from the trained factors. `"auto"` heals with the default settings wherever the whole model is in memory;
+            `None` trains nothing.
+        tune ([`TuneConfig`][optimum_sieve.config.tune.TuneConfig], *optional*):
+            Settings of tuning, a short training of the dense model on the gold answers before it is pruned. The pruned
+            model is then held to the tuned one. Default: the dense model is pruned as it is.
         projection (`str`):
             How a matrix is factored: `"joint"` (from inputs and output gradients), `"activation"` (from inputs alone;
             minimizes \(\lVert WX - W'X \rVert\)), `"svd"` (from the weight alone) or `"learned"` (adapters trained with
@@ -150,7 +150,9 @@ class SieveConfig:
     memory_limit: str | int | None = None
     seed: int = 0
     vocabulary: str = "whole"
-    heal: HealConfig | None = None
+    time_limit: str | float | None = None
+    heal: HealConfig | str | None = "auto"
+    tune: TuneConfig | None = None
     projection: str = "joint"
     storage: str = "pivoted"
     loss: str = "fisher"
@@ -182,21 +184,27 @@ class SieveConfig:
                 "(fraction of parameters to remove, such as 0.5) must be set, got tolerance="
                 f"{shown(self.tolerance)} and pruning_ratio={shown(self.pruning_ratio)}."
             )
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        for name, (low, high, includes_low) in _FLOAT_RANGES.items():
-            if getattr(self, name) is not None or name not in _OPTIONAL:
-                check_float(name, getattr(self, name), low, high, includes_low, _HINTS.get(name, ""))
-        for name, low in _LEAST_INTEGERS.items():
-            if getattr(self, name) is not None or name not in _OPTIONAL:
+        for name, (low, high, includes_low) in FLOAT_RANGES.items():
+            if getattr(self, name) is not None or name not in OPTIONAL:
+                check_float(name, getattr(self, name), low, high, includes_low, HINTS.get(name, ""))
+        for name, low in LEAST_INTEGERS.items():
+            if getattr(self, name) is not None or name not in OPTIONAL:
                 check_integer(name, getattr(self, name), low, MOST_SEED if name == "seed" else MOST)
         object.__setattr__(self, "memory_limit", parse_bytes("memory_limit", self.memory_limit))
+        object.__setattr__(self, "time_limit", parse_seconds("time_limit", self.time_limit))
         check_combinations(self)
 
     @property
     def memory_bytes(self) -> int | None:
         """`memory_limit` as a number of bytes."""
         return parse_bytes("memory_limit", self.memory_limit)
+
+    @property
+    def seconds(self) -> float | None:
+        """`time_limit` in seconds."""
+        return parse_seconds("time_limit", self.time_limit)
 
     @property
     def num_rounds(self) -> int:
@@ -220,7 +228,8 @@ class SieveConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types, sorted by name."""
         values = dataclasses.asdict(self)
-        values["heal"] = None if self.heal is None else self.heal.to_dict()
+        values["heal"] = self.heal.to_dict() if isinstance(self.heal, HealConfig) else self.heal
+        values["tune"] = None if self.tune is None else self.tune.to_dict()
         return {key: list(values[key]) if isinstance(values[key], tuple) else values[key] for key in sorted(values)}
 
     @classmethod
@@ -230,10 +239,12 @@ class SieveConfig:
         Raises:
             ValueError: If a key is unknown (the message names the closest known one) or a value breaks its rule.
         """
-        values = drop_removed(values, _REMOVED)
+        values = drop_removed(values, REMOVED)
         check_known(list(values), [field.name for field in dataclasses.fields(cls)], "SieveConfig")
         if isinstance(values.get("heal"), dict):
             values = {**values, "heal": HealConfig.from_dict(values["heal"])}
+        if isinstance(values.get("tune"), dict):
+            values = {**values, "tune": TuneConfig.from_dict(values["tune"])}
         return cls(**values)
 
     def to_json_file(self, path: str | Path) -> None:
@@ -250,38 +261,3 @@ class SieveConfig:
         """
         values = read_settings(Path(path), "SieveConfig")
         return cls.from_dict({**values, **overrides})
-
-
-# Settings of earlier versions -> the value that is now fixed.
-_REMOVED = {"prompt_weight": 1.0}
-_CHOICES = {
-    "projection": PROJECTIONS,
-    "allocation": ALLOCATIONS,
-    "storage": STORAGES,
-    "loss": LOSSES,
-    "label_source": LABEL_SOURCES,
-    "weighting": WEIGHTINGS,
-    "search_preset": SEARCH_PRESETS,
-    "vocabulary": VOCABULARIES,
-}
-# name: (low, high, whether low is allowed); high never is.
-_FLOAT_RANGES = {
-    "tolerance": (0.0, 1.0, True),
-    "pruning_ratio": (0.0, 1.0, False),
-    "latency_target": (0.0, 1.0, False),
-    "damping": (0.0, 1.0, True),
-    "confidence": (0.5, 1.0, True),
-    "search_fraction": (0.0, 1.0, False),
-}
-_LEAST_INTEGERS = {
-    "rank_multiple": 1,
-    "rounds": 1,
-    "search_steps": 1,
-    "population_size": 2,
-    "generations": 1,
-    "batch_size": 1,
-    "seed": 0,
-    "vocabulary_size": 1,
-}
-_OPTIONAL = ("tolerance", "pruning_ratio", "latency_target", "population_size", "generations", "vocabulary_size")
-_HINTS = {"tolerance": " Write points as a fraction: two points are 0.02."}

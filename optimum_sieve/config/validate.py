@@ -24,6 +24,7 @@ MOST = 10**9
 # Seeds may have 63 bits.
 MOST_SEED = 2**63 - 1
 # Less than any model needs: a number without its unit, such as 24 for 24 GB.
+_MOST_SECONDS = 10**9
 LEAST_MEMORY = 1000
 _LARGEST_RATIO = 1e6
 
@@ -80,6 +81,29 @@ def parse_bytes(name: str, value: Any) -> int | None:
             "unit: '24GB'."
         )
     return size
+
+
+def parse_seconds(name: str, value: Any) -> float | None:
+    """Return seconds from a number or from text such as `"90s"`, `"12min"` or `"2h"`; `None` stays `None`.
+
+    Raises:
+        TypeError: If `value` is neither a number nor text.
+        ValueError: If the number is not above 0, or its unit is unknown.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(f"`{name}` must be a number of seconds or a text such as '12min', got {shown(value)}.")
+    pattern = r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*(s|sec|m|min|h|)\s*"
+    match = re.fullmatch(pattern, value, flags=re.IGNORECASE | re.ASCII) if isinstance(value, str) else None
+    if match is None and isinstance(value, str):
+        raise ValueError(f"`{name}` must be a number of seconds or a text such as '90s', '12min' or '2h', got "
+                         f"{shown(value)}.")  # fmt: skip
+    units = {"s": 1, "m": 60, "h": 3600}
+    seconds = float(value) if match is None else float(match[1]) * units[(match[2] or "s")[0].lower()]
+    if not 0 < seconds < _MOST_SECONDS:
+        raise ValueError(f"`{name}` must be above 0 and below {_MOST_SECONDS:,} seconds, got {shown(value)}.")
+    return seconds
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -1,10 +1,9 @@
 """Train the factors of a pruned model to match the dense model.
 
-In: a factorized model and a `stage.Reference`, which holds the dense model's predictions on the calibration split and
-its scores on part of the selection split. Out: the same model with the best weights seen, and the figures (`Healing`).
-`stage.Healer` prunes and heals within a run, `pipeline.heal` heals a saved model; both call `Reference.heal`.
-`loop.heal` is the training loop, `optimizer` holds the trained factors, `monitor` scores selection examples during
-training, `sampling` orders the examples.
+In: the bases of a run and falling sizes. Out: healed sizes (`HealedSize`), of which the last accepted one is the
+result. `stage.Healer` prunes to one size after the other and goes on from the healed factors; `pipeline.heal` heals a
+saved model. Both call `loop.heal`, the training loop; `optimizer` holds the trained factors, `sampling` orders the
+examples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""Heal a pruned model: train its factors for a few steps to match the dense model.
+r"""Heal a pruned model: train its factors for a fixed number of steps to match the dense model.
 
 A step depends on the settings and its number alone, and everything that it changes is stored in the work directory, so
 a stopped run resumes to the same weights.
@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,24 +37,15 @@ if TYPE_CHECKING:
 
     from optimum_sieve.config.heal import HealConfig
     from optimum_sieve.evaluation.batches import Batch
-    from optimum_sieve.evaluation.teacher import Lesson, Teacher
+    from optimum_sieve.evaluation.teacher import Lesson
 
 
 _WARMUP = 0.1
 # Raise it when the same settings give other weights: results of earlier versions are then computed again.
-FORMAT = 2
+FORMAT = 3
+# Steps between two saved states, which a stopped training resumes from.
+SAVE_STEPS = 16
 _STATE, _RESULT = "healing", "healed"
-
-
-class Monitor(Protocol):
-    """Scores a model on examples that it is not trained on."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything that the scores depend on, besides the model."""
-
-    def __call__(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Return `"score"`, the higher the better, and mostly `"kl"`, which breaks ties."""
 
 
 @dataclass(kw_only=True)
@@ -62,28 +53,20 @@ class Healing:
     """Figures of one training.
 
     Args:
-        steps (`int`): Number of steps, including those after the best one.
+        steps (`int`): Number of steps.
         examples (`int`): Number of training examples.
         seconds (`float`): Wall-clock time, over all parts of a training that was stopped.
-        best_step (`int`): Step whose weights were kept; 0: the weights before training.
-        evaluations (`list[dict]`): The monitor's figures from step 0 on, with `"step"` and the mean `"loss"` of the
-            steps since the previous evaluation.
+        losses (`list[float]`): Mean loss of every `SAVE_STEPS` steps, in nats per example.
     """
 
     steps: int = 0
     examples: int
     seconds: float = 0.0
-    best_step: int = 0
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures a report shows."""
-        figures: dict[str, Any] = {**vars(self), "seconds": round(self.seconds, 3)}
-        if self.evaluations and "score" in self.evaluations[0]:
-            best = next(record for record in self.evaluations if record["step"] == self.best_step)
-            for name, record in (("before", self.evaluations[0]), ("after", best)):
-                figures[name] = {key: record[key] for key in ("score", "kl", "tasks") if key in record}
-        return figures
+        return {**vars(self), "seconds": round(self.seconds, 3)}
 
 
 def heal(
@@ -92,8 +75,8 @@ def heal(
     tokenizer: PreTrainedTokenizerBase,
     config: HealConfig,
     *,
-    monitor: Monitor | None = None,
     seed: int = 0,
+    steps_before: int = 0,
     work: WorkDir | None = None,
     pruned_key: str | None = None,
     progress: bool = True,
@@ -110,11 +93,10 @@ def heal(
             [`teach`][optimum_sieve.evaluation.teacher.teach].
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
         config ([`HealConfig`][optimum_sieve.config.heal.HealConfig]): The settings.
-        monitor (`Monitor`, *optional*): Scores the model before training and every `eval_steps`; the best weights are
-            kept. Default: the weights of the last step are kept.
         seed (`int`): Seed of the examples' order.
-        work (`WorkDir`, *optional*): Stores the state every `eval_steps`, and the result.
-        pruned_key (`str`, *optional*): Hash of `model`. Default: computed from all of its weights if `work` has a path.
+        steps_before (`int`): Steps taken before, at larger sizes; their examples are not drawn again in this epoch.
+        work (`WorkDir`, *optional*): Stores the state every `SAVE_STEPS` steps, and the result.
+        pruned_key (`str`, *optional*): Hash of the pruned model. Default: computed from all of its weights.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -123,7 +105,7 @@ def heal(
     Raises:
         ValueError: If the model has no factorized layer, or the loss or its gradient is not finite.
     """
-    trainer = _Trainer(model, lessons, tokenizer, config, monitor, seed, work or WorkDir(None), pruned_key)
+    trainer = _Trainer(model, lessons, tokenizer, config, seed, steps_before, work or WorkDir(None), pruned_key)
     try:
         if not trainer.load_result():
             with training_only(model, trainer.training.parameters, checkpointing=config.gradient_checkpointing):
@@ -131,8 +113,8 @@ def heal(
     except BaseException:
         trainer.held.undo()
         raise
-    # Without improvement the layers stay bit-identical.
-    if trainer.healing.best_step:
+    # Without a step the layers stay bit-identical.
+    if trainer.healing.steps:
         trainer.held.pivot()
     else:
         trainer.held.undo()
@@ -148,33 +130,32 @@ class _Trainer:
         lessons: Sequence[Lesson],
         tokenizer: PreTrainedTokenizerBase,
         config: HealConfig,
-        monitor: Monitor | None,
         seed: int,
+        steps_before: int,
         work: WorkDir,
         pruned_key: str | None,
     ) -> None:
-        self.model, self.lessons, self.config, self.monitor, self.seed, self.work = (
-            model, lessons, config, monitor, seed, work,
-        )  # fmt: skip
+        self.model, self.lessons, self.config, self.seed, self.work = model, lessons, config, seed, work
+        self.steps_before = steps_before
         inputs = input_format(model)
         self.rows = [
             encode(lesson.examples, tokenizer, candidates=lesson.teacher.by_candidate, inputs=inputs)
             for lesson in lessons
         ]
-        self.order = interleaved([lesson.weight for lesson in lessons], config.steps * config.batch_size)
+        draws = (steps_before + config.steps) * config.batch_size
+        self.order = interleaved([lesson.weight for lesson in lessons], draws)
         self.pack = partial(
             pack, batch_size=config.rows_per_pass, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind
         )
         self.processes = PartialState()
         self.healing = Healing(examples=sum(map(len, self.rows)))
-        self.best: dict[str, torch.Tensor] = {}
         self.key = content_key(
             # Slow: every byte is read. The key only names files.
             model=model_key(model) if pruned_key is None and work.path is not None else pruned_key,
             teacher=lessons_fingerprint(lessons),
             settings=config.to_dict(),
-            monitor=None if monitor is None else monitor.fingerprint,
             seed=seed,
+            steps_before=steps_before,
             format=FORMAT,
         )
         self.held = HeldAsFactors(model)
@@ -197,24 +178,20 @@ class _Trainer:
         started = time.perf_counter()
         with tqdm(total=self.config.steps, initial=self.healing.steps, desc="healing", unit="step",
                   disable=not (progress and self.processes.is_main_process)) as bar:  # fmt: skip
-            if self.monitor is not None and not self.healing.evaluations:
-                self._evaluate(losses)
             # If all ranks are 0 and no layer has a bias, there is nothing to train.
-            while self.training.parameters and self.healing.steps < self.config.steps and not self._is_stalled():
+            while self.training.parameters and self.healing.steps < self.config.steps:
                 losses.append(self._step())
                 bar.update()
-                if self.healing.steps % self.config.eval_steps == 0 or self.healing.steps == self.config.steps:
-                    bar.set_postfix(loss=f"{np.mean(losses):.4f}")
-                    self._evaluate(losses)
-                    now = time.perf_counter()
-                    self.healing.seconds += now - started
-                    started = now
-                    best = {f"best|{name}": value for name, value in self.best.items()}
-                    self._save(_STATE, {**self.training.state(), **best})
-        if self.best:
-            self.training.assign(self.best)
-        else:
-            self.healing.best_step = self.healing.steps
+                if self.healing.steps % SAVE_STEPS and self.healing.steps < self.config.steps:
+                    continue
+                self.healing.losses.append(float(np.mean(losses)))
+                bar.set_postfix(loss=f"{self.healing.losses[-1]:.4f}")
+                losses.clear()
+                now = time.perf_counter()
+                self.healing.seconds += now - started
+                started = now
+                if self.healing.steps < self.config.steps:
+                    self._save(_STATE, self.training.state())
         self._save(_RESULT, self.training.values())
         self.work.remove(_STATE, self.key)
         self.processes.wait_for_everyone()
@@ -222,19 +199,15 @@ class _Trainer:
     def _resume(self) -> None:
         stored = self.work.load_with_record(_STATE, self.key)
         if stored is not None:
-            tensors, record = stored
-            prefix = "best|"
-            kept = [name for name in tensors if name.startswith(prefix)]
-            self.best = {name.removeprefix(prefix): tensors.pop(name) for name in kept}
-            self.training.restore(tensors)
-            self.healing = Healing(**record)
+            self.training.restore(stored[0])
+            self.healing = Healing(**stored[1])
 
     def _step(self) -> float:
         """Take one step; return its loss, the mean over its examples."""
         mine = self._passes()[self.processes.process_index :: self.processes.num_processes]
         total = torch.zeros((), device=self.processes.device)
-        for teacher, batch in mine:
-            loss = self._loss(teacher, batch) / self.config.batch_size
+        for lesson, batch in mine:
+            loss = self._loss(lesson, batch) / self.config.batch_size
             self.training.backward(loss)
             total += loss.detach().to(total.device)
         if self.processes.num_processes > 1:
@@ -250,46 +223,23 @@ class _Trainer:
         self.healing.steps += 1
         return float(total)
 
-    def _passes(self) -> list[tuple[Teacher, Batch]]:
+    def _passes(self) -> list[tuple[Lesson, Batch]]:
         """Return the passes of the next step: its examples in batches of one lesson each."""
-        device, start = input_device(self.model), self.healing.steps * self.config.batch_size
+        device = input_device(self.model)
+        start = (self.steps_before + self.healing.steps) * self.config.batch_size
         chosen = self.order[start : start + self.config.batch_size]
-        passes: list[tuple[Teacher, Batch]] = []
+        passes: list[tuple[Lesson, Batch]] = []
         for number, (lesson, rows) in enumerate(zip(self.lessons, self.rows, strict=True)):
             before, count = self.order[:start].count(number), chosen.count(number)
             drawn = [rows[index] for index in drawn_examples(range(before, before + count), len(rows), self.seed)]
-            passes += [(lesson.teacher, batch.to(device)) for batch in self.pack(drawn)]
+            passes += [(lesson, batch.to(device)) for batch in self.pack(drawn)]
         return passes
 
-    def _loss(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
-        divergences, gold = teacher.losses(self.model, batch)
-        weight = self.config.gold_weight
-        return ((1 - weight) * divergences + weight * gold).sum()
-
-    def _evaluate(self, losses: list[float]) -> None:
-        """Record the mean of `losses`, which are cleared, and the monitor's score; keep the best weights."""
-        record: dict[str, Any] = {"step": self.healing.steps}
-        if losses:
-            record["loss"] = float(np.mean(losses))
-            losses.clear()
-        if self.monitor is not None:
-            record |= self.monitor(self.model)
-            if not self.best or _merit(record) > max(map(_merit, self.healing.evaluations)):
-                self.best = self.training.values()
-                self.healing.best_step = self.healing.steps
-        self.healing.evaluations.append(record)
-
-    def _is_stalled(self) -> bool:
-        """Return whether the last `patience` evaluations brought no improvement."""
-        since = [record for record in self.healing.evaluations if record["step"] > self.healing.best_step]
-        return self.monitor is not None and len(since) >= self.config.patience
+    def _loss(self, lesson: Lesson, batch: Batch) -> torch.Tensor:
+        return lesson.losses(self.model, batch, self.config.gold_weight).sum()
 
     def _save(self, stage: str, tensors: Mapping[str, torch.Tensor]) -> None:
         self.work.save(stage, self.key, tensors, record=vars(self.healing))
-
-
-def _merit(record: Mapping[str, Any]) -> tuple[float, float]:
-    return record["score"], -record.get("kl", 0.0)
 
 
 def _schedule(step: int, steps: int) -> float:

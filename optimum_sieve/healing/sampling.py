@@ -1,7 +1,8 @@
-"""The examples of each healing step: pure functions of the number of the step. Does not import torch."""
+"""The examples and the learning rate of each step: pure functions of the number of the step. Does not import torch."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_WARMUP = 0.1
 
 
 def interleaved(weights: Sequence[float], count: int) -> list[int]:
@@ -40,3 +43,11 @@ def drawn_examples(draws: range, num_examples: int, seed: int) -> list[int]:
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_examples)
               for epoch in {draw // num_examples for draw in draws}}  # fmt: skip
     return [int(orders[draw // num_examples][draw % num_examples]) for draw in draws]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the factor of the learning rate at `step` (from 0): linear warmup to 1, then cosine decay to 0."""
+    warmup = max(1, round(_WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

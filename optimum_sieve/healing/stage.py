@@ -1,40 +1,39 @@
-"""Healing as a stage of a run: its reference, the dense model, and its rounds of pruning and training."""
+"""Healing as a stage of a run: the dense model's predictions, and the descent through falling sizes."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from optimum_sieve.allocation.budget import rank_parameters
 from optimum_sieve.allocation.stage import allocate_ranks
-from optimum_sieve.backbone.fingerprint import model_fingerprint
-from optimum_sieve.backbone.targets import is_conv1d
-from optimum_sieve.calibration.stage import calibrate
-from optimum_sieve.evaluation.stage import score_cache, score_dense
+from optimum_sieve.backbone.targets import linear_weight
+from optimum_sieve.calibration.held import held_bases
+from optimum_sieve.calibration.stage import gold_examples
+from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
 from optimum_sieve.modeling.layers import FactorizedLinear
-from optimum_sieve.run.workdir import content_key
+from optimum_sieve.run.workdir import content_key, unflatten
 from optimum_sieve.surgery.apply import apply_ranks, restore
 
 from .loop import FORMAT, Healing, heal
-from .monitor import Monitored, SelectionMonitor
 from .optimizer import norm_parameters
+from .size import HealedSize, plain_layer, stored_layer, tensors_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import nn
 
     from optimum_sieve.allocation.budget import Ranks
-    from optimum_sieve.config.heal import HealConfig
+    from optimum_sieve.calibration.rounds import Bases
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.run.context import Run, TaskRun
+
+
+_STAGE = "pruned"
 
 
 def make_healer(run: Run) -> Healer | None:
@@ -46,61 +45,25 @@ def make_healer(run: Run) -> Healer | None:
 
 
 def hold_ranks(run: Run, bases: Mapping[str, FactorBasis], ranks: Ranks, healer: Healer | None) -> Callable[[], None]:
-    """Put `ranks` into the dense model and heal it if there is a healer; return what makes it dense again."""
-    if healer is None:
+    """Put the chosen size into the dense model; return what makes the model dense again.
+
+    This is the healer's last accepted size, or `ranks` if there is no healer or it accepted none.
+    """
+    if healer is None or healer.best is None:
         return partial(restore, run.model, apply_ranks(run.model, bases, ranks, storage=run.config.storage))
-    with run.timed("healing"):
-        healer.apply(bases, ranks)
+    healer.put(healer.best)
     return healer.restore
 
 
 def heal_config(run: Run) -> HealConfig:
     """Return the healing settings of a run that heals."""
-    assert run.config.heal is not None
+    assert isinstance(run.config.heal, HealConfig)
     return run.config.heal
 
 
-def monitored_part(run: Run, task: TaskRun) -> slice:
-    """Return the part of a task's selection split that is monitored while healing: the first examples."""
-    return slice(heal_config(run).monitor_count(len(task.selection)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What healing needs of the dense model, which may be freed afterwards.
-
-    Args:
-        lessons (`Sequence[Lesson]`): The calibration examples of each task, with the dense model's predictions.
-        monitor (`SelectionMonitor`): Compares a model with the dense one on part of each task's selection split.
-    """
-
-    lessons: Sequence[Lesson]
-    monitor: SelectionMonitor
-
-    @classmethod
-    def of(cls, run: Run) -> Reference:
-        """Evaluate the dense model, which the run must hold now."""
-        monitor = SelectionMonitor(
-            parts=[_monitored(run, task) for task in run.tasks],
-            tokenizer=run.tokenizer,
-            batch_size=run.config.batch_size,
-        )
-        return cls(lessons=[_lesson(run, task) for task in run.tasks], monitor=monitor)
-
-    def heal(self, run: Run, pruned_key: str | None = None) -> Healing:
-        """Train the factors of the model, which the run must hold pruned now, and whose hash may be known."""
-        return heal(
-            run.model,
-            self.lessons,
-            run.tokenizer,
-            heal_config(run),
-            monitor=self.monitor,
-            seed=run.config.seed,
-            # The monitor chooses the weights by the metrics.
-            work=score_cache(run, run.tasks),
-            pruned_key=pruned_key,
-            progress=run.progress,
-        )
+def make_lessons(run: Run) -> list[Lesson]:
+    """Evaluate the dense model, which the run must hold now, on the calibration examples of every task."""
+    return [_lesson(run, task) for task in run.tasks]
 
 
 def _lesson(run: Run, task: TaskRun) -> Lesson:
@@ -114,130 +77,148 @@ def _lesson(run: Run, task: TaskRun) -> Lesson:
         model_key=run.model_key,
         progress=run.progress,
     )
-    return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight)
-
-
-def _monitored(run: Run, task: TaskRun) -> Monitored:
-    part = monitored_part(run, task)
-    dense = score_dense(run, task, "selection", part)
-    return Monitored(task=task.name, examples=task.examples("selection", part), metric=task.metric, dense=dense)
+    return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight, gold=task.labelled)
 
 
 class Healer:
-    """Prunes the model of a run to given ranks and heals it, as often as a search asks.
+    """Prunes the model of a run to falling sizes and heals each one, going on from the healed factors.
 
-    The factors are trained on the calibration examples of every task, in proportion to the tasks' weights. The first
-    selection examples of each task are monitored; the others decide the size.
+    The factors are trained on the calibration examples of every task, in proportion to the tasks' weights. The bases of
+    each size but the first are taken on the healed model of the size before. The model is dense between calls.
 
     Args:
         run (`Run`): The run, whose model is dense and whose settings have `heal`.
+
+    The attribute `best` is the last size that was accepted, or `None`.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.config = heal_config(run)
-        self.reference = Reference.of(run)
-        self.rounds: list[Healing] = []
+        self.best: HealedSize | None = None
+        self.lessons = make_lessons(run)
+        self._gold = [gold_examples(run, task) for task in run.tasks]
         self._dense = {target.name: run.model.get_submodule(target.name) for target in run.targets}
         norms = norm_parameters(run.model) if self.config.train_norms else {}
-        self._norms = [(parameter, parameter.detach().clone()) for parameter in norms.values()]
+        self._norms = {name: parameter.detach().clone() for name, parameter in norms.items()}
+        self._sizes: list[HealedSize] = []
 
     @property
     def key(self) -> str:
-        """Hash of everything that a healed model depends on, besides its bases and ranks."""
-        # They limit the ranks of the rounds before the last.
+        """Hash of everything that a healed model depends on, besides the first bases and the sizes."""
+        # They limit the ranks.
         latencies = self.run.latencies
         return self.run.key(
             *("heal", "seed", "storage", "allocation", "rank_multiple", "latency_target"),
-            lessons=lessons_fingerprint(self.reference.lessons),
-            monitor=self.reference.monitor.fingerprint,
+            *("projection", "damping", "loss", "label_source"),
+            lessons=lessons_fingerprint(self.lessons),
             latencies=None if latencies is None else {name: times.tolist() for name, times in latencies.items()},
             format=FORMAT,
         )
 
-    def apply(self, bases: Mapping[str, FactorBasis], ranks: Ranks) -> None:
-        """Put `ranks` into the dense model and heal it, in one or several rounds.
+    def descend(
+        self,
+        bases: Bases,
+        sizes: Iterable[float],
+        accept: Callable[[HealedSize], bool],
+        *,
+        first_ranks: Ranks | None = None,
+    ) -> None:
+        """Prune to one size after the other, heal it and go on while `accept` returns true.
 
-        Round i of n prunes the model to the (i/n)-th power of the fraction that `ranks` keep and heals it. The products
-        of the healed factors are the weights of the next round, which takes its moments on them. After an error the
-        model is dense again.
+        Args:
+            bases (`Bases`): Bases of the dense weights, for the first size.
+            sizes (`Iterable[float]`): Falling kept fractions. They are taken one by one, so they may end early.
+            accept (`Callable`): Called while the model holds the healed size.
+            first_ranks (`Mapping[str, int | None]`, *optional*): Ranks of the first size. Default: allocated.
         """
-        run, rounds = self.run, self.config.rounds
-        self.rounds = []
-        kept = self._kept(ranks)
+        key = content_key(healer=self.key, bases=bases.key, ranks=first_ranks)
+        previous: HealedSize | None = None
         try:
-            for number in range(1, rounds + 1):
-                target_ranks = ranks if rounds == 1 else allocate_ranks(run, bases, kept ** (number / rounds))
-                # An early round may keep so much that no layer is factorized.
-                if apply_ranks(run.model, bases, target_ranks, storage=run.config.storage):
-                    self._heal()
-                if number < rounds:
-                    self._multiply_out()
-                    bases = self._calibrate_again()
-        except BaseException:
-            self.restore()
-            raise
-
-    def restore(self) -> None:
-        """Make the model dense again."""
-        restore(self.run.model, self._dense)
-        with torch.no_grad():
-            for parameter, value in self._norms:
-                parameter.copy_(value)
-
-    @contextmanager
-    def healed(self, bases: Mapping[str, FactorBasis], ranks: Ranks) -> Iterator[None]:
-        """Hold `ranks`, healed, in the model inside the context; it is dense again afterwards."""
-        self.apply(bases, ranks)
-        try:
-            yield
+            for kept in sizes:
+                key = content_key(before=key, kept=kept)
+                ranks = first_ranks if previous is None else None
+                size = self._healed(key, kept, self._pruned(key, kept, previous, bases, ranks))
+                self._sizes.append(size)
+                self.put(size)
+                if not accept(size):
+                    break
+                previous = self.best = size
         finally:
             self.restore()
 
+    def put(self, size: HealedSize) -> None:
+        """Put a healed size into the model."""
+        self._hold(size.layers, size.norms)
+
+    def restore(self) -> None:
+        """Make the model dense again."""
+        self._hold({}, {})
+
     def report(self) -> dict[str, Any]:
-        """Return the figures of the last call of `apply` for the report."""
-        rounds = [done.to_dict() for done in self.rounds]
-        ends = {"before": rounds[0]["before"], "after": rounds[-1]["after"]} if rounds else {}
+        """Return the figures for the report."""
         return {
-            "steps": sum(figures["steps"] for figures in rounds),
-            "examples": sum(len(lesson.examples) for lesson in self.reference.lessons),
-            "seconds": round(sum(figures["seconds"] for figures in rounds), 3),
-            "monitored": self.reference.monitor.count,
-            **ends,
-            "rounds": rounds,
+            "steps": self._steps,
+            "examples": sum(len(lesson.examples) for lesson in self.lessons),
+            "seconds": round(sum(size.healing.seconds for size in self._sizes), 3),
+            "sizes": [{"kept": size.kept, **size.healing.to_dict()} for size in self._sizes],
         }
 
-    def _heal(self) -> None:
-        self.rounds.append(self.reference.heal(self.run))
+    @property
+    def _steps(self) -> int:
+        return sum(size.healing.steps for size in self._sizes)
 
-    def _kept(self, ranks: Ranks) -> float:
-        """Return the fraction of the targets' parameters that `ranks` keep."""
-        targets, storage = self.run.targets, self.run.config.storage
-        kept = 0
-        for target in targets:
-            rank = ranks[target.name]
-            shape = (target.out_features, target.in_features)
-            kept += target.num_parameters if rank is None else rank_parameters(rank, *shape, storage)
-        return kept / sum(target.num_parameters for target in targets)
+    def _pruned(
+        self, key: str, kept: float, previous: HealedSize | None, bases: Mapping[str, FactorBasis], ranks: Ranks | None
+    ) -> dict[str, FactorizedLinear]:
+        """Return the layers of a size before they are healed, from the work directory if stored."""
+        run = self.run
+        stored = run.work.load(_STAGE, key)
+        if stored is not None:
+            return {name: plain_layer(parts["left"], parts["right"], parts.get("bias"), self._weight(name))
+                    for name, parts in unflatten(stored).items()}  # fmt: skip
+        if previous is None:
+            self.restore()
+        else:
+            self._hold(previous.factors, previous.norms)
+            bases = held_bases(run, self._gold)
+        layers = {}
+        for name, rank in (ranks or allocate_ranks(run, bases, kept)).items():
+            current = run.model.get_submodule(name)
+            if isinstance(current, FactorizedLinear):
+                # What was removed does not come back, also where a limit on the latency would allow it.
+                rank = bases[name].max_rank if rank is None else min(rank, bases[name].max_rank)
+            if rank is not None:
+                bias = current.bias if isinstance(current.bias, torch.Tensor) else None
+                layers[name] = plain_layer(*bases[name].truncate(rank), bias, self._weight(name))
+        run.work.save(_STAGE, key, tensors_of(layers))
+        return layers
 
-    def _multiply_out(self) -> None:
-        """Replace each factorized layer by a dense one with its weight and bias."""
-        for name, dense in self._dense.items():
-            layer = self.run.model.get_submodule(name)
-            if isinstance(layer, FactorizedLinear):
-                whole = copy.copy(dense)
-                whole._parameters = dict(dense._parameters)
-                weight = layer.weight.detach()
-                whole.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(whole) else weight)
-                if layer.bias is not None:
-                    whole.bias = nn.Parameter(layer.bias.detach())
-                self.run.model.set_submodule(name, whole)
+    def _healed(self, key: str, kept: float, factors: dict[str, FactorizedLinear]) -> HealedSize:
+        """Heal layers of plain factors, in place. The weights of normalization layers go on from the size before."""
+        run, before = self.run, self._sizes[-1].norms if self._sizes else {}
+        self._hold(factors, before)
+        healing = Healing(examples=0)
+        # A large size may keep so much that no layer is factorized.
+        if factors:
+            healing = heal(
+                run.model, self.lessons, run.tokenizer, self.config, seed=run.config.seed, steps_before=self._steps,
+                work=run.work, pruned_key=key, progress=run.progress,
+            )  # fmt: skip
+        return HealedSize(
+            kept=kept,
+            key=key,
+            factors=factors,
+            layers={name: stored_layer(layer, run.config.storage) for name, layer in factors.items()},
+            norms={name: run.model.get_parameter(name).detach().clone() for name in self._norms},
+            healing=healing,
+        )
 
-    def _calibrate_again(self) -> dict[str, FactorBasis]:
-        """Take one round of moments on the model as it is now and factor its weights."""
-        # The key only names files.
-        healed = "" if self.run.work.path is None else model_fingerprint(self.run.model)
-        key = content_key(model=self.run.model_key, healed=healed)
-        config = dataclasses.replace(self.run.config, rounds=1)
-        # Its time counts as healing.
-        return calibrate(dataclasses.replace(self.run, model_key=key, config=config, seconds={}))
+    def _weight(self, name: str) -> torch.Tensor:
+        return linear_weight(self._dense[name])
+
+    def _hold(self, layers: Mapping[str, nn.Module], norms: Mapping[str, torch.Tensor]) -> None:
+        restore(self.run.model, {**self._dense, **layers})
+        with torch.no_grad():
+            for name, value in {**self._norms, **norms}.items():
+                self.run.model.get_parameter(name).copy_(value)

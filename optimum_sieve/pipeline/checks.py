@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
+from optimum_sieve._messages import shown
 from optimum_sieve.backbone.kinds import input_format, model_kind
 from optimum_sieve.backbone.targets import is_linear, linear_weight
 from optimum_sieve.evaluation.batches import check_examples
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.backbone.targets import Target
+    from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Task
 
@@ -63,6 +65,21 @@ def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         if task.kind == "generate":
             check_generation(examples, tokenizer, inputs)
         check_examples(examples, tokenizer, candidates=task.kind != "generate", inputs=inputs)
+
+
+def check_search(config: SieveConfig) -> None:
+    """Check that the settings are those of a search that other processes can join.
+
+    Raises:
+        ValueError: If not.
+    """
+    if config.allocation != "genetic":
+        raise ValueError(f"`allocation` must be 'genetic' for a search, got {config.allocation!r}.")
+    if config.tune is not None:
+        raise ValueError(
+            f"`tune` must be None for a search that workers can join, got {shown(config.tune)}. `prune` tunes and "
+            "searches in one process."
+        )
 
 
 def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:

@@ -15,7 +15,8 @@ from optimum_sieve.backbone.sizes import measure_sizes
 from optimum_sieve.backbone.sources import naming_model, read_config, source_options
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned
-from optimum_sieve.healing.stage import Reference, heal_config
+from optimum_sieve.healing.loop import heal
+from optimum_sieve.healing.stage import heal_config, make_lessons
 from optimum_sieve.modeling.conversion import check_pruned
 from optimum_sieve.publish.result import TaskScores, make_result
 from optimum_sieve.run.context import Run
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.config.heal import HealConfig
     from optimum_sieve.evaluation.scores import Evaluation
+    from optimum_sieve.evaluation.teacher import Lesson
     from optimum_sieve.healing.loop import Healing
     from optimum_sieve.publish.result import SieveResult
     from optimum_sieve.tasks import Task
@@ -65,7 +67,7 @@ def heal_pruned(
         model (`str | Path`): Directory or Hub id of the pruned model.
         dense (`str | Path`): Directory or Hub id of the model it was pruned from.
         tasks (`Sequence[Task]`): The tasks, usually one.
-        config ([`HealConfig`][optimum_sieve.config.heal.HealConfig]): The settings; there is always one round.
+        config ([`HealConfig`][optimum_sieve.config.heal.HealConfig]): The settings; the size stays as it is.
         task_weights (`Sequence[float]`, *optional*): Relative task weights. Default: equal ones.
         dtype (`str | torch.dtype`, *optional*): For example `"bfloat16"`. Default: as the checkpoints were saved.
         device (`str | torch.device`, *optional*): Device to compute on. Default: the GPU if there is one.
@@ -105,7 +107,10 @@ def heal_pruned(
     run = Run(model=pruned, tokenizer=tokenizer, tasks=runs, model_key=key, **before.shared)
     check_base(run, before.shapes, before.fingerprints)
     with run.timed("healing"):
-        healing = before.reference.heal(run, key or None)
+        healing = heal(
+            run.model, before.lessons, tokenizer, heal_config(run), seed=seed, work=run.work, pruned_key=key or None,
+            progress=run.progress,
+        )  # fmt: skip
     return _make_result(run, before, healing, block, task_weights), tokenizer
 
 
@@ -129,7 +134,7 @@ def _check_tasks(tasks: Sequence[Task], settings: SieveConfig) -> None:
     check_tasks(tasks)
     task_shares(settings.task_weights, len(tasks))
     for task in tasks:
-        # The monitor and the test compare with them.
+        # The loss and the test compare with them.
         if not task.labelled:
             raise ValueError(
                 f"`task` must have an `answer` to heal a pruned directory, got none in {task.name!r}. Add it to the "
@@ -172,7 +177,7 @@ def _naming_dense() -> Iterator[None]:
 class _Dense:
     """Data kept from the dense model and its run, which are freed; `shared` holds fields of the pruned model's run."""
 
-    reference: Reference
+    lessons: list[Lesson]
     scores: list[Evaluation]
     sizes: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
@@ -182,9 +187,9 @@ class _Dense:
     @classmethod
     def of(cls, run: Run) -> _Dense:
         with run.timed("healing"):
-            reference = Reference.of(run)
+            lessons = make_lessons(run)
         return cls(
-            reference=reference,
+            lessons=lessons,
             scores=score_test_dense(run),
             sizes=measure_sizes(run.model, run.targets, run.vocabulary),
             shapes=linear_shapes(run.model),
@@ -212,5 +217,5 @@ def _make_result(
         base_model=block.get("base_model"),
         base_revision=block.get("base_revision"),
         vocabulary=block.get("vocabulary"),
-        healing={**healing.to_dict(), "monitored": dense.reference.monitor.count, "settings": settings},
+        healing={**healing.to_dict(), "settings": settings},
     )

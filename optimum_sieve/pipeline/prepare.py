@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from optimum_sieve.backbone.experts import separated_view
@@ -15,6 +16,7 @@ from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.modeling.experts import separate_experts
+from optimum_sieve.plan.healing import settle_healing
 from optimum_sieve.plan.memory import BatchSizes
 from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.run import distributed
@@ -84,6 +86,11 @@ def check_vocabulary(
 
 
 def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig) -> None:
+    if not task.labelled and config.tune is not None:
+        raise ValueError(
+            "`tune` must go with gold answers, got a task file without `answer`. Add it to the task file, or omit "
+            "`tune`: healing alone needs no answers."
+        )
     if not task.labelled and config.label_source == "data":
         raise ValueError(
             "`answer` must be given in the task file where label_source='data', got none. To hold the pruned model to "
@@ -97,8 +104,6 @@ def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task:
                 "search with workers: `optimum-cli sieve search --worker`."
             )
         config.search_count(task.splits["selection"])
-    if config.heal is not None:
-        config.heal.monitor_count(task.splits["selection"])
 
 
 def prepare(
@@ -124,11 +129,9 @@ def prepare(
     vocabulary = check_vocabulary(model, tokenizer, tasks, config)
     # A plan tokenizes all examples, so it is made only if needed.
     limited = config.memory_limit is not None or holds_offloaded(model)
-    by_block = limited and plan_run(view, tokenizer, tasks, config, targets, vocabulary).blocks is not None
-    # A search heals the best size again at its end unless the result is cached.
-    searches_healed = config.heal is not None and config.tolerance is not None
-    is_temporary = work_dir is None and (searches_healed or by_block)
-    work = WorkDir.temporary() if is_temporary else WorkDir(work_dir)
+    config = settle_healing(config, partial(plan_run, view, tokenizer, tasks, targets, vocabulary), limited=limited)
+    by_block = limited and plan_run(view, tokenizer, tasks, targets, vocabulary, config).blocks is not None
+    work = WorkDir.temporary() if work_dir is None and by_block else WorkDir(work_dir)
     runs = task_runs(model, tokenizer, tasks, config)
     separate_experts(model)
     is_stored = work.path is not None or study_storage is not None
@@ -151,9 +154,9 @@ def plan_run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
-    config: SieveConfig,
     targets: list[Target],
     vocabulary: TaskVocabulary | None,
+    config: SieveConfig,
 ) -> PrunePlan:
     """Plan a run whose inputs were checked.
 

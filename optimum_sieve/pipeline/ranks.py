@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.evaluation.stage import score, score_dense
-from optimum_sieve.healing.stage import monitored_part
-from optimum_sieve.run.context import WHOLE
+from optimum_sieve.healing.stage import heal_config
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.search.stage import run_search
 from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary.stage import vocabulary_part
 
+from .descent import descend_within, kept_fraction
+
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.calibration.rounds import Bases
     from optimum_sieve.evaluation.comparison import Comparison
@@ -33,38 +31,66 @@ logger = logging.getLogger(__name__)
 
 
 def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[Ranks, list[dict[str, Any]]]:
-    """Choose every target's rank for `pruning_ratio`, or search the smallest size within `tolerance`.
+    """Choose every target's rank for `pruning_ratio`, or the smallest size within `tolerance`.
+
+    A healer heals falling sizes, from the one that holds without training down; its `best` size is the result. The
+    model is dense afterwards.
 
     Args:
         run (`Run`): The run.
         bases (`Bases`): The basis of every target.
-        healer (`Healer`, *optional*): Heals every size that is tried; the selection examples that it does not monitor
-            decide.
+        healer (`Healer`, *optional*): Heals falling sizes.
 
     Returns:
-        `tuple[dict, list[dict]]`: Ranks by name (`None` = dense), and what the search tried.
+        `tuple[dict, list[dict]]`: Ranks by name (`None` = dense), and what was tried.
 
     Raises:
         ToleranceError: If no size is within the tolerance; names the part of a reduced vocabulary in the loss.
     """
+    ranks, trials, failure = _without_healing(run, bases)
+    if healer is not None:
+        with run.timed("healing"):
+            if run.config.tolerance is None:
+                _heal_to_ratio(run, bases, ranks, healer)
+            else:
+                kept = None if ranks is None else kept_fraction(run, ranks)
+                trials += descend_within(run, bases, kept, healer)
+        if healer.best is not None:
+            return healer.best.ranks([target.name for target in run.targets]), trials
+    if ranks is None:
+        raise ToleranceError(f"{failure}{vocabulary_part(run)}") from failure
+    return ranks, trials
+
+
+def _without_healing(run: Run, bases: Bases) -> tuple[Ranks | None, list[dict[str, Any]], ToleranceError | None]:
+    """Choose the ranks of a model that is not trained: ranks (`None`: no size holds), what was tried, and the error."""
     config = run.config
     with run.timed("ranks"):
         if config.allocation != "genetic" and config.pruning_ratio is not None:
-            return allocate_ranks(run, bases, 1 - config.pruning_ratio), []
+            return allocate_ranks(run, bases, 1 - config.pruning_ratio), [], None
         try:
             if config.allocation == "genetic":
                 result = run_search(run, bases)
-                return result["ranks"], result["candidates"]
-            return _search_size(run, bases, healer)
+                return result["ranks"], result["candidates"], None
+            return *_search_size(run, bases), None
         except ToleranceError as error:
-            raise ToleranceError(f"{error}{vocabulary_part(run)}") from None
+            return None, error.trials, error
 
 
-def _search_size(run: Run, bases: Bases, healer: Healer | None) -> tuple[Ranks, list[dict[str, Any]]]:
+def _heal_to_ratio(run: Run, bases: Bases, ranks: Ranks | None, healer: Healer) -> None:
+    """Heal the size of `pruning_ratio`, and sizes on the way to it where its ranks are not given by a search."""
+    config = run.config
+    kept = 1 - (config.pruning_ratio or 0.0)
+    # Adapters are learned for one size.
+    at_once = config.allocation == "genetic" or config.projection == "learned"
+    sizes = [kept] if at_once else heal_config(run).sizes_to(kept)
+    healer.descend(bases, sizes, lambda size: True, first_ranks=ranks if at_once else None)
+
+
+def _search_size(run: Run, bases: Bases) -> tuple[Ranks, list[dict[str, Any]]]:
     """Bisect the kept fraction; return the ranks of the smallest size within the tolerance, and all sizes tried."""
     config = run.config
-    deciding = [(task, _deciding_part(run, task, healer)) for task in run.tasks]
-    dense = [score_dense(run, task, "selection", part) for task, part in deciding]
+    dense = [score_dense(run, task, "selection") for task in run.tasks]
     for task, evaluation in zip(run.tasks, dense, strict=True):
         warn_of_the_majority(task, evaluation)
     by_block = run.by_block and all(task.selection[0].generation is None for task in run.tasks)
@@ -72,32 +98,19 @@ def _search_size(run: Run, bases: Bases, healer: Healer | None) -> tuple[Ranks, 
 
         def compare_at(kept: float) -> dict[str, Comparison]:
             ranks = allocate_ranks(run, bases, kept)
-            pruned = content_key(bases=bases.key, ranks=ranks, healing=None if healer is None else healer.key)
+            pruned = content_key(bases=bases.key, ranks=ranks)
             options: dict[str, Any] = {"label": f"kept {kept:.1%}", "pruned": pruned}
             if by_block:
                 options["held"] = (bases, ranks)
-            with _held(live, bases, ranks, healer, by_block=by_block):
-                after = [score(run, task, "selection", part, **options) for task, part in deciding]
+            else:
+                live.hold(ranks)
+            after = [score(run, task, "selection", **options) for task in run.tasks]
             return {task.name: compare(*pair) for task, *pair in zip(run.tasks, dense, after, strict=True)}
 
         kept, trials = search_kept_fraction(
             compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
         )
     return allocate_ranks(run, bases, kept), trials
-
-
-def _held(
-    live: LiveRanks, bases: Bases, ranks: Ranks, healer: Healer | None, *, by_block: bool
-) -> AbstractContextManager[object]:
-    """Hold ranks in the model, healed if there is a healer. Block by block, the evaluation holds them itself."""
-    if healer is not None:
-        return healer.healed(bases, ranks)
-    return nullcontext() if by_block else nullcontext(live.hold(ranks))
-
-
-def _deciding_part(run: Run, task: TaskRun, healer: Healer | None) -> slice:
-    """Return the part of a task's selection split that decides on a size: the examples that no healer monitors."""
-    return WHOLE if healer is None else slice(monitored_part(run, task).stop, None)
 
 
 def warn_of_the_majority(task: TaskRun, dense: Evaluation) -> None:

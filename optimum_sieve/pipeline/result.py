@@ -38,7 +38,7 @@ def pruned_result(
 
     Args:
         run (`Run`): The run, whose model is pruned.
-        dense (`Sequence[Evaluation]`): Evaluation of the dense model on each task's test split.
+        dense (`Sequence[Evaluation]`): Evaluation of the dense model, tuned or not, on each task's test split.
         pruned (`Sequence[Evaluation]`): Evaluation of the pruned model.
         sizes (`dict[str, int]`): Sizes of the dense model, see `measure_sizes`.
         ranks (`Mapping[str, int | None]`): Ranks of the pruned model.
@@ -49,9 +49,10 @@ def pruned_result(
         loading (`dict[str, str]`, *optional*): Options it was loaded with.
     """
     bring_in(run.model)
+    untuned = [None] * len(run.tasks) if run.tuning is None else run.tuning.dense
     result = make_result(
         run.model,
-        scores=[TaskScores.of(*each) for each in zip(run.tasks, dense, pruned, strict=True)],
+        scores=[TaskScores.of(*each) for each in zip(run.tasks, dense, pruned, untuned, strict=True)],
         sizes=(sizes, measure_sizes(run.model, run.targets)),
         trials=trials,
         settings=run.config.to_dict(),
@@ -59,6 +60,7 @@ def pruned_result(
         loading=loading,
         base_model=public_name(base_model),
         base_revision=base_revision,
+        tuning=None if run.tuning is None else run.tuning.report,
         healing=None if healer is None else healer.report(),
         vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
         latency=None if run.latencies is None else total_seconds(run, ranks),

@@ -9,6 +9,7 @@ from optimum_sieve.backbone.blockwise import find_blocks
 from optimum_sieve.backbone.offloading import execution_device, holds_offloaded
 from optimum_sieve.backbone.sizes import tensor_bytes
 
+from .healing import describe_healing, heal_bytes
 from .memory import BlockSizes, bases_at_once, basis_bytes, by_block_bytes, moments_bytes, whole_activation_bytes
 
 
@@ -18,14 +19,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from optimum_sieve.backbone.targets import Target
-    from optimum_sieve.config.heal import HealConfig
     from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.vocabulary import TaskVocabulary
 
     from .memory import BatchSizes
 
-# Per trained parameter, in float32: its gradient, both moments of AdamW, its first value and its best one.
-_HEAL_BYTES = 5 * 4
 # CPU memory of a process after importing the libraries and a first computation (measured: 550 MB).
 _LIBRARY_BYTES = 600_000_000
 # In half precision on the CPU, oneDNN caches up to 1,024 compiled products, one for each rank and number of tokens
@@ -165,7 +163,7 @@ def make_plan(
     Args:
         model (`torch.nn.Module`): The dense model, whose experts are separate linears.
         targets (`list[Target]`): The matrices to prune.
-        config (`SieveConfig`): The settings.
+        config (`SieveConfig`): The settings; `heal="auto"` counts as `None`, see `settle_healing`.
         splits (`Mapping[str, dict[str, int]]`): Number of examples in each split of each task.
         batch (`BatchSizes`): Sizes of the batches of all examples.
         vocabulary (`TaskVocabulary`, *optional*): Vocabulary of the calibration splits.
@@ -177,8 +175,6 @@ def make_plan(
     model_bytes = tensor_bytes(model)
     after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
     element = _element_size(model, targets)
-    # A search starts at half of the parameters.
-    kept = total // 2 if after is None else after
     removed = 0 if vocabulary is None else vocabulary.rows.removed_elements
     plan = PrunePlan(
         num_targets=len(targets),
@@ -192,8 +188,8 @@ def make_plan(
         bases_at_once=bases_at_once(config),
         activation_bytes=whole_activation_bytes(model, targets, batch, element),
         examples=dict(splits),
-        heal_bytes=0 if config.heal is None else _trained(config, kept) * _HEAL_BYTES,
-        healing=None if config.heal is None else _describe_healing(config, config.heal),
+        heal_bytes=heal_bytes(config, total),
+        healing=describe_healing(config),
         vocabulary=None if vocabulary is None else vocabulary.sizes,
         library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if _computes_in_half_on_cpu(model, targets) else 0),
     )
@@ -263,19 +259,6 @@ def _element_size(model: nn.Module, targets: Sequence[Target]) -> int:
     """Return the bytes of one element of the targets' weights."""
     first: Any = model.get_submodule(targets[0].name)
     return int(first.weight.element_size())
-
-
-def _trained(config: SieveConfig, kept: int) -> int:
-    """Return the most parameters that healing trains: pivots are trained as factors, which have up to twice as many."""
-    return 2 * kept if config.storage == "pivoted" else kept
-
-
-def _describe_healing(config: SieveConfig, heal: HealConfig) -> str:
-    sizes = 1 if config.tolerance is None else config.search_steps
-    examples = sizes * heal.rounds * heal.steps * heal.batch_size
-    times = f"{sizes} sizes x " if sizes > 1 else ""
-    times += f"{heal.rounds} rounds x " if heal.rounds > 1 else ""
-    return f"at most {times}{heal.steps:,} steps of {heal.batch_size} examples, {examples:,} forward and backward"
 
 
 def _size(count: int) -> str:

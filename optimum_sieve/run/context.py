@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.tasks import Example
     from optimum_sieve.tasks.text_metrics import Metric
+    from optimum_sieve.tuning.stage import Tuning
     from optimum_sieve.vocabulary import TaskVocabulary
 
 # All examples of a split.
@@ -66,16 +68,18 @@ class Run:
     """Context that every stage of one run reads.
 
     Args:
-        model (`PreTrainedModel`): The dense model.
+        model (`PreTrainedModel`): The dense model, tuned or as it came.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         config (`SieveConfig`): The settings.
         tasks (`tuple[TaskRun, ...]`): The tasks, usually one.
         targets (`list[Target]`): Layers to prune.
         work (`WorkDir`): Cache of finished stages.
         progress (`bool`): Whether to show progress bars.
-        model_key (`str`): Hash of the dense model and, if it was reduced, its vocabulary. Empty if nothing is stored.
+        model_key (`str`): Hash of the dense model, of its tuning and, if it was reduced, its vocabulary. Empty if
+            nothing is stored.
         study_storage (`str`, *optional*): URL of the Optuna storage of a search. Default: a file in the work directory
             or, without one, memory.
+        tuning (`Tuning`, *optional*): How `model` was tuned, and its scores before.
         vocabulary (`TaskVocabulary`, *optional*): The reduced vocabulary of `model` and `tokenizer`.
         before_reduction (`Run`, *optional*): The run before the vocabulary was reduced.
         vocabulary_trials (`tuple[dict, ...]`): Vocabularies that were scored before any pruning, the last one in use.
@@ -85,6 +89,7 @@ class Run:
             is a `latency_target`.
         seconds (`dict[str, float]`): Wall-clock time of each stage. Copies of a run made by `dataclasses.replace` share
             it.
+        started (`float`): Time of the monotonic clock at which the run started.
     """
 
     model: PreTrainedModel
@@ -96,12 +101,20 @@ class Run:
     progress: bool
     model_key: str
     study_storage: str | None = None
+    tuning: Tuning | None = None
     vocabulary: TaskVocabulary | None = None
     before_reduction: Run | None = None
     vocabulary_trials: tuple[Mapping[str, Any], ...] = ()
     by_block: bool = False
     latencies: Mapping[str, np.ndarray] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the `time_limit`; infinite without one."""
+        limit = self.config.seconds
+        return math.inf if limit is None else self.started + limit - time.monotonic()
 
     def key(self, *settings: str, **inputs: object) -> str:
         """Return the cache key of a result: a hash of the dense model, the named settings and further inputs.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optimum_sieve.tasks import Example, Task
 
 TOKENIZER = make_tokenizer()
-QUICK = HealConfig(steps=24, learning_rate=3e-2, eval_steps=6)
+QUICK = HealConfig(steps=24, learning_rate=3e-2)
 
 
 def learn(
@@ -64,23 +64,6 @@ def prune(
     bases = calibrate(run)
     apply_ranks(model, bases, allocate_ranks(run, bases, 1 - (config.pruning_ratio or 0)), storage=config.storage)
     return model
-
-
-class ScriptedMonitor:
-    """Gives out scores and divergences from lists, one a call, and remembers the products it was shown."""
-
-    fingerprint = "scripted"
-
-    def __init__(self, scores: list[float], divergences: list[float] | None = None) -> None:
-        self.scores = scores
-        self.divergences = divergences or [0.0] * len(scores)
-        self.seen: list[dict[str, torch.Tensor]] = []
-
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return the next score."""
-        self.seen.append(products(model))
-        place = len(self.seen) - 1
-        return {"score": self.scores[place], "kl": self.divergences[place]}
 
 
 def split(task: Task, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Example]:

@@ -1,0 +1,100 @@
+"""The descent: heal falling sizes until one exceeds the tolerance.
+
+The order of the sizes is fixed, from large to small, and the descent stops at the first size that fails its test. So
+the chance that a size below the tolerance is accepted is at most `1 - confidence`, however many sizes are tested.
+
+Reference: Angelopoulos, Bates, Candes, Jordan and Lei (2021), *Learn then test*, fixed-sequence testing.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from optimum_sieve.allocation.budget import rank_parameters
+from optimum_sieve.allocation.tolerance import size_trial
+from optimum_sieve.evaluation.comparison import compare
+from optimum_sieve.evaluation.stage import score, score_dense
+from optimum_sieve.healing.stage import heal_config
+from optimum_sieve.run import distributed
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from optimum_sieve.allocation.budget import Ranks
+    from optimum_sieve.calibration.rounds import Bases
+    from optimum_sieve.healing.size import HealedSize
+    from optimum_sieve.healing.stage import Healer
+    from optimum_sieve.run.context import Run
+
+
+# First size where no size holds without training, and the smallest size that is tried.
+_LARGEST, _SMALLEST = 0.9, 0.01
+
+
+def descend_within(run: Run, bases: Bases, unhealed: float | None, healer: Healer) -> list[dict[str, Any]]:
+    """Heal falling sizes while they stay within the tolerance; return their records. The model is dense afterwards.
+
+    Args:
+        run (`Run`): The run, whose settings have a `tolerance`.
+        bases (`Bases`): The basis of every target.
+        unhealed (`float`, *optional*): Kept fraction of the smallest size that holds without training, if there is one.
+        healer (`Healer`): Its `best` size is the result.
+    """
+    config = run.config
+    dense = [score_dense(run, task, "selection") for task in run.tasks]
+    trials: list[dict[str, Any]] = []
+
+    def accept(size: HealedSize) -> bool:
+        options: dict[str, Any] = {"label": f"healed, kept {size.kept:.1%}", "pruned": size.key}
+        after = [score(run, task, "selection", **options) for task in run.tasks]
+        comparisons = {task.name: compare(*pair) for task, *pair in zip(run.tasks, dense, after, strict=True)}
+        trial = size_trial(size.kept, comparisons, config.confidence)
+        accepted = bool(trial["lower_bound"] >= -(config.tolerance or 0.0))
+        trials.append({**trial, "healed": True, "accepted": accepted})
+        if run.progress:
+            tqdm.write(_line(trials[-1], run.tasks[0].metric if len(run.tasks) == 1 else "lowest score"))
+        return accepted
+
+    healer.descend(bases, _falling_sizes(run, unhealed), accept)
+    return trials
+
+
+def kept_fraction(run: Run, ranks: Ranks) -> float:
+    """Return the fraction of the targets' parameters that `ranks` keep."""
+    kept = 0
+    for target in run.targets:
+        rank = ranks[target.name]
+        shape = (target.out_features, target.in_features)
+        kept += target.num_parameters if rank is None else rank_parameters(rank, *shape, run.config.storage)
+    return kept / sum(target.num_parameters for target in run.targets)
+
+
+def _falling_sizes(run: Run, unhealed: float | None) -> Iterator[float]:
+    """Yield the kept fractions to heal; stop before one that would end after the time limit."""
+    config = heal_config(run)
+    # A size that already holds needs no training.
+    kept = _LARGEST if unhealed is None else min(config.start, unhealed * config.shrink)
+    longest = 0.0
+    while kept >= _SMALLEST:
+        started = time.monotonic()
+        # Every process must go on or stop with the others.
+        if not distributed.agree(run.seconds_left > longest):
+            return
+        yield kept
+        longest = max(longest, time.monotonic() - started)
+        kept *= config.shrink
+
+
+def _line(trial: dict[str, Any], metric: object) -> str:
+    """Describe a size for the terminal."""
+    worst = min(trial.get("tasks", {"": trial}).values(), key=lambda each: each["lower_bound"])
+    name = metric if isinstance(metric, str) else "score"
+    verdict = "accepted" if trial["accepted"] else "beyond the tolerance"
+    return (
+        f"kept {trial['kept']:6.1%}  {name} {worst['mean']:+.3f} ± {worst['standard_error']:.3f}, at least "
+        f"{worst['lower_bound']:+.3f}, agreement {worst['agreement']:.3f}: {verdict}"
+    )
