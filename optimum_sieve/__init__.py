@@ -14,6 +14,7 @@ from optimum_sieve._lazy import find_former_modules, lazy_names
 if TYPE_CHECKING:
     from optimum_sieve.config.heal import HealConfig
     from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.config.tune import TuneConfig
     from optimum_sieve.evaluation.comparison import Comparison, compare
     from optimum_sieve.evaluation.scores import Evaluation, evaluate
     from optimum_sieve.modeling.layers import FactorizedLinear
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
-    "config": ["HealConfig", "SieveConfig"],
+    "config": ["HealConfig", "SieveConfig", "TuneConfig"],
     "evaluation.comparison": ["Comparison", "compare"],
     "evaluation.scores": ["Evaluation", "evaluate"],
     "modeling.layers": ["FactorizedLinear"],
@@ -46,6 +47,7 @@ __all__ = [
     "SievePruner",
     "SieveResult",
     "Task",
+    "TuneConfig",
     "compare",
     "evaluate",
     "lay_out_for_generation",

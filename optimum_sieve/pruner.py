@@ -15,7 +15,7 @@ from optimum_sieve.backbone.sources import check_name
 from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned, with_answers
 from optimum_sieve.healing.stage import hold_ranks, make_healer
-from optimum_sieve.pipeline.checks import check_model
+from optimum_sieve.pipeline.checks import check_model, check_search
 from optimum_sieve.pipeline.prepare import check_inputs, check_vocabulary, plan_run, prepare
 from optimum_sieve.pipeline.ranks import choose_ranks
 from optimum_sieve.pipeline.result import pruned_result
@@ -24,6 +24,7 @@ from optimum_sieve.publish.result import SieveResult, save_result
 from optimum_sieve.search.stage import join_search, leading, run_search, wait_for_search
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import check_tasks, read_tasks
+from optimum_sieve.tuning.stage import restore_untuned, tune_dense
 from optimum_sieve.vocabulary.stage import reduce_vocabulary, reduced_vocabulary, restore_vocabulary
 
 
@@ -138,7 +139,7 @@ class SievePruner:
         view = separated_view(self.model)
         targets = check_inputs(view, self.tokenizer, self.tasks, config)
         vocabulary = check_vocabulary(self.model, self.tokenizer, self.tasks, config)
-        return plan_run(view, self.tokenizer, self.tasks, config, targets, vocabulary)
+        return plan_run(view, self.tokenizer, self.tasks, targets, vocabulary, config)
 
     def search(
         self,
@@ -165,7 +166,8 @@ class SievePruner:
             ValueError: If the settings, the model or the data break a rule.
             RuntimeError: If no size is within the tolerance.
         """
-        run = self._prepare_search(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
+        check_search(config)
+        run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         with leading(run), reduced_vocabulary(with_answers(run, "calibration", "selection")) as run, leading(run):
             return run_search(run, calibrate(run), num_bottlenecks=num_bottlenecks)
 
@@ -178,15 +180,11 @@ class SievePruner:
             ValueError: If the bases in `work_dir` are not those of the study.
             RuntimeError: If the process that leads the search is dead and is not started again.
         """
-        run = self._prepare_search(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
+        check_search(config)
+        run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
             wait_for_search(run)
             return join_search(run, calibrate(run, must_exist=True))
-
-    def _prepare_search(self, config: SieveConfig, **options: Any) -> Run:
-        if config.allocation != "genetic":
-            raise ValueError(f"`allocation` must be 'genetic' for a search, got {config.allocation!r}.")
-        return self._prepare(config, **options)
 
     def _prepare(self, config: SieveConfig, **options: Any) -> Run:
         self._check_is_dense()
@@ -202,9 +200,9 @@ class SievePruner:
     ) -> SieveResult:
         """Prune the model in place and score it and the dense model on the test split.
 
-        The stages: moments on the calibration split, factor bases, ranks (searched on the selection split), pruning,
-        healing if the settings ask for it, and scores on the test split, which influence nothing. With several tasks
-        the moments are summed and the tolerance holds on each task.
+        The stages: tuning if the settings ask for it, moments on the calibration split, factor bases, ranks (searched
+        on the selection split), pruning, healing if the settings ask for it, and scores on the test split, which
+        influence nothing. With several tasks the moments are summed and the tolerance holds on each task.
 
         Args:
             config (`SieveConfig`): The settings.
@@ -225,7 +223,9 @@ class SievePruner:
         run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         with ExitStack() as undo:
             with leading(run):
-                run = reduce_vocabulary(with_answers(run, *SPLITS))
+                run = tune_dense(with_answers(run, *SPLITS))
+                undo.callback(restore_untuned, run)
+                run = reduce_vocabulary(run)
                 undo.callback(restore_vocabulary, run)
             with leading(run):
                 bases = calibrate(run)

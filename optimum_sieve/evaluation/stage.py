@@ -93,11 +93,12 @@ def score(
 
 
 def score_dense(run: Run, task: TaskRun, split: str, part: slice = WHOLE) -> Evaluation:
-    """Evaluate the dense model, which the run must hold now, with its original vocabulary."""
+    """Evaluate the dense model, tuned or not, which the run must hold now, with its original vocabulary."""
+    label = "dense model" if run.tuning is None else "tuned model"
     if run.vocabulary is None or run.before_reduction is None:
-        return score(run, task, split, part, label="dense model")
+        return score(run, task, split, part, label=label)
     with run.vocabulary.undone():
-        return score(run.before_reduction, task, split, part, label="dense model")
+        return score(run.before_reduction, task, split, part, label=label)
 
 
 def score_test_dense(run: Run) -> list[Evaluation]:

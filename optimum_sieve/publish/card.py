@@ -150,7 +150,7 @@ def _scores_line(results: dict[str, Any], num_tasks: int) -> str:
     """Return the sentence about the scores of one task, which names the task if there are several."""
     scores = [
         f"{side} {results[side]['score']:.4f} (standard error {results[side]['standard_error']:.4f})"
-        for side in ("dense", "pruned")
+        for side in ("dense", "tuned", "pruned")
         if side in results
     ]
     where = f"`{results['task']}`, " if num_tasks > 1 else ""
@@ -212,7 +212,7 @@ def _card_data(
         eval_results=[
             _eval_result(task, key, pipeline_tag)
             for task in task_blocks(report)
-            for key in ("pruned", "dense")
+            for key in ("pruned", "tuned", "dense")
             if key in task
         ],
     )

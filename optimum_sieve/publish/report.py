@@ -21,7 +21,10 @@ REPORT_NAME = "sieve_report.json"
 # That of `modeling.fingerprint`, which imports torch.
 DIGEST_KEY = "weights_sha256"
 # Keys of what holds for the weights of the pruned model alone.
-_MEASURED = ("pruned", "paired_difference", "agreement", "kl", "healing", "largest_coefficient", DIGEST_KEY)
+_MEASURED = (
+    *("pruned", "paired_difference", "difference_to_tuned", "agreement", "kl", "healing", "largest_coefficient"),
+    DIGEST_KEY,
+)
 _VERSIONED = ("optimum-sieve", "torch", "transformers", "optimum", "accelerate", "datasets", "numpy", "safetensors")
 
 
@@ -33,6 +36,8 @@ def task_block(
     *,
     split: str = "test",
     references: str | None = None,
+    tuned: Evaluation | None = None,
+    to_tuned: Comparison | None = None,
 ) -> dict[str, Any]:
     """Build the section of one task; keys of missing arguments are left out.
 
@@ -43,9 +48,12 @@ def task_block(
         comparison (`Comparison`, *optional*): Paired comparison of the two.
         split (`str`): The split that was scored.
         references (`str`, *optional*): Model whose answers the scores compare with, if the data has none.
+        tuned (`Evaluation`, *optional*): Evaluation of the tuned dense model, if it was tuned before it was pruned.
+        to_tuned (`Comparison`, *optional*): Paired comparison of the pruned model with the tuned one.
 
     Returns:
-        `dict[str, Any]`: Scores in the metric of the task; differences are pruned minus dense.
+        `dict[str, Any]`: Scores in the metric of the task; differences are pruned minus dense, or minus tuned. The
+            agreement and the divergence are between the pruned model and the one it was pruned from.
 
     Raises:
         ValueError: If neither `dense` nor `pruned` is given, or their metrics or numbers of examples differ.
@@ -66,20 +74,20 @@ def task_block(
         "count": scored[0].count,
         "majority_score": float(scored[0].majority_score),
     }
-    for name, evaluation in (("dense", dense), ("pruned", pruned)):
+    for name, evaluation in (("dense", dense), ("tuned", tuned), ("pruned", pruned)):
         if evaluation is not None:
             report[name] = {
                 "score": float(evaluation.score),
                 "standard_error": float(evaluation.standard_error),
             }
-    if comparison is not None:
-        report["paired_difference"] = {
-            "mean": float(comparison.mean),
-            "standard_error": float(comparison.standard_error),
-        }
-        report["agreement"] = float(comparison.agreement)
-        if comparison.kl is not None:
-            report["kl"] = float(comparison.kl)
+    for name, compared in (("paired_difference", comparison), ("difference_to_tuned", to_tuned)):
+        if compared is not None:
+            report[name] = {"mean": float(compared.mean), "standard_error": float(compared.standard_error)}
+    closest = to_tuned or comparison
+    if closest is not None:
+        report["agreement"] = float(closest.agreement)
+        if closest.kl is not None:
+            report["kl"] = float(closest.kl)
     if references is not None:
         report["references"] = references
     return report
@@ -94,6 +102,7 @@ def build_report(
     *,
     largest_coefficient: float | None = None,
     loading: dict[str, str] | None = None,
+    tuning: dict[str, Any] | None = None,
     healing: dict[str, Any] | None = None,
     vocabulary: dict[str, Any] | None = None,
     latency: dict[str, float] | None = None,
@@ -110,6 +119,7 @@ def build_report(
         settings (`dict[str, Any]`, *optional*): `SieveConfig.to_dict()` of the run.
         largest_coefficient (`float`, *optional*): Largest one of the pivoted layers, see `optimum_sieve.surgery.apply`.
         loading (`dict[str, str]`, *optional*): Options that loaded the dense model, such as its dtype.
+        tuning (`dict[str, Any]`, *optional*): Figures of the tuning of the dense model, see `Tuning.report`.
         healing (`dict[str, Any]`, *optional*): Result of healing, see `Healer.report`.
         vocabulary (`dict[str, Any]`, *optional*):
             Rows of the embeddings under `"before"` and `"after"`, if the vocabulary was cut; `"trials"` if the
@@ -126,6 +136,7 @@ def build_report(
         ("seconds", seconds),
         ("settings", settings),
         ("loading", loading),
+        ("tuning", tuning),
         ("healing", healing),
         ("vocabulary", vocabulary),
         ("latency", latency),
@@ -219,31 +230,36 @@ def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
     return [(label, before, after) for label, before, after in pairs if before and after is not None]
 
 
-def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     tasks = task_blocks(report)
+    is_tuned = "tuned" in tasks[0]
     return [
-        ("", "dense", "pruned", "difference"),
+        ("", "dense", "tuned", "pruned", *(("to dense", "to tuned") if is_tuned else ("difference", ""))),
         *(row for task in tasks for row in _task_rows(task, f"{task['task']}: " if len(tasks) > 1 else "")),
         *_vocabulary_rows(report),
         *(
-            (label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+            (label, f"{before:,}", "", f"{after:,}", f"{after / before - 1:+.1%}", "")
             for label, before, after in size_changes(report)
         ),
     ]
 
 
-def _vocabulary_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def _vocabulary_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Show the loss by removed tokens alone, on the selection split, if it was measured."""
     trials = report.get("vocabulary", {}).get("trials", [])
-    return [("removed tokens alone (selection split)", "", "", _with_error(trial)) for trial in trials[-1:]]
+    losses = [_with_error(trial) for trial in trials[-1:]]
+    # The tokens are removed from the tuned model.
+    places = [("", loss) if "tuned" in task_blocks(report)[0] else (loss, "") for loss in losses]
+    return [("removed tokens alone (selection split)", "", "", "", *place) for place in places]
 
 
-def _task_rows(task: dict[str, Any], prefix: str) -> list[tuple[str, str, str, str]]:
-    dense, pruned, difference = (_with_error(task.get(key)) for key in ("dense", "pruned", "paired_difference"))
+def _task_rows(task: dict[str, Any], prefix: str) -> list[tuple[str, ...]]:
+    keys = ("dense", "tuned", "pruned", "paired_difference", "difference_to_tuned")
+    names = ("agreement with tuned", "KL to tuned") if "tuned" in task else ("agreement", "KL to dense")
+    values = (f"{task['agreement']:.3f}" if "agreement" in task else "", f"{task['kl']:.4f}" if "kl" in task else "")
     return [
-        (prefix + task["metric"], dense, pruned, difference),
-        (prefix + "agreement", "", f"{task['agreement']:.3f}" if "agreement" in task else "", ""),
-        (prefix + "KL to dense", "", f"{task['kl']:.4f}" if "kl" in task else "", ""),
+        (prefix + task["metric"], *(_with_error(task.get(key)) for key in keys)),
+        *((prefix + name, "", "", value, "", "") for name, value in zip(names, values, strict=True)),
     ]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.config.tune import TuneConfig
 
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def reproduction_command(
         if field.name == "heal":
             words += _heal_words(value, prefix="heal-")
             continue
+        if field.name == "tune":
+            words += ["--tune", *_changed_words(TuneConfig, value, "tune-")]
+            continue
         words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join([*words, "--output", "pruned"])
 
@@ -85,10 +89,15 @@ def _task_words(tasks: Sequence[str]) -> list[str]:
 
 def _heal_words(settings: dict[str, Any], prefix: str = "") -> list[str]:
     """Return the options of healing: the steps, which turn it on, and all values that are not the default."""
+    return _changed_words(HealConfig, settings, prefix, always=("steps",))
+
+
+def _changed_words(kind: type[Any], settings: dict[str, Any], prefix: str, always: Sequence[str] = ()) -> list[str]:
+    """Return the options of a settings class whose values are not the default, and those named in `always`."""
     words: list[str] = []
-    for field in dataclasses.fields(HealConfig):
+    for field in dataclasses.fields(kind):
         value = settings.get(field.name, field.default)
-        if value != field.default or field.name == "steps":
+        if value != field.default or field.name in always:
             option = f"--{prefix}{field.name.replace('_', '-')}"
             words += [option] if isinstance(value, bool) else [option, str(value)]
     return words

@@ -38,22 +38,29 @@ class TaskScores:
         dense (`Evaluation`): Evaluation of the dense model on the test split.
         pruned (`Evaluation`): Evaluation of the pruned model on the same examples.
         references (`str`, *optional*): Model whose answers the scores compare with, if the data has none.
+        tuned (`Evaluation`, *optional*): Evaluation of the dense model after tuning, if it was tuned.
     """
 
     task: str
     dense: Evaluation
     pruned: Evaluation
     references: str | None = None
+    tuned: Evaluation | None = None
 
     @classmethod
-    def of(cls, task: TaskRun, dense: Evaluation, pruned: Evaluation) -> TaskScores:
-        """Make the scores of a task from two evaluations."""
-        return cls(task=task.name, dense=dense, pruned=pruned, references=None if task.labelled else "dense model")
+    def of(cls, task: TaskRun, dense: Evaluation, pruned: Evaluation, untuned: Evaluation | None = None) -> TaskScores:
+        """Make the scores of a task from the evaluations of both models and, if `dense` was tuned, of it before."""
+        references = None if task.labelled else "dense model"
+        if untuned is None:
+            return cls(task=task.name, dense=dense, pruned=pruned, references=references)
+        return cls(task=task.name, dense=untuned, tuned=dense, pruned=pruned, references=references)
 
     def block(self) -> dict[str, Any]:
         """Return the section of the report."""
-        comparison = compare(self.dense, self.pruned)
-        return task_block(self.task, self.dense, self.pruned, comparison, references=self.references)
+        more: dict[str, Any] = {"references": self.references}
+        if self.tuned is not None:
+            more |= {"tuned": self.tuned, "to_tuned": compare(self.tuned, self.pruned)}
+        return task_block(self.task, self.dense, self.pruned, compare(self.dense, self.pruned), **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +93,7 @@ def make_result(
     loading: dict[str, str] | None,
     base_model: str | None,
     base_revision: str | None,
+    tuning: dict[str, Any] | None = None,
     healing: dict[str, Any] | None = None,
     vocabulary: dict[str, int] | None = None,
     latency: dict[str, float] | None = None,
@@ -102,6 +110,7 @@ def make_result(
         loading (`dict[str, str]`, *optional*): Options that loaded the dense model.
         base_model (`str`, *optional*): Public name of the dense model.
         base_revision (`str`, *optional*): Commit of the dense model on the Hub.
+        tuning (`dict[str, Any]`, *optional*): Figures of tuning.
         healing (`dict[str, Any]`, *optional*): Result of healing.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
         latency (`dict[str, float]`, *optional*): Seconds of the targets for one row, if there was a latency target.
@@ -115,6 +124,7 @@ def make_result(
         settings=settings,
         largest_coefficient=largest_coefficient(model),
         loading=loading,
+        tuning=tuning,
         healing=healing,
         vocabulary=vocabulary,
         latency=latency,
@@ -139,8 +149,8 @@ def make_result(
 
 def _results(report: dict[str, Any]) -> dict[str, Any]:
     """Return the scores for the configuration: the block of a single task, or several under `"tasks"`."""
-    keys = ("task", "split", "metric", "count", "dense", "pruned")
-    blocks = [{key: task[key] for key in keys} for task in task_blocks(report)]
+    keys = ("task", "split", "metric", "count", "dense", "tuned", "pruned")
+    blocks = [{key: task[key] for key in keys if key in task} for task in task_blocks(report)]
     return blocks[0] if len(blocks) == 1 else {"tasks": blocks}
 
 

@@ -15,6 +15,7 @@ from optimum_sieve.commands.plan import PlanCommand
 from optimum_sieve.commands.prune import PruneCommand
 from optimum_sieve.commands.search import SearchCommand
 from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.config.tune import TuneConfig
 
 
 RUN_OPTIONS = {
@@ -46,6 +47,13 @@ VALUES = {
     "population_size": 5,
     "generations": 2,
     "search_fraction": 0.5,
+}
+TUNE_VALUES = {
+    "rank": 2,
+    "steps": 9,
+    "learning_rate": 0.01,
+    "batch_size": 4,
+    "gradient_checkpointing": True,
 }
 HEAL_VALUES = {
     "steps": 9,
@@ -80,6 +88,7 @@ def test_options_are_the_settings():
     options = {action.dest: action for action in parser._actions}
     fields = {field.name: field for field in dataclasses.fields(SieveConfig) if field.name != "heal"}
     fields |= {f"heal_{field.name}": field for field in dataclasses.fields(HealConfig)}
+    fields |= {f"tune_{field.name}": field for field in dataclasses.fields(TuneConfig)}
     assert set(options) == RUN_OPTIONS | fields.keys()
     for name, field in fields.items():
         assert options[name].option_strings[0] == f"--{name.replace('_', '-')}"
@@ -111,7 +120,7 @@ def shows(text: str, name: str) -> bool:
 @pytest.mark.parametrize("command", [PruneCommand, PlanCommand, SearchCommand])
 def test_help_all_shows_what_help_hides(command, capsys):
     everyday, everything = helps(command, capsys)
-    for settings, prefix in ((SieveConfig, ""), (HealConfig, "heal_")):
+    for settings, prefix in ((SieveConfig, ""), (HealConfig, "heal_"), (TuneConfig, "tune_")):
         for field in dataclasses.fields(settings):
             if field.name != "heal":
                 assert shows(everyday, prefix + field.name) == (field.name not in settings.ADVANCED)
@@ -167,9 +176,25 @@ def test_an_option_of_healing_reaches_its_setting(name, value):
         assert heal_settings_from(given) == {name: value}
 
 
+@pytest.mark.parametrize(("name", "value"), TUNE_VALUES.items())
+def test_an_option_of_tuning_reaches_its_setting_and_turns_it_on(name, value):
+    tune = TuneConfig(**{name: value})
+    assert parse_settings("--tolerance", "0.1", *words_of(f"tune_{name}", value)).tune == tune != TuneConfig()
+
+
+def test_a_flag_tunes_with_the_default_settings(tmp_path):
+    assert parse_settings("--tolerance", "0.1").tune is None
+    assert parse_settings("--tolerance", "0.1", "--tune").tune == TuneConfig()
+    path = tmp_path / "settings.json"
+    SieveConfig(tolerance=0.1, tune=TuneConfig(rank=2)).to_json_file(path)
+    assert parse_settings("--config", str(path), "--tune").tune == TuneConfig(rank=2)
+    assert parse_settings("--config", str(path), "--tune-steps", "9").tune == TuneConfig(rank=2, steps=9)
+
+
 def test_the_values_are_those_of_all_settings():
-    assert VALUES.keys() | {"tolerance", "pruning_ratio", "vocabulary_size", "heal"} == field_names(SieveConfig)
+    assert VALUES.keys() | {"tolerance", "pruning_ratio", "vocabulary_size", "heal", "tune"} == field_names(SieveConfig)
     assert HEAL_VALUES.keys() == field_names(HealConfig)
+    assert TUNE_VALUES.keys() == field_names(TuneConfig)
 
 
 def field_names(settings: type) -> set[str]:

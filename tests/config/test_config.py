@@ -11,6 +11,7 @@ import pytest
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.config.tune import TuneConfig
 
 
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ def test_a_removed_setting_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     assert "`prompt_weight` is no longer a setting: 0.0 is ignored, its value is 1.0." in caplog.text
 
 
-@pytest.mark.parametrize("settings", [SieveConfig, HealConfig])
-def test_advanced_settings_are_the_last_fields(settings: type[SieveConfig | HealConfig]) -> None:
+@pytest.mark.parametrize("settings", [SieveConfig, HealConfig, TuneConfig])
+def test_advanced_settings_are_the_last_fields(settings: type[SieveConfig | HealConfig | TuneConfig]) -> None:
     names = [field.name for field in dataclasses.fields(settings)]
     assert tuple(names[-len(settings.ADVANCED) :]) == settings.ADVANCED
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from optimum_sieve import SieveConfig
 from optimum_sieve.commands.options import add_settings, settings_from
+from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.publish.card import base_license, build_card
 from optimum_sieve.publish.reproduction import reproduction_command
 
@@ -155,6 +156,8 @@ def test_licence_that_cannot_be_known_is_left_out(base_model, tmp_path, monkeypa
     [
         SieveConfig(tolerance=0.02),
         SieveConfig(pruning_ratio=0.5, storage="factors", target_modules=("*.q_proj", "up proj"), seed=7),
+        SieveConfig(tolerance=0.02, tune=TuneConfig()),
+        SieveConfig(tolerance=0.02, tune=TuneConfig(rank=4, gradient_checkpointing=True)),
         SieveConfig(tolerance=0.0, projection="svd", exclude_modules=("lm_head",), damping=0.5, rank_multiple=1),
     ],
 )

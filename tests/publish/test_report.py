@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ import pytest
 from optimum_sieve import Comparison, Evaluation
 from optimum_sieve.modeling import fingerprint
 from optimum_sieve.publish import report
-from optimum_sieve.publish.report import build_report, format_table, size_changes, task_block, write_report
+from optimum_sieve.publish.report import (
+    build_report,
+    format_table,
+    remove_scores,
+    size_changes,
+    task_block,
+    write_report,
+)
 from optimum_sieve.tasks.metrics import score_classes
 
 
@@ -110,3 +118,32 @@ def test_table_of_one_model_has_one_column():
     assert "dense" in table
     assert "pruned" not in table
     assert "difference" not in table
+
+
+def test_a_tuned_model_has_a_column_and_a_difference_of_its_own():
+    comparisons = (COMPARISON, Comparison(mean=-0.2, standard_error=0.04, agreement=0.7, kl=0.0456, count=10))
+    block = task_block(
+        "toy", make_evaluation(8), make_evaluation(7), comparisons[0], tuned=make_evaluation(9), to_tuned=comparisons[1]
+    )
+    assert block["tuned"]["score"] == 0.9
+    assert block["paired_difference"] == {"mean": -0.1, "standard_error": 0.05}
+    assert block["difference_to_tuned"] == {"mean": -0.2, "standard_error": 0.04}
+    assert (block["agreement"], block["kl"]) == (0.7, 0.0456)
+    report = build_report([block], PARAMETERS)
+    header, accuracy, agreement, divergence, targets = format_table(report).splitlines()[2:7]
+    assert header.split() == ["dense", "tuned", "pruned", "to", "dense", "to", "tuned"]
+    assert re.split("  +", accuracy) == [
+        *("accuracy", "0.800 ± 0.133", "0.900 ± 0.100", "0.700 ± 0.153", "-0.100 ± 0.050", "-0.200 ± 0.040"),
+    ]
+    assert agreement.split() == ["agreement", "with", "tuned", "0.700"]
+    assert divergence.split() == ["KL", "to", "tuned", "0.0456"]
+    assert targets.split()[-3:] == ["2,000", "500", "-75.0%"]
+    assert targets.index("-75.0%") < header.index("to tuned")
+
+
+def test_removed_scores_take_the_difference_to_the_tuned_model_along():
+    evaluations = (make_evaluation(8), make_evaluation(7))
+    report = build_report([task_block("toy", *evaluations, COMPARISON, tuned=make_evaluation(9), to_tuned=COMPARISON)])
+    remove_scores(report)
+    assert {"dense", "tuned"} <= report.keys()
+    assert not {"pruned", "paired_difference", "difference_to_tuned", "agreement", "kl"} & report.keys()

@@ -1,0 +1,241 @@
+r"""Train LoRA adapters of a dense model on the gold answers of the calibration examples.
+
+A step depends on the settings and its number alone, and everything that it changes is stored in the work directory, so
+a stopped run resumes to the same weights.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import nn
+from tqdm.auto import tqdm
+
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.backbone.modes import loss_scale
+from optimum_sieve.backbone.training import training_only
+from optimum_sieve.calibration.losses import label_loss
+from optimum_sieve.evaluation.batches import encode, input_device, log_likelihoods, pack
+from optimum_sieve.evaluation.token_ids import padding_id
+from optimum_sieve.healing.sampling import drawn_examples, interleaved, schedule
+
+from .adapters import Adapters
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optimum_sieve.calibration.losses import Loss
+    from optimum_sieve.config.tune import TuneConfig
+    from optimum_sieve.evaluation.batches import Batch
+    from optimum_sieve.run.context import Run
+    from optimum_sieve.tasks import Example
+
+
+# Raise it when the same settings give other weights: results of earlier versions are then computed again.
+_FORMAT = 1
+# Steps between two saved states, which a stopped training resumes from.
+SAVE_STEPS = 16
+# Gradient norm, over all adapters together, at which gradients are clipped.
+_MAX_NORM = 1.0
+_STATE, _RESULT = "tuning", "tuned"
+
+
+@dataclass(kw_only=True)
+class Training:
+    """Figures of one training.
+
+    Args:
+        steps (`int`): Number of steps.
+        examples (`int`): Number of training examples.
+        seconds (`float`): Wall-clock time, over all parts of a training that was stopped.
+        losses (`list[float]`): Mean loss of every `SAVE_STEPS` steps, in nats per example.
+    """
+
+    steps: int = 0
+    examples: int
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures a report shows."""
+        return {**vars(self), "seconds": round(self.seconds, 3)}
+
+
+def train(run: Run) -> tuple[Adapters, Training, str]:
+    """Train adapters of the run's targets, or read them from the work directory; the model is not changed.
+
+    The loss of an example is the cross-entropy of the gold candidate among the candidates or, for written answers, the
+    mean negative log-likelihood of the answer's tokens. Examples of several tasks are drawn in proportion to the tasks'
+    weights. There is no dropout. Under `accelerate launch` the processes divide the passes of each step.
+
+    Args:
+        run (`Run`): The run, whose model is dense and whose settings have `tune`.
+
+    Returns:
+        `tuple[Adapters, Training, str]`: The adapters, not merged; figures; and a hash of all that they depend on.
+
+    Raises:
+        ValueError: If the loss or its gradient is not finite.
+    """
+    trainer = _Trainer(run)
+    if not trainer.load_result():
+        adapters = trainer.adapters
+        checkpointing = trainer.config.gradient_checkpointing
+        with training_only(run.model, adapters.parameters, checkpointing=checkpointing), adapters.attached():
+            trainer.train()
+    return trainer.adapters, trainer.training, trainer.key
+
+
+class _Trainer:
+    """One training: its inputs and its state."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.model, self.config = run, run.model, _settings(run)
+        names = [target.name for target in run.targets]
+        inputs = input_format(run.model)
+        self.losses = [_gold_loss(task.calibration) for task in run.tasks]
+        self.rows = [
+            encode(task.calibration, run.tokenizer, candidates=by_candidate, inputs=inputs)
+            for task, (_, by_candidate) in zip(run.tasks, self.losses, strict=True)
+        ]
+        self.order = interleaved([task.weight for task in run.tasks], self.config.steps * self.config.batch_size)
+        self.pack = partial(
+            pack, batch_size=run.config.batch_size, pad_id=padding_id(run.tokenizer, inputs), kind=inputs.kind
+        )
+        self.processes = PartialState()
+        self.training = Training(examples=sum(map(len, self.rows)))
+        self.key = run.key(
+            "seed",
+            settings=self.config.to_dict(),
+            examples=[(task.fingerprint("calibration"), task.weight) for task in run.tasks],
+            targets=names,
+            format=_FORMAT,
+        )
+        self.adapters = Adapters(run.model, names, self.config.rank, run.config.seed)
+        self.parameters = self.adapters.parameters
+        self.scale = loss_scale(run.model.parameters())
+        # Every step sets its learning rate.
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, weight_decay=0.0)
+
+    def load_result(self) -> bool:
+        """Load the adapters of a finished training from the work directory; return whether they are there."""
+        stored = self.run.work.load_with_record(_RESULT, self.key)
+        if stored is not None:
+            self.adapters.assign(stored[0])
+            self.training = Training(**stored[1])
+            # Left by a run that was killed before it could remove it.
+            self.run.work.remove(_STATE, self.key)
+        return stored is not None
+
+    def train(self) -> None:
+        """Take the remaining steps."""
+        self._resume()
+        losses: list[float] = []
+        started = time.perf_counter()
+        steps = self.config.steps
+        with tqdm(total=steps, initial=self.training.steps, desc="tuning", unit="step",
+                  disable=not (self.run.progress and self.processes.is_main_process)) as bar:  # fmt: skip
+            while self.training.steps < steps:
+                losses.append(self._step())
+                bar.update()
+                if self.training.steps % SAVE_STEPS == 0 or self.training.steps == steps:
+                    self.training.losses.append(float(np.mean(losses)))
+                    bar.set_postfix(loss=f"{self.training.losses[-1]:.4f}")
+                    losses.clear()
+                    now = time.perf_counter()
+                    self.training.seconds += now - started
+                    started = now
+                    if self.training.steps < steps:
+                        self.run.work.save(_STATE, self.key, self._state(), record=vars(self.training))
+        self.run.work.save(_RESULT, self.key, self.adapters.values(), record=vars(self.training))
+        self.run.work.remove(_STATE, self.key)
+        self.processes.wait_for_everyone()
+
+    def _step(self) -> float:
+        """Take one step; return its loss, the mean over its examples."""
+        total = torch.zeros((), device=self.processes.device)
+        for loss_of, batch in self._passes()[self.processes.process_index :: self.processes.num_processes]:
+            loss = loss_of(self.model, batch) / self.config.batch_size
+            (loss * self.scale).backward()
+            total += loss.detach().to(total.device)
+        gradients = [self._gradient(parameter) for parameter in self.parameters.values()]
+        if self.processes.num_processes > 1:
+            for gradient in gradients:
+                gradient.copy_(reduce(gradient, reduction="sum"))
+            total = reduce(total, reduction="sum")
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), _MAX_NORM)
+        if not (torch.isfinite(total) and torch.isfinite(norm)):
+            raise ValueError(
+                f"The loss of tuning and its gradient must be finite, got {total.item()} and a norm of {norm.item()}. "
+                "Lower `tune.learning_rate`, or load the model in bfloat16 or float32."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * schedule(self.training.steps, self.config.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.training.steps += 1
+        return float(total)
+
+    def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the summed gradient of a parameter without its scale; 0 for experts that got no token."""
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad.div_(self.scale)
+
+    def _passes(self) -> list[tuple[Loss, Batch]]:
+        """Return the passes of the next step: its examples in batches of one task each."""
+        device, start = input_device(self.model), self.training.steps * self.config.batch_size
+        chosen = self.order[start : start + self.config.batch_size]
+        passes: list[tuple[Loss, Batch]] = []
+        for number, ((loss, _), rows) in enumerate(zip(self.losses, self.rows, strict=True)):
+            before, count = self.order[:start].count(number), chosen.count(number)
+            drawn = drawn_examples(range(before, before + count), len(rows), self.run.config.seed)
+            passes += [(loss, batch.to(device)) for batch in self.pack([rows[index] for index in drawn])]
+        return passes
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Return everything that the next step depends on: adapters, both moments of AdamW and its step count."""
+        tensors = {f"weight|{name}": value for name, value in self.adapters.values().items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"{field}|{name}": tensor for field, tensor in self.optimizer.state[parameter].items()}
+        return tensors
+
+    def _resume(self) -> None:
+        """Set everything to the state in the work directory, if there is one."""
+        stored = self.run.work.load_with_record(_STATE, self.key)
+        if stored is None:
+            return
+        tensors, record = stored
+        self.adapters.assign({name: tensors[f"weight|{name}"] for name in self.parameters})
+        for name, parameter in self.parameters.items():
+            moments = {key: tensors[f"{key}|{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            # AdamW keeps its step count on the CPU.
+            self.optimizer.state[parameter] = {"step": tensors[f"step|{name}"], **moments}
+        self.training = Training(**record)
+
+
+def _settings(run: Run) -> TuneConfig:
+    assert run.config.tune is not None
+    return run.config.tune
+
+
+def _gold_loss(examples: Sequence[Example]) -> tuple[Loss, bool]:
+    """Return the loss of a task, a sum over the examples of a batch, and whether its batches hold every candidate."""
+    if all(example.candidates for example in examples):
+        return label_loss([example.target or 0 for example in examples]), True
+    return mean_token_loss, False
+
+
+def mean_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return each gold answer's negative log-likelihood divided by its number of tokens, summed over the batch."""
+    sums = log_likelihoods(model, batch)[:, 0]
+    lengths = torch.bincount(batch.reads[:, 2], minlength=batch.num_examples).to(sums.device)
+    return -(sums / lengths).sum()

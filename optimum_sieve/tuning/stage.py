@@ -1,0 +1,93 @@
+"""Tuning as a stage of a run: the model before and after it, and how to undo it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve.evaluation.comparison import compare
+from optimum_sieve.evaluation.stage import score_dense, score_test_dense
+from optimum_sieve.run.workdir import content_key
+
+from .loop import train
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optimum_sieve.evaluation.scores import Evaluation
+    from optimum_sieve.run.context import Run
+
+    from .adapters import Adapters
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What a tuned run knows of the dense model as it came.
+
+    Args:
+        dense (`Sequence[Evaluation]`): Its evaluation on the test split of every task.
+        report (`dict[str, Any]`): Figures of the training, and of both models on the selection splits.
+        adapters (`Adapters`): The merged adapters, which restore its weights.
+    """
+
+    dense: Sequence[Evaluation]
+    report: dict[str, Any]
+    adapters: Adapters
+
+
+def tune_dense(run: Run) -> Run:
+    """Tune the dense model on the gold answers, in place, if the settings ask for it; return the run that holds it.
+
+    The tuned model is the dense model of every stage that follows: they keep to it within the tolerance, and heal
+    against it. The model as it came is scored first. After an error it is unchanged.
+
+    Raises:
+        ValueError: If the loss or its gradient is not finite.
+    """
+    if run.config.tune is None:
+        if run.config.tolerance is not None and all(task.labelled for task in run.tasks):
+            logger.info(
+                "The data has gold answers: `tune` (`--tune`) first trains the dense model on them, and the pruned "
+                "model keeps to the tuned one."
+            )
+        return run
+    dense = score_test_dense(run)
+    with run.timed("tuning"):
+        before = [score_dense(run, task, "selection") for task in run.tasks]
+        adapters, training, key = train(run)
+        tuning = Tuning(dense=dense, report={"rank": run.config.tune.rank, **training.to_dict()}, adapters=adapters)
+        tuned = replace(run, model_key=content_key(model=run.model_key, tuned=key), tuning=tuning)
+        try:
+            adapters.merge()
+            tuning.report["selection"] = _compared(tuned, before)
+        except BaseException:
+            restore_untuned(tuned)
+            raise
+    return tuned
+
+
+def restore_untuned(run: Run) -> None:
+    """Restore the weights that `tune_dense` changed."""
+    if run.tuning is not None:
+        run.tuning.adapters.undo()
+
+
+def _compared(run: Run, before: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Compare the tuned model with the one before on the selection split of every task; warn of a loss."""
+    rows = []
+    for task, dense in zip(run.tasks, before, strict=True):
+        tuned = score_dense(run, task, "selection")
+        comparison = compare(dense, tuned)
+        if comparison.mean < 0:
+            logger.warning(
+                "Tuning lowers the score on the selection split of %r from %.4f to %.4f: lower `tune.steps` or "
+                "`tune.learning_rate`, or add rows to the calibration split.",
+                task.name, dense.score, tuned.score,
+            )  # fmt: skip
+        rows.append({"task": task.name, "dense": dense.score, "tuned": tuned.score, **comparison.to_dict()})
+    return rows

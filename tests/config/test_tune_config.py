@@ -1,0 +1,56 @@
+"""Settings of tuning: their rules, and their place among the settings of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.config.tune import TuneConfig
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, r"`tune\.rank` must be at least 1, got 0"),
+        ({"steps": 0}, r"`tune\.steps` must be at least 1, got 0"),
+        ({"batch_size": -3}, r"`tune\.batch_size` must be at least 1, got -3"),
+        ({"learning_rate": 0.0}, r"`tune\.learning_rate` must be above 0 and below 1, got 0\.0"),
+        ({"learning_rate": float("inf")}, r"`tune\.learning_rate` must be above 0 and below 1, got inf"),
+    ],
+)
+def test_settings_that_break_a_rule(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TuneConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 8.0}, r"`tune\.rank` must be an integer, got 8\.0"),
+        ({"gradient_checkpointing": 1}, r"`tune\.gradient_checkpointing` must be True or False, got 1"),
+    ],
+)
+def test_settings_of_the_wrong_type(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        TuneConfig(**settings)
+
+
+def test_a_run_holds_them_as_an_object() -> None:
+    with pytest.raises(TypeError, match="`tune` must be a TuneConfig or None, got True"):
+        SieveConfig(pruning_ratio=0.5, tune=True)  # type: ignore[arg-type]
+    assert SieveConfig(pruning_ratio=0.5).tune is None
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    config = SieveConfig(pruning_ratio=0.5, tune=TuneConfig(rank=4, steps=3))
+    config.to_json_file(tmp_path / "settings.json")
+    assert SieveConfig.from_json_file(tmp_path / "settings.json") == config
+    assert SieveConfig.from_dict({"pruning_ratio": 0.5, "tune": {}}).tune == TuneConfig()
+    with pytest.raises(ValueError, match=r"`step` is not a setting of TuneConfig\. Did you mean `steps`"):
+        SieveConfig.from_dict({"pruning_ratio": 0.5, "tune": {"step": 3}})
