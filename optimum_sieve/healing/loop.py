@@ -6,7 +6,6 @@ a stopped run resumes to the same weights.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +26,7 @@ from optimum_sieve.evaluation.token_ids import padding_id
 from optimum_sieve.run.workdir import WorkDir, content_key
 
 from .optimizer import FactorTraining, HeldAsFactors, trained_parameters
-from .sampling import drawn_examples, interleaved
+from .sampling import drawn_examples, interleaved, schedule
 
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from optimum_sieve.evaluation.teacher import Lesson
 
 
-_WARMUP = 0.1
 # Raise it when the same settings give other weights: results of earlier versions are then computed again.
 FORMAT = 3
 # Steps between two saved states, which a stopped training resumes from.
@@ -219,7 +217,7 @@ class _Trainer:
                 f"The loss of healing must be finite, got {total.item()}. Lower `heal.learning_rate`, or load the "
                 "model in bfloat16 or float32."
             )
-        self.training.step(self.config.learning_rate * _schedule(self.healing.steps, self.config.steps))
+        self.training.step(self.config.learning_rate * schedule(self.healing.steps, self.config.steps))
         self.healing.steps += 1
         return float(total)
 
@@ -240,11 +238,3 @@ class _Trainer:
 
     def _save(self, stage: str, tensors: Mapping[str, torch.Tensor]) -> None:
         self.work.save(stage, self.key, tensors, record=vars(self.healing))
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Return the factor of the learning rate at `step` (from 0): linear warmup to 1, then cosine decay to 0."""
-    warmup = max(1, round(_WARMUP * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -21,8 +21,7 @@ from two_processes import run_in_two_processes
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.teacher import CandidateTeacher, teach
-from optimum_sieve.healing.loop import _schedule
-from optimum_sieve.healing.sampling import drawn_examples
+from optimum_sieve.healing.sampling import drawn_examples, schedule
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.run.workdir import WorkDir
 
@@ -191,9 +190,9 @@ def test_every_example_is_drawn_before_any_is_drawn_again() -> None:
 
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:
-    rates = [_schedule(step, 100) for step in range(100)]
+    rates = [schedule(step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert max(rates) == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.001
-    assert _schedule(0, 1) == 1.0
+    assert schedule(0, 1) == 1.0
