@@ -86,9 +86,10 @@ def _failure(trials: list[dict[str, Any]], tolerance: float) -> str:
     """Describe how far the best fraction missed the tolerance, and on which of several tasks."""
     best = max(trials, key=lambda trial: trial["lower_bound"])
     name, worst = min(best.get("tasks", {"": best}).items(), key=lambda item: item[1]["lower_bound"])
-    where = f" on {name!r}" if name else ""
+    where = f" of {name!r}" if name else ""
     return (
         f"No size meets tolerance={tolerance}: keeping {best['kept']:.1%} of the parameters already loses "
-        f"{-worst['mean']:.4f} +- {worst['standard_error']:.4f}{where}. Increase `tolerance`, use more selection "
-        "examples (a smaller standard error), or set `pruning_ratio`."
+        f"{0 - worst['mean']:.4f} +- {worst['standard_error']:.4f} on {worst['count']:,} selection examples{where}, at "
+        f"most {0 - worst['lower_bound']:.4f}. Increase `tolerance`, use more selection examples (a smaller error), or "
+        "set `pruning_ratio`."
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimum_sieve.allocation.certainty import certain_error
 from optimum_sieve.tasks.metrics import standard_error
 
 
@@ -42,20 +43,24 @@ class Comparison:
     count: int
 
     def lower_bound(self, confidence: float) -> float:
-        """Return the one-sided lower confidence bound of the difference (normal approximation).
+        """Return the one-sided lower confidence bound of the difference.
+
+        The normal approximation with an error that counts for few changed examples, see
+        [`certain_error`][optimum_sieve.allocation.certainty.certain_error].
 
         Example:
 
         ```python
-        >>> comparison = Comparison(mean=-0.01, standard_error=0.01, agreement=0.9, kl=0.02, count=200)
+        >>> comparison = Comparison(mean=-0.01, standard_error=0.01, agreement=0.98, kl=0.02, count=200)
         >>> comparison.lower_bound(0.5), round(comparison.lower_bound(0.95), 4)
-        (-0.01, -0.0264)
+        (-0.01, -0.0333)
 
         ```
         """
         if not 0.5 <= confidence < 1:
             raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence}.")
-        return self.mean - NormalDist().inv_cdf(confidence) * self.standard_error
+        error = certain_error(self.mean, self.standard_error, self.count)
+        return self.mean - NormalDist().inv_cdf(confidence) * error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def cliff(*edges: float, loss: float = 0.1, standard_error: float = 0.0) -> Callable[[float], dict[str, Comparison]]:
+def cliff(
+    *edges: float, loss: float = 0.1, standard_error: float = 0.0, count: int = 10_000
+) -> Callable[[float], dict[str, Comparison]]:
     """Lose nothing on each task from its kept fraction in `edges` on, and `loss` below it."""
     return lambda kept: {
         f"task {place}": Comparison(
-            mean=0.0 if kept >= edge else -loss, standard_error=standard_error, agreement=0.9, kl=0.01, count=100
+            mean=0.0 if kept >= edge else -loss, standard_error=standard_error, agreement=0.9, kl=0.01, count=count
         )
         for place, edge in enumerate(edges)
     }
@@ -44,10 +46,20 @@ def test_a_loss_hidden_by_noise_is_not_accepted() -> None:
 
 def test_no_fraction_within_the_tolerance() -> None:
     message = (
-        r"No size meets tolerance=0\.02: keeping \d+\.\d% .* already loses 0\.1000 \+- 0\.0100\. Increase `tolerance`"
+        r"No size meets tolerance=0\.02: keeping \d+\.\d% .* already loses 0\.1000 \+- 0\.0100 on 10,000 selection "
+        r"examples, at most 0\.1128\. Increase `tolerance`"
     )
     with pytest.raises(ToleranceError, match=message):
         search_kept_fraction(cliff(1.1, standard_error=0.01), tolerance=0.02, confidence=0.9, steps=4)
+
+
+def test_few_examples_cannot_show_that_nothing_is_lost() -> None:
+    with pytest.raises(
+        ToleranceError, match=r"already loses 0\.0000 \+- 0\.0000 on 100 selection .* at most 0\.0256\."
+    ):
+        search_kept_fraction(cliff(0.0, count=100), tolerance=0.02, confidence=0.9, steps=4)
+    kept, _ = search_kept_fraction(cliff(0.0, count=130), tolerance=0.02, confidence=0.9, steps=4)
+    assert kept == 2**-4
 
 
 @pytest.mark.parametrize("edges", [(0.3, 0.7), (0.7, 0.3), (0.7, 0.7, 0.1)])
@@ -61,5 +73,5 @@ def test_the_worst_of_several_tasks_decides(edges: tuple[float, ...]) -> None:
 
 
 def test_the_task_that_no_fraction_holds_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"loses 0\.1000 \+- 0\.0100 on 'task 1'\. Increase"):
+    with pytest.raises(RuntimeError, match=r"loses 0\.1000 \+- 0\.0100 on 10,000 selection examples of 'task 1', at"):
         search_kept_fraction(cliff(0.2, 1.1, standard_error=0.01), tolerance=0.02, confidence=0.9, steps=4)

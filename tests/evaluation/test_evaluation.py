@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from toy import make_model, make_tokenizer, parity_rows
 
+from optimum_sieve.allocation.certainty import certain_error
 from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.evaluation import scores as evaluation_scores
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
@@ -205,9 +207,12 @@ def test_compare_against_torch() -> None:
 
 
 def test_lower_bound_is_the_one_sided_normal_one() -> None:
-    comparison = Comparison(mean=-0.01, standard_error=0.02, agreement=1.0, kl=0.0, count=100)
+    comparison = Comparison(mean=-0.01, standard_error=0.02, agreement=1.0, kl=0.0, count=100_000)
     assert comparison.lower_bound(0.5) == -0.01
-    assert comparison.lower_bound(0.975) == pytest.approx(-0.01 - 1.959964 * 0.02)
+    assert comparison.lower_bound(0.975) == pytest.approx(-0.01 - 1.959964 * 0.02, rel=1e-3)
+    few = dataclasses.replace(comparison, count=100)
+    assert few.lower_bound(0.975) == -0.01 - NormalDist().inv_cdf(0.975) * certain_error(-0.01, 0.02, 100)
+    assert few.lower_bound(0.975) < comparison.lower_bound(0.975) - 0.01
     for confidence in (0.4, 1.0):
         with pytest.raises(ValueError, match=f"`confidence` must be at least 0.5 and below 1, got {confidence}"):
             comparison.lower_bound(confidence)
