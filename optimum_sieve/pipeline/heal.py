@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
+from optimum_sieve._messages import shown
 from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sizes import measure_sizes
@@ -81,13 +82,14 @@ def heal_pruned(
         `tuple[SieveResult, PreTrainedTokenizerBase]`: The healed model with its report, and its tokenizer.
 
     Raises:
-        ValueError: If `model` is not pruned, `dense` is not the model it was pruned from, or a task does not fit or has
-            no answers.
+        ValueError: If `model` is not pruned, `dense` is not the model it was pruned from, that was tuned first, or a task
+            does not fit or has no answers.
         OSError: If a model cannot be loaded.
     """
     saved = read_config(model, trust_remote_code=trust_remote_code)
     check_pruned(saved)
     block: dict[str, Any] = copy.deepcopy(saved.sieve)
+    _check_untuned(block.get("settings") or {})
     settings = _settings(block.get("settings") or {}, config, task_weights, seed)
     _check_tasks(tasks, settings)
     work_dir = WorkDir(work_dir).path
@@ -127,6 +129,16 @@ def _settings(
         seed=seed,
         heal=config,
     )
+
+
+def _check_untuned(pruned: dict[str, Any]) -> None:
+    """Check that the model was pruned from the dense model as it came, the only one that is saved anywhere."""
+    if pruned.get("tune") is not None:
+        raise ValueError(
+            "`model` must be pruned from `dense` as it is, got one that was tuned first (tune="
+            f"{shown(pruned['tune'])}): `dense` would undo the tuning. Heal while you prune: `optimum-cli sieve prune "
+            "--tune`."
+        )
 
 
 def _check_tasks(tasks: Sequence[Task], settings: SieveConfig) -> None:

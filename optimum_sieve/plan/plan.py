@@ -11,6 +11,7 @@ from optimum_sieve.backbone.sizes import tensor_bytes
 
 from .healing import describe_healing, heal_bytes
 from .memory import BlockSizes, bases_at_once, basis_bytes, by_block_bytes, moments_bytes, whole_activation_bytes
+from .tuning import describe_tuning, tune_bytes
 
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class PrunePlan:
         activation_bytes (`int`): Most bytes of activations for one batch of examples.
         examples (`dict[str, dict[str, int]]`): Number of examples in each split of each task.
         heal_bytes (`int`): Bytes of optimizer state, gradients and copies of weights while the largest size is healed.
+        tune_bytes (`int`): Bytes of the adapters and their optimizer state, and of the weights before tuning.
+        tuning (`str`, *optional*): Steps of tuning, as text; `None` without it.
         healing (`str`, *optional*): Upper bound of the healing steps, as text; `None` without healing.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings `"before"` and, at least, `"after"`; `None`
             if the vocabulary is not cut.
@@ -85,6 +88,8 @@ class PrunePlan:
     activation_bytes: int
     examples: dict[str, dict[str, int]]
     heal_bytes: int = 0
+    tune_bytes: int = 0
+    tuning: str | None = None
     healing: str | None = None
     vocabulary: dict[str, int] | None = None
     library_bytes: int = _LIBRARY_BYTES
@@ -95,7 +100,7 @@ class PrunePlan:
         """Peak bytes with the whole model in memory: model, bases, activations, and moments or healing state."""
         while_calibrating = self.moments_bytes + self.bases_at_once * self.bases_bytes
         held = self.model_bytes + max(while_calibrating, self.bases_bytes + self.heal_bytes)
-        return held + self.activation_bytes
+        return held + self.tune_bytes + self.activation_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -120,6 +125,8 @@ class PrunePlan:
             lines.append(
                 f"vocabulary             {self.vocabulary['after']:,} of {self.vocabulary['before']:,} tokens or more"
             )
+        if self.tuning is not None:
+            lines.append(f"tuning                 {self.tuning}; {_size(self.tune_bytes)} of state")
         if self.healing is not None:
             lines.append(f"healing                {self.healing}; {_size(self.heal_bytes)} of state")
         return "\n".join(lines)
@@ -189,6 +196,8 @@ def make_plan(
         activation_bytes=whole_activation_bytes(model, targets, batch, element),
         examples=dict(splits),
         heal_bytes=heal_bytes(config, total),
+        tune_bytes=tune_bytes(model, targets, config),
+        tuning=describe_tuning(config),
         healing=describe_healing(config),
         vocabulary=None if vocabulary is None else vocabulary.sizes,
         library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if _computes_in_half_on_cpu(model, targets) else 0),
@@ -235,6 +244,7 @@ def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) 
         for name, whole in (
             ("projection='learned'", config.projection == "learned"),
             ("allocation='genetic'", config.allocation == "genetic"),
+            ("tune", config.tune is not None),
             ("heal", config.heal is not None),
             ("vocabulary='task'", config.vocabulary == "task"),
         )

@@ -1,0 +1,35 @@
+"""Tuning in the plan of a run: its memory and its steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve.backbone.offloading import execution_device
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from optimum_sieve.backbone.targets import Target
+    from optimum_sieve.config.sieve import SieveConfig
+
+# Per parameter of the adapters, in float32: its value, its gradient and both moments of AdamW.
+_STATE_BYTES = 4 * 4
+
+
+def tune_bytes(model: nn.Module, targets: Sequence[Target], config: SieveConfig) -> int:
+    """Return the bytes that tuning adds to the model: the adapters' state, and the weights before it in CPU memory."""
+    if config.tune is None:
+        return 0
+    first: Any = model.get_submodule(targets[0].name)
+    trained = config.tune.rank * sum(target.in_features + target.out_features for target in targets)
+    copied = sum(target.num_parameters for target in targets) if execution_device(first).type == "cpu" else 0
+    return trained * _STATE_BYTES + copied * int(first.weight.element_size())
+
+
+def describe_tuning(config: SieveConfig) -> str | None:
+    """Return the steps of tuning as text; `None` without it."""
+    tune = config.tune
+    return None if tune is None else f"{tune.steps:,} steps of {tune.batch_size} examples, LoRA of rank {tune.rank}"
