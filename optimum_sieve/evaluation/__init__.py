@@ -2,8 +2,8 @@
 
 In: a model, a tokenizer and examples. Out: an `Evaluation`, or a `Comparison` of two. `encoding` tokenizes, `batches`
 pads and reads log-likelihoods, `likelihoods` scores candidates, `generation` generates answers, `scores.evaluate`
-combines them. `teacher` stores the dense model's predictions for healing; `stage.score` caches evaluations in the work
-directory.
+combines them. `teacher` stores the dense model's predictions for healing, `on_policy` those on answers that the
+pruned model writes; `stage.score` caches evaluations in the work directory.
 """
 
 from __future__ import annotations

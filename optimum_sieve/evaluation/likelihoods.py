@@ -1,10 +1,12 @@
-"""Compute the log-likelihoods of all candidates of a list of examples."""
+"""Compute the log-likelihoods of all candidates of a list of examples; compare distributions."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from optimum_sieve.backbone.modes import evaluating
 
@@ -15,7 +17,6 @@ from .prefix import prefill, repeated, without_prefix
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    import torch
     from numpy.typing import NDArray
     from torch import nn
 
@@ -89,3 +90,44 @@ def check_finite(finite: NDArray[np.bool_]) -> None:
             f"`model` must return finite logits, got NaN or infinity for {broken} of {len(finite)} examples. "
             "Load it with dtype=torch.bfloat16 or torch.float32, and check that its weights are finite."
         )
+
+
+def divergence(dense: torch.Tensor, model: torch.Tensor, beta: float = 0.0) -> torch.Tensor:
+    r"""Return the generalized Jensen-Shannon divergence of two distributions, scaled like the KL divergence.
+
+    With \(m = \beta q + (1 - \beta) p\) for the dense model's \(q\) and the model's \(p\), it is
+    \(\mathrm{KL}(q \Vert m) / (1 - \beta) + \mathrm{KL}(p \Vert m) / \beta\): the divergence of the paper divided by
+    \(\beta (1 - \beta)\). So it is \(\mathrm{KL}(q \Vert p)\) for \(\beta = 0\), \(\mathrm{KL}(p \Vert q)\) for
+    \(\beta = 1\), continuous between, and to second order the same for every \(\beta\): its weight against other
+    losses keeps its meaning.
+
+    Args:
+        dense (`torch.Tensor` of shape `(rows, events)`): Log-probabilities of the dense model.
+        model (`torch.Tensor` of shape `(rows, events)`): Log-probabilities of the model.
+        beta (`float`): 0: the model must cover what the dense one may write; 1: it must write nothing else.
+
+    Returns:
+        `torch.Tensor` of shape `(rows,)`.
+
+    Reference: Agarwal et al. (2024), *On-Policy Distillation of Language Models: Learning from Self-Generated
+    Mistakes*, equation (1).
+
+    Example:
+
+    ```python
+    >>> dense, model = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    >>> [round(float(divergence(dense, model, beta)), 4) for beta in (0.0, 0.5, 1.0)]
+    [0.1308, 0.1353, 0.1438]
+
+    ```
+    """
+    if beta == 0:
+        return _kl(dense, model)
+    if beta == 1:
+        return _kl(model, dense)
+    mixture = torch.logaddexp(dense + math.log(beta), model + math.log1p(-beta))
+    return _kl(dense, mixture) / (1 - beta) + _kl(model, mixture) / beta
+
+
+def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return (first.exp() * (first - second)).sum(dim=-1)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from healed_world import TOKENIZER, learn, prune, split
+from model_kinds import make_model as make_kind
 from toy import load_task, parity_rows
+from written_world import ANSWER, WRITTEN
 
+from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.evaluation import teacher as teacher_module
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches, site_logits
-from optimum_sieve.evaluation.teacher import teach
+from optimum_sieve.evaluation.likelihoods import divergence
+from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
 from optimum_sieve.healing.optimizer import trained_parameters
 from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks import Example
@@ -107,3 +111,138 @@ def test_examples_may_have_different_numbers_of_candidates(dense: PreTrainedMode
     gradients = [p.grad for p in trained_parameters(pruned).values() if p.grad is not None]
     assert gradients
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def written_task(directory: Path) -> list[Example]:
+    """Return examples with answers of two tokens and an end."""
+    return split(load_task(directory, parity_rows(60), **WRITTEN | ANSWER), "calibration")
+
+
+def by_hand(dense: PreTrainedModel, pruned: PreTrainedModel, example: Example) -> torch.Tensor:
+    """Return the KL divergence (length,) at every position of an example."""
+    (batch,) = make_batches([example], TOKENIZER, batch_size=1, candidates=False)
+    with torch.no_grad():
+        q, p = (model(batch.input_ids).logits[0].double().log_softmax(-1) for model in (dense, pruned))
+    return (q.exp() * (q - p)).sum(-1)
+
+
+@pytest.mark.parametrize(("count", "weight"), [(3, 0.5), (100, 2.0), (0, 1.0)])
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_positions_of_the_prompt_add_their_mean_divergence(
+    dense: PreTrainedModel, pruned: PreTrainedModel, tmp_path: Path, count: int, weight: float, batch_size: int
+) -> None:
+    examples = written_task(tmp_path)[:12]
+    teacher = teach(dense, examples, TOKENIZER, prompt_sites=count, prompt_weight=weight, seed=3, progress=False)
+    plain = teach(dense, examples, TOKENIZER, progress=False)
+    for batch in make_batches(examples, TOKENIZER, batch_size=batch_size, candidates=False):
+        divergences, gold = teacher.losses(pruned, batch)
+        torch.testing.assert_close(gold, plain.losses(pruned, batch)[1])
+        for place, index in enumerate(batch.indices):
+            everywhere = by_hand(dense, pruned, examples[index])
+            answer = batch.sites[batch.sites[:, 0] == place, 1]
+            chosen = positions_of(teacher, index)
+            assert len(chosen) == min(count, int(answer.min()))
+            assert chosen == sorted(set(chosen))
+            assert all(position < int(answer.min()) for position in chosen)
+            # The toy's vocabulary is smaller than the top tokens, so nothing is lost to the rest.
+            expected = everywhere[answer].mean() + (weight * everywhere[chosen].mean() if chosen else 0.0)
+            torch.testing.assert_close(divergences[place].double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def positions_of(teacher: Any, index: int) -> list[int]:
+    start, end = teacher.starts[2 * index + 1 : 2 * index + 3].tolist()
+    return list(teacher.positions[start:end].tolist())
+
+
+def test_positions_depend_on_the_seed_and_the_example_alone(dense: PreTrainedModel, tmp_path: Path) -> None:
+    examples = written_task(tmp_path)[:20]
+
+    def positions(**options: Any) -> list[list[int]]:
+        teacher = teach(dense, examples, TOKENIZER, prompt_sites=2, progress=False, **options)
+        return [positions_of(teacher, index) for index in range(len(examples))]
+
+    assert positions(batch_size=3) == positions(batch_size=20)
+    assert positions(seed=1) != positions(seed=0)
+
+
+def test_the_dense_models_prompts_are_stored_once_for_all_weights(dense: PreTrainedModel, tmp_path: Path) -> None:
+    examples, work = written_task(tmp_path)[:5], WorkDir(tmp_path / "work")
+    settings: list[dict[str, Any]] = [{}, {"prompt_weight": 0.5}, {"beta": 0.5}, {"seed": 1}, {"prompt_sites": 3}]
+    teachers = [
+        teach(dense, examples, TOKENIZER, **{"prompt_sites": 2, "work": work, "progress": False, **changes})
+        for changes in settings
+    ]
+    assert len({teacher.fingerprint for teacher in teachers}) == 5
+    assert len(list((tmp_path / "work").iterdir())) == 3
+    assert len(teachers[0].rest) < len(teachers[-1].rest)
+
+
+def test_an_encoder_decoder_predicts_no_prompt(tmp_path: Path) -> None:
+    model, other = make_kind("t5"), make_kind("t5")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(0.5)
+    examples = written_task(tmp_path)[:6]
+    (batch,) = make_batches(examples, TOKENIZER, batch_size=8, candidates=False, inputs=input_format(model))
+    with torch.no_grad():
+        found = [
+            teach(model, examples, TOKENIZER, prompt_sites=count, progress=False).losses(other, batch)
+            for count in (0, 9)
+        ]
+    assert float(found[0][0].min()) > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_divergence_is_the_papers_over_beta_times_one_minus_beta(beta: float) -> None:
+    q, p = (torch.randn(50, 9, generator=torch.Generator().manual_seed(seed)).log_softmax(-1) for seed in (0, 1))
+    found = divergence(q, p, beta)
+    near = min(max(beta, 1e-4), 1 - 1e-4)
+    a, b = q.double().exp(), p.double().exp()
+    mixture = near * a + (1 - near) * b
+    paper = near * (a * (a / mixture).log()).sum(-1) + (1 - near) * (b * (b / mixture).log()).sum(-1)
+    torch.testing.assert_close(found.double(), paper / (near * (1 - near)), rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(divergence(p, q, 1 - beta), found)
+    exact = q.double().log_softmax(-1)
+    close = (exact + 1e-3 * p).log_softmax(-1)
+    torch.testing.assert_close(divergence(exact, close, beta), divergence(exact, close), rtol=1e-2, atol=0)
+
+
+def test_beta_turns_the_divergence_of_the_teacher_around(
+    dense: PreTrainedModel, pruned: PreTrainedModel, tmp_path: Path
+) -> None:
+    examples = written_task(tmp_path)[:4]
+    batch = make_batches(examples, TOKENIZER, batch_size=8, candidates=False)[0]
+    other = teach(pruned, examples, TOKENIZER, prompt_sites=4, progress=False).losses(dense, batch)
+    found = teach(dense, examples, TOKENIZER, prompt_sites=4, beta=1.0, progress=False).losses(pruned, batch)
+    torch.testing.assert_close(found[0], other[0], rtol=1e-3, atol=1e-5)
+    between = teach(dense, examples, TOKENIZER, prompt_sites=4, beta=0.5, progress=False).losses(pruned, batch)[0]
+    assert not torch.allclose(between, found[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"prompt_sites": -1}, "`prompt_sites` must be at least 0, got -1"),
+        ({"prompt_weight": -0.5}, "`prompt_weight` must be finite and at least 0, got -0.5"),
+        ({"prompt_weight": float("nan")}, "`prompt_weight` must be finite and at least 0, got nan"),
+        ({"beta": 1.5}, "`beta` must be between 0 and 1, got 1.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str, dense: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=message):
+        teach(dense, [], TOKENIZER, **setting)
+
+
+def test_answers_that_are_not_gold_are_not_made_likelier(
+    dense: PreTrainedModel, pruned: PreTrainedModel, tmp_path: Path
+) -> None:
+    examples = written_task(tmp_path)[:4]
+    teacher = teach(dense, examples, TOKENIZER, progress=False)
+    batch = make_batches(examples, TOKENIZER, batch_size=8, candidates=False)[0]
+    lessons = [Lesson(teacher=teacher, examples=examples, gold=gold) for gold in (True, False)]
+    with torch.no_grad():
+        divergences, likelihoods = teacher.losses(pruned, batch)
+        with_gold, without = (lesson.losses(pruned, batch, 0.25) for lesson in lessons)
+    torch.testing.assert_close(with_gold, 0.75 * divergences + 0.25 * likelihoods)
+    torch.testing.assert_close(without, divergences)
+    assert lessons_fingerprint(lessons[:1]) != lessons_fingerprint(lessons[1:])
