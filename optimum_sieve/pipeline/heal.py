@@ -82,7 +82,7 @@ def heal_pruned(
         `tuple[SieveResult, PreTrainedTokenizerBase]`: The healed model with its report, and its tokenizer.
 
     Raises:
-        ValueError: If `model` is not pruned, `dense` is not the model it was pruned from, that was tuned first, or a task
+        ValueError: If `model` is not pruned, `dense` is not the model it was pruned from or was tuned first, or a task
             does not fit or has no answers.
         OSError: If a model cannot be loaded.
     """
