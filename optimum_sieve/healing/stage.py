@@ -23,7 +23,7 @@ from .size import HealedSize, plain_layer, stored_layer, tensors_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -31,9 +31,13 @@ if TYPE_CHECKING:
     from optimum_sieve.calibration.rounds import Bases
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.run.context import Run, TaskRun
+    from optimum_sieve.tasks import Example
 
 
 _STAGE = "pruned"
+# Calibration examples of the moments between two sizes: this fraction, and at least this many. They are inside the
+# factors, far smaller than those of whole matrices, so fewer examples suffice.
+_MOMENT_SHARE, _LEAST_EXAMPLES = 0.25, 96
 
 
 def make_healer(run: Run) -> Healer | None:
@@ -80,6 +84,11 @@ def _lesson(run: Run, task: TaskRun) -> Lesson:
     return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight, gold=task.labelled)
 
 
+def _part(examples: Sequence[Example], seed: int) -> list[Example]:
+    count = min(len(examples), max(_LEAST_EXAMPLES, round(_MOMENT_SHARE * len(examples))))
+    return [examples[index] for index in sorted(drawn_examples(range(count), len(examples), seed))]
+
+
 class Healer:
     """Prunes the model of a run to falling sizes and heals each one, going on from the healed factors.
 
@@ -89,15 +98,17 @@ class Healer:
     Args:
         run (`Run`): The run, whose model is dense and whose settings have `heal`.
 
-    The attribute `best` is the last size that was accepted, or `None`.
+    The attribute `best` is the last size that was accepted, or `None`; `kept_without` is the smallest kept fraction
+    within the tolerance without training, if that was searched and there is one.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.config = heal_config(run)
         self.best: HealedSize | None = None
+        self.kept_without: float | None = None
         self.lessons = make_lessons(run)
-        self._gold = [gold_examples(run, task) for task in run.tasks]
+        self._gold = [_part(gold_examples(run, task), run.config.seed) for task in run.tasks]
         self._dense = {target.name: run.model.get_submodule(target.name) for target in run.targets}
         norms = norm_parameters(run.model) if self.config.train_norms else {}
         self._norms = {name: parameter.detach().clone() for name, parameter in norms.items()}
@@ -162,6 +173,8 @@ class Healer:
             "examples": sum(len(lesson.examples) for lesson in self.lessons),
             "seconds": round(sum(size.healing.seconds for size in self._sizes), 3),
             "sizes": [{"kept": size.kept, **size.healing.to_dict()} for size in self._sizes],
+            "kept": None if self.best is None else self.best.kept,
+            "kept_without": self.kept_without,
         }
 
     @property

@@ -35,14 +35,13 @@ if TYPE_CHECKING:
 _LARGEST, _SMALLEST = 0.9, 0.01
 
 
-def descend_within(run: Run, bases: Bases, unhealed: float | None, healer: Healer) -> list[dict[str, Any]]:
+def descend_within(run: Run, bases: Bases, healer: Healer) -> list[dict[str, Any]]:
     """Heal falling sizes while they stay within the tolerance; return their records. The model is dense afterwards.
 
     Args:
         run (`Run`): The run, whose settings have a `tolerance`.
         bases (`Bases`): The basis of every target.
-        unhealed (`float`, *optional*): Kept fraction of the smallest size that holds without training, if there is one.
-        healer (`Healer`): Its `best` size is the result.
+        healer (`Healer`): Its `kept_without` sets the first size, its `best` size is the result.
     """
     config = run.config
     dense = [score_dense(run, task, "selection") for task in run.tasks]
@@ -59,7 +58,7 @@ def descend_within(run: Run, bases: Bases, unhealed: float | None, healer: Heale
             tqdm.write(_line(trials[-1], run.tasks[0].metric if len(run.tasks) == 1 else "lowest score"))
         return accepted
 
-    healer.descend(bases, _falling_sizes(run, unhealed), accept)
+    healer.descend(bases, _falling_sizes(run, healer.kept_without), accept)
     return trials
 
 

@@ -53,8 +53,8 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
             if run.config.tolerance is None:
                 _heal_to_ratio(run, bases, ranks, healer)
             else:
-                kept = None if ranks is None else kept_fraction(run, ranks)
-                trials += descend_within(run, bases, kept, healer)
+                healer.kept_without = None if ranks is None else kept_fraction(run, ranks)
+                trials += descend_within(run, bases, healer)
         if healer.best is not None:
             return healer.best.ranks([target.name for target in run.targets]), trials
     if ranks is None:

@@ -192,7 +192,7 @@ def format_table(report: dict[str, Any]) -> str:
         "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells)).rstrip()
         for cells in (list(zip(row, widths, strict=True)) for row in zip(*columns, strict=True))
     ]
-    return "\n".join([*map(_title, task_blocks(report)), "", *lines, *_seconds_line(report)])
+    return "\n".join([*map(_title, task_blocks(report)), "", *lines, *_healing_line(report), *_seconds_line(report)])
 
 
 def task_blocks(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -269,6 +269,15 @@ def _with_error(measure: dict[str, float] | None) -> str:
         return ""
     value = f"{measure['score']:.3f}" if "score" in measure else f"{measure['mean']:+.3f}"
     return f"{value} ± {measure['standard_error']:.3f}"
+
+
+def _healing_line(report: dict[str, Any]) -> list[str]:
+    """State the size within the tolerance without and with healing, if both were searched."""
+    healing = report.get("healing", {})
+    if "kept_without" not in healing or report.get("settings", {}).get("tolerance") is None:
+        return []
+    without, kept = (f"{x:.1%}" if x is not None else "none" for x in (healing["kept_without"], healing["kept"]))
+    return ["", f"smallest size within the tolerance: {without} without healing, {kept} with it"]
 
 
 def _seconds_line(report: dict[str, Any]) -> list[str]:
