@@ -19,6 +19,7 @@ from optimum_sieve.surgery.apply import apply_ranks, restore
 
 from .loop import FORMAT, Healing, heal
 from .optimizer import norm_parameters
+from .sampling import drawn_examples
 from .size import HealedSize, plain_layer, stored_layer, tensors_of
 
 
