@@ -92,21 +92,6 @@ def examples_needed(tolerance: float, *, agreement: float, confidence: float, pr
     return high
 
 
-def describe_certainty(count: int, confidence: float) -> str:
-    """Say what tolerance the selection examples can show, for a plan."""
-    half, most = (
-        " and ".join(
-            f"{least_tolerance(count, agreement=share, confidence=confidence, probability=probability):.3f}"
-            for share in (0.9, 0.8)
-        )
-        for probability in (0.5, 0.8)
-    )
-    return (
-        f"{half} at agreement .9 and .8: what a model without true loss passes in half of the runs on {count:,} "
-        f"selection examples; {most} in four of five"
-    )
-
-
 def _spread(count: int, agreement: float, confidence: float) -> tuple[float, float]:
     """Return the standard deviation of the mean difference, and the margin of its bound below it."""
     deviation = math.sqrt((1 - agreement) / count)

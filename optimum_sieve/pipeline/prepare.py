@@ -16,6 +16,7 @@ from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.modeling.experts import separate_experts
+from optimum_sieve.plan.certainty import warn_of_few_examples
 from optimum_sieve.plan.healing import settle_healing
 from optimum_sieve.plan.memory import BatchSizes
 from optimum_sieve.plan.plan import make_plan
@@ -131,6 +132,7 @@ def prepare(
     limited = config.memory_limit is not None or holds_offloaded(model)
     config = settle_healing(config, partial(plan_run, view, tokenizer, tasks, targets, vocabulary), limited=limited)
     by_block = limited and plan_run(view, tokenizer, tasks, targets, vocabulary, config).blocks is not None
+    warn_of_few_examples({task.name: task.splits for task in tasks}, config)
     work = WorkDir.temporary() if work_dir is None and by_block else WorkDir(work_dir)
     runs = task_runs(model, tokenizer, tasks, config)
     separate_experts(model)

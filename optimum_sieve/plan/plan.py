@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.blockwise import find_blocks
 from optimum_sieve.backbone.offloading import execution_device, holds_offloaded
 from optimum_sieve.backbone.sizes import tensor_bytes
 
+from .certainty import describe_certainty
 from .healing import describe_healing, heal_bytes
 from .memory import BlockSizes, bases_at_once, basis_bytes, by_block_bytes, moments_bytes, whole_activation_bytes
 from .tuning import describe_tuning, tune_bytes
@@ -72,6 +73,8 @@ class PrunePlan:
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings `"before"` and, at least, `"after"`; `None`
             if the vocabulary is not cut.
         library_bytes (`int`): Additional CPU memory of Python and its libraries.
+        certainty (`dict[str, str]`): What tolerance the selection examples of each task can show, as text; empty
+            without a `tolerance`.
         blocks (`BlockPlan`, *optional*): Sizes of a run that holds one block at a time, if the model is offloaded or
             the whole run exceeds the `memory_limit`.
     """
@@ -93,6 +96,7 @@ class PrunePlan:
     healing: str | None = None
     vocabulary: dict[str, int] | None = None
     library_bytes: int = _LIBRARY_BYTES
+    certainty: dict[str, str] = field(default_factory=dict)
     blocks: BlockPlan | None = None
 
     @property
@@ -119,7 +123,8 @@ class PrunePlan:
             f"weights on disk        {_size(self.model_bytes)} dense"
             + (f", about {_size(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
             *self._memory_lines(),
-            *self._example_lines(),
+            *_task_lines("examples", {name: _counts(splits) for name, splits in self.examples.items()}),
+            *_task_lines("tolerance that shows", self.certainty),
         ]
         if self.vocabulary is not None:
             lines.append(
@@ -145,16 +150,6 @@ class PrunePlan:
             f"passes                 {self.blocks.passes} over the calibration examples, with two forward passes each",
             f"disk                   {_size(self.blocks.disk_bytes)} in the work directory",
         ]
-
-    def _example_lines(self) -> list[str]:
-        """Return a line of examples for each task, with its name if there are several."""
-        texts = {
-            name: ", ".join(f"{split} {count:,}" for split, count in splits.items())
-            for name, splits in self.examples.items()
-        }
-        if len(texts) == 1:
-            return [f"examples               {text}" for text in texts.values()]
-        return [f"examples               {name}: {text}" for name, text in texts.items()]
 
 
 def make_plan(
@@ -200,6 +195,7 @@ def make_plan(
         tuning=describe_tuning(config),
         healing=describe_healing(config),
         vocabulary=None if vocabulary is None else vocabulary.sizes,
+        certainty=describe_certainty(splits, config),
         library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if _computes_in_half_on_cpu(model, targets) else 0),
     )
     return replace(plan, blocks=_plan_blocks(plan, model, targets, config, batch))
@@ -273,3 +269,14 @@ def _element_size(model: nn.Module, targets: Sequence[Target]) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
+
+
+def _task_lines(title: str, texts: Mapping[str, str]) -> list[str]:
+    """Return a line for each task, with its name if there are several."""
+    if len(texts) == 1:
+        return [f"{title:23}{text}" for text in texts.values()]
+    return [f"{title:23}{name}: {text}" for name, text in texts.items()]
+
+
+def _counts(splits: Mapping[str, int]) -> str:
+    return ", ".join(f"{split} {count:,}" for split, count in splits.items())

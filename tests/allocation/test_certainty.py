@@ -11,7 +11,6 @@ from scipy.stats import multinomial
 
 from optimum_sieve.allocation.certainty import (
     certain_error,
-    describe_certainty,
     examples_needed,
     least_tolerance,
     passing_probability,
@@ -93,9 +92,3 @@ def test_the_examples_needed_are_the_fewest(tolerance: float, agreement: float) 
     found = examples_needed(tolerance, agreement=agreement, confidence=0.9)
     needed = [least_tolerance(count, agreement=agreement, confidence=0.9) for count in (found - 1, found)]
     assert needed[1] <= tolerance < needed[0]
-
-
-def test_the_description_names_count_and_tolerances() -> None:
-    text = describe_certainty(400, 0.9)
-    assert text.startswith("0.021 and 0.029 at agreement .9 and .8")
-    assert "400 selection examples; 0.034 and 0.048 in four of five" in text
