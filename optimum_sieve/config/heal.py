@@ -39,6 +39,11 @@ class HealConfig:
         gold_weight (`float`):
             Weight of the gold answer's negative log-likelihood in the loss, from 0 up to below 1. 0 matches the dense
             model alone, as always where the data has no answers.
+        written_share (`float`):
+            Share of the examples whose answers the pruned model has written itself, before each size, for tasks with
+            written answers; from 0 up to below 1. The dense model predicts their next tokens.
+        prompt_sites (`int`):
+            Random positions in each prompt whose next tokens are matched as well, for tasks with written answers.
         train_norms (`bool`):
             Also train the weights of normalization layers.
         gradient_checkpointing (`bool`):
@@ -64,12 +69,15 @@ class HealConfig:
     rows_per_pass: int = 16
     loss: str = "candidates"
     gold_weight: float = 0.5
+    written_share: float = 0.5
+    prompt_sites: int = 32
     train_norms: bool = False
     gradient_checkpointing: bool = False
 
     # Settings that the command line shows only with `--help-all`.
     ADVANCED: ClassVar[tuple[str, ...]] = (
-        *("batch_size", "rows_per_pass", "loss", "gold_weight", "train_norms", "gradient_checkpointing"),
+        *("batch_size", "rows_per_pass", "loss", "gold_weight", "written_share", "prompt_sites", "train_norms"),
+        "gradient_checkpointing",
     )
 
     def __post_init__(self) -> None:
@@ -78,7 +86,9 @@ class HealConfig:
             check_integer(f"heal.{name}", getattr(self, name), 1)
         for name in ("learning_rate", "start", "shrink"):
             check_float(f"heal.{name}", getattr(self, name), 0.0, 1.0, False)
-        check_float("heal.gold_weight", self.gold_weight, 0.0, 1.0, True)
+        for name in ("gold_weight", "written_share"):
+            check_float(f"heal.{name}", getattr(self, name), 0.0, 1.0, True)
+        check_integer("heal.prompt_sites", self.prompt_sites, 0)
         for name in ("train_norms", "gradient_checkpointing"):
             check_flag(f"heal.{name}", getattr(self, name))
 

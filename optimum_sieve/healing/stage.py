@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.calibration.held import held_bases
 from optimum_sieve.calibration.stage import gold_examples
 from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.evaluation.on_policy import lessons_of
 from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.run.workdir import content_key, unflatten
@@ -24,7 +26,7 @@ from .size import HealedSize, plain_layer, stored_layer, tensors_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -77,6 +79,8 @@ def _lesson(run: Run, task: TaskRun) -> Lesson:
         task.calibration,
         run.tokenizer,
         loss=heal_config(run).loss,
+        prompt_sites=heal_config(run).prompt_sites,
+        seed=run.config.seed,
         batch_size=run.config.batch_size,
         work=run.work,
         model_key=run.model_key,
@@ -216,8 +220,8 @@ class Healer:
         # A large size may keep so much that no layer is factorized.
         if factors:
             healing = heal(
-                run.model, self.lessons, run.tokenizer, self.config, seed=run.config.seed, steps_before=self._steps,
-                work=run.work, pruned_key=key, progress=run.progress,
+                run.model, self._lessons_now(key, factors, before), run.tokenizer, self.config, seed=run.config.seed,
+                steps_before=self._steps, work=run.work, pruned_key=key, progress=run.progress,
             )  # fmt: skip
         return HealedSize(
             kept=kept,
@@ -227,6 +231,38 @@ class Healer:
             norms={name: run.model.get_parameter(name).detach().clone() for name in self._norms},
             healing=healing,
         )
+
+    def _lessons_now(
+        self, key: str, factors: Mapping[str, nn.Module], norms: Mapping[str, torch.Tensor]
+    ) -> list[Lesson]:
+        """Return the lessons of a size: for written answers also those that the model writes now."""
+
+        @contextmanager
+        def as_dense() -> Iterator[None]:
+            self.restore()
+            try:
+                yield
+            finally:
+                self._hold(factors, norms)
+
+        run = self.run
+        lessons: list[Lesson] = []
+        for lesson in self.lessons:
+            lessons += lessons_of(
+                lesson,
+                run.model,
+                run.tokenizer,
+                as_dense=as_dense,
+                written_share=self.config.written_share,
+                prompt_sites=self.config.prompt_sites,
+                seed=run.config.seed + len(self._sizes),
+                batch_size=run.config.batch_size,
+                work=run.work,
+                model_key=run.model_key,
+                pruned_key=key,
+                progress=run.progress,
+            )
+        return lessons
 
     def _weight(self, name: str) -> torch.Tensor:
         return linear_weight(self._dense[name])
