@@ -4,12 +4,12 @@
     python benchmarks/healing.py --kept 0.25 --steps 64 --learning-rates 5e-5 1e-4 2e-4
     python benchmarks/healing.py --model my-model --task my_task.yaml
 
-Prunes with the defaults to each kept fraction, then heals the saved model with each learning rate and seed, which
+Prunes to each kept fraction without healing, then heals the saved model with each learning rate and seed, which
 shuffles the calibration examples. Prints accuracy +- standard error, the paired difference to the dense model +-
 standard error, agreement and KL, before and after. `--tune` tunes the dense model by two epochs of LoRA on the gold
 answers of the examples that healing uses: `last`, to print its score and the differences of the healed models to it, or
-`first`, so that the tuned model is the dense one of all that follows. A part of the selection split chooses the
-weights; the test split decides nothing. With `--work-dir` moments, bases and states are kept and a stopped run resumes.
+`first`, so that the tuned model is the dense one of all that follows. The test split decides nothing. With
+`--work-dir` moments, bases and states are kept and a stopped run resumes.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=HealConfig.steps)
     parser.add_argument("--batch-size", type=int, default=HealConfig.batch_size, help="examples of each step")
-    parser.add_argument("--eval-steps", type=int, default=HealConfig.eval_steps)
-    parser.add_argument("--patience", type=int, default=HealConfig.patience)
     parser.add_argument("--loss", choices=("candidates", "vocabulary"), default=HealConfig.loss)
     parser.add_argument("--gold-weight", type=float, default=HealConfig.gold_weight)
     parser.add_argument("--train-norms", action="store_true")
@@ -58,7 +56,6 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank-multiple", type=int, default=SieveConfig.rank_multiple)
     parser.add_argument("--moments", type=int, default=512, help="calibration examples of the moments")
     parser.add_argument("--examples", type=int, help="calibration examples of healing; default: all of the task")
-    parser.add_argument("--monitor", type=int, default=400, help="selection examples that choose the weights")
     parser.add_argument("--test", type=int, help="test examples; default: all of the task")
     parser.add_argument("--tune", choices=("first", "last"), help="tune the dense model on the same answers")
     parser.add_argument("--work-dir", type=Path, help="keeps moments, bases and states")
@@ -91,7 +88,7 @@ class Bench:
         """Prune to a size; return the directory of the result and what was scored."""
         pruner = SievePruner.from_pretrained(self.dense_directory, task=self.short, dtype=self.arguments.dtype)
         settings = {name: getattr(self.arguments, name) for name in ("storage", "rank_multiple")}
-        config = SieveConfig(pruning_ratio=1 - kept, **settings)
+        config = SieveConfig(pruning_ratio=1 - kept, heal=None, **settings)
         result = pruner.prune(config, work_dir=self.arguments.work_dir)
         text, row = describe(self.dense, result.scores[0].pruned)
         print(f"kept {kept:.3f}\n    pruned: {text}", flush=True)
@@ -99,11 +96,9 @@ class Bench:
 
     def heal(self, pruned: Path, learning_rate: float, seed: int, name: str) -> dict[str, Any]:
         """Heal a pruned model; return what was scored, and how it was healed."""
-        names = ("steps", "batch_size", "eval_steps", "patience", "loss", "gold_weight", "train_norms")
-        count = len(self.task.examples("selection", self.tokenizer))
-        monitor_fraction = min(self.arguments.monitor / count, 1 - 2 / count)
+        names = ("steps", "batch_size", "loss", "gold_weight", "train_norms")
         settings = {name: getattr(self.arguments, name) for name in names}
-        config = HealConfig(learning_rate=learning_rate, monitor_fraction=monitor_fraction, **settings)
+        config = HealConfig(learning_rate=learning_rate, **settings)
         options = {"dtype": self.arguments.dtype, "seed": seed, "work_dir": self.arguments.work_dir}
         result, _ = heal_pruned(pruned, self.dense_directory, [self.task], config, **options)
         self.healed[name] = result.scores[0].pruned

@@ -83,7 +83,7 @@ def make_config(method: tuple[str, str, int, str, str], fractions: Sequence[floa
     # Adapters are trained for one size; all other bases serve every size, as in a search, which does not know it yet.
     settings |= {"pruning_ratio": 1 - fractions[0]} if method is LEARNED else {"tolerance": 0.0}
     # The figures in the docs were measured with it; the default is newer.
-    return SieveConfig(weighting="norms", **settings)
+    return SieveConfig(weighting="norms", heal=None, **settings)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def measure(size: str, limit: str, directory: Path, task: Path, arguments: argpa
     tokens = calibration_tokens(directory / "model", task)
     expected: dict[str, float] = forecast(
         directory / "model",
-        SieveConfig(**settings),
+        SieveConfig(heal=None, **settings),
         examples=len(tokens),
         tokens=round(statistics.mean(tokens)),
         dtype="float32" if size == "demo" else "bfloat16",
@@ -118,9 +118,10 @@ def prune(directory: Path, task: Path, output: Path, settings: dict[str, Any]) -
     """Prune in a process of its own."""
     model, work = directory / "model", directory / "work"
     offload = {"offload_dir": directory / "offloaded"} if "memory_limit" in settings else {}
-    plan = SievePruner.from_pretrained(model, task=task, device="cpu", **offload).plan(SieveConfig(**settings))
+    config = SieveConfig(heal=None, **settings)
+    plan = SievePruner.from_pretrained(model, task=task, device="cpu", **offload).plan(config)
     words: list[object] = [Path(sys.executable).with_name("optimum-cli"), "sieve", "prune", "--device", "cpu"]
-    words += ["--model", model, "--task", task, "--output", output, "--work-dir", work]
+    words += ["--no-heal", "--model", model, "--task", task, "--output", output, "--work-dir", work]
     for name, value in settings.items():
         words += [f"--{name.replace('_', '-')}", value]
     start = time.perf_counter()

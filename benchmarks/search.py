@@ -62,7 +62,7 @@ def make_config(arguments: argparse.Namespace, allocation: str, seed: int) -> Si
         settings = {name: getattr(arguments, name) for name in ("population_size", "generations")}
         settings |= {"allocation": "genetic", "search_preset": allocation}
         settings["search_fraction"] = arguments.search / (arguments.search + arguments.confirm)
-    return SieveConfig(tolerance=arguments.tolerance, batch_size=32, seed=seed, **settings)
+    return SieveConfig(tolerance=arguments.tolerance, batch_size=32, seed=seed, heal=None, **settings)
 
 
 def measure(pruner: SievePruner, config: SieveConfig, work_dir: Path | None) -> tuple[dict[str, Any], list[Any]]:

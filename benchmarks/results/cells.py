@@ -66,10 +66,8 @@ def base_name(job: Job, preset: Preset, model: str) -> str:
 
 
 def list_cells(job: Job, methods: tuple[Method, ...], preset: Preset, model: str) -> Iterator[Cell]:
-    """Yield the cells that a preset measures on a job, except those that the package refuses."""
+    """Yield the cells that a preset measures on a job."""
     for method in methods:
-        if method.refusal:
-            continue
         for tolerance in preset.cells.get(job.name, {}).get(method.name, ()):
             settings = preset.config(job.name, method, tolerance)
             base = base_key(job, preset, model)

@@ -41,12 +41,6 @@ class Method:
         """Whether factors are trained for one size, so that each size of a bisection is a run of its own."""
         return bool(self.settings["projection"] == "learned")
 
-    @property
-    def refusal(self) -> str | None:
-        """Why the package refuses the method; `None` where it does not."""
-        searched = self.settings["allocation"] == "genetic"
-        return "the genetic search does not heal its candidates" if searched and self.healed else None
-
 
 def _layerwise(projection: str) -> dict[str, Any]:
     return {"projection": projection, "allocation": "uniform", "storage": "factors", "rounds": 1}
@@ -119,7 +113,7 @@ class Preset:
         if method.settings["allocation"] == "genetic":
             settings |= self.genetic.get(job, {})
         if method.healed:
-            settings["heal"] = HealConfig(**self.heal.get(job, {})).to_dict()
+            settings["heal"] = HealConfig.from_dict(dict(self.heal.get(job, {}))).to_dict()
         if method.by_ratio:
             settings["search_steps"] = self.ratio_steps
         return settings

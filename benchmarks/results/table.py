@@ -113,8 +113,7 @@ def _section(found: Results) -> str:
         return f"{title}\n\nNot run."
     lines = [title, _base(found, found.dense)]
     if found.counts:
-        refused = [f"`{method.title}` is refused: {method.refusal}." for method in METHODS if method.refusal]
-        lines += [_within(found), _winners(found), _middle(found), " ".join(refused)]
+        lines += [_within(found), _winners(found), _middle(found)]
     return "\n\n".join(line for line in (*lines, found.job.note) if line)
 
 
@@ -159,7 +158,7 @@ def _cell(found: Results, method: Method, tolerance: float) -> str:
 def _kept(found: Results, method: Method, tolerance: float) -> str:
     cell = found.cells.get((method.name, tolerance))
     if cell is None:
-        return "refused" if method.refusal else NOT_RUN
+        return NOT_RUN
     return number(cell["kept"]) if "kept" in cell else "none"
 
 

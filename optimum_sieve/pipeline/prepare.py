@@ -166,7 +166,12 @@ def plan_run(
         ValueError: If the `memory_limit` is too low; the message gives the lowest one.
     """
     splits = {task.name: task.splits for task in tasks}
-    return make_plan(model, targets, config, splits, batch_sizes(model, tokenizer, tasks, config), vocabulary)
+    batch = batch_sizes(model, tokenizer, tasks, config)
+
+    def plan_of(settled: SieveConfig) -> PrunePlan:
+        return make_plan(model, targets, settled, splits, batch, vocabulary)
+
+    return plan_of(settle_healing(config, plan_of))
 
 
 def batch_sizes(

@@ -11,6 +11,7 @@ from optimum_sieve.backbone.targets import find_targets
 
 from .flops import Work, count_work
 from .hardware import rates_of
+from .healing import settle_healing
 from .memory import BatchSizes, expert_shares
 from .plan import PrunePlan, make_plan
 
@@ -86,7 +87,11 @@ def forecast(
     head: Any = empty.get_output_embeddings()  # type: ignore[no-untyped-call]
     num_logits = 0 if head is None else head.weight.shape[0]
     batch = BatchSizes(tokens=rows * tokens, logits=rows * num_logits, states=examples * tokens)
-    plan = make_plan(empty, targets, config, {str(model): {"calibration": examples}}, batch)
+
+    def plan_of(settled: SieveConfig) -> PrunePlan:
+        return make_plan(empty, targets, settled, {str(model): {"calibration": examples}}, batch)
+
+    plan = plan_of(settle_healing(config, plan_of))
     work = count_work(
         targets,
         config,

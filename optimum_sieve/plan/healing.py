@@ -49,7 +49,7 @@ def settle_healing(
             pass
         else:
             return healed
-    logger.warning("The pruned model is not healed: with this memory, one block is held at a time. "
+    logger.warning("The pruned model is not healed: its training does not fit in this memory. "
                    "`optimum-cli sieve heal` heals the saved model where it fits.")  # fmt: skip
     return unhealed
 

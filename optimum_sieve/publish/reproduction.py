@@ -55,7 +55,7 @@ def reproduction_command(
         if value == field.default:
             continue
         if field.name == "heal":
-            words += _heal_words(value, prefix="heal-")
+            words += ["--no-heal"] if value is None else _heal_words(value, prefix="heal-")
             continue
         if field.name == "tune":
             words += ["--tune", *_changed_words(TuneConfig, value, "tune-")]

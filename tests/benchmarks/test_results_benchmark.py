@@ -13,9 +13,9 @@ from healed_world import learn
 from lora_models import OLD_NAMES
 from results_world import SPLITS, load_benchmark, part
 from sklearn.metrics import f1_score
-from toy import load_task, make_model, make_tokenizer, parity_rows, task_spec, write_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, task_spec, unhealed, write_rows
 
-from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve import SievePruner, compare, evaluate
 
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def world(benchmark: ModuleType, learned: Any, tmp_path: Path, monkeypatch: Any)
         cells={"parity": {"activation": (0.05,), "joint-energy": (0.02, 0.05)}},
         search_steps=4,
         ratio_steps=2,
-        heal={"parity": {"steps": 8, "eval_steps": 4, "learning_rate": 0.03}},
+        heal={"parity": {"steps": 8, "learning_rate": 0.03}},
         genetic={"parity": {"population_size": 4, "generations": 2, "rank_multiple": 2}},
         speed={"new_tokens": 2, "rounds": 2},
     )
@@ -106,7 +106,7 @@ def test_a_cell_holds_what_pruning_finds(benchmark: ModuleType, world: Path, lea
     places = part("suite").Places(data=world, cache=world)
     task, sibling = places.read(job.rows, SPLITS), places.read(job.siblings["short rows"], {"test": 40})
     pruner = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)
-    result = pruner.prune(SieveConfig(tolerance=0.05, search_steps=4), progress=False)
+    result = pruner.prune(unhealed(tolerance=0.05, search_steps=4), progress=False)
     parameters = result.report["parameters"]
     assert cell["kept"] == parameters["targets_after"] / parameters["targets_before"]
     assert (cell["test"], cell["dense"]) == (result.report["pruned"], result.report["dense"])

@@ -20,21 +20,15 @@ from transformers import AutoModelForCausalLM
 from optimum_sieve import SieveConfig, evaluate
 
 
-def test_the_package_refuses_what_the_table_calls_refused() -> None:
+def test_the_package_takes_the_settings_of_every_method() -> None:
     methods = {method.name: method for method in part("methods").METHODS}
     preset = part("methods").PRESETS["full"]
-    with pytest.raises(
-        ValueError, match=r"`heal` with a `tolerance` .* must go with .* got 'genetic', whose search does not heal"
-    ):
-        SieveConfig.from_dict(preset.config("movie", methods["joint-genetic-healed"], 0.02))
-    SieveConfig.from_dict(preset.config("movie", methods["joint-genetic"], 0.02))
     with pytest.raises(
         ValueError, match="`projection='learned'` must go with allocation='uniform' and a `pruning_ratio`"
     ):
         SieveConfig.from_dict(preset.config("movie", methods["learned"], 0.02))
     for method in methods.values():
-        assert (method.refusal is not None) == (method.name == "joint-genetic-healed")
-        if method.refusal is None and not method.by_ratio:
+        if not method.by_ratio:
             assert SieveConfig.from_dict(preset.config("movie", method, 0.02)).tolerance == 0.02
 
 
@@ -48,7 +42,6 @@ def test_presets_name_what_there_is(name: str) -> None:
         assert {tolerance for each in cells.values() for tolerance in each} <= set(methods.TOLERANCES)
         assert preset.splits(job).keys() == {"calibration", "selection", "test"}
         assert ("sibling" in preset.limits[job]) == bool(jobs[job].siblings)
-        assert not any(method.refusal for method in methods.METHODS if method.name in cells)
 
 
 @pytest.mark.parametrize(("job", "file"), [

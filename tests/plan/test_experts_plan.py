@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from toy import VOCABULARY, load_task, make_model, make_tokenizer
+from toy import VOCABULARY, load_task, make_model, make_tokenizer, unhealed
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 from vocabulary_world import byte_level, load_reviews
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Two layers of four attention matrices and eight experts of three.
 NUM_MATRICES = 2 * (4 + 8 * 3)
-HALF = SieveConfig(pruning_ratio=0.5)
+HALF = unhealed(pruning_ratio=0.5)
 
 
 def make_mixtral(dtype: torch.dtype = torch.float32, vocab_size: int = len(VOCABULARY)) -> PreTrainedModel:
@@ -55,7 +55,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def limited(num_bytes: int) -> SieveConfig:
-    return SieveConfig(pruning_ratio=0.5, memory_limit=num_bytes)
+    return unhealed(pruning_ratio=0.5, memory_limit=num_bytes)
 
 
 @pytest.mark.parametrize("settings", [{}, {"memory_limit": "1GB"}, {"vocabulary": "task"}])
@@ -65,7 +65,7 @@ def test_a_plan_leaves_the_model_as_it_was(tmp_path: Path, settings: dict[str, A
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     modules = dict(model.named_modules())
     pruner = SievePruner(model, tokenizer, load_reviews(tmp_path))
-    plan = pruner.plan(SieveConfig(pruning_ratio=0.5, **settings))
+    plan = pruner.plan(unhealed(pruning_ratio=0.5, **settings))
     assert plan.num_targets == NUM_MATRICES
     assert pruner.model is model
     after = model.state_dict(keep_vars=True)
@@ -99,7 +99,7 @@ def test_a_run_that_is_refused_leaves_the_model_as_it_was(tmp_path: Path, settin
     tensors, modules = model.state_dict(keep_vars=True), dict(model.named_modules())
     pruner = SievePruner(model, make_tokenizer(), load_task(tmp_path))
     with pytest.raises(ValueError, match=next(iter(settings))):
-        pruner.prune(SieveConfig(pruning_ratio=0.5, **settings), progress=False)
+        pruner.prune(unhealed(pruning_ratio=0.5, **settings), progress=False)
     after = model.state_dict(keep_vars=True)
     assert after.keys() == tensors.keys()
     assert all(after[name] is tensor for name, tensor in tensors.items())

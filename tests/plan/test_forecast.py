@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_models import make_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
-from toy import load_task, make_tokenizer
+from toy import load_task, make_tokenizer, unhealed
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.commands import plan as command
 from optimum_sieve.factorization.closed_form import factorize
@@ -24,7 +24,7 @@ from optimum_sieve.plan.hardware import HARDWARE, rates_of
 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks" / "configs"
-HALF = SieveConfig(pruning_ratio=0.5)
+HALF = unhealed(pruning_ratio=0.5)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_passes_are_what_torch_counts(model: Any, projection: str) -> None:
         if projection == "joint":
             states.sum().backward()
 
-    config = SieveConfig(pruning_ratio=0.5, projection=projection, rounds=1)
+    config = unhealed(pruning_ratio=0.5, projection=projection, rounds=1)
     work = count_work(find_targets(model), config, tokens=ids.numel())
     # Attention's own products come on top.
     assert work.passes <= counted(run) <= 1.05 * work.passes
@@ -66,7 +66,7 @@ def test_sums_and_products_are_what_torch_counts(shape: tuple[int, int]) -> None
     moments = empty_moments(weight, projection="joint")
     layer = torch.nn.Linear(shape[1], shape[0], bias=False)
     (target,) = find_targets(torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])}))
-    work = count_work([target], SieveConfig(pruning_ratio=0.5, rounds=1), tokens=50)
+    work = count_work([target], unhealed(pruning_ratio=0.5, rounds=1), tokens=50)
     on_outputs = watches_outputs(weight, "joint")
     sums = counted(lambda: accumulate_moments(moments, weight, x, g, on_outputs=on_outputs))
     assert sums == pytest.approx(work.moments, rel=0.02)
@@ -77,12 +77,12 @@ def test_sums_and_products_are_what_torch_counts(shape: tuple[int, int]) -> None
 
 def test_a_second_round_and_a_second_forward_pass_cost_more(model: Any) -> None:
     targets = find_targets(model)
-    one, two = (count_work(targets, SieveConfig(pruning_ratio=0.5, rounds=rounds), tokens=9) for rounds in (1, 2))
+    one, two = (count_work(targets, unhealed(pruning_ratio=0.5, rounds=rounds), tokens=9) for rounds in (1, 2))
     assert two.passes == 2 * one.passes
     assert two.eigenvectors == 2 * one.eigenvectors
     assert two.moments > 2 * one.moments
     assert count_work(targets, HALF, tokens=9, by_block=True).passes == 1.5 * two.passes
-    none = count_work(targets, SieveConfig(pruning_ratio=0.5, projection="svd"), tokens=9)
+    none = count_work(targets, unhealed(pruning_ratio=0.5, projection="svd"), tokens=9)
     assert (none.passes, none.moments) == (0, 0)
 
 
@@ -119,7 +119,7 @@ def test_experts_see_their_share_of_the_tokens() -> None:
 
 
 def test_a_limit_makes_it_a_run_by_blocks() -> None:
-    config = SieveConfig(pruning_ratio=0.5, memory_limit="20GB")
+    config = unhealed(pruning_ratio=0.5, memory_limit="20GB")
     found = forecast(CONFIGS / "llama-3.1-8b", config, examples=256, tokens=256, hardware="h100")
     assert found.plan.blocks is not None
     assert found.plan.peak_bytes < 20e9 < found.plan.whole_bytes
@@ -160,7 +160,7 @@ def test_a_damaged_configuration_is_an_error_that_names_the_model(
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**model.config.to_dict(), **changes}))
-    config = SieveConfig(pruning_ratio=0.5, memory_limit=limit)
+    config = unhealed(pruning_ratio=0.5, memory_limit=limit)
     with pytest.raises(ValueError, match=rf"`(model|dtype|hidden_size)`.*{reason}"):
         forecast(tmp_path, config, examples=2, tokens=3, dtype="auto") if limit is None else must_offload(
             tmp_path, config

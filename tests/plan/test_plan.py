@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from toy import load_task, make_model, make_tokenizer
+from toy import load_task, make_model, make_tokenizer, unhealed
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve.backbone.sizes import tensor_bytes
 
 
@@ -22,7 +22,7 @@ def pruner(tmp_path: Path) -> SievePruner:
 
 
 def test_sizes_are_met_by_the_run(pruner: SievePruner, tmp_path: Path) -> None:
-    config = SieveConfig(pruning_ratio=0.5, rank_multiple=1)
+    config = unhealed(pruning_ratio=0.5, rank_multiple=1)
     plan = pruner.plan(config)
     assert plan.num_targets == 14
     assert plan.model_parameters == sum(parameter.numel() for parameter in pruner.model.parameters())
@@ -40,7 +40,7 @@ def test_sizes_are_met_by_the_run(pruner: SievePruner, tmp_path: Path) -> None:
 
 
 def test_half_precision_on_the_cpu_takes_more_for_its_libraries(tmp_path: Path) -> None:
-    config, task = SieveConfig(pruning_ratio=0.5), load_task(tmp_path)
+    config, task = unhealed(pruning_ratio=0.5), load_task(tmp_path)
     single, half = (
         SievePruner(make_model().to(dtype), make_tokenizer(), task).plan(config)
         for dtype in (torch.float32, torch.bfloat16)
@@ -55,7 +55,7 @@ def test_a_path_of_this_machine_stays_out_of_the_configuration(tmp_path: Path) -
     make_tokenizer().save_pretrained(tmp_path / "base")
     load_task(tmp_path)
     pruner = SievePruner.from_pretrained(tmp_path / "base", task=tmp_path / "task.json", dtype="float32", device="cpu")
-    result = pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=1), progress=False)
+    result = pruner.prune(unhealed(pruning_ratio=0.5, rank_multiple=1), progress=False)
     assert result.model.config.sieve["base_model"] == "base"
     assert result.report["loading"] == {"dtype": "float32"}
     directory = pruner.save_pretrained(tmp_path / "out")
@@ -63,7 +63,7 @@ def test_a_path_of_this_machine_stays_out_of_the_configuration(tmp_path: Path) -
 
 
 def test_a_search_leaves_the_size_open(pruner: SievePruner) -> None:
-    plan = pruner.plan(SieveConfig(tolerance=0.02))
+    plan = pruner.plan(unhealed(tolerance=0.02))
     assert plan.expected_targets_parameters is None
     assert plan.expected_bytes is None
     assert "decided by the search" in plan.format()
@@ -71,8 +71,8 @@ def test_a_search_leaves_the_size_open(pruner: SievePruner) -> None:
 
 @pytest.mark.parametrize(("projection", "share"), [("svd", 0.0), ("activation", 0.5), ("joint", 1.0)])
 def test_moments_depend_on_the_projection(pruner: SievePruner, projection: str, share: float) -> None:
-    joint = pruner.plan(SieveConfig(pruning_ratio=0.5)).moments_bytes
-    assert pruner.plan(SieveConfig(pruning_ratio=0.5, projection=projection)).moments_bytes == share * joint
+    joint = pruner.plan(unhealed(pruning_ratio=0.5)).moments_bytes
+    assert pruner.plan(unhealed(pruning_ratio=0.5, projection=projection)).moments_bytes == share * joint
 
 
 def test_shared_tensors_count_once() -> None:

@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from optimum_sieve import SieveConfig
 from optimum_sieve.tasks import Task
 
 
@@ -107,6 +108,11 @@ def write_task(directory: Path, rows: list[dict[str, Any]] | None = None, **chan
 def load_task(directory: Path, rows: list[dict[str, Any]] | None = None, **changes: Any) -> Task:
     """Write the toy task and read it."""
     return Task.from_file(write_task(directory, rows, **changes))
+
+
+def unhealed(**settings: Any) -> SieveConfig:
+    """Return settings without healing, which is slow and on by default."""
+    return SieveConfig(**{"heal": None, **settings})
 
 
 def prompts(task: Task, split: str) -> list[str]:
