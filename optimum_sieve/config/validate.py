@@ -100,10 +100,11 @@ def parse_seconds(name: str, value: Any) -> float | None:
         raise ValueError(f"`{name}` must be a number of seconds or a text such as '90s', '12min' or '2h', got "
                          f"{shown(value)}.")  # fmt: skip
     units = {"s": 1, "m": 60, "h": 3600}
-    seconds = float(value) if match is None else float(match[1]) * units[(match[2] or "s")[0].lower()]
+    seconds = value if match is None else float(match[1]) * units[(match[2] or "s")[0].lower()]
+    # Comparison, unlike conversion, takes integers of any size.
     if not 0 < seconds < _MOST_SECONDS:
         raise ValueError(f"`{name}` must be above 0 and below {_MOST_SECONDS:,} seconds, got {shown(value)}.")
-    return seconds
+    return float(seconds)
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -67,6 +67,18 @@ HUGE = 10**400
             r"`task_weights` must differ by a factor of at most 1,000,000, got \(1e-300, 1",
         ),
         ({"allocation": "x" * 50_000}, r"`allocation` must be one of .* got 'xxx.{100,200}'\.$"),
+        ({"heal": "always"}, "`heal` must be a HealConfig, 'auto' or None, got 'always'"),
+        ({"time_limit": "soon"}, "`time_limit` must be a number of seconds or a text such as '90s', .* got 'soon'"),
+        ({"time_limit": "2 days"}, "`time_limit` must be a number of seconds or .*'12min' or '2h', got '2 days'"),
+        ({"time_limit": "-5min"}, "`time_limit` must be a number of seconds or .* got '-5min'"),
+        ({"time_limit": "1" * 400}, r"`time_limit` must be a number of seconds or .* got '111.*\.\.\."),
+        ({"time_limit": 0}, "`time_limit` must be above 0 and below 1,000,000,000 seconds, got 0"),
+        ({"time_limit": "0s"}, "`time_limit` must be above 0 and below 1,000,000,000 seconds, got '0s'"),
+        ({"time_limit": -1.5}, r"`time_limit` must be above 0 and below 1,000,000,000 seconds, got -1\.5"),
+        ({"time_limit": float("nan")}, "`time_limit` must be above 0 and below 1,000,000,000 seconds, got nan"),
+        ({"time_limit": float("inf")}, "`time_limit` must be above 0 and below 1,000,000,000 seconds, got inf"),
+        ({"time_limit": HUGE}, "`time_limit` must be above 0 and below .* got an integer of about 400 digits"),
+        ({"time_limit": "300000h"}, "`time_limit` must be above 0 and below 1,000,000,000 seconds, got '300000h'"),
         ({"vocabulary": "small"}, "`vocabulary` must be one of 'whole', 'task', got 'small'"),
         ({"vocabulary": "task", "vocabulary_size": 0}, "`vocabulary_size` must be at least 1, got 0"),
         ({"vocabulary_size": 9}, "`vocabulary_size` must go with vocabulary='task', got 9 and vocabulary='whole'"),
@@ -98,7 +110,10 @@ def test_values_that_break_a_rule(settings: dict[str, Any], message: str) -> Non
             {"target_modules": [["q_proj"]]},
             r"`target_modules` must be a sequence of name patterns, got \[\['q_proj'\]\]",
         ),
-        ({"heal": 5}, "`heal` must be a HealConfig or None, got 5"),
+        ({"heal": 5}, "`heal` must be a HealConfig, 'auto' or None, got 5"),
+        ({"heal": True}, "`heal` must be a HealConfig, 'auto' or None, got True"),
+        ({"time_limit": True}, "`time_limit` must be a number of seconds or a text such as '12min', got True"),
+        ({"time_limit": ["1h"]}, r"`time_limit` must be a number of seconds .*, got \['1h'\]"),
         ({"exclude_modules": [""]}, "`exclude_modules` must be a sequence of name patterns"),
     ],
 )
@@ -122,6 +137,17 @@ def test_values_of_the_wrong_type(settings: dict[str, Any], message: str) -> Non
 def test_memory_is_given_in_bytes_or_with_a_unit(given: int | str, size: int) -> None:
     config = SieveConfig(pruning_ratio=0.5, memory_limit=given)
     assert config.memory_limit == config.memory_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [(90, 90.0), (0.5, 0.5), ("90", 90.0), ("90s", 90.0), ("12min", 720.0), ("1.5 H", 5400.0), (" 2 m ", 120.0)],
+)
+def test_time_is_given_in_seconds_or_with_a_unit(given: float | str, seconds: float) -> None:
+    config = SieveConfig(tolerance=0.02, time_limit=given)
+    assert config.time_limit == config.seconds == seconds
+    assert SieveConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert SieveConfig(tolerance=0.02).seconds is None
 
 
 def test_settings_cannot_be_changed() -> None:

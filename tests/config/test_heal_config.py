@@ -1,12 +1,18 @@
-"""Settings of healing: their rules."""
+"""Settings of healing: their rules, the sizes they lead to, and files that earlier versions saved."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.config.sieve import SieveConfig
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -15,13 +21,16 @@ from optimum_sieve.config.heal import HealConfig
         ({"steps": 0}, r"`heal\.steps` must be at least 1, got 0"),
         ({"learning_rate": 0.0}, r"`heal\.learning_rate` must be above 0 and below 1, got 0\.0"),
         ({"learning_rate": float("nan")}, r"`heal\.learning_rate` must be above 0 and below 1, got nan"),
+        ({"start": 1.0}, r"`heal\.start` must be above 0 and below 1, got 1\.0"),
+        ({"start": 0}, r"`heal\.start` must be above 0 and below 1, got 0"),
+        ({"shrink": 1}, r"`heal\.shrink` must be above 0 and below 1, got 1"),
+        ({"shrink": -0.5}, r"`heal\.shrink` must be above 0 and below 1, got -0\.5"),
+        ({"batch_size": 0}, r"`heal\.batch_size` must be at least 1, got 0"),
+        ({"rows_per_pass": -1}, r"`heal\.rows_per_pass` must be at least 1, got -1"),
         ({"loss": "hidden"}, r"`heal\.loss` must be one of 'candidates', 'vocabulary', got 'hidden'"),
         ({"gold_weight": 1.0}, r"`heal\.gold_weight` must be at least 0 and below 1, got 1\.0"),
-        ({"monitor_fraction": 0.0}, r"`heal\.monitor_fraction` must be above 0 and below 1, got 0\.0"),
-        ({"rounds": 0}, r"`heal\.rounds` must be at least 1, got 0"),
         ({"steps": 10**400}, r"`heal\.steps` must be at most 1,000,000,000, got an integer of about 400 digits"),
         ({"learning_rate": 10**400}, r"`heal\.learning_rate` must be above 0 and below 1, got an integer of about 400"),
-        ({"patience": 0}, r"`heal\.patience` must be at least 1, got 0"),
     ],
 )
 def test_settings_that_break_a_rule(settings: dict[str, Any], message: str) -> None:
@@ -34,6 +43,7 @@ def test_settings_that_break_a_rule(settings: dict[str, Any], message: str) -> N
     [
         ({"steps": 2.0}, r"`heal\.steps` must be an integer, got 2\.0"),
         ({"learning_rate": "1e-3"}, r"`heal\.learning_rate` must be a number, got '1e-3'"),
+        ({"shrink": "half"}, r"`heal\.shrink` must be a number, got 'half'"),
         ({"train_norms": 1}, r"`heal\.train_norms` must be True or False, got 1"),
     ],
 )
@@ -42,7 +52,56 @@ def test_settings_of_the_wrong_type(settings: dict[str, Any], message: str) -> N
         HealConfig(**settings)
 
 
-def test_too_few_selection_examples_are_refused() -> None:
-    assert HealConfig().monitor_count(8) == 2
-    with pytest.raises(ValueError, match=r"`heal\.monitor_fraction` must monitor at least 2 .* got 0\.25 of 4"):
-        HealConfig().monitor_count(4)
+@pytest.mark.parametrize(
+    ("settings", "kept", "sizes"),
+    [
+        ({}, 0.9, [0.9]),
+        ({}, 0.5, [0.5]),
+        ({}, 0.375, [0.5, 0.375]),
+        # A ratio that is a power of `shrink`, in spite of rounding.
+        ({"start": 0.8, "shrink": 0.5}, 0.1, [0.8, 0.4, 0.2, 0.1]),
+        # Otherwise the steps are equal, and a little smaller.
+        ({"start": 0.8, "shrink": 0.5}, 0.2 / 2**0.5, [0.8, 0.8 / 2 ** (5 / 6), 0.8 / 2 ** (10 / 6), 0.2 / 2**0.5]),
+        ({"start": 0.5, "shrink": 0.01}, 0.03, [0.5, 0.03]),
+    ],
+)
+def test_sizes_fall_in_equal_ratios_to_the_last(settings: dict[str, Any], kept: float, sizes: list[float]) -> None:
+    found = HealConfig(**settings).sizes_to(kept)
+    assert found == pytest.approx(sizes)
+    assert found[-1] == kept
+
+
+def test_ratios_are_never_smaller_than_asked() -> None:
+    config = HealConfig()
+    for kept in (0.49, 0.3, 0.25, 0.1, 0.011):
+        sizes = config.sizes_to(kept)
+        ratios = [after / before for before, after in zip(sizes, sizes[1:], strict=False)]
+        assert sizes[0] == config.start
+        assert all(ratio == pytest.approx(ratios[0]) for ratio in ratios)
+        # One step less would not do.
+        assert config.shrink - 1e-9 <= ratios[0]
+        assert len(sizes) == 2 or (kept / config.start) ** (1 / (len(sizes) - 2)) < config.shrink
+
+
+def test_auto_is_the_default_and_goes_through_json(tmp_path: Path) -> None:
+    config = SieveConfig(tolerance=0.02)
+    assert config.heal == config.to_dict()["heal"] == "auto"
+    config.to_json_file(tmp_path / "settings.json")
+    assert json.loads((tmp_path / "settings.json").read_text())["heal"] == "auto"
+    assert SieveConfig.from_json_file(tmp_path / "settings.json") == config
+    explicit = SieveConfig(tolerance=0.02, heal=HealConfig(steps=3, shrink=0.6))
+    assert SieveConfig.from_dict(json.loads(json.dumps(explicit.to_dict()))) == explicit
+
+
+def test_settings_that_an_earlier_version_saved(caplog: pytest.LogCaptureFixture) -> None:
+    """Unhealed ones stay unhealed; removed settings are dropped, with a warning where they were changed."""
+    assert SieveConfig.from_dict({"pruning_ratio": 0.5, "heal": None}).heal is None
+    defaults = {"rounds": 1, "eval_steps": 16, "patience": 4, "monitor_fraction": 0.25}
+    assert SieveConfig.from_dict({"pruning_ratio": 0.5, "heal": {"steps": 256, **defaults}}).heal == HealConfig(
+        steps=256
+    )
+    assert caplog.text == ""
+    assert HealConfig.from_dict({**defaults, "rounds": 3, "patience": 9}) == HealConfig()
+    assert "`rounds` is no longer a setting: 3 is ignored, its value is 1." in caplog.text
+    assert "`patience` is no longer a setting: 9 is ignored, its value is 4." in caplog.text
+    assert "eval_steps" not in caplog.text
