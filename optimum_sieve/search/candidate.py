@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimum_sieve.allocation.certainty import certain_error
 from optimum_sieve.tasks.metrics import standard_error
 
 
@@ -76,15 +77,15 @@ class Outcome:
     def bound(self, confidence: float, count: int | None = None) -> float:
         """Return the one-sided lower bound of the score difference; as it would be on `count` examples, if given.
 
-        Uses the normal approximation with a standard error of at least one changed example: few examples without any
-        difference still say little. The lowest bound of several tasks needs no correction, because all must hold.
+        Few examples without any difference still say little (see `certain_error`). The lowest bound of several tasks
+        needs no correction, because all must hold.
         """
         z = NormalDist().inv_cdf(confidence)
         return min(part.mean - z * part._error(count or len(part.rises)) for part in self.parts)
 
     def _error(self, count: int) -> float:
         scored = len(self.rises)
-        return float(max(self.standard_error, 1 / scored) * (scored / count) ** 0.5)
+        return certain_error(self.mean, self.standard_error, scored) * (scored / count) ** 0.5
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""

@@ -278,4 +278,5 @@ def test_seeds_that_are_dropped_still_say_where_the_limit_lies():
 def test_few_examples_confirm_little():
     unchanged = make_outcome(0.0, count=20)
     assert unchanged.bound(0.9) < -0.05
-    assert make_outcome(0.0, count=1000).bound(0.9) > -0.002
+    # Two lost examples at most: one more that changes, and its skewness.
+    assert -0.003 < make_outcome(0.0, count=1000).bound(0.9) < -0.002
