@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -245,7 +246,7 @@ class Healer:
             finally:
                 self._hold(factors, norms)
 
-        run = self.run
+        run, draws = self.run, self.config.steps * self.config.batch_size
         lessons: list[Lesson] = []
         for lesson in self.lessons:
             lessons += lessons_of(
@@ -254,6 +255,8 @@ class Healer:
                 run.tokenizer,
                 as_dense=as_dense,
                 written_share=self.config.written_share,
+                # No more than the steps draw.
+                max_examples=math.ceil(self.config.written_share * lesson.weight * draws) or None,
                 prompt_sites=self.config.prompt_sites,
                 seed=run.config.seed + len(self._sizes),
                 batch_size=run.config.batch_size,
