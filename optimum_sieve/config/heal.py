@@ -43,7 +43,8 @@ class HealConfig:
             Share of the examples whose answers the pruned model has written itself, before each size, for tasks with
             written answers; from 0 up to below 1. The dense model predicts their next tokens.
         prompt_sites (`int`):
-            Random positions in each prompt whose next tokens are matched as well, for tasks with written answers.
+            Random positions in each prompt whose next tokens are matched as well, for tasks with written answers and
+            with `loss="vocabulary"`.
         train_norms (`bool`):
             Also train the weights of normalization layers.
         gradient_checkpointing (`bool`):
