@@ -1,0 +1,138 @@
+"""Prune tasks with the default settings, and measure size, loss on the test split, and time.
+
+    python benchmarks/defaults.py                                     # three tasks, one seed: an hour on two cores
+    python benchmarks/defaults.py --tasks movie --seeds 0 1 2 --json rows.jsonl
+    python benchmarks/defaults.py --files my_task.yaml --model my-model --tune
+
+Each run is what `optimum-cli sieve prune --tolerance 0.02` does, on 256 calibration, 400 selection and 1,000 test rows.
+The seed divides the rows, samples them and orders the training. Prints the kept fraction without and with healing, the
+scores on the test split with paired differences, the agreement and the minutes; with several seeds also mean and
+standard deviation over the seeds. `--tune` tunes the dense model on the calibration rows first and holds the pruned
+model to it. `--work-dir` keeps finished stages, one folder for each run, so that a stopped benchmark resumes; minutes
+are then those of the last start.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import append_json, choose_source, machine_name, make_parser, read_task
+from results.suite import JOBS, ROOT, Places
+
+from optimum_sieve import SieveConfig, SievePruner, Task
+from optimum_sieve.config import TuneConfig
+
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--tasks", nargs="*", choices=[job.name for job in JOBS], default=["movie", "uci-amazon", "snips"]
+    )
+    parser.add_argument("--files", nargs="*", type=Path, default=[], help="task files, measured besides --tasks")
+    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    parser.add_argument("--gguf-file", help="GGUF file in that directory")
+    parser.add_argument("--dtype", default="float32", help="dtype of the model; default: %(default)s")
+    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", type=int, nargs=3, default=[256, 400, 1000], metavar="N", help="rows of each split")
+    parser.add_argument("--tune", action="store_true", help="tune the dense model first")
+    parser.add_argument("--no-heal", action="store_true", help="train nothing")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "results-cache", help="directory for rows that are split anew"
+    )
+    parser.add_argument("--work-dir", type=Path, help="keeps finished stages")
+    parser.add_argument("--json", type=Path, help="append the rows to this file, as JSON lines")
+    return parser.parse_args(words)
+
+
+def read_tasks(arguments: argparse.Namespace, seed: int) -> dict[str, Task]:
+    """Read the tasks of the command line with the rows of a seed."""
+    limit = dict(zip(("calibration", "selection", "test"), arguments.rows, strict=True))
+    places = Places(data=arguments.data, cache=arguments.cache)
+    tasks = {}
+    for job in JOBS:
+        if job.name in arguments.tasks:
+            spec = {**places.read(job.rows, limit).spec, "seed": seed}
+            roots = {"data": places.data, "demo": choose_source(None, None)[0].parent, "rows": places.cache / "rows"}
+            tasks[job.name] = Task.from_dict(spec, roots[job.rows.root])
+    return tasks | {file.stem: read_task(file, limit=limit, seed=seed) for file in arguments.files}
+
+
+def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> dict[str, Any]:
+    """Prune one task with one seed; return the row."""
+    model, gguf_file = arguments.model, arguments.gguf_file
+    if model is None:
+        model, _, gguf_file = choose_source(None, None)
+    start = time.perf_counter()
+    pruner = SievePruner.from_pretrained(model, task=task, dtype=arguments.dtype, gguf_file=gguf_file)
+    settings: dict[str, Any] = {"heal": None} if arguments.no_heal else {}
+    if arguments.tune:
+        settings["tune"] = TuneConfig()
+    config = SieveConfig(tolerance=arguments.tolerance, seed=seed, **settings)
+    work = None if arguments.work_dir is None else arguments.work_dir / f"{name}-{seed}"
+    report = pruner.prune(config, work_dir=work, progress=False).report
+    sizes = report["parameters"]
+    return {
+        "task": name,
+        "seed": seed,
+        "kept": sizes["targets_after"] / sizes["targets_before"],
+        "kept_without": report.get("healing", {}).get("kept_without"),
+        "minutes": (time.perf_counter() - start) / 60,
+        **{
+            key: report[key]
+            for key in ("dense", "tuned", "pruned", "paired_difference", "difference_to_tuned")
+            if key in report
+        },
+        "agreement": report["agreement"],
+        "seconds": report["seconds"],
+        "settings": report["settings"],
+        "machine": machine_name(),
+    }
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Describe a row in a line."""
+    without = "" if row["kept_without"] is None else f" (without healing {row['kept_without']:.3f})"
+    score = {key: f"{row[key]['score']:.3f}" for key in ("dense", "tuned", "pruned") if key in row}
+    difference = row["paired_difference"]
+    return (
+        f"{row['task']}, seed {row['seed']}: kept {row['kept']:.3f}{without}, "
+        + ", ".join(f"{key} {value}" for key, value in score.items())
+        + f", difference {difference['mean']:+.3f} +- {difference['standard_error']:.3f}, agreement "
+        f"{row['agreement']:.3f}, {row['minutes']:.1f} minutes"
+    )
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure every task with every seed and print the rows."""
+    arguments = parse_arguments(words)
+    rows: list[dict[str, Any]] = []
+    for seed in arguments.seeds:
+        for name, task in read_tasks(arguments, seed).items():
+            rows.append(measure(arguments, name, task, seed))
+            append_json(arguments.json, rows[-1])
+            print(describe(rows[-1]), flush=True)
+    for name in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == name]
+        if len(mine) > 1:
+            kept = [row["kept"] for row in mine]
+            losses = [row["paired_difference"]["mean"] for row in mine]
+            print(
+                f"{name}, {len(mine)} seeds: kept {statistics.mean(kept):.3f}, standard deviation "
+                f"{statistics.stdev(kept):.3f}; difference {statistics.mean(losses):+.3f} +- "
+                f"{statistics.stdev(losses) / len(losses) ** 0.5:.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""`benchmarks/defaults.py` measures what it says, on a tiny model and task."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from benchmark_module import load_benchmark
+from healed_world import learn
+from toy import load_task, make_tokenizer, parity_rows
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    task = load_task(tmp_path, parity_rows(600))
+    learn(task).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_rows_of_two_seeds(model: Path, tmp_path: Path, capsys: Any) -> None:
+    benchmark = load_benchmark("defaults")
+    words = ["--model", model, "--tasks", "--files", tmp_path / "task.json", "--rows", 200, 100, 150,
+             "--tolerance", 0.3, "--seeds", 0, 1, "--json", tmp_path / "rows-out.jsonl"]  # fmt: skip
+    benchmark.main([*map(str, words)])
+    rows = [json.loads(line) for line in (tmp_path / "rows-out.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["seed"]) for row in rows] == [("task", 0), ("task", 1)]
+    for row in rows:
+        assert 0 < row["kept"] < row["kept_without"] or row["kept"] == pytest.approx(row["kept_without"])
+        assert row["paired_difference"]["mean"] == pytest.approx(row["pruned"]["score"] - row["dense"]["score"])
+        assert row["settings"]["heal"]["steps"] > 0
+    # Other rows are drawn: the dense model's score shows it.
+    assert rows[0]["settings"]["seed"] != rows[1]["settings"]["seed"]
+    assert "task, 2 seeds: kept" in capsys.readouterr().out
+
+
+def test_settings_of_the_command_line_reach_the_run(model: Path, tmp_path: Path) -> None:
+    benchmark = load_benchmark("defaults")
+    words = ["--model", model, "--tasks", "--files", tmp_path / "task.json", "--rows", 200, 100, 150,
+             "--tolerance", 0.3, "--no-heal", "--tune", "--json", tmp_path / "rows-out.jsonl"]  # fmt: skip
+    benchmark.main([*map(str, words)])
+    row = json.loads((tmp_path / "rows-out.jsonl").read_text())
+    assert row["settings"]["heal"] is None
+    assert {"dense", "tuned", "pruned", "difference_to_tuned"} <= row.keys()
