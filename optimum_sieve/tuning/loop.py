@@ -164,7 +164,7 @@ class _Trainer:
         total = torch.zeros((), device=self.processes.device)
         for loss_of, batch in self._passes()[self.processes.process_index :: self.processes.num_processes]:
             loss = loss_of(self.model, batch) / self.config.batch_size
-            (loss * self.scale).backward()
+            (loss * self.scale).backward()  # type: ignore[no-untyped-call]
             total += loss.detach().to(total.device)
         gradients = [self._gradient(parameter) for parameter in self.parameters.values()]
         if self.processes.num_processes > 1:

@@ -171,9 +171,14 @@ def test_a_stopped_training_goes_on_to_the_same_weights(
             train(make_run(model, task, work_dir=tmp_path))
     assert_same(weights(model), before)
     assert names(tmp_path) == ["tuning"]
-    taken = []
+    taken: list[int] = []
     take = loop._Trainer._step
-    monkeypatch.setattr(loop._Trainer, "_step", lambda self: taken.append(self.training.steps) or take(self))
+
+    def counting(self: Any) -> float:
+        taken.append(self.training.steps)
+        return take(self)
+
+    monkeypatch.setattr(loop._Trainer, "_step", counting)
     adapters, resumed, stored_key = train(make_run(model, task, work_dir=tmp_path))
     assert taken == list(range(SAVE_STEPS, QUICK.steps))
     assert_same(adapters.values(), expected_adapters.values())

@@ -12,10 +12,12 @@ import pytest
 import toy
 from healed_world import TOKENIZER, assert_same, weights
 from safetensors.torch import load_file
+from tiny_models import make_tiny_model
 from toy import load_task, parity_rows, unhealed, write_task
 from transformers import AutoModelForCausalLM
 from two_processes import run_in_two_processes
 from two_tasks import make_tasks
+from vocabulary_world import byte_level, load_reviews
 
 from optimum_sieve import HealConfig, SievePruner, TuneConfig, compare, evaluate
 from optimum_sieve import pruner as pruner_module
@@ -119,13 +121,25 @@ def test_the_tuned_model_is_the_reference_of_healing_and_the_tolerance(dense: Pr
     assert report["parameters"]["targets_after"] < report["parameters"]["targets_before"]
 
 
-def test_a_vocabulary_is_reduced_after_tuning(dense: PreTrainedModel, task: Task) -> None:
-    pruner = make_pruner(dense, task)
-    result = pruner.prune(unhealed(**HALF, vocabulary="task"), **QUIET)
-    tuned = score(tuned_copy(dense, task), task)
-    assert result.report["dense"]["score"] == score(dense, task).score
-    assert result.report["tuned"]["score"] == tuned.score
-    assert result.report["vocabulary"]["after"] < result.report["vocabulary"]["before"]
+@pytest.fixture
+def reviews(tmp_path: Path) -> tuple[SievePruner, PreTrainedModel]:
+    """A pruner of reviews whose tokenizer can be reduced, and a copy of its model."""
+    model = make_tiny_model("llama", vocab_size=960, initializer_range=0.05, max_position_embeddings=128)
+    return SievePruner(copy.deepcopy(model), byte_level(), load_reviews(tmp_path)), model
+
+
+def test_a_vocabulary_is_reduced_after_tuning(reviews: tuple[SievePruner, PreTrainedModel]) -> None:
+    pruner, dense = reviews
+    task, tokenizer = pruner.tasks[0], pruner.tokenizer
+    report = pruner.prune(unhealed(**HALF, vocabulary="task"), **QUIET).report
+    run = prepare(dense, tokenizer, [task], unhealed(**HALF), work_dir=None, study_storage=None, **QUIET)
+    examples = list(task.examples("test", tokenizer))
+    for name in ("dense", "tuned"):
+        scored = evaluate(dense, examples, tokenizer, metric=task.metric, batch_size=16, **QUIET)
+        assert report[name]["score"] == scored.score
+        train(run)[0].merge()
+    assert report["tuned"]["score"] > report["dense"]["score"]
+    assert report["vocabulary"]["after"] < report["vocabulary"]["before"] == 960
 
 
 def test_results_of_the_untuned_model_are_not_those_of_the_tuned_one(
@@ -143,9 +157,9 @@ def test_results_of_the_untuned_model_are_not_those_of_the_tuned_one(
 
 @pytest.mark.parametrize("stage_name", ["calibrate", "choose_ranks", "score_test_pruned"])
 def test_an_error_of_a_later_stage_restores_the_dense_model(
-    dense: PreTrainedModel, task: Task, monkeypatch: pytest.MonkeyPatch, stage_name: str
+    reviews: tuple[SievePruner, PreTrainedModel], monkeypatch: pytest.MonkeyPatch, stage_name: str
 ) -> None:
-    pruner = make_pruner(dense, task)
+    pruner, dense = reviews
     monkeypatch.setattr(pruner_module, stage_name, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         pruner.prune(unhealed(**HALF, vocabulary="task"), **QUIET)
@@ -234,7 +248,7 @@ def test_a_run_by_blocks_is_refused(tmp_path: Path) -> None:
     write_task(tmp_path, parity_rows(120))
     toy.make_model(num_hidden_layers=4).save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
-    paths = {"task": tmp_path / "task.json", "device": "cpu"}
+    paths: dict[str, Any] = {"task": tmp_path / "task.json", "device": "cpu"}
     message = r"`tune` must go with {}, got .*: with less, one block of the model is held at a time"
     offloaded = SievePruner.from_pretrained(tmp_path / "base", **paths, offload_dir=tmp_path)
     with pytest.raises(ValueError, match=message.format("a model in memory")):
