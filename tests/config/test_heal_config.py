@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_ratios_are_never_smaller_than_asked() -> None:
     config = HealConfig()
     for kept in (0.49, 0.3, 0.25, 0.1, 0.011):
         sizes = config.sizes_to(kept)
-        ratios = [after / before for before, after in zip(sizes, sizes[1:], strict=False)]
+        ratios = [after / before for before, after in pairwise(sizes)]
         assert sizes[0] == config.start
         assert all(ratio == pytest.approx(ratios[0]) for ratio in ratios)
         # One step less would not do.

@@ -1,4 +1,4 @@
-"""Healing brings a pruned model back to the dense one and keeps the best weights; nothing else changes."""
+"""Healing brings a pruned model back to the dense one in a fixed number of steps; nothing else changes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import pytest
 import torch
 from healed_world import (
     TOKENIZER,
-    ScriptedMonitor,
-    assert_close,
     assert_same,
-    products,
     prune,
     run,
     score,
@@ -29,6 +26,7 @@ from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.evaluation.teacher import CandidateTeacher, Lesson, VocabularyTeacher, teach
 from optimum_sieve.healing.loop import heal
 from optimum_sieve.healing.optimizer import FactorTraining, trained_parameters
+from optimum_sieve.healing.sampling import schedule
 from optimum_sieve.modeling.layers import FactorizedLinear
 
 
@@ -107,34 +105,41 @@ def test_norms_are_trained_where_asked(pruned: PreTrainedModel, teacher: Teacher
     assert "model.embed_tokens.weight" not in changed
 
 
-def test_the_best_weights_are_kept_and_healing_stops_without_gain(
-    pruned: PreTrainedModel, teacher: Teacher, task: Task
+def test_every_step_is_taken_and_its_loss_is_reported(
+    pruned: PreTrainedModel, teacher: Teacher, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monitor = ScriptedMonitor([0.5, 0.6, 0.7, 0.65, 0.7, 0.9])
-    done = run(pruned, teacher, task, HealConfig(steps=60, learning_rate=3e-2, eval_steps=2, patience=2),
-               monitor=monitor)  # fmt: skip
-    # Equal to the best is no gain: after steps 6 and 8 it has not risen twice.
-    assert (done.steps, done.best_step) == (8, 4)
-    assert_close(products(pruned), monitor.seen[2])
-    figures = done.to_dict()
-    assert (figures["before"]["score"], figures["after"]["score"]) == (0.5, 0.7)
+    rates: list[float] = []
+    step = FactorTraining.step
+    monkeypatch.setattr(FactorTraining, "step", lambda self, rate: rates.append(rate) or step(self, rate))
+    done = run(pruned, teacher, task, HealConfig(steps=40, learning_rate=3e-2))
+    assert done.steps == 40
+    assert rates == pytest.approx([3e-2 * schedule(number, 40) for number in range(40)])
+    # The mean of every 16 steps, and of the rest.
+    assert len(done.losses) == 3
+    assert done.losses[0] > done.losses[1] > done.losses[2] > 0
+    assert (done.examples, done.to_dict()["steps"]) == (300, 40)
+    assert done.seconds > 0
 
 
-def test_of_equal_scores_the_smaller_divergence_is_kept(pruned: PreTrainedModel, teacher: Teacher, task: Task) -> None:
-    monitor = ScriptedMonitor([0.5, 0.7, 0.7, 0.7], [0.9, 0.2, 0.1, 0.3])
-    done = run(pruned, teacher, task, HealConfig(steps=6, learning_rate=3e-2, eval_steps=2), monitor=monitor)
-    assert done.best_step == 4
-    assert_close(products(pruned), monitor.seen[2])
+def test_sizes_draw_other_examples_of_one_epoch(pruned: PreTrainedModel, teacher: Teacher, task: Task) -> None:
+    """Two trainings, of which the second counts the steps of the first, see every example before any twice."""
+    seen: list[int] = []
 
+    class Watching(CandidateTeacher):
+        def losses(self, model: Any, batch: Any) -> Any:
+            seen.extend(batch.indices)
+            return super().losses(model, batch)
 
-def test_the_weights_from_before_are_kept_where_healing_only_harms(
-    pruned: PreTrainedModel, teacher: Teacher, task: Task
-) -> None:
-    before = weights(pruned)
-    done = run(pruned, teacher, task, HealConfig(steps=6, eval_steps=2, patience=9),
-               monitor=ScriptedMonitor([0.9, 0.8, 0.7, 0.6]))  # fmt: skip
-    assert (done.steps, done.best_step) == (6, 0)
-    assert_same(weights(pruned), before)
+    assert isinstance(teacher, CandidateTeacher)
+    watching = Watching(teacher.fingerprint, teacher.targets, teacher.log_probs)
+    config = HealConfig(steps=5, batch_size=30, rows_per_pass=30)
+    for before in (0, 5):
+        run(copy.deepcopy(pruned), watching, task, config, steps_before=before)
+    assert sorted(seen) == list(range(300))
+    again = list(seen[150:])
+    seen.clear()
+    run(copy.deepcopy(pruned), watching, task, config, steps_before=5)
+    assert seen == again
 
 
 @pytest.mark.parametrize("settings", [{"rows_per_pass": 4}, {"gradient_checkpointing": True}])
@@ -207,8 +212,10 @@ def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was(
 def test_a_model_of_ranks_of_zero_stays_as_it_is(dense: PreTrainedModel, teacher: Teacher, task: Task) -> None:
     model = prune(dense, task, pruning_ratio=0.9999)
     assert not trained_parameters(model)
-    done = run(model, teacher, task, monitor=ScriptedMonitor([0.5]))
-    assert (done.steps, done.to_dict()["after"]["score"]) == (0, 0.5)
+    before = weights(model)
+    done = run(model, teacher, task)
+    assert (done.steps, done.losses) == (0, [])
+    assert_same(weights(model), before)
 
 
 def test_a_dense_model_is_refused(dense: PreTrainedModel, teacher: Teacher, task: Task) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import toy
-from healed_world import QUICK, TOKENIZER, ScriptedMonitor, assert_same, prune, run, split, weights
+from healed_world import QUICK, TOKENIZER, assert_same, prune, run, split, weights
 from safetensors.torch import load_file
 from toy import load_task, parity_rows
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ from two_processes import run_in_two_processes
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.teacher import CandidateTeacher, teach
+from optimum_sieve.healing.loop import SAVE_STEPS
 from optimum_sieve.healing.sampling import drawn_examples, schedule
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.run.workdir import WorkDir
@@ -34,21 +35,19 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("monitored", [True, False])
 def test_a_stopped_run_goes_on_to_the_same_weights(
-    dense: PreTrainedModel, teacher: Teacher, task: Task, tmp_path: Path, monitored: bool, dtype: torch.dtype
+    dense: PreTrainedModel, teacher: Teacher, task: Task, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     start = prune(dense, task).to(dtype)
-    monitors = [ScriptedMonitor([0.5, 0.6, 0.7, 0.65, 0.6]) if monitored else None for _ in range(2)]
     whole = copy.deepcopy(start)
-    expected = run(whole, teacher, task, monitor=monitors[0])
+    expected = run(whole, teacher, task)
 
     class Stopping(CandidateTeacher):
         calls = 0
 
         def losses(self, model: Any, batch: Any) -> Any:
             Stopping.calls += 1
-            if Stopping.calls == 16:
+            if Stopping.calls == 20:
                 raise KeyboardInterrupt
             return super().losses(model, batch)
 
@@ -56,14 +55,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     broken, before = copy.deepcopy(start), weights(start)
     stopping = Stopping(teacher.fingerprint, teacher.targets, teacher.log_probs)
     with pytest.raises(KeyboardInterrupt):
-        run(broken, stopping, task, monitor=monitors[1], work=WorkDir(tmp_path))
+        run(broken, stopping, task, work=WorkDir(tmp_path))
     assert_same(weights(broken), before)
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["healing"]
 
     calls = Stopping.calls
-    resumed = run(broken, stopping, task, monitor=monitors[1], work=WorkDir(tmp_path))
-    # The steps up to the last score are not taken again.
-    assert Stopping.calls == calls + QUICK.steps - 12
+    resumed = run(broken, stopping, task, work=WorkDir(tmp_path))
+    # The steps up to the last saved state are not taken again.
+    assert Stopping.calls == calls + QUICK.steps - SAVE_STEPS
     assert_same(weights(broken), weights(whole))
     assert {**resumed.to_dict(), "seconds": 0} == {**expected.to_dict(), "seconds": 0}
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["healed"]
@@ -71,8 +70,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     # A run that was killed before it could remove its state.
     (tmp_path / next(tmp_path.iterdir()).name.replace("healed", "healing")).touch()
     again = copy.deepcopy(start)
-    assert run(again, stopping, task, monitor=monitors[1], work=WorkDir(tmp_path)).to_dict() == resumed.to_dict()
-    assert Stopping.calls == calls + QUICK.steps - 12
+    assert run(again, stopping, task, work=WorkDir(tmp_path)).to_dict() == resumed.to_dict()
+    assert Stopping.calls == calls + QUICK.steps - SAVE_STEPS
     assert_same(weights(again), weights(whole))
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["healed"]
 
@@ -104,12 +103,12 @@ if mode == "killed":
     take = torch.optim.AdamW.step
     count = iter(range(100))
     def step(self, *args, **options):
-        if next(count) == 9:
+        if next(count) == 20:
             os.kill(os.getpid(), signal.SIGKILL)
         return take(self, *args, **options)
     torch.optim.AdamW.step = step
 lesson = Lesson(teacher=teacher, examples=examples)
-heal(model, [lesson], tokenizer, HealConfig(steps=16, eval_steps=4, learning_rate=3e-2), work=work,
+heal(model, [lesson], tokenizer, HealConfig(steps=24, learning_rate=3e-2), work=work,
      progress=False)
 model.save_pretrained(directory / mode)
 """
