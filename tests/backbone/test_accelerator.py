@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from healed_world import learn
-from toy import load_task, make_tokenizer, parity_rows
+from toy import load_task, make_tokenizer, parity_rows, unhealed
 from transformers import AutoModelForCausalLM
 from vocabulary_world import byte_level
 from written_world import ANSWER, WRITTEN, byte_model
 
-from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve import HealConfig, SievePruner, compare, evaluate
 from optimum_sieve.backbone.loading import default_device
 
 
@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {"labels": {}, "generate": {**WRITTEN, **ANSW
 HALF: dict[str, Any] = {"pruning_ratio": 0.5, "rank_multiple": 2}
 WITHIN: dict[str, Any] = {"tolerance": 0.2, "rank_multiple": 2, "confidence": 0.5, "rounds": 1}
 GENETIC: dict[str, Any] = {"allocation": "genetic", "population_size": 4, "generations": 2}
-HEALED: dict[str, Any] = {"heal": HealConfig(steps=12, learning_rate=1e-2, eval_steps=6)}
+HEALED: dict[str, Any] = {"heal": HealConfig(steps=12, learning_rate=1e-2)}
 QUIET: dict[str, Any] = {"progress": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "joint": HALF,
@@ -72,7 +72,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_pruned_as_on_the_cpu(name: str, dense: PreTrainedModel, task: Task) -> None:
-    config = SieveConfig(**SETTINGS[name])
+    config = unhealed(**SETTINGS[name])
     there, here = (pruner_on(device, dense, task).prune(config, **QUIET) for device in (DEVICE, "cpu"))
     assert {parameter.device.type for parameter in there.model.parameters()} == {DEVICE.type}
     # Trained factors and drawn answers part ways by rounding; the sizes do not.
@@ -87,7 +87,7 @@ def test_pruned_as_on_the_cpu(name: str, dense: PreTrainedModel, task: Task) -> 
 def test_within_the_tolerance_saved_and_loaded(
     settings: dict[str, Any], dense: PreTrainedModel, task: Task, tmp_path: Path
 ) -> None:
-    pruner, config = pruner_on(DEVICE, dense, task), SieveConfig(**{**WITHIN, **settings})
+    pruner, config = pruner_on(DEVICE, dense, task), unhealed(**{**WITHIN, **settings})
     result = pruner.prune(config, work_dir=tmp_path / "work", **QUIET)
     again = pruner_on(DEVICE, dense, task).prune(config, work_dir=tmp_path / "work", **QUIET)
     assert again.rank_pattern == result.rank_pattern
@@ -103,7 +103,7 @@ def test_within_the_tolerance_saved_and_loaded(
 def test_two_tasks_and_their_vocabulary(tmp_path: Path) -> None:
     tasks = [load_task(tmp_path, parity_rows(160), name=name, **KINDS[name]) for name in KINDS]
     pruner = SievePruner(byte_model().to(DEVICE), byte_level(), tasks, base_model="toy/base")
-    config = SieveConfig(**{**WITHIN, **GENETIC, "tolerance": 0.9, "vocabulary": "task"})
+    config = unhealed(**{**WITHIN, **GENETIC, "tolerance": 0.9, "vocabulary": "task"})
     result = pruner.prune(config, **QUIET)
     assert result.model.config.vocab_size < 960
     assert result.model.device.type == DEVICE.type
@@ -116,9 +116,9 @@ def test_the_commands_work_there(
     dense.save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     out, healed, rows = tmp_path / "out", tmp_path / "healed", ("--task", tmp_path / "task.json")
-    size = ("--pruning-ratio", 0.9, "--rank-multiple", 2, "--rounds", 1)
+    size = ("--pruning-ratio", 0.9, "--rank-multiple", 2, "--rounds", 1, "--heal-steps", 4)
     assert cli("prune", "--model", tmp_path / "dense", *rows, *size, "--output", out)[0] == 0
-    steps = ("--steps", 4, "--eval-steps", 2)
+    steps = ("--steps", 4)
     assert cli("heal", "--model", out, "--dense", tmp_path / "dense", *rows, *steps, "--output", healed)[0] == 0
     assert json.loads((healed / "sieve_report.json").read_text())["task"] == "parity"
     status, output, _ = cli("evaluate", "--model", healed, *rows, "--compare-to", tmp_path / "dense")

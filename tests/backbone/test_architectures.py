@@ -17,9 +17,9 @@ import transformers
 from architectures import ARCHITECTURES, logits, make_inputs
 from clean_environment import make_clean_environment
 from safetensors.torch import load_file, save_file
-from toy import load_task, make_tokenizer
+from toy import load_task, make_tokenizer, unhealed
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve.backbone.kinds import auto_class_name
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
@@ -86,7 +86,7 @@ def directories(root: Path) -> dict[str, Path]:
     for name in ARCHITECTURES:
         pruner = SievePruner(make_model(name), tokenizer, task)
         # Of rank 1, bitsandbytes' int8 kernel for the CPU returns numbers that have nothing to do with the weights.
-        config = SieveConfig(pruning_ratio=0.4, rank_multiple=4, batch_size=32, rounds=1)
+        config = unhealed(pruning_ratio=0.4, rank_multiple=4, batch_size=32, rounds=1)
         result = pruner.prune(config, progress=False)
         directory = pruner.save_pretrained(root / "models" / name)
         save_file({**make_inputs(result.model), "logits": logits(result.model)}, directory / "expected.safetensors")

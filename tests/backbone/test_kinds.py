@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from model_kinds import MODELS, make_model
-from toy import load_task, make_tokenizer
+from toy import load_task, make_tokenizer, unhealed
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from optimum_sieve import SieveConfig, SievePruner, evaluate
+from optimum_sieve import SievePruner, evaluate
 from optimum_sieve.backbone.kinds import InputFormat, input_format
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.collect import collect_moments
@@ -108,7 +108,7 @@ def test_moments_do_not_depend_on_padding(name: str, examples: list[Example]) ->
 def test_pruned_saved_and_loaded_by_plain_transformers(name: str, task: Task, tmp_path: Path) -> None:
     tokenizer = make_tokenizer(after="</s>")
     pruner = SievePruner(make_model(name), tokenizer, task)
-    config = SieveConfig(pruning_ratio=0.4, rank_multiple=1, batch_size=16, rounds=1)
+    config = unhealed(pruning_ratio=0.4, rank_multiple=1, batch_size=16, rounds=1)
     result = pruner.prune(config, progress=False)
     assert result.report["parameters"]["targets_after"] <= 0.6 * result.report["parameters"]["targets_before"]
     directory = pruner.save_pretrained(tmp_path / "pruned")
@@ -126,7 +126,7 @@ def test_pruned_saved_and_loaded_by_plain_transformers(name: str, task: Task, tm
 @pytest.mark.parametrize("allocation", ["energy", "genetic"])
 def test_classifiers_are_pruned_within_a_tolerance(allocation: str, task: Task) -> None:
     pruner = SievePruner(make_model("bert"), make_tokenizer(after="</s>"), task)
-    config = SieveConfig(
+    config = unhealed(
         tolerance=0.4,
         confidence=0.6,
         allocation=allocation,
@@ -165,4 +165,4 @@ def test_regressions_are_refused(task: Task) -> None:
 def test_texts_longer_than_a_classifier_takes_are_refused(task: Task) -> None:
     pruner = SievePruner(make_model("roberta", max_position_embeddings=6), make_tokenizer(after="</s>"), task)
     with pytest.raises(ValueError, match="`examples` must fit in the 5 tokens"):
-        pruner.plan(SieveConfig(pruning_ratio=0.5))
+        pruner.plan(unhealed(pruning_ratio=0.5))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import toy
+from toy import unhealed
 
-from optimum_sieve import FactorizedLinear, SieveConfig, SievePruner
+from optimum_sieve import FactorizedLinear, SievePruner
 from optimum_sieve.allocation.budget import rank_choices
 from optimum_sieve.backbone import latency as module
 from optimum_sieve.pipeline.prepare import prepare
@@ -82,7 +83,7 @@ def test_a_run_keeps_within_its_time(pruner: SievePruner, tmp_path: Path, monkey
         return [1e-6 * (rank + 1) for rank in ranks] + [1.5e-6 * ranks[-1]]
 
     monkeypatch.setattr(module, "_measure_shape", measure_shape)
-    config = SieveConfig(pruning_ratio=0.2, latency_target=0.4, rank_multiple=1, rounds=1)
+    config = unhealed(pruning_ratio=0.2, latency_target=0.4, rank_multiple=1, rounds=1)
     result = pruner.prune(config, work_dir=tmp_path / "work", progress=False)
     found = result.report["latency"]
     assert 0.3 * found["dense"] < found["pruned"] <= 0.4 * found["dense"]
@@ -104,7 +105,7 @@ def test_another_processor_is_measured_again(
     counts = []
     for name in ("one", "other", "one"):
         monkeypatch.setattr(module, "_hardware", lambda device, name=name: name)
-        config = SieveConfig(pruning_ratio=0.2, latency_target=0.4)
+        config = unhealed(pruning_ratio=0.2, latency_target=0.4)
         run = prepare(
             pruner.model, pruner.tokenizer, pruner.tasks, config, work_dir=tmp_path, study_storage=None, progress=False
         )
@@ -125,4 +126,4 @@ def test_the_report_shows_the_time() -> None:
 @pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"latency_target": 1.0}, {"latency_target": 0.0}])
 def test_settings_that_do_not_go_together(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="`latency_target` must"):
-        SieveConfig(**{"pruning_ratio": 0.5, "latency_target": 0.5, **changes})
+        unhealed(**{"pruning_ratio": 0.5, "latency_target": 0.5, **changes})

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pruned_model, make_tiny_model
-from toy import load_task, make_model, make_tokenizer, parity_rows, task_spec, write_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, task_spec, unhealed, write_rows
 from transformers import AutoConfig
 
-from optimum_sieve import HealConfig, SieveConfig, SievePruner, evaluate
+from optimum_sieve import HealConfig, SievePruner, evaluate
 from optimum_sieve.backbone import sources
 from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.loading import load_model, read_device, read_dtype
@@ -95,7 +95,7 @@ def test_plan_refuses_the_type_and_takes_that_of_the_checkpoint(
     status, _, error = cli("plan", "--model", directory / "model", "--dtype", "evil")
     assert status == 1
     assert error.splitlines()[-1].endswith("floating-point type such as 'bfloat16' or 'float32', got 'evil'.")
-    config = SieveConfig(pruning_ratio=0.5)
+    config = unhealed(pruning_ratio=0.5)
     options: dict[str, Any] = {"examples": 4, "tokens": 8, "hardware": "h100"}
     auto, single, half = (
         forecast(directory / "model", config, dtype=dtype, **options).plan.model_bytes
@@ -226,7 +226,7 @@ def test_infinity_and_nan_in_a_configuration(value: Any, directory: Path, tmp_pa
     assert model_key(model) == model_key(model) != key
     task = load_task(tmp_path, parity_rows(60))
     pruner = SievePruner(model, make_tokenizer(), task)
-    pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=1, rounds=1), progress=False, work_dir=tmp_path / "work")
+    pruner.prune(unhealed(pruning_ratio=0.5, rank_multiple=1, rounds=1), progress=False, work_dir=tmp_path / "work")
     loaded, _, _ = load_model(pruner.save_pretrained(tmp_path / "out"))
     assert str(loaded.config.time_step_limit).strip("[]()") == str(value).strip("[]()")
 

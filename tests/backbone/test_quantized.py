@@ -11,7 +11,7 @@ import pytest
 import torch
 from quantized_checkpoints import save_block_fp8, save_mxfp4, set_quantization
 from safetensors.torch import load_file
-from toy import VOCABULARY, load_task, make_model, make_tokenizer
+from toy import VOCABULARY, load_task, make_model, make_tokenizer, unhealed
 from transformers import (
     AutoModelForCausalLM,
     FineGrainedFP8Config,
@@ -28,7 +28,7 @@ from optimum_sieve.backbone.loading import load_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-CONFIG = SieveConfig(pruning_ratio=0.3, rounds=1)
+CONFIG = unhealed(pruning_ratio=0.3, rounds=1)
 IDS = torch.arange(8)[None]
 
 
@@ -92,7 +92,7 @@ def test_the_experts_of_a_block_fp8_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_block_fp8_checkpoint_under_a_memory_limit(tmp_path: Path) -> None:
-    base, config = str(save_base(tmp_path / "base")), SieveConfig(pruning_ratio=0.3, rounds=1, memory_limit="1GB")
+    base, config = str(save_base(tmp_path / "base")), unhealed(pruning_ratio=0.3, rounds=1, memory_limit="1GB")
     output = prune(base, tmp_path, config, offload_dir=tmp_path / "offload")
     assert kinds(output) == {torch.bfloat16, torch.int32}
 

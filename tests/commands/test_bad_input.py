@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-HALF = ("--pruning-ratio", "0.5")
-UNREACHABLE = ("--tolerance", "0", "--confidence", "0.999", "--search-steps", "2")
+HALF = ("--pruning-ratio", "0.5", "--no-heal")
+UNREACHABLE = ("--tolerance", "0", "--confidence", "0.999", "--search-steps", "2", "--no-heal")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def pruned_already(directory: Path) -> None:
     from optimum_sieve import SieveConfig, SievePruner
 
     pruner = SievePruner.from_pretrained(directory / "model", task=directory / "task.json", device="cpu")
-    pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=2), progress=False)
+    pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=2, heal=None), progress=False)
     pruner.save_pretrained(directory / "pruned")
     shutil.rmtree(directory / "model")
     (directory / "pruned").rename(directory / "model")
@@ -268,7 +268,8 @@ def fill_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 
 pruner = SievePruner.from_pretrained("model", task="task.json", device="cpu")
-prune = lambda **options: pruner.prune(SieveConfig(pruning_ratio=0.5, rank_multiple=2), progress=False, **options)
+config = SieveConfig(pruning_ratio=0.5, rank_multiple=2, heal=None)
+prune = lambda **options: pruner.prune(config, progress=False, **options)
 try:
     {}
 except OSError as error:
@@ -321,7 +322,7 @@ def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> N
 def test_damaged_work_directory_names_the_file(directory: Path) -> None:
     from optimum_sieve import SieveConfig, SievePruner
 
-    config = SieveConfig(pruning_ratio=0.5, rank_multiple=2)
+    config = SieveConfig(pruning_ratio=0.5, rank_multiple=2, heal=None)
     SievePruner.from_pretrained("model", task="task.json", device="cpu").prune(config, work_dir="work", progress=False)
     damaged = next(Path("work").glob("bases-*"))
     damaged.write_bytes(b"not a checkpoint")

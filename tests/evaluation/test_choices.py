@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from toy import load_task, make_model, make_tokenizer, write_rows
+from toy import load_task, make_model, make_tokenizer, unhealed, write_rows
 
-from optimum_sieve import SieveConfig, SievePruner, evaluate
+from optimum_sieve import SievePruner, evaluate
 from optimum_sieve.calibration import losses
 from optimum_sieve.calibration.losses import fisher_root
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
@@ -191,7 +191,7 @@ def test_the_fisher_root_of_two_choices_does_not_depend_on_its_neighbours_choice
 def test_pruned_within_a_tolerance_and_saved(tmp_path: Path, allocation: str) -> None:
     task = load(tmp_path, prompt="{{ question }} ?", candidate=" {{ choice }}", normalize=True, shuffle=True)
     pruner = SievePruner(make_model(), make_tokenizer(), task)
-    config = SieveConfig(
+    config = unhealed(
         tolerance=0.5, confidence=0.6, allocation=allocation, rank_multiple=2, generations=2, search_fraction=0.5
     )
     report = pruner.prune(config, progress=False).report

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import VOCABULARY, load_task, make_model, make_tokenizer, parity_rows, write_task
+from toy import VOCABULARY, load_task, make_model, make_tokenizer, parity_rows, unhealed, write_task
 
-from optimum_sieve import SieveConfig, SievePruner, evaluate
+from optimum_sieve import SievePruner, evaluate
 from optimum_sieve.evaluation.generation import write_answers
 from optimum_sieve.evaluation.labelling import label_by_model
 
@@ -110,7 +110,7 @@ def test_drawn_texts_follow_the_models_distribution_in_any_batch(tmp_path: Path)
 
 def pruned_weights(task: Task, directory: Path, **settings: Any) -> dict[str, torch.Tensor]:
     pruner = SievePruner(make_model(), make_tokenizer(), task)
-    config = SieveConfig(**{"pruning_ratio": 0.5, "rank_multiple": 1, **settings})
+    config = unhealed(**{"pruning_ratio": 0.5, "rank_multiple": 1, **settings})
     pruner.prune(config, progress=False)
     pruner.save_pretrained(directory, overwrite=True)
     return load_file(directory / "model.safetensors")
@@ -162,7 +162,7 @@ def test_data_without_labels_prunes_to_agree_with_the_dense_model(kind: str, all
     rows = [{"text": row["text"]} for row in parity_rows(80)]
     task = load_task(tmp_path, rows, **KINDS[kind] | {"answer": None})
     pruner = SievePruner(make_model(), make_tokenizer(), task)
-    config = SieveConfig(
+    config = unhealed(
         tolerance=0.6, confidence=0.5, allocation=allocation, label_source="model", rank_multiple=1,
         generations=2, search_fraction=0.5,
     )  # fmt: skip
@@ -175,7 +175,7 @@ def test_data_without_labels_prunes_to_agree_with_the_dense_model(kind: str, all
 
 def test_reports_of_labelled_data_say_nothing_of_references(tmp_path: Path) -> None:
     pruner = SievePruner(make_model(), make_tokenizer(), load_task(tmp_path))
-    result = pruner.prune(SieveConfig(pruning_ratio=0.5, label_source="model"), progress=False)
+    result = pruner.prune(unhealed(pruning_ratio=0.5, label_source="model"), progress=False)
     assert "references" not in result.report
 
 
@@ -183,12 +183,12 @@ def test_reports_of_labelled_data_say_nothing_of_references(tmp_path: Path) -> N
 def test_data_without_labels_needs_the_models(kind: str, tmp_path: Path) -> None:
     pruner = SievePruner(make_model(), make_tokenizer(), load_task(tmp_path, **KINDS[kind] | {"answer": None}))
     with pytest.raises(ValueError, match="`answer` must be given in the task file where label_source='data', got none"):
-        pruner.plan(SieveConfig(pruning_ratio=0.5))
+        pruner.plan(unhealed(pruning_ratio=0.5))
 
 
 def test_other_sources_of_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="`label_source` must be one of 'data', 'model', 'sampled', got 'teacher'"):
-        SieveConfig(pruning_ratio=0.5, label_source="teacher")
+        unhealed(pruning_ratio=0.5, label_source="teacher")
 
 
 def test_the_command_line_scores_a_model_against_anothers_answers(

@@ -9,10 +9,10 @@ import pytest
 import torch
 from healed_world import learn
 from tiny_models import make_tiny_model
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 from transformers import T5Config, T5ForConditionalGeneration
 
-from optimum_sieve import SieveConfig, SievePruner, evaluate
+from optimum_sieve import SievePruner, evaluate
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.evaluation.token_ids import padding_id
 
@@ -52,7 +52,7 @@ def test_an_added_padding_token_changes_nothing(task: Task) -> None:
 
 def test_a_model_is_pruned_with_an_added_padding_token(task: Task) -> None:
     result = SievePruner(make_model(), with_padding(), task).prune(
-        SieveConfig(pruning_ratio=0.5, rank_multiple=1, rounds=1), progress=False
+        unhealed(pruning_ratio=0.5, rank_multiple=1, rounds=1), progress=False
     )
     assert result.report["count"] == len(task.examples("test", make_tokenizer()))
 
@@ -87,14 +87,14 @@ def test_a_token_that_was_added_without_resizing_is_named(kind: str, where: str,
     )
     # Before any work, and not only in the run.
     with pytest.raises(ValueError, match=message):
-        SievePruner(make_model(), tokenizer, task).plan(SieveConfig(pruning_ratio=0.5))
+        SievePruner(make_model(), tokenizer, task).plan(unhealed(pruning_ratio=0.5))
     if kind == "labels" or where == "prompt":
         metric = "accuracy" if kind == "labels" else "exact_match"
         with pytest.raises(ValueError, match=message):
             evaluate(make_model(), task.examples("test", tokenizer), tokenizer, **{**OPTIONS, "metric": metric})
     model = make_model()
     model.resize_token_embeddings(len(tokenizer))
-    assert SievePruner(model, tokenizer, task).plan(SieveConfig(pruning_ratio=0.5)).num_targets
+    assert SievePruner(model, tokenizer, task).plan(unhealed(pruning_ratio=0.5)).num_targets
 
 
 def test_an_encoder_decoder_checks_its_input_too(tmp_path: Path) -> None:

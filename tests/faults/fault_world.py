@@ -99,7 +99,7 @@ class World:
         inputs.mkdir(parents=True)
         (ended,) = server.run(Run([str(inputs)], str(root), call="fault_world:build"))
         assert ended.status == 0, ended.err
-        words = ["sieve", "prune", *_SOURCE, *_SMALL, "--output", "{world}/pruned"]
+        words = ["sieve", "prune", *_SOURCE, *_SMALL, "--no-heal", "--output", "{world}/pruned"]
         (ended,) = server.run(Run([word.format(world=inputs) for word in words], str(root)))
         assert ended.status == 0, ended.err
         return cls(root, server, tree(inputs))

@@ -10,10 +10,10 @@ import torch
 import transformers
 from tiny_models import make_input_ids, tensor_names
 from torch import nn
-from toy import VOCABULARY, load_task, make_tokenizer
+from toy import VOCABULARY, load_task, make_tokenizer, unhealed
 from transformers import AutoModelForCausalLM
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.collect import collect_moments
 from optimum_sieve.modeling.experts import SeparateExperts, is_fused, separate_experts, separate_names
@@ -81,7 +81,7 @@ def test_separate_experts_compute_what_the_fused_ones_do(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_pruned_experts_come_back_from_disk(name: str, tmp_path: Path) -> None:
     pruner = SievePruner(make_model(name), make_tokenizer(after="</s>"), load_task(tmp_path))
-    result = pruner.prune(SieveConfig(pruning_ratio=0.4, rank_multiple=4, batch_size=32, rounds=1), progress=False)
+    result = pruner.prune(unhealed(pruning_ratio=0.4, rank_multiple=4, batch_size=32, rounds=1), progress=False)
     directory = pruner.save_pretrained(tmp_path / "pruned")
     assert any(".experts." in layer for layer in result.rank_pattern)
     block = json.loads((directory / "config.json").read_text())["sieve"]
@@ -104,7 +104,7 @@ def test_an_expert_that_no_token_reaches_goes(tmp_path: Path) -> None:
     for layer in model.model.layers:
         layer.mlp.gate.forward = lambda x: (x[:, :4], *routed(x, (0, 1, 2)))
     pruner = SievePruner(model, make_tokenizer(after="</s>"), load_task(tmp_path))
-    result = pruner.prune(SieveConfig(pruning_ratio=0.4, rank_multiple=4, batch_size=32, rounds=1), progress=False)
+    result = pruner.prune(unhealed(pruning_ratio=0.4, rank_multiple=4, batch_size=32, rounds=1), progress=False)
     ranks = {name: entry["rank"] for name, entry in result.rank_pattern.items()}
     unreached = {name for name in ranks if ".experts.3." in name}
     assert len(unreached) == 6
@@ -121,7 +121,7 @@ def routed(x: torch.Tensor, experts: tuple[int, ...]) -> tuple[torch.Tensor, tor
 
 def test_excluded_experts_stay_fused(tmp_path: Path) -> None:
     pruner = SievePruner(make_model("qwen3_moe"), make_tokenizer(after="</s>"), load_task(tmp_path))
-    config = SieveConfig(pruning_ratio=0.3, exclude_modules=["*.experts.*"], rank_multiple=4, batch_size=32, rounds=1)
+    config = unhealed(pruning_ratio=0.3, exclude_modules=["*.experts.*"], rank_multiple=4, batch_size=32, rounds=1)
     result = pruner.prune(config, progress=False)
     assert not separate_names(result.model)
     assert "separate_experts" not in result.model.config.sieve
@@ -185,7 +185,7 @@ def test_fusing_gives_the_tensors_back() -> None:
 
 def test_a_factorized_expert_is_reached_by_generation(tmp_path: Path) -> None:
     pruner = SievePruner(make_model("olmoe"), make_tokenizer(after="</s>"), load_task(tmp_path))
-    model = pruner.prune(SieveConfig(pruning_ratio=0.4, rank_multiple=4, batch_size=32, rounds=1), progress=False).model
+    model = pruner.prune(unhealed(pruning_ratio=0.4, rank_multiple=4, batch_size=32, rounds=1), progress=False).model
     experts = [module for module in model.modules() if isinstance(module, SeparateExperts)]
     assert any(isinstance(layer, FactorizedLinear) for module in experts for layer in module.modules())
     assert not any(isinstance(layer, nn.Linear) and layer.weight.is_meta for layer in model.modules())

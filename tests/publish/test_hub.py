@@ -13,9 +13,9 @@ import torch
 from hub_server import OWNER, READ, WRITE, running_hub
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve.publish.hub import push_folder
 
 
@@ -58,7 +58,7 @@ def pruner(tmp_path_factory) -> SievePruner:
     """A pruned toy model."""
     task = load_task(tmp_path_factory.mktemp("task"), parity_rows(60))
     pruner = SievePruner(make_model(), make_tokenizer(), task)
-    pruner.prune(SieveConfig(pruning_ratio=0.4, rank_multiple=4, rounds=1), progress=False)
+    pruner.prune(unhealed(pruning_ratio=0.4, rank_multiple=4, rounds=1), progress=False)
     return pruner
 
 

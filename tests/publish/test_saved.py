@@ -13,11 +13,11 @@ import torch
 from quantized_checkpoints import save_block_fp8
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_pruned_model, make_tiny_model
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import optimum_sieve
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve.export.dense import save_dense
 from optimum_sieve.lora.merge import save_merged
 from optimum_sieve.modeling.fingerprint import DIGEST_KEY, weights_digest
@@ -156,7 +156,7 @@ def test_every_writer_refuses_and_leaves_what_was_there(write: Any, tmp_path: Pa
 @pytest.fixture
 def pruner(tmp_path: Path) -> SievePruner:
     pruner = SievePruner(make_model(), make_tokenizer(), load_task(tmp_path, parity_rows(60)))
-    pruner.prune(SieveConfig(pruning_ratio=0.4, rank_multiple=4, rounds=1), progress=False)
+    pruner.prune(unhealed(pruning_ratio=0.4, rank_multiple=4, rounds=1), progress=False)
     return pruner
 
 

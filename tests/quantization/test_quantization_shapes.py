@@ -24,7 +24,7 @@ from torchao.quantization import (
     Int8WeightOnlyConfig,
 )
 from torchao.quantization.granularity import PerAxis, PerGroup
-from toy import VOCABULARY, load_task, make_model, make_tokenizer
+from toy import VOCABULARY, load_task, make_model, make_tokenizer, unhealed
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -33,7 +33,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.quantization import compatible
 
@@ -133,7 +133,7 @@ def test_a_classifier_is_fitted_by_its_own_names(tmp_path: Path) -> None:
 def test_ranks_that_are_multiples_of_a_group_all_fit(tmp_path: Path) -> None:
     model = make_model(**WIDE, max_position_embeddings=128)
     pruner = SievePruner(model, make_tokenizer(), load_task(tmp_path))
-    pruner.prune(SieveConfig(pruning_ratio=0.6, rank_multiple=32, batch_size=32, rounds=1), progress=False)
+    pruner.prune(unhealed(pruning_ratio=0.6, rank_multiple=32, batch_size=32, rounds=1), progress=False)
     directory = pruner.save_pretrained(tmp_path / "pruned")
     config = AutoConfig.from_pretrained(directory)
     ranks = {entry["rank"] for entry in config.sieve["rank_pattern"].values()}

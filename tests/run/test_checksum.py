@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 
-from optimum_sieve import HealConfig, SieveConfig, SievePruner
+from optimum_sieve import HealConfig, SievePruner
 from optimum_sieve.allocation.budget import rank_choices
 from optimum_sieve.backbone import latency
 from optimum_sieve.evaluation import scores
@@ -95,7 +95,7 @@ def _even_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
 def prune(directory: Path, **settings: Any) -> Any:
     sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128} if "memory_limit" in settings else {}
     pruner = SievePruner(make_model(**sizes), make_tokenizer(), load_task(directory, parity_rows(120)))
-    config = SieveConfig(**{**SETTINGS, **settings})
+    config = unhealed(**{**SETTINGS, **settings})
     if config.memory_limit is not None:
         free = pruner.plan(dataclasses.replace(config, memory_limit=None))
         config = dataclasses.replace(config, memory_limit=free.whole_bytes - 1)
@@ -104,7 +104,7 @@ def prune(directory: Path, **settings: Any) -> Any:
     return pruner.prune(config, work_dir=directory / "work", progress=False)
 
 
-HEALED = {"heal": HealConfig(steps=2, eval_steps=1), "tolerance": None, "pruning_ratio": 0.5}
+HEALED = {"heal": HealConfig(steps=2), "tolerance": None, "pruning_ratio": 0.5}
 
 
 @pytest.mark.parametrize(("stage", "settings"), [

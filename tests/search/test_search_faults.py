@@ -14,8 +14,9 @@ import toy
 from optuna.trial import TrialState
 from search_world import play
 from test_search_study import genomes, make_scorers, small_world, storages
+from toy import unhealed
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve.search import worker
 from optimum_sieve.search.loop import lead
 from optimum_sieve.search.study import leader
@@ -67,7 +68,7 @@ def test_a_full_disk_in_a_run_names_the_storage(tmp_path, monkeypatch):
         raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from cause
 
     pruner = SievePruner(toy.make_model(), toy.make_tokenizer(), toy.load_task(tmp_path, toy.parity_rows(160)))
-    config = SieveConfig(allocation="genetic", pruning_ratio=0.5, rounds=1, population_size=4, generations=2)
+    config = unhealed(allocation="genetic", pruning_ratio=0.5, rounds=1, population_size=4, generations=2)
     monkeypatch.setattr(optuna.storages.RDBStorage, "set_trial_user_attr", fail)
     with pytest.raises(
         OSError, match=r"`study_storage` must .*, got sqlite:///.*search\.db: .*database or disk is full"
@@ -365,7 +366,7 @@ def test_a_run_gives_signs_of_life_from_its_start(tmp_path, monkeypatch):
         raise RuntimeError("stopped")
 
     monkeypatch.setattr(pruner_module, "calibrate", calibrating)
-    config = SieveConfig(allocation="genetic", pruning_ratio=0.5, rounds=1, population_size=4, generations=2)
+    config = unhealed(allocation="genetic", pruning_ratio=0.5, rounds=1, population_size=4, generations=2)
     for method in ("search", "prune"):
         pruner = SievePruner(toy.make_model(), toy.make_tokenizer(), toy.load_task(tmp_path, toy.parity_rows(160)))
         with pytest.raises(RuntimeError, match="stopped"):

@@ -8,9 +8,10 @@ import optuna
 import pytest
 import toy
 from test_search_study import small_world, storages
+from toy import unhealed
 from vocabulary_world import byte_level
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve import pruner as pruner_module
 from optimum_sieve.search import stage
 from optimum_sieve.search.study import leader
@@ -37,7 +38,7 @@ def test_a_leader_announces_itself_before_answers_are_written_and_the_vocabulary
         raise RuntimeError("stopped")
 
     monkeypatch.setattr(pruner_module, "with_answers", answering)
-    config = SieveConfig(
+    config = unhealed(
         allocation="genetic", pruning_ratio=0.5, rounds=1, population_size=4, generations=2, vocabulary=vocabulary
     )
     tokenizer = toy.make_tokenizer() if vocabulary == "whole" else byte_level()

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve import pruner as pruner_module
 from optimum_sieve.backbone.targets import find_targets, linear_weight
 from optimum_sieve.evaluation.comparison import compare, expected_rises
@@ -161,7 +161,7 @@ def test_a_candidate_below_the_tolerance_is_dropped(tmp_path):
 @pytest.mark.parametrize("stop", [TOLERANT, {"pruning_ratio": 0.5}], ids=["tolerance", "ratio"])
 def test_pruning_with_a_search(tmp_path, preset, stop):
     pruner = make_pruner(tmp_path)
-    result = pruner.prune(SieveConfig(**SETTINGS, **stop, search_preset=preset), progress=False)
+    result = pruner.prune(unhealed(**SETTINGS, **stop, search_preset=preset), progress=False)
     parameters = result.report["parameters"]
     kept = parameters["targets_after"] / parameters["targets_before"]
     assert kept < 1
@@ -173,7 +173,7 @@ def test_pruning_with_a_search(tmp_path, preset, stop):
 
 
 def test_search_then_prune_scores_no_candidate_twice(tmp_path, monkeypatch):
-    config, work = SieveConfig(**SETTINGS, **TOLERANT), tmp_path / "work"
+    config, work = unhealed(**SETTINGS, **TOLERANT), tmp_path / "work"
     found = make_pruner(tmp_path).search(config, work_dir=work, num_bottlenecks=3, progress=False)
     assert 0 < len(found["bottlenecks"]) <= 3
     assert find_summary(work) == found
@@ -190,27 +190,27 @@ def test_search_then_prune_scores_no_candidate_twice(tmp_path, monkeypatch):
 def test_search_leaves_the_model_dense(tmp_path):
     pruner = make_pruner(tmp_path)
     before = logits(pruner.model)
-    pruner.search(SieveConfig(**SETTINGS, **TOLERANT), progress=False)
+    pruner.search(unhealed(**SETTINGS, **TOLERANT), progress=False)
     assert torch.equal(before, logits(pruner.model))
 
 
 def test_other_settings_are_another_study(tmp_path):
     work = tmp_path / "work"
     for seed in (0, 1):
-        config = SieveConfig(**SETTINGS, pruning_ratio=0.5, seed=seed)
+        config = unhealed(**SETTINGS, pruning_ratio=0.5, seed=seed)
         make_pruner(tmp_path).search(config, work_dir=work, progress=False)
     assert len(list(work.glob("search-*.json"))) == 2
 
 
 def test_a_search_needs_the_genetic_allocation(tmp_path):
     with pytest.raises(ValueError, match="`allocation` must be 'genetic' for a search, got 'energy'"):
-        make_pruner(tmp_path).search(SieveConfig(tolerance=0.1), progress=False)
+        make_pruner(tmp_path).search(unhealed(tolerance=0.1), progress=False)
 
 
 def test_too_few_selection_examples_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(pruner_module, "calibrate", None)
     with pytest.raises(ValueError, match="`search_fraction` must leave at least 2 selection examples"):
-        make_pruner(tmp_path).prune(SieveConfig(**SETTINGS, **TOLERANT, search_fraction=0.001), progress=False)
+        make_pruner(tmp_path).prune(unhealed(**SETTINGS, **TOLERANT, search_fraction=0.001), progress=False)
 
 
 def scaled(value, answer, accepted):
@@ -220,7 +220,7 @@ def scaled(value, answer, accepted):
 def test_a_search_by_a_metric_without_source_is_neither_stored_nor_shared(tmp_path):
     task = Task.from_dict(load_task(tmp_path, parity_rows(160)).spec, tmp_path, metric=partial(scaled, 0.5))
     pruner = SievePruner(make_model(), make_tokenizer(), task)
-    config, work = SieveConfig(**SETTINGS, **TOLERANT), tmp_path / "work"
+    config, work = unhealed(**SETTINGS, **TOLERANT), tmp_path / "work"
     pruner.search(config, work_dir=work, progress=False)
     assert not (work / "search.db").exists()
     for search, options in (

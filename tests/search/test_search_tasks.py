@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from search_world import COUNT, make_world, play, score, true_loss
 from test_search_run import make_bases
-from toy import make_model
+from toy import make_model, unhealed
 from two_tasks import QUIET, TOKENIZER, make_tasks
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve import pruner as pruner_module
 from optimum_sieve.commands.search import format_result
 from optimum_sieve.search.bottlenecks import bottleneck_candidates, bottleneck_table
@@ -219,7 +219,7 @@ def test_pruning_with_a_search_over_two_tasks(tmp_path: Path) -> None:
     def pruner() -> SievePruner:
         return SievePruner(make_model(), TOKENIZER, tasks)
 
-    found = pruner().search(SieveConfig(**SETTINGS), work_dir=work, num_bottlenecks=2, **QUIET)
+    found = pruner().search(unhealed(**SETTINGS), work_dir=work, num_bottlenecks=2, **QUIET)
     assert found["tasks"] == ["parity", "size"]
     result = found["result"]
     assert set(result["tasks"]) == {"parity", "size"}
@@ -228,7 +228,7 @@ def test_pruning_with_a_search_over_two_tasks(tmp_path: Path) -> None:
         assert f"  {name}: {own['mean']:+.3f}" in format_result(found)
     page = write_page(found, tmp_path / "page").read_text()
     assert "These are the worst of the 2 tasks" in page
-    pruned = pruner().prune(SieveConfig(**SETTINGS), work_dir=work, **QUIET)
+    pruned = pruner().prune(unhealed(**SETTINGS), work_dir=work, **QUIET)
     ranks = {f"model.{name}": entry["rank"] for name, entry in pruned.rank_pattern.items()}
     assert ranks == {name: rank for name, rank in found["ranks"].items() if rank is not None}
     assert len(pruned.report["tasks"]) == 2
@@ -238,7 +238,7 @@ def test_a_task_that_cannot_be_searched_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(pruner_module, "calibrate", None)
     tasks = make_tasks(tmp_path, 160, limit={"selection": 4})
     with pytest.raises(ValueError, match="Task 'size': `search_fraction` must leave at least 2 selection examples"):
-        SievePruner(make_model(), TOKENIZER, tasks).prune(SieveConfig(**SETTINGS), **QUIET)
+        SievePruner(make_model(), TOKENIZER, tasks).prune(unhealed(**SETTINGS), **QUIET)
 
 
 def test_the_summary_of_one_task_has_no_list_of_tasks() -> None:

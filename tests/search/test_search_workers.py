@@ -16,14 +16,14 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
-from toy import make_model, make_tokenizer, parity_rows, write_task
+from toy import make_model, make_tokenizer, parity_rows, unhealed, write_task
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import SievePruner
 from optimum_sieve.search.study.storage import close_storage, open_storage
 
 
 SETTINGS = [
-    *("--allocation", "genetic", "--pruning-ratio", "0.5", "--rank-multiple", "2", "--rounds", "1"),
+    *("--allocation", "genetic", "--pruning-ratio", "0.5", "--rank-multiple", "2", "--rounds", "1", "--no-heal"),
     *("--population-size", "6", "--generations", "4", "--device", "cpu", "--dtype", "float32"),
 ]
 # A candidate takes this long (seconds), and as long as a file is there: a process can be killed while it scores.
@@ -151,7 +151,7 @@ def alone(tmp_path):
     """Return the genomes of the same search by one process without a study file."""
     pruner = SievePruner.from_pretrained(tmp_path / "model", task=tmp_path / "task.json", dtype="float32", device="cpu")
     options = {"rank_multiple": 2, "rounds": 1, "population_size": 6, "generations": 4}
-    config = SieveConfig(allocation="genetic", pruning_ratio=0.5, **options)
+    config = unhealed(allocation="genetic", pruning_ratio=0.5, **options)
     return pruner.search(config, progress=False)["ranks"]
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from test_search_run import count_scored, make_bases
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 from two_tasks import QUIET, make_tasks
 from vocabulary_world import byte_level
 from written_world import ANSWER, WRITTEN, byte_model
 
-from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve import SievePruner, compare, evaluate
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
 from optimum_sieve.search.scoring.by_text import WrittenScorer
 from optimum_sieve.search.scoring.scorer import JointScorer
@@ -156,30 +156,30 @@ def pruner_of(tmp_path: Path) -> SievePruner:
 
 def test_a_search_end_to_end(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    found = pruner_of(tmp_path).search(SieveConfig(**SETTINGS), work_dir=work, **QUIET)
+    found = pruner_of(tmp_path).search(unhealed(**SETTINGS), work_dir=work, **QUIET)
     assert found["metric"] == "f1"
     assert found["result"]["kept"] < 1
     assert all(np.isfinite(candidate["loss_rise"]) for candidate in found["candidates"])
     assert json.loads(next(work.glob("search-*.json")).read_text())["ranks"] == found["ranks"]
-    result = pruner_of(tmp_path).prune(SieveConfig(**SETTINGS), work_dir=work, **QUIET)
+    result = pruner_of(tmp_path).prune(unhealed(**SETTINGS), work_dir=work, **QUIET)
     ranks = {f"model.{name}": entry["rank"] for name, entry in result.rank_pattern.items()}
     assert ranks == {name: rank for name, rank in found["ranks"].items() if rank is not None}
     assert result.report["metric"] == "f1"
     # The same without what the first run left.
-    assert pruner_of(tmp_path).search(SieveConfig(**SETTINGS), **QUIET)["ranks"] == found["ranks"]
+    assert pruner_of(tmp_path).search(unhealed(**SETTINGS), **QUIET)["ranks"] == found["ranks"]
 
 
 def test_a_search_over_written_answers_and_labels(tmp_path: Path) -> None:
     tasks = make_tasks(tmp_path, 160, **WRITTEN, answer="{{ label }}")
     assert [task.kind for task in tasks] == ["labels", "generate"]
-    found = SievePruner(make_model(), make_tokenizer(), tasks).search(SieveConfig(**SETTINGS), **QUIET)
+    found = SievePruner(make_model(), make_tokenizer(), tasks).search(unhealed(**SETTINGS), **QUIET)
     assert found["metric"] == "accuracy, f1"
     assert len(found["result"]["tasks"]) == 2
 
 
 def test_a_search_on_the_task_vocabulary(tmp_path: Path) -> None:
     task = load_task(tmp_path, parity_rows(160), **WRITTEN, **ANSWER)
-    config = SieveConfig(**{**SETTINGS, "vocabulary": "task", "population_size": 2, "generations": 1})
+    config = unhealed(**{**SETTINGS, "vocabulary": "task", "population_size": 2, "generations": 1})
     pruner = SievePruner(byte_model(), byte_level(), task)
     assert pruner.search(config, progress=False)["ranks"]
     assert pruner.model.config.vocab_size == 960

@@ -10,10 +10,10 @@ import pytest
 import torch
 from healed_world import learn
 from tiny_models import make_tiny_model
-from toy import write_rows
+from toy import unhealed, write_rows
 from vocabulary_world import BAD, GOOD, THINGS, byte_level
 
-from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve import SievePruner, compare, evaluate
 from optimum_sieve.allocation.tolerance import ToleranceError
 from optimum_sieve.publish.report import format_table
 from optimum_sieve.tasks import Task
@@ -79,7 +79,7 @@ def score(model: PreTrainedModel, tokenizer: Any, task: Task, split: str = "sele
 
 def prune(dense: PreTrainedModel, *tasks: Task, work_dir: Path | None = None, **settings: Any) -> SievePruner:
     pruner = SievePruner(copy.deepcopy(dense), byte_level(), tasks, base_model="toy/base")
-    pruner.prune(SieveConfig(**{"tolerance": 0.2, **SETTINGS, **settings}), work_dir=work_dir, **QUIET)
+    pruner.prune(unhealed(**{"tolerance": 0.2, **SETTINGS, **settings}), work_dir=work_dir, **QUIET)
     return pruner
 
 
@@ -134,7 +134,7 @@ def test_after_that_error_the_model_has_all_its_tokens(
     monkeypatch.setattr(stage, "_LARGEST_PART", 0.5)
     pruner = SievePruner(copy.deepcopy(dense), byte_level(), task)
     with pytest.raises(ToleranceError, match="`vocabulary='task'`"):
-        pruner.prune(SieveConfig(tolerance=0.2, **SETTINGS), **QUIET)
+        pruner.prune(unhealed(tolerance=0.2, **SETTINGS), **QUIET)
     before = dense.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in pruner.model.state_dict().items())
 

@@ -15,11 +15,11 @@ import torch
 from healed_world import learn
 from lora_models import OLD_NAMES
 from tiny_models import make_tiny_model
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from vocabulary_world import byte_level, load_reviews, unigram, wordpiece
 
-from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve import HealConfig, SievePruner, compare, evaluate
 from optimum_sieve import pruner as pruner_module
 from optimum_sieve.export.dense import save_dense
 from optimum_sieve.pipeline.heal import heal_pruned
@@ -53,7 +53,7 @@ def score(model, tokenizer, task, split="test"):
 
 def prune(dense, task, **settings):
     pruner = SievePruner(copy.deepcopy(dense), byte_level(), task, base_model="toy/base")
-    pruner.prune(SieveConfig(**{"pruning_ratio": 0.3, **TASK, **settings}), **QUIET)
+    pruner.prune(unhealed(**{"pruning_ratio": 0.3, **TASK, **settings}), **QUIET)
     return pruner
 
 
@@ -120,7 +120,7 @@ def test_after_an_error_the_model_is_as_it_was(dense, task, settings, monkeypatc
     monkeypatch.setattr(pruner_module, "pruned_result", None)
     stop = {"tolerance": 0.9, "confidence": 0.5} if settings else {"pruning_ratio": 0.3}
     with pytest.raises(TypeError, match="not callable"):
-        pruner.prune(SieveConfig(**TASK, **stop, **settings), **QUIET)
+        pruner.prune(unhealed(**TASK, **stop, **settings), **QUIET)
     assert pruner.tokenizer is tokenizer
     assert pruner.model.config is config
     before = dense.state_dict()
@@ -152,7 +152,7 @@ def test_the_genetic_search_compares_with_the_whole_dense_model(dense, task):
 
 def test_a_genetic_search_runs_on_the_task_vocabulary(dense, task, tmp_path):
     search = {"allocation": "genetic", "population_size": 2, "generations": 1, "search_fraction": 0.5}
-    config = SieveConfig(tolerance=0.9, confidence=0.5, **search, **TASK)
+    config = unhealed(tolerance=0.9, confidence=0.5, **search, **TASK)
     pruner = SievePruner(copy.deepcopy(dense), byte_level(), task)
     found = pruner.search(config, work_dir=tmp_path, progress=False)
     assert found["ranks"]
@@ -162,8 +162,8 @@ def test_a_genetic_search_runs_on_the_task_vocabulary(dense, task, tmp_path):
 
 def test_dry_run_counts_the_vocabulary(dense, task):
     pruner = SievePruner(copy.deepcopy(dense), byte_level(), task)
-    plan = pruner.plan(SieveConfig(pruning_ratio=0.3, **TASK))
-    whole = pruner.plan(SieveConfig(pruning_ratio=0.3, rank_multiple=1, rounds=1))
+    plan = pruner.plan(unhealed(pruning_ratio=0.3, **TASK))
+    whole = pruner.plan(unhealed(pruning_ratio=0.3, rank_multiple=1, rounds=1))
     assert plan.vocabulary["before"] == 960
     assert whole.expected_bytes - plan.expected_bytes == 4 * 2 * 32 * (960 - plan.vocabulary["after"])
     assert f"vocabulary             {plan.vocabulary['after']:,} of 960 tokens or more" in plan.format()
@@ -225,7 +225,7 @@ def test_evaluate_reads_each_model_with_its_own_tokenizer(output, dense, task, p
 
 @pytest.mark.parametrize("loss", ["candidates", "vocabulary"])
 def test_healing_while_pruning(dense, task, loss):
-    heal = HealConfig(steps=4, eval_steps=2, monitor_fraction=0.5, loss=loss)
+    heal = HealConfig(steps=4, loss=loss)
     pruner = prune(dense, task, heal=heal)
     assert pruner.result.report["healing"]["steps"] == 4
     assert pruner.result.report["vocabulary"]["after"] == pruner.model.config.vocab_size
@@ -235,7 +235,7 @@ def test_healing_while_pruning(dense, task, loss):
 def test_healing_afterwards(output, dense, task, pruner, tmp_path, loss):
     dense.save_pretrained(tmp_path / "dense")
     byte_level().save_pretrained(tmp_path / "dense")
-    config = HealConfig(steps=4, eval_steps=2, monitor_fraction=0.5, loss=loss)
+    config = HealConfig(steps=4, loss=loss)
     result, tokenizer = heal_pruned(output, tmp_path / "dense", [task], config, device="cpu", progress=False)
     assert result.report["dense"] == pruner.result.report["dense"]
     assert result.report["vocabulary"] == pruner.result.report["vocabulary"] == result.model.config.sieve["vocabulary"]
@@ -248,7 +248,7 @@ def test_written_answers_are_of_kept_tokens(tmp_path):
     task = load_reviews(tmp_path, 24, **changes)
     model = make_tiny_model("llama", vocab_size=960, max_position_embeddings=128)
     pruner = SievePruner(model, byte_level(), task)
-    result = pruner.prune(SieveConfig(pruning_ratio=0.2, **TASK), **QUIET)
+    result = pruner.prune(unhealed(pruning_ratio=0.2, **TASK), **QUIET)
     assert result.report["vocabulary"]["after"] == len(pruner.tokenizer)
     tokens = set(byte_level().tokenize(" good\n") + byte_level().tokenize(" bad\n"))
     assert tokens <= set(pruner.tokenizer.get_vocab())
@@ -259,7 +259,7 @@ def test_labels_of_the_dense_model_are_written_with_all_tokens(tmp_path):
     task = load_reviews(tmp_path, 24, **changes, metric="exact_match")
     model = make_tiny_model("llama", vocab_size=960, max_position_embeddings=128)
     pruner = SievePruner(model, byte_level(), task)
-    result = pruner.prune(SieveConfig(pruning_ratio=0.2, label_source="model", **TASK), **QUIET)
+    result = pruner.prune(unhealed(pruning_ratio=0.2, label_source="model", **TASK), **QUIET)
     assert result.report["dense"]["score"] == 1.0
 
 
@@ -280,7 +280,7 @@ def test_other_kinds_of_models(tmp_path, kind):
         task = load_reviews(tmp_path, 24, labels={"good": "good", "bad": "bad"})
     whole = score(model, tokenizer, task)
     pruner = SievePruner(model, tokenizer, task)
-    result = pruner.prune(SieveConfig(pruning_ratio=0.2, **TASK), **QUIET)
+    result = pruner.prune(unhealed(pruning_ratio=0.2, **TASK), **QUIET)
     assert result.report["dense"]["score"] == whole.score
     assert result.report["vocabulary"]["after"] == len(pruner.tokenizer) < 0.7 * len(tokenizer)
     pruner.save_pretrained(tmp_path / "out")
@@ -305,4 +305,4 @@ def test_refused_before_any_work(tmp_path):
     with pytest.raises(
         ValueError, match=r"`vocabulary='task'` must .*of the kind BPE, WordPiece, Unigram, got WordLevel"
     ):
-        words.plan(SieveConfig(pruning_ratio=0.3, **TASK))
+        words.plan(unhealed(pruning_ratio=0.3, **TASK))
