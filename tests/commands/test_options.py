@@ -20,7 +20,7 @@ from optimum_sieve.config.tune import TuneConfig
 
 RUN_OPTIONS = {
     *("help", "model", "task", "dtype", "device", "revision", "gguf_file", "trust_remote_code", "debug"),
-    *("output", "overwrite", "work_dir", "study_storage", "dry_run", "config", "help_all"),
+    *("output", "overwrite", "work_dir", "study_storage", "dry_run", "config", "help_all", "no_heal"),
 }
 # A value other than the default for each setting but the two stop criteria.
 VALUES = {
@@ -34,6 +34,7 @@ VALUES = {
     "memory_limit": "24GB",
     "seed": 3,
     "vocabulary": "task",
+    "time_limit": 720.0,
     "projection": "svd",
     "storage": "factors",
     "loss": "labels",
@@ -58,14 +59,14 @@ TUNE_VALUES = {
 HEAL_VALUES = {
     "steps": 9,
     "learning_rate": 0.01,
-    "rounds": 3,
+    "start": 0.4,
+    "shrink": 0.6,
     "batch_size": 4,
     "rows_per_pass": 2,
     "loss": "vocabulary",
     "gold_weight": 0.25,
-    "eval_steps": 2,
-    "patience": 1,
-    "monitor_fraction": 0.5,
+    "written_share": 0.25,
+    "prompt_sites": 2,
     "train_norms": True,
     "gradient_checkpointing": True,
 }
@@ -133,7 +134,10 @@ def test_help_all_shows_what_help_hides(command, capsys):
 def test_help_all_of_heal(capsys):
     everyday, everything = helps(HealCommand, capsys)
     for field in dataclasses.fields(HealConfig):
-        if field.name != "rounds":
+        # A saved model has its size.
+        if field.name in ("start", "shrink"):
+            assert not shows(everything, field.name)
+        else:
             assert shows(everyday, field.name) == (field.name not in HealConfig.ADVANCED)
             assert shows(everything, field.name)
 
@@ -169,11 +173,26 @@ def test_an_option_of_healing_reaches_its_setting(name, value):
     assert parse_settings("--tolerance", "0.1", *words_of(f"heal_{name}", value)).heal == heal != HealConfig()
     parser = argparse.ArgumentParser()
     HealCommand.parse_args(parser)
-    if name != "rounds":
+    if name not in ("start", "shrink"):
         given = parser.parse_args(
             ["--model", "m", "--dense", "d", "--task", "t", "--output", "o", *words_of(name, value)]
         )
         assert heal_settings_from(given) == {name: value}
+
+
+def test_healing_is_on_unless_it_is_turned_off(tmp_path):
+    assert parse_settings("--tolerance", "0.1").heal == "auto"
+    assert parse_settings("--tolerance", "0.1", "--no-heal").heal is None
+    path = tmp_path / "settings.json"
+    SieveConfig(tolerance=0.1, heal=HealConfig(steps=5, shrink=0.6)).to_json_file(path)
+    assert parse_settings("--config", str(path)).heal == HealConfig(steps=5, shrink=0.6)
+    assert parse_settings("--config", str(path), "--no-heal").heal is None
+    assert parse_settings("--config", str(path), "--heal-steps", "9").heal == HealConfig(steps=9, shrink=0.6)
+    SieveConfig(tolerance=0.1, heal=None).to_json_file(path)
+    assert parse_settings("--config", str(path)).heal is None
+    assert parse_settings("--config", str(path), "--heal-train-norms").heal == HealConfig(train_norms=True)
+    with pytest.raises(ValueError, match="`--no-heal` must not go with `--heal-learning-rate`, which"):
+        parse_settings("--tolerance", "0.1", "--no-heal", "--heal-learning-rate", "0.01")
 
 
 @pytest.mark.parametrize(("name", "value"), TUNE_VALUES.items())

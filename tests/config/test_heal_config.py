@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         ({"rows_per_pass": -1}, r"`heal\.rows_per_pass` must be at least 1, got -1"),
         ({"loss": "hidden"}, r"`heal\.loss` must be one of 'candidates', 'vocabulary', got 'hidden'"),
         ({"gold_weight": 1.0}, r"`heal\.gold_weight` must be at least 0 and below 1, got 1\.0"),
+        ({"written_share": 1.0}, r"`heal\.written_share` must be at least 0 and below 1, got 1\.0"),
+        ({"prompt_sites": -1}, r"`heal\.prompt_sites` must be at least 0, got -1"),
         ({"steps": 10**400}, r"`heal\.steps` must be at most 1,000,000,000, got an integer of about 400 digits"),
         ({"learning_rate": 10**400}, r"`heal\.learning_rate` must be above 0 and below 1, got an integer of about 400"),
     ],

@@ -6,9 +6,9 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from toy import make_model, make_tokenizer
+from toy import make_model, make_tokenizer, unhealed
 
-from optimum_sieve import HealConfig, SieveConfig, evaluate
+from optimum_sieve import HealConfig, evaluate
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.calibration.losses import answer_loss
@@ -58,7 +58,7 @@ def prune(
     dense: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase | None = None, **settings: Any
 ) -> PreTrainedModel:
     """Return a copy of a dense model with factors, neither healed nor scored."""
-    config = SieveConfig(**{"pruning_ratio": 0.97, "rank_multiple": 1, "rounds": 1, **settings})
+    config = unhealed(**{"pruning_ratio": 0.97, "rank_multiple": 1, "rounds": 1, **settings})
     model, tokenizer = copy.deepcopy(dense), tokenizer or make_tokenizer()
     run = prepare(model, tokenizer, [task], config, work_dir=None, study_storage=None, progress=False)
     bases = calibrate(run)
