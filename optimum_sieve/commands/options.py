@@ -8,11 +8,13 @@ import inspect
 import re
 import types
 import typing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.config.tune import TuneConfig
+from optimum_sieve.config.validate import read_settings
 
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 _STOP_CRITERIA = ("tolerance", "pruning_ratio")
 _HEAL, _TUNE = "heal", "tune"
+# Settings with settings of their own.
+_TRAININGS: dict[str, type[HealConfig | TuneConfig]] = {_HEAL: HealConfig, _TUNE: TuneConfig}
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +36,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("settings", "Settings of pruning. --help-all also shows the advanced ones.")
     healing = parser.add_argument_group("healing", "Short trainings of the factors at falling sizes, on by default.")
     tuning = parser.add_argument_group(
-        "tuning", "A short training of the dense model on the gold answers, first. Any of these options turns it on."
+        "tuning", "A short training of the dense model on the gold answers, first, on by default where there are some."
     )
     advanced = parser.add_argument_group("advanced settings")
     _add_fields(settings.add_mutually_exclusive_group(), SieveConfig, _STOP_CRITERIA)
     _add_fields(settings, SieveConfig, _everyday(SieveConfig, (*_STOP_CRITERIA, _HEAL, _TUNE)))
     healing.add_argument("--no-heal", action="store_true", help="Train nothing.", default=argparse.SUPPRESS)
     _add_fields(healing, HealConfig, _everyday(HealConfig), f"{_HEAL}_")
+    tuning.add_argument("--no-tune", action="store_true", help="Prune the model as it came.", default=argparse.SUPPRESS)
     tuning.add_argument(
         "--tune", action="store_true", help="Tune with the default settings.", default=argparse.SUPPRESS
     )
@@ -78,26 +83,22 @@ def settings_from(arguments: argparse.Namespace) -> SieveConfig:
         ValueError: If a value breaks its rule, or no stop criterion is given.
         OSError: If the `--config` file cannot be read.
     """
-    given = _given(SieveConfig, arguments, "")
-    is_tuned = given.pop(_TUNE, False)
+    given = {name: value for name, value in _given(SieveConfig, arguments, "").items() if name not in _TRAININGS}
     if any(name in given for name in _STOP_CRITERIA):
         # Either criterion on the command line replaces either one in the file.
         given = dict.fromkeys(_STOP_CRITERIA) | given
-    config = SieveConfig.from_json_file(arguments.config, **given) if arguments.config else SieveConfig.from_dict(given)
-    tuning = _given(TuneConfig, arguments, f"{_TUNE}_")
-    if is_tuned or tuning:
-        from_file = {} if config.tune is None else config.tune.to_dict()
-        config = dataclasses.replace(config, tune=TuneConfig.from_dict({**from_file, **tuning}))
-    healing = heal_settings_from(arguments, prefix=f"{_HEAL}_")
-    if hasattr(arguments, "no_heal"):
-        if healing:
-            name = f"--heal-{next(iter(healing)).replace('_', '-')}"
-            raise ValueError(f"`--no-heal` must not go with `{name}`, which sets the healing. Omit one of them.")
-        return dataclasses.replace(config, heal=None)
-    if not healing:
-        return config
-    from_file = config.heal.to_dict() if isinstance(config.heal, HealConfig) else {}
-    return dataclasses.replace(config, heal=HealConfig.from_dict({**from_file, **healing}))
+    values = (read_settings(Path(arguments.config), "SieveConfig") if arguments.config else {}) | given
+    for name, settings in _TRAININGS.items():
+        chosen = _given(settings, arguments, f"{name}_")
+        if hasattr(arguments, f"no_{name}"):
+            if chosen or hasattr(arguments, name):
+                option = f"--{name}-{next(iter(chosen)).replace('_', '-')}" if chosen else f"--{name}"
+                raise ValueError(f"`--no-{name}` must not go with `{option}`, which turns it on. Omit one of them.")
+            values[name] = None
+        elif chosen or hasattr(arguments, name):
+            from_file = values.get(name)
+            values[name] = {**(from_file if isinstance(from_file, dict) else {}), **chosen}
+    return SieveConfig.from_dict(values)
 
 
 def _everyday(settings: type[SieveConfig | HealConfig | TuneConfig], exclude: Sequence[str] = ()) -> list[str]:

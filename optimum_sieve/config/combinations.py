@@ -23,8 +23,7 @@ def check_combinations(config: SieveConfig) -> None:
     """
     _check_allocation(config)
     _check_healing(config)
-    if config.tune is not None and not isinstance(config.tune, TuneConfig):
-        raise TypeError(f"`tune` must be a TuneConfig or None, got {shown(config.tune)}.")
+    _check_tuning(config)
     if config.vocabulary_size is not None and config.vocabulary != "task":
         raise ValueError(
             f"`vocabulary_size` must go with vocabulary='task', got {config.vocabulary_size} and vocabulary="
@@ -43,6 +42,22 @@ def _check_allocation(config: SieveConfig) -> None:
             "`projection='learned'` must go with allocation='uniform' and a `pruning_ratio`, got "
             f"allocation={config.allocation!r} and pruning_ratio={config.pruning_ratio}. Each adapter is trained for "
             "one rank, so there is no loss curve to allocate or search with."
+        )
+
+
+def _check_tuning(config: SieveConfig) -> None:
+    if not isinstance(config.tune, TuneConfig) and config.tune not in (None, "auto"):
+        kind = ValueError if isinstance(config.tune, str) else TypeError
+        raise kind(f"`tune` must be a TuneConfig, 'auto' or None, got {shown(config.tune)}.")
+    if config.reference == "tuned" and not isinstance(config.tune, TuneConfig):
+        raise ValueError(
+            f"`reference='tuned'` must go with a TuneConfig, got tune={config.tune!r}. Set `tune` (`--tune`), or omit "
+            "`reference`."
+        )
+    if config.allocation == "genetic" and isinstance(config.tune, TuneConfig) and config.reference != "tuned":
+        raise ValueError(
+            "`reference` must be 'tuned' with `tune` and allocation='genetic', whose search compares with the model it "
+            f"prunes, got {config.reference!r}. Set reference='tuned'."
         )
 
 

@@ -14,6 +14,8 @@ WEIGHTINGS = ("norms", "balanced", "likelihood")
 
 # Settings of earlier versions -> the value that is now fixed.
 REMOVED = {"prompt_weight": 1.0}
+REFERENCES = ("dense", "tuned")
+
 CHOICES = {
     "projection": PROJECTIONS,
     "allocation": ALLOCATIONS,
@@ -23,6 +25,7 @@ CHOICES = {
     "weighting": WEIGHTINGS,
     "search_preset": SEARCH_PRESETS,
     "vocabulary": VOCABULARIES,
+    "reference": REFERENCES,
 }
 # name: (low, high, whether low is allowed); high never is.
 FLOAT_RANGES = {

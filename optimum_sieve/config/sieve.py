@@ -82,9 +82,12 @@ class SieveConfig:
             Settings of healing: the run prunes to falling sizes, trains the factors shortly at each one and goes on
             from the trained factors. `"auto"` heals with the default settings wherever the whole model is in memory;
             `None` trains nothing.
-        tune ([`TuneConfig`][optimum_sieve.config.tune.TuneConfig], *optional*):
-            Settings of tuning, a short training of the dense model on the gold answers before it is pruned. The pruned
-            model is then held to the tuned one. Default: the dense model is pruned as it is.
+        tune ([`TuneConfig`][optimum_sieve.config.tune.TuneConfig] or `str`, *optional*):
+            Settings of tuning, a short training of the dense model on the gold answers before it is pruned. `"auto"`
+            tunes with the default settings if the data has gold answers and the run heals, and keeps the tuned model
+            if it is better on the selection split; `None` prunes the model as it came.
+        reference (`str`):
+            Model that `tolerance` is measured from: `"dense"` (as it came) or `"tuned"` (after tuning).
         projection (`str`):
             How a matrix is factored: `"joint"` (from inputs and output gradients), `"activation"` (from inputs alone;
             minimizes \(\lVert WX - W'X \rVert\)), `"svd"` (from the weight alone) or `"learned"` (adapters trained with
@@ -152,7 +155,8 @@ class SieveConfig:
     vocabulary: str = "whole"
     time_limit: str | float | None = None
     heal: HealConfig | str | None = "auto"
-    tune: TuneConfig | None = None
+    tune: TuneConfig | str | None = "auto"
+    reference: str = "dense"
     projection: str = "joint"
     storage: str = "pivoted"
     loss: str = "fisher"
@@ -229,7 +233,7 @@ class SieveConfig:
         """Return the settings as JSON types, sorted by name."""
         values = dataclasses.asdict(self)
         values["heal"] = self.heal.to_dict() if isinstance(self.heal, HealConfig) else self.heal
-        values["tune"] = None if self.tune is None else self.tune.to_dict()
+        values["tune"] = self.tune.to_dict() if isinstance(self.tune, TuneConfig) else self.tune
         return {key: list(values[key]) if isinstance(values[key], tuple) else values[key] for key in sorted(values)}
 
     @classmethod

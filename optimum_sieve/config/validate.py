@@ -95,12 +95,15 @@ def parse_seconds(name: str, value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(f"`{name}` must be a number of seconds or a text such as '12min', got {shown(value)}.")
     pattern = r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*(s|sec|m|min|h|)\s*"
-    match = re.fullmatch(pattern, value, flags=re.IGNORECASE | re.ASCII) if isinstance(value, str) else None
-    if match is None and isinstance(value, str):
-        raise ValueError(f"`{name}` must be a number of seconds or a text such as '90s', '12min' or '2h', got "
-                         f"{shown(value)}.")  # fmt: skip
-    units = {"s": 1, "m": 60, "h": 3600}
-    seconds = value if match is None else float(match[1]) * units[(match[2] or "s")[0].lower()]
+    if isinstance(value, str):
+        match = re.fullmatch(pattern, value, flags=re.IGNORECASE | re.ASCII)
+        if match is None:
+            raise ValueError(
+                f"`{name}` must be a number of seconds or a text such as '90s', '12min' or '2h', got {shown(value)}."
+            )
+        seconds: float = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[(match[2] or "s")[0].lower()]
+    else:
+        seconds = value
     # Comparison, unlike conversion, takes integers of any size.
     if not 0 < seconds < _MOST_SECONDS:
         raise ValueError(f"`{name}` must be above 0 and below {_MOST_SECONDS:,} seconds, got {shown(value)}.")

@@ -75,7 +75,7 @@ def check_search(config: SieveConfig) -> None:
     """
     if config.allocation != "genetic":
         raise ValueError(f"`allocation` must be 'genetic' for a search, got {config.allocation!r}.")
-    if config.tune is not None:
+    if config.tune not in (None, "auto"):
         raise ValueError(
             f"`tune` must be None for a search that workers can join, got {shown(config.tune)}. `prune` tunes and "
             "searches in one process."

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from optimum_sieve.allocation.budget import rank_parameters
 from optimum_sieve.allocation.tolerance import size_trial
 from optimum_sieve.evaluation.comparison import compare
-from optimum_sieve.evaluation.stage import score, score_dense
+from optimum_sieve.evaluation.stage import score, score_reference
 from optimum_sieve.healing.stage import heal_config
 from optimum_sieve.run import distributed
 
@@ -44,7 +44,7 @@ def descend_within(run: Run, bases: Bases, healer: Healer) -> list[dict[str, Any
         healer (`Healer`): Its `kept_without` sets the first size, its `best` size is the result.
     """
     config = run.config
-    dense = [score_dense(run, task, "selection") for task in run.tasks]
+    dense = score_reference(run)
     trials: list[dict[str, Any]] = []
 
     def accept(size: HealedSize) -> bool:

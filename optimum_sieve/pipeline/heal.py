@@ -128,6 +128,7 @@ def _settings(
         batch_size=config.rows_per_pass,
         seed=seed,
         heal=config,
+        tune=None,
     )
 
 

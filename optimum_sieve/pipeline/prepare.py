@@ -17,7 +17,7 @@ from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.plan.certainty import warn_of_few_examples
-from optimum_sieve.plan.healing import settle_healing
+from optimum_sieve.plan.healing import settle_training
 from optimum_sieve.plan.memory import BatchSizes
 from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.run import distributed
@@ -87,7 +87,7 @@ def check_vocabulary(
 
 
 def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig) -> None:
-    if not task.labelled and config.tune is not None:
+    if not task.labelled and config.tune not in (None, "auto"):
         raise ValueError(
             "`tune` must go with gold answers, got a task file without `answer`. Add it to the task file, or omit "
             "`tune`: healing alone needs no answers."
@@ -130,7 +130,9 @@ def prepare(
     vocabulary = check_vocabulary(model, tokenizer, tasks, config)
     # A plan tokenizes all examples, so it is made only if needed.
     limited = config.memory_limit is not None or holds_offloaded(model)
-    config = settle_healing(config, partial(plan_run, view, tokenizer, tasks, targets, vocabulary), limited=limited)
+    plan_of = partial(plan_run, view, tokenizer, tasks, targets, vocabulary)
+    labelled = all(task.labelled for task in tasks)
+    config = settle_training(config, plan_of, labelled=labelled, limited=limited)
     by_block = limited and plan_run(view, tokenizer, tasks, targets, vocabulary, config).blocks is not None
     warn_of_few_examples({task.name: task.splits for task in tasks}, config)
     work = WorkDir.temporary() if work_dir is None and by_block else WorkDir(work_dir)
@@ -171,7 +173,7 @@ def plan_run(
     def plan_of(settled: SieveConfig) -> PrunePlan:
         return make_plan(model, targets, settled, splits, batch, vocabulary)
 
-    return plan_of(settle_healing(config, plan_of))
+    return plan_of(settle_training(config, plan_of, labelled=all(task.labelled for task in tasks)))
 
 
 def batch_sizes(

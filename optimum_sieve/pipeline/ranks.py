@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.comparison import compare
-from optimum_sieve.evaluation.stage import score, score_dense
+from optimum_sieve.evaluation.stage import score, score_reference
 from optimum_sieve.healing.stage import heal_config
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.search.stage import run_search
@@ -90,7 +90,7 @@ def _heal_to_ratio(run: Run, bases: Bases, ranks: Ranks | None, healer: Healer) 
 def _search_size(run: Run, bases: Bases) -> tuple[Ranks, list[dict[str, Any]]]:
     """Bisect the kept fraction; return the ranks of the smallest size within the tolerance, and all sizes tried."""
     config = run.config
-    dense = [score_dense(run, task, "selection") for task in run.tasks]
+    dense = score_reference(run)
     for task, evaluation in zip(run.tasks, dense, strict=True):
         warn_of_the_majority(task, evaluation)
     by_block = run.by_block and all(task.selection[0].generation is None for task in run.tasks)

@@ -11,7 +11,7 @@ from optimum_sieve.backbone.targets import find_targets
 
 from .flops import Work, count_work
 from .hardware import rates_of
-from .healing import settle_healing
+from .healing import settle_training
 from .memory import BatchSizes, expert_shares
 from .plan import PrunePlan, make_plan
 
@@ -91,7 +91,7 @@ def forecast(
     def plan_of(settled: SieveConfig) -> PrunePlan:
         return make_plan(empty, targets, settled, {str(model): {"calibration": examples}}, batch)
 
-    plan = plan_of(settle_healing(config, plan_of))
+    plan = plan_of(settle_training(config, plan_of))
     work = count_work(
         targets,
         config,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.config.tune import TuneConfig
 
 
 if TYPE_CHECKING:
@@ -23,22 +24,27 @@ logger = logging.getLogger(__name__)
 _HEAL_BYTES = 5 * 4
 
 
-def settle_healing(
-    config: SieveConfig, plan_of: Callable[[SieveConfig], PrunePlan], *, limited: bool = True
+def settle_training(
+    config: SieveConfig, plan_of: Callable[[SieveConfig], PrunePlan], *, labelled: bool = True, limited: bool = True
 ) -> SieveConfig:
-    """Return the settings with `heal="auto"` decided: heal wherever the whole model and its training fit in memory.
+    """Return the settings with `heal="auto"` and `tune="auto"` decided.
+
+    A run heals wherever the whole model and its training fit in memory. A run that heals also tunes, if the data has
+    gold answers and no search is shared, whose workers would have to tune as well.
 
     Args:
         config (`SieveConfig`): The settings.
         plan_of (`Callable`): Plans a run with other settings.
+        labelled (`bool`): Whether the data of every task has gold answers.
         limited (`bool`): Whether memory is limited. If not, nothing is planned.
 
     Raises:
         ValueError: If the `memory_limit` is too low even without healing.
     """
     if config.heal != "auto":
-        return config
-    healed, unhealed = replace(config, heal=HealConfig()), replace(config, heal=None)
+        return _settle_tuning(config, labelled)
+    healed = _settle_tuning(replace(config, heal=HealConfig()), labelled)
+    unhealed = _settle_tuning(replace(config, heal=None), labelled)
     if not limited:
         return healed
     if plan_of(unhealed).blocks is None:
@@ -52,6 +58,13 @@ def settle_healing(
     logger.warning("The pruned model is not healed: its training does not fit in this memory. "
                    "`optimum-cli sieve heal` heals the saved model where it fits.")  # fmt: skip
     return unhealed
+
+
+def _settle_tuning(config: SieveConfig, labelled: bool) -> SieveConfig:
+    if config.tune != "auto":
+        return config
+    tunes = labelled and config.heal is not None and config.allocation != "genetic"
+    return replace(config, tune=TuneConfig() if tunes else None)
 
 
 def heal_bytes(config: SieveConfig, total: int) -> int:

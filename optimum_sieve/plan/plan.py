@@ -165,7 +165,7 @@ def make_plan(
     Args:
         model (`torch.nn.Module`): The dense model, whose experts are separate linears.
         targets (`list[Target]`): The matrices to prune.
-        config (`SieveConfig`): The settings; `heal="auto"` counts as `None`, see `settle_healing`.
+        config (`SieveConfig`): The settings; `heal="auto"` counts as `None`, see `settle_training`.
         splits (`Mapping[str, dict[str, int]]`): Number of examples in each split of each task.
         batch (`BatchSizes`): Sizes of the batches of all examples.
         vocabulary (`TaskVocabulary`, *optional*): Vocabulary of the calibration splits.
@@ -240,7 +240,7 @@ def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) 
         for name, whole in (
             ("projection='learned'", config.projection == "learned"),
             ("allocation='genetic'", config.allocation == "genetic"),
-            ("tune", config.tune is not None),
+            ("tune", config.tune not in (None, "auto")),
             ("heal", config.heal is not None),
             ("vocabulary='task'", config.vocabulary == "task"),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.offloading import execution_device
+from optimum_sieve.config.tune import TuneConfig
 
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _STATE_BYTES = 4 * 4
 
 def tune_bytes(model: nn.Module, targets: Sequence[Target], config: SieveConfig) -> int:
     """Return the bytes that tuning adds to the model: the adapters' state, and the weights before it in CPU memory."""
-    if config.tune is None:
+    if not isinstance(config.tune, TuneConfig):
         return 0
     first: Any = model.get_submodule(targets[0].name)
     trained = config.tune.rank * sum(target.in_features + target.out_features for target in targets)
@@ -32,4 +33,8 @@ def tune_bytes(model: nn.Module, targets: Sequence[Target], config: SieveConfig)
 def describe_tuning(config: SieveConfig) -> str | None:
     """Return the steps of tuning as text; `None` without it."""
     tune = config.tune
-    return None if tune is None else f"{tune.steps:,} steps of {tune.batch_size} examples, LoRA of rank {tune.rank}"
+    return (
+        None
+        if not isinstance(tune, TuneConfig)
+        else f"{tune.steps:,} steps of {tune.batch_size} examples, LoRA of rank {tune.rank}"
+    )

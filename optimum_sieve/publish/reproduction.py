@@ -58,7 +58,7 @@ def reproduction_command(
             words += ["--no-heal"] if value is None else _heal_words(value, prefix="heal-")
             continue
         if field.name == "tune":
-            words += ["--tune", *_changed_words(TuneConfig, value, "tune-")]
+            words += ["--no-tune"] if value is None else ["--tune", *_changed_words(TuneConfig, value, "tune-")]
             continue
         words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join([*words, "--output", "pruned"])

@@ -85,7 +85,7 @@ class Outcome:
 
     def _error(self, count: int) -> float:
         scored = len(self.rises)
-        return certain_error(self.mean, self.standard_error, scored) * (scored / count) ** 0.5
+        return float(certain_error(self.mean, self.standard_error, scored) * (scored / count) ** 0.5)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""

@@ -22,6 +22,7 @@ from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import loss_scale
 from optimum_sieve.backbone.training import training_only
 from optimum_sieve.calibration.losses import label_loss
+from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.evaluation.batches import encode, input_device, log_likelihoods, pack
 from optimum_sieve.evaluation.token_ids import padding_id
 from optimum_sieve.healing.sampling import drawn_examples, interleaved, schedule
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from optimum_sieve.calibration.losses import Loss
-    from optimum_sieve.config.tune import TuneConfig
     from optimum_sieve.evaluation.batches import Batch
     from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Example
@@ -98,7 +98,7 @@ class _Trainer:
     """One training: its inputs and its state."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.model, self.config = run, run.model, _settings(run)
+        self.run, self.model, self.config = run, run.model, tune_config(run)
         names = [target.name for target in run.targets]
         inputs = input_format(run.model)
         self.losses = [_gold_loss(task.calibration) for task in run.tasks]
@@ -222,8 +222,9 @@ class _Trainer:
         self.training = Training(**record)
 
 
-def _settings(run: Run) -> TuneConfig:
-    assert run.config.tune is not None
+def tune_config(run: Run) -> TuneConfig:
+    """Return the settings of a run that tunes."""
+    assert isinstance(run.config.tune, TuneConfig)
     return run.config.tune
 
 

@@ -10,7 +10,7 @@ from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.evaluation.stage import score_dense, score_test_dense
 from optimum_sieve.run.workdir import content_key
 
-from .loop import train
+from .loop import train, tune_config
 
 
 if TYPE_CHECKING:
@@ -31,11 +31,13 @@ class Tuning:
 
     Args:
         dense (`Sequence[Evaluation]`): Its evaluation on the test split of every task.
+        selection (`Sequence[Evaluation]`): Its evaluation on the selection split of every task.
         report (`dict[str, Any]`): Figures of the training, and of both models on the selection splits.
         adapters (`Adapters`): The merged adapters, which restore its weights.
     """
 
     dense: Sequence[Evaluation]
+    selection: Sequence[Evaluation]
     report: dict[str, Any]
     adapters: Adapters
 
@@ -43,24 +45,21 @@ class Tuning:
 def tune_dense(run: Run) -> Run:
     """Tune the dense model on the gold answers, in place, if the settings ask for it; return the run that holds it.
 
-    The tuned model is the dense model of every stage that follows: they keep to it within the tolerance, and heal
-    against it. The model as it came is scored first. After an error it is unchanged.
+    The tuned model is the dense model of every stage that follows: they prune it and heal against it. The model as it
+    came is scored first, and stays as it is if the tuned one is worse on the selection split of a task, or after an
+    error.
 
     Raises:
         ValueError: If the loss or its gradient is not finite.
     """
     if run.config.tune is None:
-        if run.config.tolerance is not None and all(task.labelled for task in run.tasks):
-            logger.info(
-                "The data has gold answers: `tune` (`--tune`) first trains the dense model on them, and the pruned "
-                "model keeps to the tuned one."
-            )
         return run
     dense = score_test_dense(run)
     with run.timed("tuning"):
         before = [score_dense(run, task, "selection") for task in run.tasks]
         adapters, training, key = train(run)
-        tuning = Tuning(dense=dense, report={"rank": run.config.tune.rank, **training.to_dict()}, adapters=adapters)
+        report = {"rank": tune_config(run).rank, **training.to_dict()}
+        tuning = Tuning(dense=dense, selection=before, report=report, adapters=adapters)
         tuned = replace(run, model_key=content_key(model=run.model_key, tuned=key), tuning=tuning)
         try:
             adapters.merge()
@@ -68,6 +67,9 @@ def tune_dense(run: Run) -> Run:
         except BaseException:
             restore_untuned(tuned)
             raise
+    if any(row["mean"] < 0 for row in tuning.report["selection"]):
+        restore_untuned(tuned)
+        return run
     return tuned
 
 
@@ -85,8 +87,8 @@ def _compared(run: Run, before: Sequence[Evaluation]) -> list[dict[str, Any]]:
         comparison = compare(dense, tuned)
         if comparison.mean < 0:
             logger.warning(
-                "Tuning lowers the score on the selection split of %r from %.4f to %.4f: lower `tune.steps` or "
-                "`tune.learning_rate`, or add rows to the calibration split.",
+                "Tuning lowers the score on the selection split of %r from %.4f to %.4f, so the model is pruned as it "
+                "came. Lower `tune.steps` or `tune.learning_rate`, or add rows to the calibration split.",
                 task.name, dense.score, tuned.score,
             )  # fmt: skip
         rows.append({"task": task.name, "dense": dense.score, "tuned": tuned.score, **comparison.to_dict()})
