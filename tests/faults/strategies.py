@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.config.tune import TuneConfig
 
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def broken(values: dict[str, Any], most: int = 3) -> st.SearchStrategy[dict[str,
 # --- settings -------------------------------------------------------------------------------------------------------
 
 _HEAL = {field.name: field.default for field in dataclasses.fields(HealConfig)}
+_TUNE = {field.name: field.default for field in dataclasses.fields(TuneConfig)}
 _SETTINGS = {field.name: field.default for field in dataclasses.fields(SieveConfig)}
 _VALID: dict[str, list[Any]] = {
     "tolerance": [0, 0.02, 0.5],
@@ -101,6 +103,7 @@ _VALID: dict[str, list[Any]] = {
     "target_modules": [["*.q_proj"], ["*"]],
     "exclude_modules": [["*.mlp.*"]],
     "heal": [{"steps": 3}, _HEAL],
+    "tune": [{"steps": 3}, _TUNE],
 }
 
 
