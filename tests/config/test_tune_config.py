@@ -42,9 +42,21 @@ def test_settings_of_the_wrong_type(settings: dict[str, Any], message: str) -> N
 
 
 def test_a_run_holds_them_as_an_object() -> None:
-    with pytest.raises(TypeError, match="`tune` must be a TuneConfig or None, got True"):
+    with pytest.raises(TypeError, match="`tune` must be a TuneConfig, 'auto' or None, got True"):
         SieveConfig(pruning_ratio=0.5, tune=True)  # type: ignore[arg-type]
-    assert SieveConfig(pruning_ratio=0.5).tune is None
+    with pytest.raises(ValueError, match="`tune` must be a TuneConfig, 'auto' or None, got 'always'"):
+        SieveConfig(pruning_ratio=0.5, tune="always")
+    assert SieveConfig(pruning_ratio=0.5).tune == "auto"
+    assert SieveConfig.from_dict({"pruning_ratio": 0.5, "tune": None}).tune is None
+
+
+def test_the_reference_goes_with_tuning() -> None:
+    with pytest.raises(ValueError, match="`reference='tuned'` must go with a TuneConfig, got tune='auto'"):
+        SieveConfig(tolerance=0.1, reference="tuned")
+    with pytest.raises(ValueError, match=r"`reference` must be 'tuned' with `tune` and .*, got 'dense'"):
+        SieveConfig(tolerance=0.1, tune=TuneConfig(), allocation="genetic")
+    config = SieveConfig(tolerance=0.1, tune=TuneConfig(), allocation="genetic", reference="tuned")
+    assert SieveConfig.from_dict(config.to_dict()) == config
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

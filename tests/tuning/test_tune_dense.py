@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +18,14 @@ from two_processes import run_in_two_processes
 from two_tasks import make_tasks
 from vocabulary_world import byte_level, load_reviews
 
-from optimum_sieve import HealConfig, SievePruner, TuneConfig, compare, evaluate
+from optimum_sieve import HealConfig, SieveConfig, SievePruner, TuneConfig, compare, evaluate
 from optimum_sieve import pruner as pruner_module
 from optimum_sieve.allocation.tolerance import ToleranceError
 from optimum_sieve.pipeline.heal import heal_pruned
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tuning import stage
 from optimum_sieve.tuning.loop import train
-from optimum_sieve.tuning.stage import restore_untuned, tune_dense
+from optimum_sieve.tuning.stage import tune_dense
 
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def test_the_tuned_model_is_the_reference_of_healing_and_the_tolerance(dense: Pr
     """Nothing may be lost against the tuned model, though the dense one is wrong on every example."""
     pruner = make_pruner(dense, task)
     settings = {**HALF, "pruning_ratio": None, "tolerance": 0.05, "heal": HealConfig(steps=8, learning_rate=1e-2)}
-    report = pruner.prune(unhealed(**settings), **QUIET).report
+    report = pruner.prune(unhealed(**settings, reference="tuned"), **QUIET).report
     assert report["difference_to_tuned"]["mean"] > -0.15
     assert report["paired_difference"]["mean"] > 0.6
     assert report["parameters"]["targets_after"] < report["parameters"]["targets_before"]
@@ -198,28 +197,38 @@ def test_tuning_that_lowers_the_score_is_warned_of(
     run = prepare(tuned, TOKENIZER, [task], unhealed(**{**HALF, "tune": exchanged}), work_dir=None, study_storage=None,
                   **QUIET)  # fmt: skip
     start = weights(tuned)
-    run = tune_dense(run)
+    # The model is pruned as it came.
+    assert tune_dense(run) is run
     assert "Tuning lowers the score on the selection split of 'parity' from" in caplog.text
-    assert "lower `tune.steps` or `tune.learning_rate`" in caplog.text
-    restore_untuned(run)
+    assert "Lower `tune.steps` or `tune.learning_rate`" in caplog.text
     assert_same(weights(tuned), start)
 
 
-def test_a_run_with_gold_answers_offers_it(
-    dense: PreTrainedModel, task: Task, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_run_that_heals_tunes_where_there_are_gold_answers(
+    dense: PreTrainedModel, task: Task, tmp_path: Path
 ) -> None:
-    def offers(task: Task, **settings: Any) -> bool:
-        caplog.clear()
-        config = unhealed(**settings)
+    def tunes(task: Task, **settings: Any) -> bool:
+        config = SieveConfig(**settings)
         run = prepare(dense, TOKENIZER, [task], config, work_dir=None, study_storage=None, **QUIET)
-        with caplog.at_level(logging.INFO):
-            assert tune_dense(run) is run
-        return "`--tune`" in caplog.text
+        return run.config.tune == TuneConfig()
 
     unlabelled = load_task(tmp_path, parity_rows(60), answer=None)
-    assert offers(task, tolerance=0.02)
-    assert not offers(task, pruning_ratio=0.5)
-    assert not offers(unlabelled, tolerance=0.02, label_source="model")
+    assert tunes(task, tolerance=0.02)
+    assert tunes(task, pruning_ratio=0.5)
+    assert not tunes(task, tolerance=0.02, heal=None)
+    assert not tunes(task, tolerance=0.02, tune=None)
+    assert not tunes(task, tolerance=0.02, allocation="genetic")
+    assert not tunes(unlabelled, tolerance=0.02, label_source="model")
+
+
+def test_the_tolerance_is_measured_from_the_dense_model_by_default(dense: PreTrainedModel, task: Task) -> None:
+    """The dense model is wrong on every example, so that any size holds; nothing may be lost against the tuned one."""
+    settings = {**HALF, "pruning_ratio": None, "tolerance": 0.05, "search_steps": 3}
+    sizes = {}
+    for reference in ("dense", "tuned"):
+        report = make_pruner(dense, task).prune(unhealed(**settings, reference=reference), **QUIET).report
+        sizes[reference] = report["parameters"]["targets_after"]
+    assert sizes["dense"] < sizes["tuned"]
 
 
 @pytest.mark.parametrize("source", ["data", "model"])
@@ -230,7 +239,7 @@ def test_tasks_without_answers_are_refused(dense: PreTrainedModel, tmp_path: Pat
 
 
 def test_searches_that_workers_join_are_refused(dense: PreTrainedModel, task: Task, tmp_path: Path) -> None:
-    pruner, config = make_pruner(dense, task), unhealed(**HALF, allocation="genetic")
+    pruner, config = make_pruner(dense, task), unhealed(**HALF, allocation="genetic", reference="tuned")
     message = r"`tune` must be None for a search that workers can join, got TuneConfig\(rank=8, steps=40"
     with pytest.raises(ValueError, match=message):
         pruner.search(config, **QUIET)
