@@ -98,7 +98,8 @@ def heal(
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
-        [`Healing`]: Figures of the training. After an error the model is unchanged.
+        [`Healing`]: Figures of the training. After an error pivoted layers are as they were, plain factors partly
+            trained.
 
     Raises:
         ValueError: If the model has no factorized layer, or the loss or its gradient is not finite.
