@@ -152,7 +152,7 @@ def test_prune_then_evaluate(cli, world, tmp_path):
     status, table, error = cli(*prune, "--output", output, "--work-dir", tmp_path / "work")
     assert status == 0, error
     report = json.loads((output / "sieve_report.json").read_text())
-    assert report["settings"] == SieveConfig(pruning_ratio=0.4, rank_multiple=1, heal=None).to_dict()
+    assert report["settings"] == SieveConfig(pruning_ratio=0.4, rank_multiple=1, heal=None, tune=None).to_dict()
     assert report["parameters"]["targets_after"] <= 0.6 * report["parameters"]["targets_before"]
     assert f"{report['pruned']['score']:.3f}" in table
     assert f"{report['parameters']['targets_after']:,}" in table

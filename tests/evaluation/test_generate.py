@@ -14,9 +14,9 @@ import pytest
 import torch
 import transformers
 from model_kinds import make_model as make_kind
-from toy import load_task, make_model, make_tokenizer, parity_rows, write_task
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed, write_task
 
-from optimum_sieve import HealConfig, SieveConfig, SievePruner, evaluate
+from optimum_sieve import HealConfig, SievePruner, evaluate
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.evaluation.scores import Evaluation
 from optimum_sieve.tasks import Task
@@ -81,7 +81,7 @@ def test_a_metric_of_ones_own_scores_a_task(tmp_path: Path) -> None:
 def test_a_metric_of_ones_own_scores_labels_too(tmp_path: Path) -> None:
     task = Task.from_file(write_task(tmp_path), metric=lambda text, accepted: 2.0 * (text == accepted[0]))
     pruner = SievePruner(make_model(), make_tokenizer(), task)
-    report = pruner.prune(SieveConfig(pruning_ratio=0.3, rank_multiple=2), progress=False).report
+    report = pruner.prune(unhealed(pruning_ratio=0.3, rank_multiple=2), progress=False).report
     plain = run(pruner.model, load_task(tmp_path).examples("test", make_tokenizer()), "accuracy")
     assert report["pruned"]["score"] == 2 * plain.score
     assert report["majority_score"] == 2 * plain.majority_score
@@ -112,7 +112,7 @@ def test_a_model_is_pruned_within_a_tolerance_of_what_it_writes(
     rows = [{"text": str(i), "label": "odd" if i % 2 else "even"} for i in range(100)]
     task = load_task(tmp_path, rows, **WRITTEN)
     pruner = SievePruner(copy.deepcopy(trained), make_tokenizer(), task)
-    config = SieveConfig(tolerance=0.1, confidence=0.5, allocation=allocation, rank_multiple=1)
+    config = unhealed(tolerance=0.1, confidence=0.5, allocation=allocation, rank_multiple=1)
     report = pruner.prune(config, work_dir=tmp_path / "work", progress=False).report
     assert "nothing to lose" not in caplog.text
     assert report["dense"]["score"] > 0.9
@@ -132,25 +132,25 @@ def test_a_model_is_pruned_within_a_tolerance_of_what_it_writes(
 
 def test_what_a_model_writes_is_healed(trained: PreTrainedModel, tmp_path: Path) -> None:
     rows = [{"text": str(i), "label": "odd" if i % 2 else "even"} for i in range(100)]
-    pruner = SievePruner(copy.deepcopy(trained), make_tokenizer(), load_task(tmp_path, rows, **WRITTEN))
-    heal = HealConfig(steps=40, learning_rate=3e-2, eval_steps=10, monitor_fraction=0.5)
-    config = SieveConfig(pruning_ratio=0.95, rank_multiple=1, rounds=1, heal=heal)
-    healing = pruner.prune(config, progress=False).report["healing"]
-    assert healing["before"].keys() == healing["after"].keys() == {"score"}
-    assert healing["before"]["score"] < 0.8 < healing["after"]["score"]
+    task, scores = load_task(tmp_path, rows, **WRITTEN), []
+    for heal in (None, HealConfig(steps=40, learning_rate=3e-2, start=0.1)):
+        pruner = SievePruner(copy.deepcopy(trained), make_tokenizer(), task)
+        config = unhealed(pruning_ratio=0.95, rank_multiple=1, rounds=1, heal=heal)
+        scores.append(pruner.prune(config, progress=False).report["pruned"]["score"])
+    assert scores[0] < 0.8 < scores[1]
 
 
 def test_a_dense_model_with_nothing_to_lose_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pruner = SievePruner(make_model(), make_tokenizer(), load_task(tmp_path, **WRITTEN))
     with caplog.at_level(logging.WARNING):
-        pruner.prune(SieveConfig(tolerance=0.1, search_steps=1, rank_multiple=2), progress=False)
+        pruner.prune(unhealed(tolerance=0.1, search_steps=1, rank_multiple=2), progress=False)
     assert "there is nothing to lose" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_encoder_decoders_are_pruned_on_what_they_write(name: str, tmp_path: Path) -> None:
     pruner = SievePruner(make_kind(name), make_tokenizer(after="</s>"), load_task(tmp_path, **WRITTEN, metric="rougeL"))
-    report = pruner.prune(SieveConfig(pruning_ratio=0.4, rank_multiple=1), progress=False).report
+    report = pruner.prune(unhealed(pruning_ratio=0.4, rank_multiple=1), progress=False).report
     assert report["parameters"]["targets_after"] <= 0.6 * report["parameters"]["targets_before"]
     assert report["agreement"] < 1
 
@@ -186,7 +186,7 @@ def test_a_prompt_must_leave_room_for_the_answer(tmp_path: Path) -> None:
     message = r"`examples\[\d+\]` must leave room for an answer in the 64 tokens the model takes, got \d+ prompt tokens"
     pruner = SievePruner(make_model(), make_tokenizer(), task)
     with pytest.raises(ValueError, match=message):
-        pruner.plan(SieveConfig(pruning_ratio=0.5))
+        pruner.plan(unhealed(pruning_ratio=0.5))
     with pytest.raises(ValueError, match=message):
         run(make_model(), task.examples("test", make_tokenizer()))
 
@@ -196,14 +196,14 @@ def test_gold_answers_longer_than_what_may_be_written_are_told(
 ) -> None:
     task = load_task(tmp_path, **WRITTEN | {"max_new_tokens": 2, "answer": "very very {{ label }}"})
     with caplog.at_level(logging.WARNING):
-        SievePruner(make_model(), make_tokenizer(), task).plan(SieveConfig(pruning_ratio=0.5))
+        SievePruner(make_model(), make_tokenizer(), task).plan(unhealed(pruning_ratio=0.5))
     assert "30 of 30 gold answers are longer than the 2 tokens of `max_new_tokens`, the longest has 4" in caplog.text
 
 
 def test_classifiers_are_refused(tmp_path: Path) -> None:
     pruner = SievePruner(make_kind("bert"), make_tokenizer(), load_task(tmp_path, **WRITTEN))
     with pytest.raises(ValueError, match="`model` must be generative for a task of kind 'generate'"):
-        pruner.plan(SieveConfig(pruning_ratio=0.5))
+        pruner.plan(unhealed(pruning_ratio=0.5))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 
-from optimum_sieve import HealConfig, SieveConfig, SievePruner
+from optimum_sieve import HealConfig, SievePruner
 from optimum_sieve.backbone import fingerprint
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.evaluation import stage as evaluation_stage
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optimum_sieve.publish.result import SieveResult
     from optimum_sieve.tasks import Task
 
-HEAL = HealConfig(steps=4, eval_steps=2, learning_rate=1e-2)
+HEAL = HealConfig(steps=4, learning_rate=1e-2)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def saved(tmp_path: Path, task: Task) -> Path:
     make_model().save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     pruner = SievePruner.from_pretrained(tmp_path / "dense", task=task, device="cpu")
-    pruner.prune(SieveConfig(pruning_ratio=0.6, rank_multiple=1, rounds=1), progress=False)
+    pruner.prune(unhealed(pruning_ratio=0.6, rank_multiple=1, rounds=1), progress=False)
     return pruner.save_pretrained(tmp_path / "pruned").parent
 
 

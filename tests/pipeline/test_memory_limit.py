@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 from transformers import AutoModelForCausalLM
 from written_world import ANSWER, WRITTEN
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import HealConfig, SieveConfig, SievePruner
 from optimum_sieve.backbone.offloading import is_offloaded
 from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.backbone.targets import Target
@@ -52,7 +52,7 @@ def blocks_of(pruner: SievePruner) -> list[Any]:
 
 def smallest_limit(base: Path, config: dict[str, Any]) -> int:
     with pytest.raises(ValueError, match="`memory_limit` must be at least") as error:
-        load(base, offload_dir=base.parent / "o").plan(SieveConfig(**config, memory_limit=1000))
+        load(base, offload_dir=base.parent / "o").plan(unhealed(**config, memory_limit=1000))
     return round(float(str(error.value).split(" MB")[0].rsplit(" ", 1)[1].replace(",", "")) * 1e6) + 100_000
 
 
@@ -66,11 +66,11 @@ def smallest_limit(base: Path, config: dict[str, Any]) -> int:
 def test_the_result_is_that_without_a_limit(base: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     config = {**SETTINGS, **settings}
     whole = load(base)
-    expected = whole.prune(SieveConfig(**config), work_dir=tmp_path / "whole", progress=False)
+    expected = whole.prune(unhealed(**config), work_dir=tmp_path / "whole", progress=False)
     limited = load(base, offload_dir=tmp_path / "offloaded")
     assert all(is_offloaded(block.mlp.up_proj) for block in blocks_of(limited))
     limit = smallest_limit(base, config)
-    found = limited.prune(SieveConfig(**config, memory_limit=limit), work_dir=tmp_path / "work", progress=False)
+    found = limited.prune(unhealed(**config, memory_limit=limit), work_dir=tmp_path / "work", progress=False)
     assert found.rank_pattern == expected.rank_pattern
     assert found.report["pruned"] == expected.report["pruned"]
     assert found.report["parameters"] == expected.report["parameters"]
@@ -89,12 +89,12 @@ def test_the_result_is_that_without_a_limit(base: Path, settings: dict[str, Any]
 
 def test_a_model_in_memory_is_held_to_a_limit_too(base: Path, tmp_path: Path) -> None:
     config = {**SETTINGS, "pruning_ratio": 0.5}
-    expected = load(base).prune(SieveConfig(**config), progress=False)
+    expected = load(base).prune(unhealed(**config), progress=False)
     pruner = load(base)
-    limit = pruner.plan(SieveConfig(**config)).whole_bytes - 1
-    plan = pruner.plan(SieveConfig(**config, memory_limit=limit))
+    limit = pruner.plan(unhealed(**config)).whole_bytes - 1
+    plan = pruner.plan(unhealed(**config, memory_limit=limit))
     assert plan.blocks is not None
-    found = pruner.prune(SieveConfig(**config, memory_limit=limit), progress=False)
+    found = pruner.prune(unhealed(**config, memory_limit=limit), progress=False)
     assert found.rank_pattern == expected.rank_pattern
     ids = torch.tensor([[1, 5, 9, 3]])
     with torch.no_grad():
@@ -109,14 +109,14 @@ def test_a_model_that_writes_is_pruned_within_a_limit(base: Path, tmp_path: Path
     found = []
     for options in ({}, {"offload_dir": tmp_path / "o"}):
         model = SievePruner.from_pretrained(base, task=task, device="cpu", **options)
-        found.append(model.prune(SieveConfig(**config), progress=False))
+        found.append(model.prune(unhealed(**config), progress=False))
     whole, limited = found
     assert limited.rank_pattern == whole.rank_pattern
     assert limited.report["pruned"] == whole.report["pruned"]
 
 
 def test_a_round_that_lies_in_the_work_directory_is_not_run_again(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    config = SieveConfig(pruning_ratio=0.5, **SETTINGS)
+    config = unhealed(pruning_ratio=0.5, **SETTINGS)
     first = load(base, offload_dir=tmp_path / "o").prune(config, work_dir=tmp_path / "work", progress=False)
     monkeypatch.setattr(blockwise.BlockRound, "compute", None)
     again = load(base, offload_dir=tmp_path / "o").prune(config, work_dir=tmp_path / "work", progress=False)
@@ -127,7 +127,7 @@ def test_bases_of_the_blocks_are_those_of_the_whole_model(base: Path, tmp_path: 
     found = []
     for options in ({}, {"offload_dir": tmp_path / "o"}):
         pruner = load(base, **options)
-        config = SieveConfig(pruning_ratio=0.7, **SETTINGS)
+        config = unhealed(pruning_ratio=0.7, **SETTINGS)
         run = prepare(
             pruner.model, pruner.tokenizer, pruner.tasks, config,
             work_dir=tmp_path / f"work-{len(found)}", study_storage=None, progress=False,
@@ -145,7 +145,7 @@ def test_bases_of_the_blocks_are_those_of_the_whole_model(base: Path, tmp_path: 
 
 
 def test_a_limit_with_room_changes_nothing(base: Path) -> None:
-    free, limited = (load(base).plan(SieveConfig(pruning_ratio=0.5, memory_limit=limit)) for limit in (None, "1GB"))
+    free, limited = (load(base).plan(unhealed(pruning_ratio=0.5, memory_limit=limit)) for limit in (None, "1GB"))
     assert free == limited
     assert limited.blocks is None
     assert "one block" not in limited.format()
@@ -154,7 +154,7 @@ def test_a_limit_with_room_changes_nothing(base: Path) -> None:
 def test_the_plan_says_what_a_limit_takes(base: Path) -> None:
     config = {**SETTINGS, "pruning_ratio": 0.5}
     limit = smallest_limit(base, config)
-    plan = load(base, offload_dir=base.parent / "o").plan(SieveConfig(**config, memory_limit=limit))
+    plan = load(base, offload_dir=base.parent / "o").plan(unhealed(**config, memory_limit=limit))
     assert plan.blocks is not None
     assert (plan.blocks.count, plan.blocks.passes) == (4, 2)
     assert plan.peak_bytes <= limit < plan.whole_bytes
@@ -169,14 +169,60 @@ def test_the_plan_says_what_a_limit_takes(base: Path) -> None:
 def test_what_needs_the_whole_model_is_refused(base: Path, settings: dict[str, Any], named: str) -> None:
     pruner = load(base)
     with pytest.raises(ValueError, match=f"`{named}` must go with a `memory_limit` of .* or more, got 0.0 MB"):
-        pruner.prune(SieveConfig(**settings, memory_limit=1000), progress=False)
+        pruner.prune(unhealed(**settings, memory_limit=1000), progress=False)
+
+
+def test_a_run_by_blocks_is_not_healed_by_default(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = {**SETTINGS, "pruning_ratio": 0.5}
+    expected = load(base).prune(unhealed(**config), progress=False)
+    limit = smallest_limit(base, config)
+    caplog.clear()
+    limited = load(base, offload_dir=tmp_path / "o")
+    default = SieveConfig(**config, memory_limit=limit)
+    plan = limited.plan(default)
+    assert plan.blocks is not None
+    assert plan.healing is None
+    found = limited.prune(default, progress=False)
+    assert "The pruned model is not healed: its training does not fit in this memory" in caplog.text
+    assert found.rank_pattern == expected.rank_pattern
+    assert found.report["settings"]["heal"] is None
+    assert "healing" not in found.report
+
+
+def test_a_limit_with_room_for_pruning_alone_heals_nothing_by_default(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {**SETTINGS, "pruning_ratio": 0.5, "projection": "svd", "tune": None}
+    pruner = load(base)
+    whole, healed = (pruner.plan(SieveConfig(**config, heal=heal)).whole_bytes for heal in (None, HealConfig()))
+    assert whole < healed
+    plans = [pruner.plan(SieveConfig(**config, memory_limit=limit)) for limit in (whole, healed - 1)]
+    assert [(plan.blocks, plan.healing) for plan in plans] == [(None, None)] * 2
+    assert caplog.text.count("The pruned model is not healed") == 2
+    caplog.clear()
+    enough = pruner.plan(SieveConfig(**config, memory_limit=healed))
+    assert enough.healing is not None
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_explicit_healing_by_blocks_is_refused(base: Path, tmp_path: Path, offloaded: bool) -> None:
+    pruner = load(base, **({"offload_dir": tmp_path / "o"} if offloaded else {}))
+    config = SieveConfig(
+        pruning_ratio=0.5, heal=HealConfig(steps=2), tune=None, memory_limit=None if offloaded else 1000
+    )
+    room = (
+        "a model in memory, got an offloaded model" if offloaded else r"a `memory_limit` of .* MB or more, got 0\.0 MB"
+    )
+    with pytest.raises(ValueError, match=rf"`heal` must go with {room}.*`optimum-cli sieve heal` heals the result"):
+        pruner.prune(config, progress=False)
 
 
 def test_a_limit_below_the_resident_weights_is_refused(base: Path) -> None:
     pruner = load(base)
     size = tensor_bytes(pruner.model)
     with pytest.raises(ValueError, match=r"`memory_limit` must be at least .* MB here, .* weights that stay in memory"):
-        pruner.prune(SieveConfig(pruning_ratio=0.5, memory_limit=size), progress=False)
+        pruner.prune(unhealed(pruning_ratio=0.5, memory_limit=size), progress=False)
 
 
 def test_targets_outside_the_blocks_are_refused() -> None:

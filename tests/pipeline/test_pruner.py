@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 from tiny_models import make_pruned_model, make_tiny_model
-from toy import load_task, make_model, make_tokenizer, parity_rows, write_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve import SievePruner, compare, evaluate
 from optimum_sieve.allocation.allocators import predicted_loss
 from optimum_sieve.allocation.stage import allocate_ranks, loss_curves
 from optimum_sieve.calibration import stage as calibration_stage
@@ -29,7 +29,7 @@ from optimum_sieve.publish import result as result_module
 
 QUIET = {"progress": False}
 # Below this many parameters a pivoted matrix of the toy model keeps almost nothing.
-HALF = SieveConfig(pruning_ratio=0.5, rank_multiple=1)
+HALF = unhealed(pruning_ratio=0.5, rank_multiple=1)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def score(model, task, split="test"):
 def test_tolerance_holds_on_the_test_split(pruner, learned, task):
     dense = score(learned, task)
     assert dense.score > 0.9
-    result = pruner.prune(SieveConfig(tolerance=0.05, rank_multiple=1), **QUIET)
+    result = pruner.prune(unhealed(tolerance=0.05, rank_multiple=1), **QUIET)
     difference = compare(dense, score(result.model, task))
     parameters = result.report["parameters"]
     assert parameters["targets_after"] < 0.5 * parameters["targets_before"]
@@ -88,7 +88,7 @@ def test_budget_is_met_and_counted_from_the_modules(pruner, learned):
 
 def kl_of(learned, task, **settings):
     pruner = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)
-    return pruner.prune(SieveConfig(**{"pruning_ratio": 0.7, "rank_multiple": 1, **settings}), **QUIET).report["kl"]
+    return pruner.prune(unhealed(**{"pruning_ratio": 0.7, "rank_multiple": 1, **settings}), **QUIET).report["kl"]
 
 
 def test_joint_with_energy_keeps_more_than_the_baselines(learned, task):
@@ -109,7 +109,7 @@ def test_joint_with_energy_keeps_more_than_the_baselines(learned, task):
     {"weighting": "norms", "rounds": 3},
 ])  # fmt: skip
 def test_every_setting_gives_a_model_of_the_size_asked(pruner, settings):
-    parameters = pruner.prune(SieveConfig(**{"pruning_ratio": 0.4, **settings}), **QUIET).report["parameters"]
+    parameters = pruner.prune(unhealed(**{"pruning_ratio": 0.4, **settings}), **QUIET).report["parameters"]
     assert parameters["targets_after"] <= 0.6 * parameters["targets_before"]
 
 
@@ -138,7 +138,7 @@ def test_report_and_card_lie_beside_the_model(pruner, tmp_path):
 
 
 def test_work_directory_resumes_every_stage(learned, task, tmp_path, monkeypatch):
-    config = SieveConfig(tolerance=0.1, rank_multiple=1, search_steps=3)
+    config = unhealed(tolerance=0.1, rank_multiple=1, search_steps=3)
     first = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, work_dir=tmp_path, **QUIET)
 
     def forbidden(*args, **kwargs):
@@ -160,7 +160,7 @@ def test_work_directory_resumes_every_stage(learned, task, tmp_path, monkeypatch
 
 
 def test_killed_run_resumes_to_the_same_result(learned, task, tmp_path, monkeypatch):
-    config = SieveConfig(tolerance=0.1, rank_multiple=1, search_steps=3)
+    config = unhealed(tolerance=0.1, rank_multiple=1, search_steps=3)
     whole = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
     calls = iter(range(100))
 
@@ -211,7 +211,7 @@ def test_test_split_is_scored_last(pruner, monkeypatch):
         "evaluate",
         lambda *args, description, **options: order.append(description) or evaluate(*args, **options),
     )
-    pruner.prune(SieveConfig(tolerance=0.1, rank_multiple=1, search_steps=2), **QUIET)
+    pruner.prune(unhealed(tolerance=0.1, rank_multiple=1, search_steps=2), **QUIET)
     assert [description.rpartition(" ")[2] for description in order] == [*["selection"] * 3, *["test"] * 2]
 
 
@@ -280,7 +280,7 @@ def test_another_tokenizer_or_architecture_takes_nothing_from_the_work_directory
 
 def test_what_could_not_be_saved_is_refused_before_any_work(pruner):
     with pytest.raises(ValueError, match=r"`model` must .*inside its base model alone, got 'lm_head'"):
-        pruner.prune(SieveConfig(pruning_ratio=0.5, target_modules=("lm_head",)), **QUIET)
+        pruner.prune(unhealed(pruning_ratio=0.5, target_modules=("lm_head",)), **QUIET)
 
 
 @pytest.mark.parametrize("split", ["selection", "test"])
@@ -305,7 +305,7 @@ def test_later_rounds_watch_the_pruned_model(learned, task, monkeypatch):
 
     monkeypatch.setattr(calibration_stage, "collect_moments", watching)
     monkeypatch.setattr(calibration_stage, "_ROUND_RISE", math.inf)
-    config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, rounds=2)
+    config = unhealed(pruning_ratio=0.6, rank_multiple=1, rounds=2)
     SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
     assert ranks[0] == 0
     assert ranks[1] > 0
@@ -323,7 +323,7 @@ def test_later_rounds_watch_no_model_that_is_much_worse(learned, task, monkeypat
         return ranks
 
     monkeypatch.setattr(calibration_stage, "ranks_in_round", watching)
-    config = SieveConfig(pruning_ratio=0.9, rank_multiple=1, rounds=2, allocation=allocation)
+    config = unhealed(pruning_ratio=0.9, rank_multiple=1, rounds=2, allocation=allocation)
     for part in (math.inf, 0.5, 0.0):
         rise = part * taken[0][1] if taken else math.inf
         monkeypatch.setattr(calibration_stage, "_ROUND_RISE", rise)
@@ -337,7 +337,7 @@ def test_later_rounds_watch_no_model_that_is_much_worse(learned, task, monkeypat
 def test_later_rounds_of_other_projections_go_the_whole_way(learned, task, monkeypatch):
     monkeypatch.setattr(calibration_stage, "_ROUND_RISE", 0.0)
     monkeypatch.setattr(calibration_stage, "predicted_loss", None)
-    config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, projection="activation")
+    config = unhealed(pruning_ratio=0.6, rank_multiple=1, projection="activation")
     result = SievePruner(copy.deepcopy(learned), make_tokenizer(), task).prune(config, **QUIET)
     assert result.report["parameters"]["targets_after"] < result.report["parameters"]["targets_before"]
 
@@ -351,7 +351,7 @@ def test_later_rounds_weight_tokens_by_the_factors_before(learned, task, tmp_pat
 
     monkeypatch.setattr(calibration_stage, "collect_moments", watching)
     for weighting in ("norms", "likelihood", "balanced"):
-        config = SieveConfig(pruning_ratio=0.6, rank_multiple=1, weighting=weighting)
+        config = unhealed(pruning_ratio=0.6, rank_multiple=1, weighting=weighting)
         pruner = SievePruner(copy.deepcopy(learned), make_tokenizer(), task)
         model = pruner.prune(config, work_dir=tmp_path, **QUIET).model
         with torch.no_grad():

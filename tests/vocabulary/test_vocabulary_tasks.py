@@ -9,10 +9,11 @@ import pytest
 import torch
 from healed_world import learn
 from tiny_models import make_tiny_model
+from toy import unhealed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabulary_world import byte_level, load_reviews
 
-from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare, evaluate
+from optimum_sieve import HealConfig, SievePruner, compare, evaluate
 from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.pipeline.heal import heal_pruned
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 QUIET: dict[str, Any] = {"progress": False}
 TASK: dict[str, Any] = {"vocabulary": "task", "rank_multiple": 1, "rounds": 1}
-HEAL = HealConfig(steps=4, eval_steps=2, monitor_fraction=0.5)
+HEAL = HealConfig(steps=4)
 # Words that the texts of the first task do not have.
 OTHER: dict[str, Any] = {
     "name": "other",
@@ -62,7 +63,7 @@ def make_pruner(dense: PreTrainedModel, *tasks: Task) -> SievePruner:
 @pytest.fixture(scope="module")
 def pruner(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> SievePruner:
     made = make_pruner(dense, *tasks)
-    made.prune(SieveConfig(pruning_ratio=0.3, **TASK), **QUIET)
+    made.prune(unhealed(pruning_ratio=0.3, **TASK), **QUIET)
     return made
 
 
@@ -107,7 +108,7 @@ def test_one_more_task_is_another_vocabulary_in_the_same_work_directory(
     dense: PreTrainedModel, tasks: tuple[Task, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Moments on other tokens must not be taken for those of this run; the dense model's scores may."""
-    config = SieveConfig(tolerance=0.9, confidence=0.5, search_steps=2, **TASK)
+    config = unhealed(tolerance=0.9, confidence=0.5, search_steps=2, **TASK)
     one = make_pruner(dense, tasks[0]).prune(config, work_dir=tmp_path, **QUIET)
     alone = make_pruner(dense, *tasks)
     expected = alone.prune(config, **QUIET)
@@ -129,9 +130,10 @@ def test_one_more_task_is_another_vocabulary_in_the_same_work_directory(
 
 def test_both_tasks_are_healed_with_the_kept_tokens(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
     pruner = make_pruner(dense, *tasks)
-    report = pruner.prune(SieveConfig(pruning_ratio=0.3, heal=HEAL, **TASK), **QUIET).report
+    report = pruner.prune(unhealed(pruning_ratio=0.3, heal=HEAL, **TASK), **QUIET).report
     assert report["healing"]["steps"] == 4
-    assert set(report["healing"]["after"]["tasks"]) == {"reviews", "other"}
+    assert report["healing"]["examples"] == sum(task.splits["calibration"] for task in tasks)
+    assert [own["task"] for own in report["tasks"]] == ["reviews", "other"]
     assert report["vocabulary"]["after"] == pruner.model.config.vocab_size == len(pruner.tokenizer)
 
 
@@ -151,7 +153,7 @@ def test_a_pruned_directory_is_healed_on_both(
 def test_the_genetic_search_compares_each_task_with_the_whole_dense_model(
     dense: PreTrainedModel, tasks: tuple[Task, Task]
 ) -> None:
-    config = SieveConfig(tolerance=0.9, confidence=0.5, allocation="genetic", search_fraction=0.5, **TASK)
+    config = unhealed(tolerance=0.9, confidence=0.5, allocation="genetic", search_fraction=0.5, **TASK)
     model = copy.deepcopy(dense)
     given = prepare(model, byte_level(), tasks, config, work_dir=None, study_storage=None, progress=False)
     with reduced_vocabulary(given) as run:
@@ -175,7 +177,7 @@ def test_the_genetic_search_compares_each_task_with_the_whole_dense_model(
 
 def test_a_genetic_search_runs_on_both(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
     search = {"allocation": "genetic", "population_size": 2, "generations": 1, "search_fraction": 0.5}
-    config = SieveConfig(tolerance=0.9, confidence=0.5, **search, **TASK)
+    config = unhealed(tolerance=0.9, confidence=0.5, **search, **TASK)
     pruner = make_pruner(dense, *tasks)
     report = pruner.prune(config, **QUIET).report
     assert len(report["tasks"]) == 2
@@ -183,7 +185,7 @@ def test_a_genetic_search_runs_on_both(dense: PreTrainedModel, tasks: tuple[Task
 
 
 def test_the_plan_counts_the_tokens_of_both(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
-    config = SieveConfig(pruning_ratio=0.3, **TASK)
+    config = unhealed(pruning_ratio=0.3, **TASK)
     both, one = (make_pruner(dense, *some).plan(config).vocabulary for some in (tasks, tasks[:1]))
     assert both["after"] > one["after"]
 
@@ -201,5 +203,5 @@ def test_the_task_that_does_not_fit_its_tokens_is_named(tmp_path: Path, tasks: t
     )
     model = make_tiny_model("llama", vocab_size=960, max_position_embeddings=longest)
     with pytest.raises(ValueError, match=f"Task 'other': `examples` must fit in the {longest} tokens"):
-        SievePruner(model, tokenizer, both).plan(SieveConfig(pruning_ratio=0.3, **TASK))
-    assert SievePruner(model, tokenizer, both).plan(SieveConfig(pruning_ratio=0.3)).vocabulary is None
+        SievePruner(model, tokenizer, both).plan(unhealed(pruning_ratio=0.3, **TASK))
+    assert SievePruner(model, tokenizer, both).plan(unhealed(pruning_ratio=0.3)).vocabulary is None

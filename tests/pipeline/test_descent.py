@@ -1,0 +1,325 @@
+"""The descent: healed sizes fall until one exceeds the tolerance, or to the size that was asked for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from healed_world import TOKENIZER, assert_same, learn, score
+from toy import load_task, parity_rows
+from transformers import AutoModelForCausalLM
+
+from optimum_sieve import HealConfig, SieveConfig, SievePruner
+from optimum_sieve.allocation.tolerance import ToleranceError
+from optimum_sieve.calibration.held import held_bases
+from optimum_sieve.evaluation.comparison import Comparison
+from optimum_sieve.healing import stage
+from optimum_sieve.healing.loop import heal
+from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.pipeline import descent, ranks
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from optimum_sieve.publish.result import SieveResult
+    from optimum_sieve.tasks import Task
+
+QUIET: dict[str, Any] = {"progress": False}
+HEAL = HealConfig(steps=3, learning_rate=1e-2, train_norms=True)
+SMALL: dict[str, Any] = {"rank_multiple": 1, "rounds": 1, "search_steps": 2, "heal": HEAL, "tune": None}
+WITHIN: dict[str, Any] = {"tolerance": 0.1, **SMALL}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return load_task(tmp_path_factory.mktemp("task"), parity_rows(600))
+
+
+@pytest.fixture(scope="module")
+def dense(task: Task) -> PreTrainedModel:
+    return learn(task)
+
+
+@pytest.fixture
+def pruner(dense: PreTrainedModel, task: Task) -> SievePruner:
+    return SievePruner(copy.deepcopy(dense), TOKENIZER, task, base_model="toy/base")
+
+
+def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def kept_of(result: SieveResult) -> float:
+    parameters = result.report["parameters"]
+    return float(parameters["targets_after"] / parameters["targets_before"])
+
+
+def script(monkeypatch: pytest.MonkeyPatch, module: Any, verdicts: Iterable[bool]) -> None:
+    """Let the sizes that `module` tests hold or not, in turn, whatever they score."""
+    given = iter(verdicts)
+
+    def compare(dense: Any, pruned: Any) -> Comparison:
+        mean = 0.0 if next(given) else -0.5
+        return Comparison(mean=mean, standard_error=0.0, agreement=1.0, kl=0.0, count=pruned.count)
+
+    monkeypatch.setattr(module, "compare", compare)
+
+
+def healed_trials(result: SieveResult) -> list[dict[str, Any]]:
+    return [trial for trial in result.trials if trial.get("healed")]
+
+
+def test_the_tolerance_holds_at_a_smaller_size_than_without_healing(
+    dense: PreTrainedModel, task: Task, pruner: SievePruner
+) -> None:
+    """Nothing is scripted. Two steps of the bisection end at a quarter; healing goes on from there."""
+    settings = {**WITHIN, "search_steps": 2}
+    plain = SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(SieveConfig(**{**settings, "heal": None}), **QUIET)
+    result = pruner.prune(SieveConfig(**{**settings, "heal": HealConfig(steps=16, learning_rate=3e-3)}), **QUIET)
+    assert kept_of(result) < 0.5 * kept_of(plain)
+    trials = healed_trials(result)
+    *accepted, last = trials
+    assert all(trial["accepted"] and trial["lower_bound"] >= -0.1 for trial in accepted)
+    assert last["accepted"] == (last["lower_bound"] >= -0.1)
+    assert result.trials[: len(plain.trials)] == plain.trials
+    healing = result.report["healing"]
+    assert healing["kept_without"] == pytest.approx(kept_of(plain), abs=1e-9)
+    assert healing["kept"] == [trial["kept"] for trial in trials if trial["accepted"]][-1]
+
+
+def test_the_last_accepted_size_is_the_result(
+    pruner: SievePruner, task: Task, dense: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, ranks, [True, True])
+    script(monkeypatch, descent, [True, True, False])
+    held: list[dict[str, Any]] = []
+
+    def put(self: stage.Healer, size: Any) -> None:
+        plain_put(self, size)
+        held.append({"kept": size.kept, "state": state(self.run.model)})
+
+    plain_put = stage.Healer.put
+    monkeypatch.setattr(stage.Healer, "put", put)
+    result = pruner.prune(SieveConfig(**WITHIN), **QUIET)
+    trials = healed_trials(result)
+    # Two bisection steps end at a quarter.
+    assert result.report["healing"]["kept_without"] == pytest.approx(0.25, abs=0.01)
+    start = result.report["healing"]["kept_without"] * HEAL.shrink
+    assert [trial["kept"] for trial in trials] == pytest.approx([start, start * 0.75, start * 0.75**2])
+    assert [trial["accepted"] for trial in trials] == [True, True, False]
+    # Every selection example decides.
+    assert {trial["count"] for trial in result.trials} == {task.splits["selection"]}
+    # Each of the three while it was scored, and the second one again.
+    assert [each["kept"] for each in held] == [trial["kept"] for trial in (*trials, trials[1])]
+    assert_same(held[3]["state"], held[1]["state"])
+    assert_same(state(result.model), held[1]["state"])
+    assert trials[1]["kept"] - 0.02 < kept_of(result) <= trials[1]["kept"]
+    healing = result.report["healing"]
+    assert (healing["steps"], healing["kept"]) == (9, trials[1]["kept"])
+    assert [size["steps"] for size in healing["sizes"]] == [3, 3, 3]
+    norm = "model.norm.weight"
+    assert not torch.equal(result.model.get_parameter(norm), dense.get_parameter(norm))
+
+
+def test_the_first_size_that_fails_ends_the_descent(pruner: SievePruner, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, ranks, [True, True])
+    script(monkeypatch, descent, [True, False, True, True])
+    result = pruner.prune(SieveConfig(**WITHIN), **QUIET)
+    assert [trial["accepted"] for trial in healed_trials(result)] == [True, False]
+
+
+def test_every_size_goes_on_from_the_healed_factors_of_the_one_before(
+    pruner: SievePruner, dense: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, ranks, [True, True])
+    script(monkeypatch, descent, [True, True, False])
+    started: list[dict[str, torch.Tensor]] = []
+    ended: list[dict[str, torch.Tensor]] = []
+    bases: list[dict[str, Any]] = []
+    norms: list[torch.Tensor] = []
+
+    def factors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
+        assert {layer.storage for layer in layers.values()} == {"factors"}
+        return {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+    def healing(model: Any, *arguments: Any, **options: Any) -> Any:
+        started.append(factors(model))
+        norms.append(model.model.norm.weight.detach().clone())
+        done = heal(model, *arguments, **options)
+        ended.append(factors(model))
+        return done
+
+    def basing(run: Any, gold: Any) -> Any:
+        # Moments are taken on the healed model.
+        assert_same(factors(run.model), ended[-1])
+        bases.append(held_bases(run, gold))
+        return bases[-1]
+
+    monkeypatch.setattr(stage, "heal", healing)
+    monkeypatch.setattr(stage, "held_bases", basing)
+    pruner.prune(SieveConfig(**WITHIN), **QUIET)
+    assert (len(started), len(bases)) == (3, 2)
+    for number, basis in enumerate(bases, start=1):
+        assert started[number].keys() >= ended[number - 1].keys()
+        for name, weight in started[number].items():
+            rank = int(torch.linalg.matrix_rank(weight))
+            left, right = basis[name].truncate(rank)
+            torch.testing.assert_close(weight, left @ right, rtol=1e-4, atol=1e-5)
+    assert torch.equal(norms[0], dense.model.norm.weight)
+    assert not torch.equal(norms[1], norms[0])
+
+
+def test_a_size_may_hold_only_healed(pruner: SievePruner, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, ranks, [False, False])
+    script(monkeypatch, descent, [True, True, False])
+    result = pruner.prune(SieveConfig(**WITHIN), **QUIET)
+    assert [trial["kept"] for trial in healed_trials(result)] == pytest.approx([0.9, 0.675, 0.50625])
+    healing = result.report["healing"]
+    assert (healing["kept_without"], healing["kept"]) == (None, pytest.approx(0.675))
+    assert 0.6 < kept_of(result) <= 0.675
+
+
+def test_a_size_may_hold_only_unhealed(
+    dense: PreTrainedModel, task: Task, pruner: SievePruner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script(monkeypatch, ranks, [True, True] * 2)
+    script(monkeypatch, descent, [False])
+    plain = SieveConfig(**{**WITHIN, "heal": None})
+    unhealed = SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(plain, **QUIET)
+    result = pruner.prune(SieveConfig(**WITHIN), **QUIET)
+    assert result.rank_pattern == unhealed.rank_pattern
+    assert_same(state(result.model), state(unhealed.model))
+    healing = result.report["healing"]
+    assert (healing["kept"], healing["kept_without"]) == (None, pytest.approx(kept_of(unhealed)))
+    card = (pruner.save_pretrained(tmp_path / "out") / "README.md").read_text()
+    assert "the factors were trained" not in card
+
+
+def test_no_size_at_all_is_an_error_that_leaves_the_dense_model(
+    dense: PreTrainedModel, pruner: SievePruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, ranks, [False, False])
+    script(monkeypatch, descent, [False])
+    with pytest.raises(ToleranceError, match=r"No size meets tolerance=0\.1: keeping 50\.0% of the parameters already"):
+        pruner.prune(SieveConfig(**WITHIN), **QUIET)
+    assert_same(state(pruner.model), state(dense))
+
+
+@pytest.mark.parametrize("fails", ["heal", "held_bases", "stored_layer", "score"])
+def test_an_error_leaves_the_dense_model(
+    dense: PreTrainedModel, pruner: SievePruner, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, ranks, [True, True])
+    script(monkeypatch, descent, [True] * 9)
+    owner = descent if fails == "score" else stage
+    plain, calls = getattr(owner, fails), iter(range(10**6))
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        # Moments are taken from the second size on; there are many layers and, at first, as many again.
+        if next(calls) == {"held_bases": 0, "stored_layer": 20}.get(fails, 1):
+            raise KeyboardInterrupt
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(owner, fails, failing)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune(SieveConfig(**WITHIN), **QUIET)
+    assert_same(state(pruner.model), state(dense))
+
+
+def test_a_ratio_is_reached_in_falling_sizes(
+    dense: PreTrainedModel, task: Task, pruner: SievePruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def healing(model: Any, *arguments: Any, **options: Any) -> Any:
+        kept.append(sum(p.numel() for p in model.model.layers.parameters()))
+        return heal(model, *arguments, **options)
+
+    monkeypatch.setattr(stage, "heal", healing)
+    heal_config = HealConfig(steps=16, learning_rate=1e-2, gold_weight=0.0)
+    config = SieveConfig(pruning_ratio=0.97, **{**SMALL, "heal": heal_config})
+    result = pruner.prune(config, **QUIET)
+    healing_report = result.report["healing"]
+    sizes = [size["kept"] for size in healing_report["sizes"]]
+    assert sizes == HealConfig().sizes_to(1 - 0.97)
+    assert sizes[-1] == healing_report["kept"] == 1 - 0.97
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == len(sizes) == 11
+    assert result.trials == []
+    assert kept_of(result) <= 0.03
+    plain = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
+    unhealed = plain.prune(SieveConfig(pruning_ratio=0.97, **{**SMALL, "heal": None}), **QUIET)
+    assert result.report["kl"] < 0.5 * unhealed.report["kl"]
+
+    directory = pruner.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert score(loaded, task).score == result.report["pruned"]["score"]
+    assert json.loads((directory / "sieve_report.json").read_text())["healing"] == healing_report
+    card = (directory / "README.md").read_text()
+    assert "trained for 176 steps on 300 calibration examples" in card
+    assert "pruned to 11 falling sizes" in card
+    assert "--heal-steps 16 --heal-learning-rate 0.01" in card
+    assert loaded.config.sieve["settings"]["heal"] == config.to_dict()["heal"]
+
+
+def test_the_default_heals(pruner: SievePruner) -> None:
+    result = pruner.prune(SieveConfig(pruning_ratio=0.4, rank_multiple=1, rounds=1, tune=None), **QUIET)
+    assert [size["kept"] for size in result.report["healing"]["sizes"]] == [0.6]
+    assert result.report["healing"]["steps"] == HealConfig().steps
+    assert result.report["settings"]["heal"] == HealConfig().to_dict()
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [("1000s", 2), ("40min", 5), (None, 6)])
+def test_the_descent_ends_before_a_size_that_would_exceed_the_time_limit(
+    pruner: SievePruner, monkeypatch: pytest.MonkeyPatch, limit: str | None, sizes: int
+) -> None:
+    """By a clock on which every size takes 400 seconds: the third would end after 1,200, the sixth after 2,400."""
+    script(monkeypatch, ranks, [True, True])
+    script(monkeypatch, descent, [True] * 6 + [False] * 9)
+    clock, passed = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])
+
+    def healing(*arguments: Any, **options: Any) -> Any:
+        passed[0] += 400
+        return heal(*arguments, **options)
+
+    monkeypatch.setattr(stage, "heal", healing)
+    result = pruner.prune(SieveConfig(**WITHIN, time_limit=limit), **QUIET)
+    trials = healed_trials(result)
+    assert [trial["accepted"] for trial in trials][:sizes] == [True] * sizes
+    assert len(trials) == sizes + (limit is None)
+    assert result.report["healing"]["kept"] == trials[sizes - 1]["kept"]
+    assert trials[sizes - 1]["kept"] - 0.02 < kept_of(result) <= trials[sizes - 1]["kept"]
+
+
+def test_no_size_is_healed_where_the_time_is_over(
+    dense: PreTrainedModel, task: Task, pruner: SievePruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, ranks, [True, True])
+    monkeypatch.setattr(stage, "heal", None)
+    result = pruner.prune(SieveConfig(**WITHIN, time_limit=1e-9), **QUIET)
+    assert healed_trials(result) == []
+    assert result.report["healing"]["kept"] is None
+    assert kept_of(result) == pytest.approx(result.report["healing"]["kept_without"])
+
+
+def test_sizes_are_printed_as_they_are_scored(
+    pruner: SievePruner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script(monkeypatch, ranks, [True, True])
+    script(monkeypatch, descent, [True, False])
+    pruner.prune(SieveConfig(**WITHIN), progress=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept ")]
+    assert len(lines) == 2
+    assert "accuracy +0.000 ± 0.000" in lines[0]
+    assert lines[0].endswith(": accepted")
+    assert lines[1].endswith(": beyond the tolerance")
