@@ -1,7 +1,8 @@
 """The descent: heal falling sizes until one exceeds the tolerance.
 
-The order of the sizes is fixed, from large to small, and the descent stops at the first size that fails its test. So
-the chance that a size below the tolerance is accepted is at most `1 - confidence`, however many sizes are tested.
+The sizes are tested from large to small, and the descent stops at the first one that fails. So the chance that a size
+beyond the tolerance is accepted is at most `1 - confidence`, however many sizes are tested. Only the first size depends
+on the examples, through the size that holds without training.
 
 Reference: Angelopoulos, Bates, Candes, Jordan and Lei (2021), *Learn then test*, fixed-sequence testing.
 """
