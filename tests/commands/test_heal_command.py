@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from healed_world import TOKENIZER, learn
-from toy import load_task, parity_rows, write_task
+from toy import load_task, parity_rows, unhealed, write_task
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
@@ -53,7 +54,11 @@ def test_settings_go_through_json_the_command_line_and_the_card(tmp_path: Path) 
     assert settings_from(parser.parse_args(words[7:-2])) == config
     overridden = settings_from(parser.parse_args(["--config", str(tmp_path / "settings.json"), "--heal-steps", "9"]))
     assert overridden.heal == HealConfig(steps=9, train_norms=True, learning_rate=1e-3)
-    assert settings_from(parser.parse_args(["--pruning-ratio", "0.5"])).heal is None
+    assert settings_from(parser.parse_args(["--pruning-ratio", "0.5"])).heal == "auto"
+    for heal in (None, HealConfig(), HealConfig(start=0.3, shrink=0.6)):
+        config = SieveConfig(pruning_ratio=0.5, heal=heal)
+        words = reproduction_command("org/base", config.to_dict()).split()
+        assert settings_from(parser.parse_args(words[7:-2])) == config
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def world(dense: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> P
     dense.save_pretrained(directory / "dense")
     TOKENIZER.save_pretrained(directory / "dense")
     pruner = SievePruner.from_pretrained(directory / "dense", task=directory / "task.json", device="cpu")
-    pruner.prune(SieveConfig(**FAR), progress=False)
+    pruner.prune(unhealed(**FAR), progress=False)
     return pruner.save_pretrained(directory / "pruned").parent
 
 
@@ -116,14 +121,35 @@ def test_the_command_refuses_what_does_not_fit(
         assert not (tmp_path / "out").exists()
 
 
-def test_the_prune_command_heals_where_it_is_asked_to(
+def test_the_prune_command_heals_unless_it_is_told_not_to(
     run: Callable[..., int], world: Path, tmp_path: Path, capsys: Any
 ) -> None:
     words = ("prune", "--model", world / "dense", "--task", world / "task.json", "--device", "cpu", "--rounds", 1)
-    size = ("--pruning-ratio", 0.9, "--heal-steps", 4, "--heal-eval-steps", 2, "--heal-rounds", 2)
-    assert run(*words, *size, "--dry-run") == 0
-    assert "at most 2 rounds x 4 steps of 16 examples, 128 forward and backward" in capsys.readouterr().out
-    assert run(*words, *size, "--output", tmp_path / "out") == 0, capsys.readouterr().err
-    report = json.loads((tmp_path / "out" / "sieve_report.json").read_text())
+    ratio = ("--pruning-ratio", 0.6, "--heal-steps", 4)
+    assert run(*words, *ratio, "--dry-run") == 0
+    assert "healing                2 x 4 steps of 16 examples, 128 forward and backward" in capsys.readouterr().out
+    assert run(*words, *ratio, "--output", tmp_path / "ratio") == 0, capsys.readouterr().err
+    report = json.loads((tmp_path / "ratio" / "sieve_report.json").read_text())
     assert report["healing"]["steps"] == 8
-    assert report["settings"]["heal"]["eval_steps"] == 2
+    assert report["settings"]["heal"] == HealConfig(steps=4).to_dict()
+    assert "smallest size within the tolerance" not in capsys.readouterr().out
+
+    within = ("--tolerance", 0.3, "--search-steps", 2, "--rank-multiple", 1, "--time-limit", "1h")
+    within += ("--heal-steps", 2, "--heal-shrink", 0.4)
+    assert run(*words, *within, "--output", tmp_path / "within") == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    sizes = re.search(r"smallest size within the tolerance: (.+)% without healing, (.+)% with it", shown)
+    assert sizes is not None
+    assert float(sizes[2]) < float(sizes[1]) < 26
+    assert re.search(rf"^kept +{re.escape(sizes[2])}%  accuracy .*: accepted$", shown, flags=re.MULTILINE)
+
+    assert run(*words, "--pruning-ratio", 0.6, "--no-heal", "--output", tmp_path / "unhealed") == 0
+    report = json.loads((tmp_path / "unhealed" / "sieve_report.json").read_text())
+    assert "healing" not in report
+    assert report["settings"]["heal"] is None
+    card = (tmp_path / "unhealed" / "README.md").read_text()
+    assert "--pruning-ratio 0.6 --no-heal --no-tune --rounds 1 --output pruned" in card
+    capsys.readouterr()
+    assert run(*words, "--pruning-ratio", 0.6, "--no-heal", "--heal-steps", 4, "--output", tmp_path / "none") == 1
+    assert "`--no-heal` must not go with `--heal-steps`, which" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -20,7 +20,7 @@ from optimum_sieve.config.tune import TuneConfig
 
 RUN_OPTIONS = {
     *("help", "model", "task", "dtype", "device", "revision", "gguf_file", "trust_remote_code", "debug"),
-    *("output", "overwrite", "work_dir", "study_storage", "dry_run", "config", "help_all", "no_heal"),
+    *("output", "overwrite", "work_dir", "study_storage", "dry_run", "config", "help_all", "no_heal", "no_tune"),
 }
 # A value other than the default for each setting but the two stop criteria.
 VALUES = {
@@ -95,7 +95,8 @@ def test_options_are_the_settings():
         assert options[name].option_strings[0] == f"--{name.replace('_', '-')}"
         assert options[name].default is argparse.SUPPRESS
         assert len(options[name].help) > 20
-        if field.default not in (None, (), False):
+        # `--tune` is a flag.
+        if field.default not in (None, (), False, "auto"):
             assert options[name].help.endswith(f"(default: {field.default})")
     assert all(action.help for action in parser._actions)
 
@@ -202,8 +203,12 @@ def test_an_option_of_tuning_reaches_its_setting_and_turns_it_on(name, value):
 
 
 def test_a_flag_tunes_with_the_default_settings(tmp_path):
-    assert parse_settings("--tolerance", "0.1").tune is None
+    assert parse_settings("--tolerance", "0.1").tune == "auto"
+    assert parse_settings("--tolerance", "0.1", "--no-tune").tune is None
     assert parse_settings("--tolerance", "0.1", "--tune").tune == TuneConfig()
+    assert parse_settings("--tolerance", "0.1", "--tune", "--reference", "tuned").reference == "tuned"
+    with pytest.raises(ValueError, match="`--no-tune` must not go with `--tune`, which turns it on"):
+        parse_settings("--tolerance", "0.1", "--no-tune", "--tune")
     path = tmp_path / "settings.json"
     SieveConfig(tolerance=0.1, tune=TuneConfig(rank=2)).to_json_file(path)
     assert parse_settings("--config", str(path), "--tune").tune == TuneConfig(rank=2)
@@ -211,7 +216,8 @@ def test_a_flag_tunes_with_the_default_settings(tmp_path):
 
 
 def test_the_values_are_those_of_all_settings():
-    assert VALUES.keys() | {"tolerance", "pruning_ratio", "vocabulary_size", "heal", "tune"} == field_names(SieveConfig)
+    others = {"tolerance", "pruning_ratio", "vocabulary_size", "heal", "tune", "reference"}
+    assert VALUES.keys() | others == field_names(SieveConfig)
     assert HEAL_VALUES.keys() == field_names(HealConfig)
     assert TUNE_VALUES.keys() == field_names(TuneConfig)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from toy import load_task, make_model, make_tokenizer, parity_rows, write_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed, write_rows
 
-from optimum_sieve import HealConfig, SieveConfig, SievePruner, evaluate
+from optimum_sieve import HealConfig, SievePruner, evaluate
 from optimum_sieve.backbone import fingerprint
 from optimum_sieve.calibration import rounds
 from optimum_sieve.calibration import stage as calibration_stage
@@ -21,6 +21,7 @@ from optimum_sieve.evaluation.stage import score
 from optimum_sieve.evaluation.teacher import teach
 from optimum_sieve.factorization.closed_form import factorize
 from optimum_sieve.healing import stage as healing_stage
+from optimum_sieve.healing.optimizer import FactorTraining
 from optimum_sieve.modeling.fingerprint import weights_digest
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tasks import Task
@@ -92,14 +93,14 @@ class World:
     def prune(self, tasks: Task | Sequence[Task], **settings: Any) -> Counter[str]:
         """Prune a copy of the model; return what was computed."""
         self.counts.clear()
-        config = SieveConfig(**{**SETTINGS, **settings})
+        config = unhealed(**{**SETTINGS, **settings})
         pruner = SievePruner(copy.deepcopy(self.model), TOKENIZER, tasks)
         pruner.prune(config, work_dir=self.directory / "work", progress=False)
         return self.counts.copy()
 
     def run(self, task: Task) -> Run:
         """Make a run."""
-        given = (copy.deepcopy(self.model), TOKENIZER, [task], SieveConfig(**SETTINGS))
+        given = (copy.deepcopy(self.model), TOKENIZER, [task], unhealed(**SETTINGS))
         return prepare(*given, work_dir=self.directory / "work", study_storage=None, progress=False)
 
 
@@ -116,11 +117,13 @@ def test_a_run_with_nothing_changed_computes_nothing(world: World) -> None:
     assert world.prune(world.task()) == {"pruned model on test": 1}
 
 
-@pytest.mark.parametrize("heal", [None, HealConfig(steps=2, eval_steps=1)])
+@pytest.mark.parametrize("heal", [None, HealConfig(steps=2)])
 @pytest.mark.parametrize("part", ["columns", "value", "buffer"])
 def test_another_model_gets_no_result_of_the_first(world: World, part: str, heal: HealConfig | None) -> None:
     """Nor one that differs where a sample of every 64th part of a matrix, which is column 0, does not."""
-    expected = world.prune(world.task(), heal=heal)
+    # As many sizes for every model.
+    settings = {"heal": heal, **({} if heal is None else {"tolerance": None, "pruning_ratio": 0.6})}
+    expected = world.prune(world.task(), **settings)
     with torch.no_grad():
         if part == "columns":
             world.model.model.layers[1].mlp.up_proj.weight[:, 1::2] = 0
@@ -128,18 +131,16 @@ def test_another_model_gets_no_result_of_the_first(world: World, part: str, heal
             world.model.model.layers[0].self_attn.k_proj.weight[3, 7] += 0.5
         else:
             world.model.model.rotary_emb.inv_freq[1] *= 2
-    found = world.prune(world.task(), heal=heal)
+    found = world.prune(world.task(), **settings)
     # Another model may be pruned to other sizes.
     for stage in ("moments", "factors", "teachers", "dense model on selection", "dense model on test"):
         assert found[stage] == expected[stage]
-    assert sum(count for label, count in found.items() if label.startswith("kept")) == 2
+    assert sum(count for label, count in found.items() if label.startswith("kept")) == (2 if heal is None else 0)
 
 
-@pytest.mark.parametrize(("heal", "count"), [(None, 1), (HealConfig(steps=2, eval_steps=1), 2)])
-def test_all_weights_are_read_once(
-    world: World, monkeypatch: pytest.MonkeyPatch, heal: HealConfig | None, count: int
-) -> None:
-    """Those of the dense model once in a run, and those of the pruned model once where it is healed."""
+@pytest.mark.parametrize("heal", [None, HealConfig(steps=2)])
+def test_all_weights_are_read_once(world: World, monkeypatch: pytest.MonkeyPatch, heal: HealConfig | None) -> None:
+    """Those of the dense model. A healed size is named by what it was made from."""
     models = []
 
     def hashing(model: Any, **options: Any) -> str:
@@ -148,15 +149,15 @@ def test_all_weights_are_read_once(
 
     monkeypatch.setattr(fingerprint, "weights_digest", hashing)
     world.prune(world.task(), tolerance=None, pruning_ratio=0.5, heal=heal)
-    assert len(models) == count
+    assert len(models) == 1
 
 
 def test_no_model_is_hashed_where_nothing_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint, "weights_digest", lambda *unused, **options: pytest.fail("all weights were read"))
     pruner = SievePruner(make_model(), TOKENIZER, load_task(tmp_path, ROWS))
-    config = SieveConfig(pruning_ratio=0.5, rank_multiple=1, rounds=1, heal=HealConfig(steps=2, eval_steps=1, rounds=2))
+    config = unhealed(pruning_ratio=0.5, rank_multiple=1, rounds=1, heal=HealConfig(steps=2))
     result = pruner.prune(config, progress=False)
-    assert len(result.report["healing"]["rounds"]) == 2
+    assert len(result.report["healing"]["sizes"]) == 1
 
 
 @pytest.mark.parametrize("change", ["limit", "rows"])
@@ -252,21 +253,18 @@ def test_scores_of_a_function_are_cached(world: World) -> None:
     assert world.counts == {"dense on selection": 1}
 
 
-@pytest.mark.parametrize(("metric", "is_cached"), [(doubled, True), (partial(custom, 2.0), False)])
-def test_healing_is_monitored_by_a_custom_metric(world: World, metric: Any, is_cached: bool) -> None:
-    config = SieveConfig(pruning_ratio=0.5, rank_multiple=1, rounds=1, heal=HealConfig(steps=2, eval_steps=1))
-    task = with_metric(world.task(), world.directory, metric)
-    scores = []
-    for each in (world.task(), task):
-        pruner = SievePruner(copy.deepcopy(world.model), TOKENIZER, each)
-        work = world.directory / each.fingerprint()
-        report = pruner.prune(config, work_dir=work, progress=False).report
-        scores.append(report["healing"]["before"]["score"])
-    assert scores[1] == 2 * scores[0]
-    stages = {path.name.partition("-")[0] for path in work.iterdir()}
-    assert {"moments", "teacher"} <= stages
-    assert ({"healed", "evaluation"} <= stages) is is_cached
-    assert is_cached or not {"healed", "healing", "evaluation"} & stages
+def test_healed_sizes_of_a_metric_without_source_are_scored_again_and_not_trained_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = with_metric(world.task(), world.directory, partial(custom, 1.0))
+    settings = {"tolerance": 0.9, "confidence": 0.5, "heal": HealConfig(steps=2, shrink=0.2)}
+    first = world.prune(task, **settings)
+    healed = [label for label in first if label.startswith("healed, kept")]
+    assert healed
+    monkeypatch.setattr(FactorTraining, "step", None)
+    again = world.prune(with_metric(world.task(), world.directory, partial(custom, 1.0)), **settings)
+    assert [label for label in again if label.startswith("healed, kept")] == healed
+    assert (again["moments"], again["factors"], again["teachers"]) == (0, 0, 0)
 
 
 def test_a_release_repeats_nothing_and_a_new_format_does(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,11 +300,29 @@ def test_the_svd_needs_no_examples(world: World) -> None:
 
 
 def test_healed_sizes_depend_on_the_settings_of_healing(world: World) -> None:
-    heal = HealConfig(steps=2, eval_steps=1)
+    heal = HealConfig(steps=2, shrink=0.5)
+
+    def healed(counts: Counter[str]) -> list[str]:
+        return [label for label in counts if label.startswith("healed, kept")]
+
     first = world.prune(world.task(), heal=heal)
     assert first["teachers"] == 1
-    assert sum(count for label, count in first.items() if label.startswith("kept")) == 2
+    assert healed(first)
+    # Moments of two rounds and between the sizes.
+    assert first["moments"] == 2 + len(healed(first)) - 1
+    assert world.prune(world.task(), heal=heal) == Counter({"pruned model on test": 1})
     assert world.prune(world.task(limit={"test": 20}), heal=heal) == TESTS
-    again = world.prune(world.task(), heal=HealConfig(steps=3, eval_steps=1))
-    assert sum(count for label, count in again.items() if label.startswith("kept")) == 2
-    assert (again["moments"], again["teachers"], again["dense model on selection"]) == (0, 0, 0)
+    again = world.prune(world.task(), heal=HealConfig(steps=3, shrink=0.5))
+    assert healed(again)[0] == healed(first)[0]
+    assert again["moments"] == len(healed(again)) - 1
+    assert (again["teachers"], again["dense model on selection"]) == (0, 0)
+    assert world.prune(world.task()) == {"pruned model on test": 1}
+
+
+def test_other_selection_examples_train_no_size_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They decide where a descent ends, and are no input of its sizes."""
+    one = {"tolerance": None, "pruning_ratio": 0.8, "heal": HealConfig(steps=2)}
+    world.prune(world.task(), **one)
+    world.write("selection", ROWS[90:])
+    monkeypatch.setattr(FactorTraining, "step", None)
+    assert world.prune(world.task(), **one) == Counter({"pruned model on test": 1})
