@@ -59,10 +59,11 @@ class SearchCommand(SieveSubcommand):
 
     def execute(self, arguments: Namespace) -> None:
         """Lead a search, or score candidates for one."""
-        from optimum_sieve.pipeline.checks import check_search
-
         check_directory(Path(arguments.work_dir), "work_dir")
         config = read_job(arguments) if arguments.worker else self._genetic(arguments)
+
+        from optimum_sieve.pipeline.checks import check_search
+
         check_search(config)
 
         pruner = load_pruner(arguments)
