@@ -54,10 +54,11 @@ def _check_tuning(config: SieveConfig) -> None:
             f"`reference='tuned'` must go with a TuneConfig, got tune={config.tune!r}. Set `tune` (`--tune`), or omit "
             "`reference`."
         )
-    if config.allocation == "genetic" and isinstance(config.tune, TuneConfig) and config.reference != "tuned":
+    compares = config.allocation == "genetic" and config.tolerance is not None
+    if compares and isinstance(config.tune, TuneConfig) and config.reference != "tuned":
         raise ValueError(
-            "`reference` must be 'tuned' with `tune` and allocation='genetic', whose search compares with the model it "
-            f"prunes, got {config.reference!r}. Set reference='tuned'."
+            "`reference` must be 'tuned' with `tune`, a tolerance and allocation='genetic', whose search compares with "
+            f"the model it prunes, got {config.reference!r}. Set reference='tuned'."
         )
 
 
