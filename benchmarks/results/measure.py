@@ -71,7 +71,7 @@ def prune(cell: Cell, dense: Dense, work_dir: Path) -> SieveResult:
     """
     if cell.method.by_ratio:
         return prune_by_ratio(cell, dense, work_dir)
-    return prune_copy(dense, SieveConfig.from_dict({"heal": None, **cell.settings}), work_dir)
+    return prune_copy(dense, SieveConfig.from_dict({"heal": None, "tune": None, **cell.settings}), work_dir)
 
 
 def prune_copy(dense: Dense, config: SieveConfig, work_dir: Path) -> SieveResult:
@@ -93,7 +93,7 @@ def prune_by_ratio(cell: Cell, dense: Dense, work_dir: Path) -> SieveResult:
     results: dict[float, SieveResult] = {}
 
     def compare_at(kept: float) -> dict[str, Comparison]:
-        config = SieveConfig.from_dict({"heal": None, **settings, "pruning_ratio": 1 - kept})
+        config = SieveConfig.from_dict({"heal": None, "tune": None, **settings, "pruning_ratio": 1 - kept})
         results[kept] = prune_copy(dense, config, work_dir)
         return {dense.task.name: compare(before, dense.score(results[kept].model, examples))}
 
