@@ -45,7 +45,7 @@ def build(directory: str) -> None:
         architecture = "gpt2" if name == "gpt2" else "llama"
         storage = name if name in ("factors", "pivoted") else None
         model = make_pruned_model(architecture, storage=storage, vocab_size=len(VOCABULARY))
-        model.config.sieve["settings"] = SieveConfig(pruning_ratio=0.5).to_dict()
+        model.config.sieve["settings"] = SieveConfig(pruning_ratio=0.5, heal=None, tune=None).to_dict()
         if name == "half":
             model = model.to(torch.bfloat16)
             # Saving drops the results of other weights, and casting made others.
