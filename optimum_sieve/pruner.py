@@ -235,10 +235,10 @@ class SievePruner:
             dense, sizes = score_test_dense(run), measure_sizes(self.model, run.targets, run.vocabulary)
             undo.callback(hold_ranks(run, bases, ranks, healer))
             del bases
-            pruned = score_test_pruned(run)
+            pruned, offsets = score_test_pruned(run)
             self.result = pruned_result(
-                run, dense, pruned, sizes=sizes, ranks=ranks, trials=trials, healer=healer, loading=self.loading,
-                base_model=self.base_model, base_revision=self._base_revision(),
+                run, dense, pruned, offsets, sizes=sizes, ranks=ranks, trials=trials, healer=healer,
+                loading=self.loading, base_model=self.base_model, base_revision=self._base_revision(),
             )  # fmt: skip
             self.model, self.tokenizer = self.result.model, run.tokenizer
             # Success: keep the pruned model.

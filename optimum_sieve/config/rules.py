@@ -15,6 +15,7 @@ WEIGHTINGS = ("norms", "balanced", "likelihood")
 # Settings of earlier versions -> the value that is now fixed.
 REMOVED = {"prompt_weight": 1.0}
 REFERENCES = ("dense", "tuned")
+LABEL_OFFSETS = ("prior", "none")
 
 CHOICES = {
     "projection": PROJECTIONS,
@@ -26,6 +27,7 @@ CHOICES = {
     "search_preset": SEARCH_PRESETS,
     "vocabulary": VOCABULARIES,
     "reference": REFERENCES,
+    "label_offsets": LABEL_OFFSETS,
 }
 # name: (low, high, whether low is allowed); high never is.
 FLOAT_RANGES = {

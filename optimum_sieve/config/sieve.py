@@ -116,6 +116,9 @@ class SieveConfig:
         vocabulary_size (`int`, *optional*):
             Minimum number of tokens with `vocabulary="task"`; the tokenizer's first tokens fill it up, those of the
             task's characters before others. Default: only the tokens needed.
+        label_offsets (`str`):
+            `"prior"` adds an offset to the log-likelihood of each label of the pruned model, with which the labels have
+            the shares of the calibration split's gold answers; they are stored with the model. `"none"` adds nothing.
         search_steps (`int`):
             Bisection steps on the kept fraction, unless `allocation="genetic"`. Each step scores the selection split
             once.
@@ -166,6 +169,7 @@ class SieveConfig:
     damping: float = 1e-4
     task_weights: tuple[float, ...] | None = None
     vocabulary_size: int | None = None
+    label_offsets: str = "prior"
     search_steps: int = 6
     search_preset: str = "fast"
     population_size: int | None = None
@@ -175,7 +179,15 @@ class SieveConfig:
     # Settings that the command line shows only with `--help-all`.
     ADVANCED: ClassVar[tuple[str, ...]] = (
         *("projection", "storage", "loss", "rounds", "weighting", "rank_multiple", "damping", "task_weights"),
-        *("vocabulary_size", "search_steps", "search_preset", "population_size", "generations", "search_fraction"),
+        *(
+            "vocabulary_size",
+            "label_offsets",
+            "search_steps",
+            "search_preset",
+            "population_size",
+            "generations",
+            "search_fraction",
+        ),
     )
 
     def __post_init__(self) -> None:

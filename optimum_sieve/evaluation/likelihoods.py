@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from .batches import Batch
 
 
+# Steps of `match_prior`, and the change of an offset, in nats, below which it ends.
+_PRIOR_STEPS, _PRIOR_ERROR = 1000, 1e-6
+
+
 def candidate_scores(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -59,6 +63,43 @@ def candidate_scores(
             return log_likelihoods(model, without_prefix(batch, prefix), past)
 
         return gather_scores(batches, (read(batch.to(device)) for batch in batches), examples, on_batch)
+
+
+def match_prior(log_probs: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
+    r"""Return offsets that give every candidate its prior as mean probability.
+
+    With \(p_{ik} \propto q_{ik} e^{b_k}\), the offsets \(b\) solve \(\frac1n \sum_i p_{ik} = \pi_k\), by repeated
+    \(b_k \leftarrow b_k + \log \pi_k - \log \bar p_k\). They need the prompts of examples, not their answers.
+
+    Args:
+        log_probs (`numpy.ndarray` of shape `(count, candidates)`): Log-probabilities \(\log q\), all finite.
+        prior (`numpy.ndarray` of shape `(candidates,)`): Positive shares \(\pi\) that add up to 1.
+
+    Returns:
+        `numpy.ndarray` of shape `(candidates,)`: Offsets in nats with mean 0.
+
+    Reference: Saerens, Latinne and Decaestecker (2002), *Adjusting the outputs of a classifier to new a priori
+    probabilities*.
+
+    Example:
+
+    ```python
+    >>> log_probs = np.log(np.array([[0.8, 0.2], [0.6, 0.4]]))
+    >>> match_prior(log_probs, np.array([0.7, 0.3])).round(6) + 0.0
+    array([0., 0.])
+
+    ```
+    """
+    offsets = np.zeros(len(prior))
+    for _ in range(_PRIOR_STEPS):
+        scores = log_probs + offsets
+        means = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)).mean(axis=0)
+        change = np.log(prior) - np.log(np.maximum(means, 1e-300))
+        offsets += change
+        if np.abs(change).max() < _PRIOR_ERROR:
+            break
+    centered: NDArray[np.float64] = offsets - offsets.mean()
+    return centered
 
 
 def gather_scores(

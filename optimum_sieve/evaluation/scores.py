@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.modeling.conversion import require_model
+from optimum_sieve.modeling.label_offsets import stored_offsets
 from optimum_sieve.run.checksum import check_file, is_sealed, seal_file, unsealed_metadata
 from optimum_sieve.run.files import replacing
 from optimum_sieve.tasks.metrics import CLASS_METRICS, most_frequent, score_classes
@@ -152,7 +153,8 @@ def evaluate(
 ) -> Evaluation:
     """Predict the most likely candidate of every example, or generate its answer, and score the predictions.
 
-    The result does not depend on `batch_size` or on the order of the examples. The model runs in evaluation mode
+    A pruned model's stored label offsets are added to the log-likelihoods of the same candidates. The result does not
+    depend on `batch_size` or on the order of the examples. The model runs in evaluation mode
     without gradients; its mode is restored.
 
     Args:
@@ -188,7 +190,8 @@ def evaluate(
             return evaluation_of_texts([answer.text for answer in written], examples, metric)
     batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
     with bar:
-        return evaluation_of(candidate_scores(model, batches, examples, bar.update), examples, metric)
+        scores = candidate_scores(model, batches, examples, bar.update)
+    return evaluation_of(scores + stored_offsets(model, examples), examples, metric)
 
 
 def _check_model(model: nn.Module) -> None:

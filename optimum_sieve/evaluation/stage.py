@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from optimum_sieve.backbone.fingerprint import tokenizer_fingerprint
 from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.modeling.label_offsets import shared_candidates
 from optimum_sieve.run import distributed
 from optimum_sieve.run.context import WHOLE
 from optimum_sieve.run.workdir import WorkDir, content_key
@@ -15,12 +18,14 @@ from optimum_sieve.tasks.task import metric_source
 from .batches import tokens_fingerprint
 from .blockwise import evaluate_by_block
 from .labelling import label_by_model
-from .scores import Evaluation, evaluate
+from .likelihoods import match_prior
+from .scores import Evaluation, evaluate, evaluation_of
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.factorization.closed_form import FactorBasis
@@ -92,6 +97,44 @@ def score(
     return evaluation
 
 
+def score_pruned(run: Run, task: TaskRun, **options: Any) -> Evaluation:
+    """Evaluate a pruned model on the selection split, with label offsets; the options are of [`score`]."""
+    evaluation = score(run, task, "selection", **options)
+    offsets = label_offsets(run, task, evaluation) if offset_candidates(run, task) else None
+    return with_offsets(task, "selection", evaluation, offsets)
+
+
+def offset_candidates(run: Run, task: TaskRun) -> tuple[str, ...]:
+    """Return the labels of a task that get offsets; none if the settings, or answers that differ, exclude them."""
+    if run.config.label_offsets == "none" or not task.labelled:
+        return ()
+    return shared_candidates([*task.calibration, *task.selection, *task.test])
+
+
+def label_offsets(run: Run, task: TaskRun, selection: Evaluation) -> NDArray[np.float64]:
+    """Return the offsets (candidates,) that restore the shares of a task's labels.
+
+    The mean probability of each label on the selection prompts becomes its share of the gold answers in the calibration
+    split. No gold answer of the selection split is used, so the comparison on it stays fair.
+
+    Args:
+        run (`Run`): The run.
+        task (`TaskRun`): The task, see [`offset_candidates`].
+        selection (`Evaluation`): Evaluation of the pruned model on the selection split, without offsets.
+    """
+    labels = selection.log_probs.shape[1]
+    # One more of each, so that a label without a calibration example stays possible.
+    counts = np.bincount([example.target or 0 for example in task.calibration], minlength=labels) + 1
+    return match_prior(selection.log_probs, counts / counts.sum())
+
+
+def with_offsets(task: TaskRun, split: str, evaluation: Evaluation, offsets: NDArray[np.float64] | None) -> Evaluation:
+    """Return an evaluation with offsets added to the log-likelihoods of the labels."""
+    if offsets is None:
+        return evaluation
+    return evaluation_of(evaluation.log_probs + offsets, task.examples(split), task.metric)
+
+
 def score_dense(run: Run, task: TaskRun, split: str, part: slice = WHOLE) -> Evaluation:
     """Evaluate the dense model, tuned or not, which the run must hold now, with its original vocabulary."""
     label = "dense model" if run.tuning is None else "tuned model"
@@ -117,14 +160,25 @@ def score_test_dense(run: Run) -> list[Evaluation]:
         return [score_dense(run, task, "test") for task in run.tasks]
 
 
-def score_test_pruned(run: Run) -> list[Evaluation]:
-    """Evaluate the pruned model, which the run must hold now, on the test split of every task.
+def score_test_pruned(run: Run) -> tuple[list[Evaluation], list[dict[str, Any]]]:
+    """Evaluate the pruned model, which the run must hold now, on the test split of every task, with label offsets.
 
     The work directory is not used: the evaluation is of the very model that will be saved.
+
+    Returns:
+        `tuple[list[Evaluation], list[dict]]`: The evaluations, and the offsets for the model's configuration.
     """
     fresh = replace(run, work=WorkDir(None))
+    evaluations, stored = [], []
     with run.timed("test"):
-        return [score(fresh, task, "test", label="pruned model") for task in run.tasks]
+        for task in run.tasks:
+            offsets = None
+            if candidates := offset_candidates(run, task):
+                offsets = label_offsets(run, task, score(fresh, task, "selection", label="pruned model"))
+                stored.append({"candidates": list(candidates), "offsets": offsets.tolist()})
+            test = score(fresh, task, "test", label="pruned model")
+            evaluations.append(with_offsets(task, "test", test, offsets))
+    return evaluations, stored
 
 
 def with_answers(run: Run, *splits: str) -> Run:

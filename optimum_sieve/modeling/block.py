@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import shown
 
+from .label_offsets import KEY, check_offsets
+
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
 def check_block(block: Any) -> None:
-    """Check the optional parts of a `sieve` block: `base_model`, `base_revision`, `settings`, `results`, `vocabulary`.
+    """Check the optional parts of a `sieve` block, such as `base_model`, `settings`, `results` and `vocabulary`.
 
     Raises:
         ValueError: If one has another form than the one that pruning writes; the message names it.
@@ -29,6 +31,7 @@ def check_block(block: Any) -> None:
     for name in ("target_modules", "exclude_modules"):
         _check(settings, name, "settings.", "a list of strings", _is_strings)
     _part(settings, "heal", "settings.")
+    _check(block, KEY, "", "a list of objects with `candidates` and as many numbers `offsets`", check_offsets)
     vocabulary = block.get("vocabulary")
     is_pair = isinstance(vocabulary, dict) and all(_is_count(vocabulary.get(name)) for name in ("before", "after"))
     if vocabulary is not None and not is_pair:

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .block import check_block
 from .experts import fuse_dense_experts, separate_names
 from .fingerprint import DIGEST_KEY, weights_digest
+from .label_offsets import KEY
 from .layers import FactorizedLinear
 from .modeling_sieve import (
     FORMAT_VERSION,
@@ -37,6 +38,7 @@ def sieve_model(
     results: dict[str, Any],
     base_revision: str | None = None,
     vocabulary: dict[str, int] | None = None,
+    label_offsets: list[dict[str, Any]] | None = None,
 ) -> PreTrainedModel:
     """Turn a factorized transformers model into a model of type `sieve`, in place.
 
@@ -49,6 +51,7 @@ def sieve_model(
         results (`dict`): Scores of the pruning run, as JSON values. The digest of the weights is added to them.
         base_revision (`str`, *optional*): Commit of `base_model`.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
+        label_offsets (`list[dict]`, *optional*): `candidates` and their `offsets` of each task that has some.
 
     Returns:
         [`~transformers.PreTrainedModel`]: The same object with the same weights, and with the class and configuration
@@ -74,6 +77,8 @@ def sieve_model(
         block["base_revision"] = base_revision
     if vocabulary is not None:
         block["vocabulary"] = vocabulary
+    if label_offsets:
+        block[KEY] = label_offsets
     if experts := separate_names(model.base_model):
         block["separate_experts"] = experts
     sieve_config = config_class(base_config)

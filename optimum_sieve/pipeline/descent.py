@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from optimum_sieve.allocation.budget import rank_parameters
 from optimum_sieve.allocation.tolerance import size_trial
 from optimum_sieve.evaluation.comparison import compare
-from optimum_sieve.evaluation.stage import score, score_reference
+from optimum_sieve.evaluation.stage import score_pruned, score_reference
 from optimum_sieve.healing.stage import heal_config
 from optimum_sieve.run import distributed
 
@@ -50,7 +50,7 @@ def descend_within(run: Run, bases: Bases, healer: Healer) -> list[dict[str, Any
 
     def accept(size: HealedSize) -> bool:
         options: dict[str, Any] = {"label": f"healed, kept {size.kept:.1%}", "pruned": size.key}
-        after = [score(run, task, "selection", **options) for task in run.tasks]
+        after = [score_pruned(run, task, **options) for task in run.tasks]
         comparisons = {task.name: compare(*pair) for task, *pair in zip(run.tasks, dense, after, strict=True)}
         trial = size_trial(size.kept, comparisons, config.confidence)
         accepted = bool(trial["lower_bound"] >= -(config.tolerance or 0.0))

@@ -19,6 +19,7 @@ from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned
 from optimum_sieve.healing.loop import heal
 from optimum_sieve.healing.stage import heal_config, make_lessons
 from optimum_sieve.modeling.conversion import check_pruned
+from optimum_sieve.modeling.label_offsets import KEY
 from optimum_sieve.publish.result import TaskScores, make_result
 from optimum_sieve.run.context import Run
 from optimum_sieve.run.workdir import WorkDir
@@ -103,6 +104,8 @@ def heal_pruned(
     before = _Dense.of(_dense_run(base, tokenizer, tasks, settings, reduced, work_dir=work_dir, progress=progress))
     del base
     pruned, tokenizer, _ = load_model(model, **loading)
+    # Those of the weights before healing.
+    pruned.config.sieve.pop(KEY, None)
     runs = task_runs(pruned, tokenizer, tasks, settings)
     # Nothing is stored without a work directory.
     key = "" if work_dir is None else model_key(pruned)
@@ -215,7 +218,7 @@ def _make_result(
     run: Run, dense: _Dense, healing: Healing, block: dict[str, Any], task_weights: Sequence[float] | None
 ) -> SieveResult:
     """Score the healed model and make its result; `block` is what its pruning wrote to the configuration."""
-    after = score_test_pruned(run)
+    after, offsets = score_test_pruned(run)
     settings = {**heal_config(run).to_dict(), "seed": run.config.seed}
     if task_weights is not None:
         settings["task_weights"] = list(task_weights)
@@ -230,5 +233,6 @@ def _make_result(
         base_model=block.get("base_model"),
         base_revision=block.get("base_revision"),
         vocabulary=block.get("vocabulary"),
+        label_offsets=offsets,
         healing={**healing.to_dict(), "settings": settings},
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.comparison import compare
-from optimum_sieve.evaluation.stage import score, score_reference
+from optimum_sieve.evaluation.stage import score_pruned, score_reference
 from optimum_sieve.healing.stage import heal_config
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.search.stage import run_search
@@ -104,7 +104,7 @@ def _search_size(run: Run, bases: Bases) -> tuple[Ranks, list[dict[str, Any]]]:
                 options["held"] = (bases, ranks)
             else:
                 live.hold(ranks)
-            after = [score(run, task, "selection", **options) for task in run.tasks]
+            after = [score_pruned(run, task, **options) for task in run.tasks]
             return {task.name: compare(*pair) for task, *pair in zip(run.tasks, dense, after, strict=True)}
 
         kept, trials = search_kept_fraction(

@@ -25,6 +25,7 @@ def pruned_result(
     run: Run,
     dense: Sequence[Evaluation],
     pruned: Sequence[Evaluation],
+    offsets: list[dict[str, Any]],
     *,
     sizes: dict[str, int],
     ranks: Ranks,
@@ -40,6 +41,7 @@ def pruned_result(
         run (`Run`): The run, whose model is pruned.
         dense (`Sequence[Evaluation]`): Evaluation of the dense model, tuned or not, on each task's test split.
         pruned (`Sequence[Evaluation]`): Evaluation of the pruned model.
+        offsets (`list[dict]`): Label offsets that its scores contain, for the configuration.
         sizes (`dict[str, int]`): Sizes of the dense model, see `measure_sizes`.
         ranks (`Mapping[str, int | None]`): Ranks of the pruned model.
         trials (`list[dict[str, Any]]`): Trials of the search for the ranks.
@@ -64,6 +66,7 @@ def pruned_result(
         healing=None if healer is None else healer.report(),
         vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
         latency=None if run.latencies is None else total_seconds(run, ranks),
+        label_offsets=offsets,
     )
     if run.vocabulary is not None and run.vocabulary_trials:
         # The configuration has the sizes alone.

@@ -106,6 +106,7 @@ def build_report(
     healing: dict[str, Any] | None = None,
     vocabulary: dict[str, Any] | None = None,
     latency: dict[str, float] | None = None,
+    label_offsets: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Build the content of `sieve_report.json` as JSON values; keys of missing arguments are left out.
 
@@ -127,6 +128,7 @@ def build_report(
         latency (`dict[str, float]`, *optional*):
             Total seconds of all targets for one row under `"dense"` and `"pruned"`, each layer measured alone and
             eager, as for `latency_target`.
+        label_offsets (`list[dict]`, *optional*): `candidates` and their `offsets` in the pruned model's scores.
     """
     report: dict[str, Any] = dict(tasks[0]) if len(tasks) == 1 else {"tasks": list(tasks)}
     for key, value in (
@@ -140,6 +142,7 @@ def build_report(
         ("healing", healing),
         ("vocabulary", vocabulary),
         ("latency", latency),
+        ("label_offsets", label_offsets),
     ):
         if value is not None:
             report[key] = value

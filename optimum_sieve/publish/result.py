@@ -97,6 +97,7 @@ def make_result(
     healing: dict[str, Any] | None = None,
     vocabulary: dict[str, int] | None = None,
     latency: dict[str, float] | None = None,
+    label_offsets: list[dict[str, Any]] | None = None,
 ) -> SieveResult:
     """Turn a factorized model into one of model type `sieve`, in place, and build its report.
 
@@ -114,6 +115,7 @@ def make_result(
         healing (`dict[str, Any]`, *optional*): Result of healing.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
         latency (`dict[str, float]`, *optional*): Seconds of the targets for one row, if there was a latency target.
+        label_offsets (`list[dict]`, *optional*): Offsets that the scores of the pruned model contain.
     """
     named = dict(zip(("before", "after"), sizes, strict=True))
     report = build_report(
@@ -128,6 +130,7 @@ def make_result(
         healing=healing,
         vocabulary=vocabulary,
         latency=latency,
+        label_offsets=label_offsets or None,
     )
     model = sieve_model(
         model,
@@ -136,6 +139,7 @@ def make_result(
         settings=settings,
         results=_results(report),
         vocabulary=vocabulary,
+        label_offsets=label_offsets,
     )
     report[DIGEST_KEY] = model.config.sieve["results"][DIGEST_KEY]
     return SieveResult(

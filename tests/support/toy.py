@@ -111,8 +111,8 @@ def load_task(directory: Path, rows: list[dict[str, Any]] | None = None, **chang
 
 
 def unhealed(**settings: Any) -> SieveConfig:
-    """Return settings without healing and tuning, which are slow and on by default."""
-    return SieveConfig(**{"heal": None, "tune": None, **settings})
+    """Return settings without healing, tuning and label offsets, which are on by default."""
+    return SieveConfig(**{"heal": None, "tune": None, "label_offsets": "none", **settings})
 
 
 def prompts(task: Task, split: str) -> list[str]:
