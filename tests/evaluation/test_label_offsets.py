@@ -54,8 +54,8 @@ def test_certain_predictions_get_finite_offsets() -> None:
 def test_scores_have_the_offsets_before_saving_and_after_loading(task: Task, tmp_path: Path) -> None:
     dense = learn(task)
     with_offsets, without = (
-        SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(unhealed(**{**FAR, "label_offsets": kind}), progress=False)
-        for kind in ("prior", "none")
+        SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(unhealed(**settings), progress=False)
+        for settings in (FAR, {**FAR, "label_offsets": "none"})
     )
     (entry,) = with_offsets.report["label_offsets"]
     assert entry["candidates"] == list(task.examples("test", TOKENIZER)[0].candidates)
