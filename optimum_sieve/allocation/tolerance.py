@@ -30,7 +30,12 @@ class ToleranceError(RuntimeError):
 
 
 def search_kept_fraction(
-    compare_at: Callable[[float], Mapping[str, Comparison]], *, tolerance: float, confidence: float, steps: int
+    compare_at: Callable[[float], Mapping[str, Comparison]],
+    *,
+    tolerance: float,
+    confidence: float,
+    steps: int,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> tuple[float, list[dict[str, Any]]]:
     """Bisect the kept fraction in `steps` steps; return the smallest one within `tolerance`.
 
@@ -47,6 +52,7 @@ def search_kept_fraction(
         tolerance (`float`): Largest acceptable drop in the metric, in absolute points.
         confidence (`float`): One-sided confidence, at least 0.5.
         steps (`int`): Number of fractions to try.
+        goes_on (`Callable`): Whether there is time for another fraction; asked before every one but the first.
 
     Returns:
         `tuple[float, list[dict]]`: The kept fraction and the record of each trial. With several tasks, `"tasks"` holds
@@ -57,7 +63,9 @@ def search_kept_fraction(
     """
     low, high = 0.0, 1.0
     trials: list[dict[str, Any]] = []
-    for _ in range(steps):
+    for step in range(steps):
+        if step and not goes_on():
+            break
         kept = (low + high) / 2
         comparisons = compare_at(kept)
         bounds = {name: comparison.lower_bound(confidence) for name, comparison in comparisons.items()}

@@ -10,6 +10,7 @@ from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fract
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.evaluation.stage import score_pruned, score_reference
 from optimum_sieve.healing.stage import heal_config
+from optimum_sieve.run import distributed
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.search.stage import run_search
 from optimum_sieve.surgery.live import LiveRanks
@@ -108,7 +109,12 @@ def _search_size(run: Run, bases: Bases) -> tuple[Ranks, list[dict[str, Any]]]:
             return {task.name: compare(*pair) for task, *pair in zip(run.tasks, dense, after, strict=True)}
 
         kept, trials = search_kept_fraction(
-            compare_at, tolerance=config.tolerance or 0.0, confidence=config.confidence, steps=config.search_steps
+            compare_at,
+            tolerance=config.tolerance or 0.0,
+            confidence=config.confidence,
+            steps=config.search_steps,
+            # Every process must go on or stop with the others.
+            goes_on=lambda: distributed.agree(run.seconds_left > 0),
         )
     return allocate_ranks(run, bases, kept), trials
 

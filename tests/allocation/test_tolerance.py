@@ -75,3 +75,10 @@ def test_the_worst_of_several_tasks_decides(edges: tuple[float, ...]) -> None:
 def test_the_task_that_no_fraction_holds_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"loses 0\.1000 \+- 0\.0100 on 10,000 selection examples of 'task 1', at"):
         search_kept_fraction(cliff(0.2, 1.1, standard_error=0.01), tolerance=0.02, confidence=0.9, steps=4)
+
+
+def test_no_further_size_is_tried_without_time() -> None:
+    left = iter([True, False])
+    settings = {"tolerance": 0.02, "confidence": 0.9, "steps": 6}
+    kept, trials = search_kept_fraction(cliff(0.02), **settings, goes_on=lambda: next(left))
+    assert (kept, len(trials)) == (0.25, 2)
