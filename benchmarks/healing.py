@@ -88,7 +88,7 @@ class Bench:
         """Prune to a size; return the directory of the result and what was scored."""
         pruner = SievePruner.from_pretrained(self.dense_directory, task=self.short, dtype=self.arguments.dtype)
         settings = {name: getattr(self.arguments, name) for name in ("storage", "rank_multiple")}
-        config = SieveConfig(pruning_ratio=1 - kept, heal=None, **settings)
+        config = SieveConfig(pruning_ratio=1 - kept, heal=None, tune=None, label_offsets="none", **settings)
         result = pruner.prune(config, work_dir=self.arguments.work_dir)
         text, row = describe(self.dense, result.scores[0].pruned)
         print(f"kept {kept:.3f}\n    pruned: {text}", flush=True)

@@ -132,6 +132,8 @@ def _settings(
         seed=seed,
         heal=config,
         tune=None,
+        # As they were; earlier versions had none.
+        label_offsets=pruned.get("label_offsets", "none"),
     )
 
 

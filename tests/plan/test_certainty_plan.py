@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 
 from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.allocation.certainty import examples_needed
@@ -58,8 +58,8 @@ def test_too_few_examples_are_warned_of(caplog: Any) -> None:
 def test_the_run_itself_warns(tmp_path: Path, caplog: Any) -> None:
     task = load_task(tmp_path, parity_rows(120))
     pruner = SievePruner(make_model(), make_tokenizer(), task)
-    pruner.prune(SieveConfig(tolerance=0.9, heal=None, search_steps=1), progress=False)
+    pruner.prune(unhealed(tolerance=0.9, search_steps=1), progress=False)
     assert not [message for message in caplog.messages if "can hardly be shown" in message]
     pruner = SievePruner(make_model(), make_tokenizer(), task)
-    pruner.prune(SieveConfig(tolerance=0.15, confidence=0.999, heal=None, search_steps=1), progress=False)
+    pruner.prune(unhealed(tolerance=0.15, confidence=0.999, search_steps=1), progress=False)
     assert [message for message in caplog.messages if message.startswith("tolerance=0.15 can hardly be shown on")]
