@@ -11,6 +11,8 @@ from .validate import check_choice, check_flag, check_float, check_integer, chec
 
 
 HEAL_LOSSES = ("candidates", "vocabulary")
+# Largest kept fraction that is healed with a tolerance.
+LARGEST_HEALED = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class HealConfig:
         learning_rate (`float`):
             Peak learning rate of AdamW relative to each factor's RMS; 10 % warmup, cosine decay.
         start (`float`):
-            Largest kept fraction of the first size that is healed, above 0 and below 1.
+            Largest kept fraction of the first size on the way to a `pruning_ratio`, above 0 and below 1.
         shrink (`float`):
             Kept fraction of each size relative to the size before, above 0 and below 1.
         batch_size (`int`):

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from optimum_sieve.allocation.budget import rank_parameters
 from optimum_sieve.allocation.tolerance import size_trial
+from optimum_sieve.config.heal import LARGEST_HEALED
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.evaluation.stage import score_pruned, score_reference
 from optimum_sieve.healing.stage import heal_config
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from optimum_sieve.run.context import Run
 
 
-# First size where no size holds without training, and the smallest size that is tried.
-_LARGEST, _SMALLEST = 0.9, 0.01
+# No smaller size is tried.
+_SMALLEST = 0.01
+# The first size is this many sizes above the one that holds without training.
+_SIZES_ABOVE = 2
 
 
 def descend_within(run: Run, bases: Bases, healer: Healer) -> list[dict[str, Any]]:
@@ -76,8 +79,10 @@ def kept_fraction(run: Run, ranks: Ranks) -> float:
 def _falling_sizes(run: Run, unhealed: float | None) -> Iterator[float]:
     """Yield the kept fractions to heal; stop before one that would end after the time limit."""
     config = heal_config(run)
-    # A size that already holds needs no training.
-    kept = _LARGEST if unhealed is None else min(config.start, unhealed * config.shrink)
+    # A small size is reached better by way of larger ones than at once.
+    kept = LARGEST_HEALED
+    if unhealed is not None:
+        kept = min(kept, unhealed / config.shrink**_SIZES_ABOVE)
     longest = 0.0
     while kept >= _SMALLEST:
         started = time.monotonic()

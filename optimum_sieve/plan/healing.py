@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.config.heal import LARGEST_HEALED, HealConfig
 from optimum_sieve.config.tune import TuneConfig
 
 
@@ -76,7 +76,9 @@ def heal_bytes(config: SieveConfig, total: int) -> int:
     """
     if not isinstance(config.heal, HealConfig):
         return 0
-    kept = config.heal.start if config.pruning_ratio is None else min(config.heal.start, 1 - config.pruning_ratio)
+    kept = LARGEST_HEALED
+    if config.pruning_ratio is not None:
+        kept = min(config.heal.start, 1 - config.pruning_ratio)
     # Pivots are trained as factors, which have up to twice as many parameters.
     return round(total * kept) * (2 if config.storage == "pivoted" else 1) * _HEAL_BYTES
 
@@ -88,7 +90,7 @@ def describe_healing(config: SieveConfig) -> str | None:
         return None
     each = f"{heal.steps:,} steps of {heal.batch_size} examples"
     if config.pruning_ratio is None:
-        return f"{each} for each size, from {heal.start:.0%} of the parameters downward until the tolerance is exceeded"
+        return f"{each} for each of several falling sizes, until the tolerance is exceeded"
     sizes = len(heal.sizes_to(1 - config.pruning_ratio))
     examples = sizes * heal.steps * heal.batch_size
     return f"{sizes} x {each}, {examples:,} forward and backward" if sizes > 1 else f"{each}, forward and backward"

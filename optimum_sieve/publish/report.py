@@ -280,7 +280,8 @@ def _healing_line(report: dict[str, Any]) -> list[str]:
     if "kept_without" not in healing or report.get("settings", {}).get("tolerance") is None:
         return []
     without, kept = (f"{x:.1%}" if x is not None else "none" for x in (healing["kept_without"], healing["kept"]))
-    return ["", f"smallest size within the tolerance: {without} without healing, {kept} with it"]
+    smaller = "smaller " if kept == "none" and without != "none" else ""
+    return ["", f"smallest size within the tolerance: {without} without healing, {kept} {smaller}with it"]
 
 
 def _seconds_line(report: dict[str, Any]) -> list[str]:

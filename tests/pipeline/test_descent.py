@@ -102,7 +102,7 @@ def test_the_last_accepted_size_is_the_result(
     pruner: SievePruner, task: Task, dense: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(monkeypatch, ranks, [True, True])
-    script(monkeypatch, descent, [True, True, False])
+    script(monkeypatch, descent, [True] * 4 + [False])
     held: list[dict[str, Any]] = []
 
     def put(self: stage.Healer, size: Any) -> None:
@@ -115,19 +115,20 @@ def test_the_last_accepted_size_is_the_result(
     trials = healed_trials(result)
     # Two bisection steps end at a quarter.
     assert result.report["healing"]["kept_without"] == pytest.approx(0.25, abs=0.01)
-    start = result.report["healing"]["kept_without"] * HEAL.shrink
-    assert [trial["kept"] for trial in trials] == pytest.approx([start, start * 0.75, start * 0.75**2])
-    assert [trial["accepted"] for trial in trials] == [True, True, False]
+    # Two sizes above it, itself, and two below.
+    without = result.report["healing"]["kept_without"]
+    assert [trial["kept"] for trial in trials] == pytest.approx([without * 0.75**power for power in range(-2, 3)])
+    assert [trial["accepted"] for trial in trials] == [True] * 4 + [False]
     # Every selection example decides.
     assert {trial["count"] for trial in result.trials} == {task.splits["selection"]}
-    # Each of the three while it was scored, and the second one again.
-    assert [each["kept"] for each in held] == [trial["kept"] for trial in (*trials, trials[1])]
-    assert_same(held[3]["state"], held[1]["state"])
-    assert_same(state(result.model), held[1]["state"])
-    assert trials[1]["kept"] - 0.02 < kept_of(result) <= trials[1]["kept"]
+    # Each of the five while it was scored, and the fourth one again.
+    assert [each["kept"] for each in held] == [trial["kept"] for trial in (*trials, trials[3])]
+    assert_same(held[5]["state"], held[3]["state"])
+    assert_same(state(result.model), held[3]["state"])
+    assert trials[3]["kept"] - 0.02 < kept_of(result) <= trials[3]["kept"]
     healing = result.report["healing"]
-    assert (healing["steps"], healing["kept"]) == (9, trials[1]["kept"])
-    assert [size["steps"] for size in healing["sizes"]] == [3, 3, 3]
+    assert (healing["steps"], healing["kept"]) == (15, trials[3]["kept"])
+    assert [size["steps"] for size in healing["sizes"]] == [3] * 5
     norm = "model.norm.weight"
     assert not torch.equal(result.model.get_parameter(norm), dense.get_parameter(norm))
 
@@ -281,11 +282,11 @@ def test_the_default_heals(pruner: SievePruner) -> None:
     assert result.report["settings"]["heal"] == HealConfig().to_dict()
 
 
-@pytest.mark.parametrize(("limit", "sizes"), [("1000s", 2), ("40min", 5), (None, 6)])
+@pytest.mark.parametrize(("limit", "sizes"), [("1800s", 4), ("40min", 5), (None, 6)])
 def test_the_descent_ends_before_a_size_that_would_exceed_the_time_limit(
     pruner: SievePruner, monkeypatch: pytest.MonkeyPatch, limit: str | None, sizes: int
 ) -> None:
-    """By a clock on which every size takes 400 seconds: the third would end after 1,200, the sixth after 2,400."""
+    """By a clock on which every size takes 400 seconds: the fifth would end after 2,000, the sixth after 2,400."""
     script(monkeypatch, ranks, [True, True])
     script(monkeypatch, descent, [True] * 6 + [False] * 9)
     clock, passed = time.monotonic, [0.0]
@@ -302,6 +303,21 @@ def test_the_descent_ends_before_a_size_that_would_exceed_the_time_limit(
     assert len(trials) == sizes + (limit is None)
     assert result.report["healing"]["kept"] == trials[sizes - 1]["kept"]
     assert trials[sizes - 1]["kept"] - 0.02 < kept_of(result) <= trials[sizes - 1]["kept"]
+
+
+def test_a_healed_size_above_the_unhealed_one_is_no_result(
+    dense: PreTrainedModel, pruner: SievePruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, ranks, [True, True])
+    script(monkeypatch, descent, [True, True, False])
+    result = pruner.prune(SieveConfig(**WITHIN), **QUIET)
+    healing = result.report["healing"]
+    assert [trial["accepted"] for trial in healed_trials(result)] == [True, True, False]
+    assert healing["kept"] is None
+    assert kept_of(result) == pytest.approx(healing["kept_without"], abs=1e-9)
+    # Nothing of the training is left.
+    norm = "model.norm.weight"
+    assert torch.equal(result.model.get_parameter(norm), dense.get_parameter(norm))
 
 
 def test_no_size_is_healed_where_the_time_is_over(
