@@ -1,9 +1,9 @@
 """Train the factors of a pruned model to match the dense model.
 
-In: the bases of a run and falling sizes. Out: healed sizes (`HealedSize`), of which the last accepted one is the
-result. `stage.Healer` prunes to one size after the other and goes on from the healed factors; `pipeline.heal` heals a
-saved model. Both call `loop.heal`, the training loop; `optimizer` holds the trained factors, `sampling` orders the
-examples.
+In: the bases of a run and falling sizes. Out: healed sizes (`HealedSize`); the last accepted one is the result.
+`stage.Healer` prunes to one size after the other and goes on from the healed factors; `pipeline.heal` heals a saved
+model. Both call `loop.heal`, the training; `steps` is the loop over its steps, `optimizer` holds the trained factors,
+`sampling` orders the examples.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from optimum_sieve._lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .loop import Healing, heal
+    from .loop import heal
     from .stage import Healer
+    from .steps import Training
 
-__all__ = ["Healer", "Healing", "heal"]
+__all__ = ["Healer", "Training", "heal"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"loop": ["Healing", "heal"], "stage": ["Healer"]})
+__getattr__, __dir__ = lazy_names(__name__, {"loop": ["heal"], "stage": ["Healer"], "steps": ["Training"]})

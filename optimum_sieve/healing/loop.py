@@ -6,16 +6,12 @@ a stopped run resumes to the same weights.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from tqdm.auto import tqdm
 
 from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.kinds import input_format
@@ -26,7 +22,8 @@ from optimum_sieve.evaluation.token_ids import padding_id
 from optimum_sieve.run.workdir import WorkDir, content_key
 
 from .optimizer import FactorTraining, HeldAsFactors, trained_parameters
-from .sampling import drawn_examples, interleaved, schedule
+from .sampling import interleaved, schedule, step_examples
+from .steps import Training, take_steps
 
 
 if TYPE_CHECKING:
@@ -41,30 +38,7 @@ if TYPE_CHECKING:
 
 # Raise it when the same settings give other weights: results of earlier versions are then computed again.
 FORMAT = 3
-# Steps between two saved states, which a stopped training resumes from.
-SAVE_STEPS = 16
 _STATE, _RESULT = "healing", "healed"
-
-
-@dataclass(kw_only=True)
-class Healing:
-    """Figures of one training.
-
-    Args:
-        steps (`int`): Number of steps.
-        examples (`int`): Number of training examples.
-        seconds (`float`): Wall-clock time, over all parts of a training that was stopped.
-        losses (`list[float]`): Mean loss of every `SAVE_STEPS` steps, in nats per example.
-    """
-
-    steps: int = 0
-    examples: int
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures a report shows."""
-        return {**vars(self), "seconds": round(self.seconds, 3)}
 
 
 def heal(
@@ -78,7 +52,7 @@ def heal(
     work: WorkDir | None = None,
     pruned_key: str | None = None,
     progress: bool = True,
-) -> Healing:
+) -> Training:
     r"""Train the factors of a pruned model, in place, to match the dense model.
 
     The loss of an example is \((1 - w)\, \mathrm{KL}(\text{dense} \Vert \text{model}) - w \log p(\text{gold})\) with
@@ -98,8 +72,8 @@ def heal(
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
-        [`Healing`]: Figures of the training. After an error pivoted layers are as they were, plain factors partly
-            trained.
+        [`Training`][optimum_sieve.healing.steps.Training]: Its figures. After an error pivoted layers are as they were,
+            plain factors partly trained.
 
     Raises:
         ValueError: If the model has no factorized layer, or the loss or its gradient is not finite.
@@ -147,7 +121,7 @@ class _Trainer:
             pack, batch_size=config.rows_per_pass, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind
         )
         self.processes = PartialState()
-        self.healing = Healing(examples=sum(map(len, self.rows)))
+        self.healing = Training(examples=sum(map(len, self.rows)))
         self.key = content_key(
             # Slow: every byte is read. The key only names files.
             model=model_key(model) if pruned_key is None and work.path is not None else pruned_key,
@@ -165,7 +139,7 @@ class _Trainer:
         stored = self.work.load_with_record(_RESULT, self.key)
         if stored is not None:
             self.training.assign(stored[0])
-            self.healing = Healing(**stored[1])
+            self.healing = Training(**stored[1])
             # Left by a run that was killed before it could remove it.
             self.work.remove(_STATE, self.key)
         return stored is not None
@@ -173,24 +147,12 @@ class _Trainer:
     def train(self, progress: bool) -> None:
         """Take the remaining steps."""
         self._resume()
-        losses: list[float] = []
-        started = time.perf_counter()
-        with tqdm(total=self.config.steps, initial=self.healing.steps, desc="healing", unit="step",
-                  disable=not (progress and self.processes.is_main_process)) as bar:  # fmt: skip
-            # If all ranks are 0 and no layer has a bias, there is nothing to train.
-            while self.training.parameters and self.healing.steps < self.config.steps:
-                losses.append(self._step())
-                bar.update()
-                if self.healing.steps % SAVE_STEPS and self.healing.steps < self.config.steps:
-                    continue
-                self.healing.losses.append(float(np.mean(losses)))
-                bar.set_postfix(loss=f"{self.healing.losses[-1]:.4f}")
-                losses.clear()
-                now = time.perf_counter()
-                self.healing.seconds += now - started
-                started = now
-                if self.healing.steps < self.config.steps:
-                    self._save(_STATE, self.training.state())
+        # If all ranks are 0 and no layer has a bias, there is nothing to train.
+        if self.training.parameters:
+            take_steps(
+                self.healing, self.config.steps, self._step, lambda: self._save(_STATE, self.training.state()),
+                name="healing", progress=progress,
+            )  # fmt: skip
         self._save(_RESULT, self.training.values())
         self.work.remove(_STATE, self.key)
         self.processes.wait_for_everyone()
@@ -199,7 +161,7 @@ class _Trainer:
         stored = self.work.load_with_record(_STATE, self.key)
         if stored is not None:
             self.training.restore(stored[0])
-            self.healing = Healing(**stored[1])
+            self.healing = Training(**stored[1])
 
     def _step(self) -> float:
         """Take one step; return its loss, the mean over its examples."""
@@ -224,15 +186,14 @@ class _Trainer:
 
     def _passes(self) -> list[tuple[Lesson, Batch]]:
         """Return the passes of the next step: its examples in batches of one lesson each."""
-        device = input_device(self.model)
-        start = (self.steps_before + self.healing.steps) * self.config.batch_size
-        chosen = self.order[start : start + self.config.batch_size]
-        passes: list[tuple[Lesson, Batch]] = []
-        for number, (lesson, rows) in enumerate(zip(self.lessons, self.rows, strict=True)):
-            before, count = self.order[:start].count(number), chosen.count(number)
-            drawn = [rows[index] for index in drawn_examples(range(before, before + count), len(rows), self.seed)]
-            passes += [(lesson, batch.to(device)) for batch in self.pack(drawn)]
-        return passes
+        device, step = input_device(self.model), self.steps_before + self.healing.steps
+        counts = [len(rows) for rows in self.rows]
+        draws = step_examples(self.order, counts, step, self.config.batch_size, self.seed)
+        return [
+            (lesson, batch.to(device))
+            for lesson, rows, drawn in zip(self.lessons, self.rows, draws, strict=True)
+            for batch in self.pack([rows[index] for index in drawn])
+        ]
 
     def _loss(self, lesson: Lesson, batch: Batch) -> torch.Tensor:
         return lesson.losses(self.model, batch, self.config.gold_weight).sum()

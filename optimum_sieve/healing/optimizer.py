@@ -165,21 +165,11 @@ class FactorTraining:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything that the next step depends on: parameters, both moments of AdamW and its step count."""
-        tensors = {f"weight|{name}": copy for name, copy in self.copies.items()}
-        for name, copy in self.copies.items():
-            tensors |= {f"{field}|{name}": tensor for field, tensor in self.optimizer.state[copy].items()}
-        return tensors
+        return training_state(self.copies, self.optimizer)
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Set everything to what `state` returned."""
-        for name, copy in self.copies.items():
-            copy.data.copy_(state[f"weight|{name}"])
-            fields = {key.partition("|")[0]: tensor for key, tensor in state.items() if key.partition("|")[2] == name}
-            del fields["weight"]
-            # AdamW keeps its step count on the CPU.
-            self.optimizer.state[copy] = {
-                field: tensor if field == "step" else tensor.to(copy.device) for field, tensor in fields.items()
-            }
+        restore_training(self.copies, self.optimizer, state)
         self._round()
 
     def _round(self) -> None:
@@ -187,3 +177,22 @@ class FactorTraining:
             for name, parameter in self.parameters.items():
                 if self.copies[name] is not parameter:
                     parameter.copy_(self.copies[name])
+
+
+def training_state(parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """Return trained parameters with both moments of AdamW and its step count, as `<field>|<name>`."""
+    tensors = {f"weight|{name}": parameter for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        tensors |= {f"{field}|{name}": tensor for field, tensor in optimizer.state[parameter].items()}
+    return tensors
+
+
+def restore_training(
+    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.AdamW, state: Mapping[str, torch.Tensor]
+) -> None:
+    """Set parameters and optimizer to what [`training_state`] returned."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state[f"weight|{name}"])
+        moments = {field: state[f"{field}|{name}"].to(parameter.device) for field in ("exp_avg", "exp_avg_sq")}
+        # AdamW keeps its step count on the CPU.
+        optimizer.state[parameter] = {"step": state[f"step|{name}"], **moments}

@@ -45,6 +45,35 @@ def drawn_examples(draws: range, num_examples: int, seed: int) -> list[int]:
     return [int(orders[draw // num_examples][draw % num_examples]) for draw in draws]
 
 
+def step_examples(
+    order: Sequence[int], counts: Sequence[int], step: int, batch_size: int, seed: int
+) -> list[list[int]]:
+    """Return the examples of each lesson in a step.
+
+    Args:
+        order (`Sequence[int]`): Lesson of each draw, of [`interleaved`].
+        counts (`Sequence[int]`): Number of examples of each lesson.
+        step (`int`): Number of the step, from 0.
+        batch_size (`int`): Draws of a step.
+        seed (`int`): Seed of the epochs' orders.
+
+    Example:
+
+    ```python
+    >>> [sorted(drawn) for drawn in step_examples([0, 1, 1, 0, 1, 1], [1, 4], step=1, batch_size=3, seed=0)]
+    [[0], [1, 3]]
+
+    ```
+    """
+    start = step * batch_size
+    before, chosen = order[:start], order[start : start + batch_size]
+    firsts = [before.count(lesson) for lesson in range(len(counts))]
+    return [
+        drawn_examples(range(first, first + chosen.count(lesson)), count, seed)
+        for lesson, (first, count) in enumerate(zip(firsts, counts, strict=True))
+    ]
+
+
 def schedule(step: int, steps: int) -> float:
     """Return the factor of the learning rate at `step` (from 0): linear warmup to 1, then cosine decay to 0."""
     warmup = max(1, round(_WARMUP * steps))

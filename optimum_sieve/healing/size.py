@@ -15,7 +15,7 @@ from optimum_sieve.surgery.apply import factorized_layer
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from .loop import Healing
+    from .steps import Training
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +28,7 @@ class HealedSize:
         factors (`Mapping[str, FactorizedLinear]`): Trained plain factors by target; dense targets are absent.
         layers (`Mapping[str, FactorizedLinear]`): The same weights in the storage they are saved in.
         norms (`Mapping[str, torch.Tensor]`): Trained weights of normalization layers by parameter name.
-        healing (`Healing`): Figures of the training.
+        healing (`Training`): Figures of the training.
     """
 
     kept: float
@@ -36,7 +36,7 @@ class HealedSize:
     factors: Mapping[str, FactorizedLinear]
     layers: Mapping[str, FactorizedLinear]
     norms: Mapping[str, torch.Tensor]
-    healing: Healing
+    healing: Training
 
     def ranks(self, names: Iterable[str]) -> dict[str, int | None]:
         """Return the rank of every target called `names`, `None` for a dense one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +20,11 @@ from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.run.workdir import content_key, unflatten
 from optimum_sieve.surgery.apply import apply_ranks, restore
 
-from .loop import FORMAT, Healing, heal
+from .loop import FORMAT, heal
 from .optimizer import norm_parameters
 from .sampling import drawn_examples
 from .size import HealedSize, plain_layer, stored_layer, tensors_of
+from .steps import Training
 
 
 if TYPE_CHECKING:
@@ -114,7 +115,6 @@ class Healer:
         self.best: HealedSize | None = None
         self.kept_without: float | None = None
         self.lessons = make_lessons(run)
-        self._gold = [_part(gold_examples(run, task), run.config.seed) for task in run.tasks]
         self._dense = {target.name: run.model.get_submodule(target.name) for target in run.targets}
         norms = norm_parameters(run.model) if self.config.train_norms else {}
         self._norms = {name: parameter.detach().clone() for name, parameter in norms.items()}
@@ -183,6 +183,12 @@ class Healer:
             "kept_without": self.kept_without,
         }
 
+    @cached_property
+    def _gold(self) -> list[list[Example]]:
+        """Examples of the moments between two sizes; the dense model may have to write their answers."""
+        self.restore()
+        return [_part(gold_examples(self.run, task), self.run.config.seed) for task in self.run.tasks]
+
     @property
     def _steps(self) -> int:
         return sum(size.healing.steps for size in self._sizes)
@@ -199,8 +205,9 @@ class Healer:
         if previous is None:
             self.restore()
         else:
+            gold = self._gold
             self._hold(previous.factors, previous.norms)
-            bases = held_bases(run, self._gold)
+            bases = held_bases(run, gold)
         layers = {}
         for name, rank in (ranks or allocate_ranks(run, bases, kept)).items():
             current = run.model.get_submodule(name)
@@ -217,7 +224,7 @@ class Healer:
         """Heal layers of plain factors, in place. The weights of normalization layers go on from the size before."""
         run, before = self.run, self._sizes[-1].norms if self._sizes else {}
         self._hold(factors, before)
-        healing = Healing(examples=0)
+        healing = Training(examples=0)
         # A large size may keep so much that no layer is factorized.
         if factors:
             healing = heal(

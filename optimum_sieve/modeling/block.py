@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import shown
 
-from .label_offsets import KEY, check_offsets
+from .label_offsets import KEY, are_offsets
 
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def check_block(block: Any) -> None:
     for name in ("target_modules", "exclude_modules"):
         _check(settings, name, "settings.", "a list of strings", _is_strings)
     _part(settings, "heal", "settings.")
-    _check(block, KEY, "", "a list of objects with `candidates` and as many numbers `offsets`", check_offsets)
+    _check(block, KEY, "", "a list of objects with `candidates` and as many numbers `offsets`", are_offsets)
     vocabulary = block.get("vocabulary")
     is_pair = isinstance(vocabulary, dict) and all(_is_count(vocabulary.get(name)) for name in ("before", "after"))
     if vocabulary is not None and not is_pair:

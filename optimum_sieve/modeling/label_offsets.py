@@ -39,7 +39,7 @@ def stored_offsets(model: Any, examples: Sequence[Example]) -> NDArray[np.float6
     return np.zeros(1)
 
 
-def check_offsets(stored: Any) -> bool:
+def are_offsets(stored: Any) -> bool:
     """Return whether the value of a configuration has the form that pruning writes."""
 
     def is_entry(entry: Any) -> bool:

@@ -18,16 +18,17 @@ from optimum_sieve.allocation.budget import rank_parameters
 from optimum_sieve.allocation.tolerance import size_trial
 from optimum_sieve.config.heal import LARGEST_HEALED
 from optimum_sieve.evaluation.comparison import compare
-from optimum_sieve.evaluation.stage import score_pruned, score_reference
+from optimum_sieve.evaluation.stage import score_pruned
 from optimum_sieve.healing.stage import heal_config
 from optimum_sieve.run import distributed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.calibration.rounds import Bases
+    from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.healing.size import HealedSize
     from optimum_sieve.healing.stage import Healer
     from optimum_sieve.run.context import Run
@@ -39,22 +40,23 @@ _SMALLEST = 0.01
 _SIZES_ABOVE = 2
 
 
-def descend_within(run: Run, bases: Bases, healer: Healer) -> list[dict[str, Any]]:
+def descend_within(run: Run, bases: Bases, healer: Healer, reference: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Heal falling sizes while they stay within the tolerance; return their records. The model is dense afterwards.
 
     Args:
         run (`Run`): The run, whose settings have a `tolerance`.
         bases (`Bases`): The basis of every target.
         healer (`Healer`): Its `kept_without` sets the first size, its `best` size is the result.
+        reference (`Sequence[Evaluation]`): Evaluation of the model that the tolerance is measured from on the selection
+            split of each task.
     """
     config = run.config
-    dense = score_reference(run)
     trials: list[dict[str, Any]] = []
 
     def accept(size: HealedSize) -> bool:
         options: dict[str, Any] = {"label": f"healed, kept {size.kept:.1%}", "pruned": size.key}
         after = [score_pruned(run, task, **options) for task in run.tasks]
-        comparisons = {task.name: compare(*pair) for task, *pair in zip(run.tasks, dense, after, strict=True)}
+        comparisons = {task.name: compare(*pair) for task, *pair in zip(run.tasks, reference, after, strict=True)}
         trial = size_trial(size.kept, comparisons, config.confidence)
         accepted = bool(trial["lower_bound"] >= -(config.tolerance or 0.0))
         trials.append({**trial, "healed": True, "accepted": accepted})

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from optimum_sieve.config.heal import HealConfig
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.evaluation.teacher import Lesson
-    from optimum_sieve.healing.loop import Healing
+    from optimum_sieve.healing.steps import Training
     from optimum_sieve.publish.result import SieveResult
     from optimum_sieve.tasks import Task
 
@@ -217,7 +217,7 @@ class _Dense:
 
 
 def _make_result(
-    run: Run, dense: _Dense, healing: Healing, block: dict[str, Any], task_weights: Sequence[float] | None
+    run: Run, dense: _Dense, healing: Training, block: dict[str, Any], task_weights: Sequence[float] | None
 ) -> SieveResult:
     """Score the healed model and make its result; `block` is what its pruning wrote to the configuration."""
     after, offsets = score_test_pruned(run)

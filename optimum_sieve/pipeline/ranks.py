@@ -20,6 +20,8 @@ from .descent import descend_within, kept_fraction
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.calibration.rounds import Bases
     from optimum_sieve.evaluation.comparison import Comparison
@@ -48,14 +50,18 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
     Raises:
         ToleranceError: If no size is within the tolerance; names the part of a reduced vocabulary in the loss.
     """
-    ranks, trials, failure = _without_healing(run, bases)
+    # A genetic search that is not healed compares with the dense model by itself.
+    compares = run.config.tolerance is not None and (run.config.allocation != "genetic" or healer is not None)
+    with run.timed("ranks"):
+        reference = score_reference(run) if compares else []
+    ranks, trials, failure = _without_healing(run, bases, reference)
     if healer is not None:
         with run.timed("healing"):
             if run.config.tolerance is None:
                 _heal_to_ratio(run, bases, ranks, healer)
             else:
                 healer.kept_without = None if ranks is None else kept_fraction(run, ranks)
-                trials += descend_within(run, bases, healer)
+                trials += descend_within(run, bases, healer, reference)
                 _drop_larger(healer)
         if healer.best is not None:
             return healer.best.ranks([target.name for target in run.targets]), trials
@@ -71,7 +77,9 @@ def _drop_larger(healer: Healer) -> None:
         healer.best = None
 
 
-def _without_healing(run: Run, bases: Bases) -> tuple[Ranks | None, list[dict[str, Any]], ToleranceError | None]:
+def _without_healing(
+    run: Run, bases: Bases, reference: Sequence[Evaluation]
+) -> tuple[Ranks | None, list[dict[str, Any]], ToleranceError | None]:
     """Choose the ranks of a model that is not trained: ranks (`None`: no size holds), what was tried, and the error."""
     config = run.config
     with run.timed("ranks"):
@@ -81,7 +89,7 @@ def _without_healing(run: Run, bases: Bases) -> tuple[Ranks | None, list[dict[st
             if config.allocation == "genetic":
                 result = run_search(run, bases)
                 return result["ranks"], result["candidates"], None
-            return *_search_size(run, bases), None
+            return *_search_size(run, bases, reference), None
         except ToleranceError as error:
             return None, error.trials, error
 
@@ -96,11 +104,10 @@ def _heal_to_ratio(run: Run, bases: Bases, ranks: Ranks | None, healer: Healer) 
     healer.descend(bases, sizes, lambda size: True, first_ranks=ranks if at_once else None)
 
 
-def _search_size(run: Run, bases: Bases) -> tuple[Ranks, list[dict[str, Any]]]:
+def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tuple[Ranks, list[dict[str, Any]]]:
     """Bisect the kept fraction; return the ranks of the smallest size within the tolerance, and all sizes tried."""
     config = run.config
-    dense = score_reference(run)
-    for task, evaluation in zip(run.tasks, dense, strict=True):
+    for task, evaluation in zip(run.tasks, reference, strict=True):
         warn_of_the_majority(task, evaluation)
     by_block = run.by_block and all(task.selection[0].generation is None for task in run.tasks)
     with LiveRanks(run.model, bases) as live:
@@ -114,7 +121,7 @@ def _search_size(run: Run, bases: Bases) -> tuple[Ranks, list[dict[str, Any]]]:
             else:
                 live.hold(ranks)
             after = [score_pruned(run, task, **options) for task in run.tasks]
-            return {task.name: compare(*pair) for task, *pair in zip(run.tasks, dense, after, strict=True)}
+            return {task.name: compare(*pair) for task, *pair in zip(run.tasks, reference, after, strict=True)}
 
         kept, trials = search_kept_fraction(
             compare_at,

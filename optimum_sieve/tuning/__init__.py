@@ -14,11 +14,9 @@ from optimum_sieve._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .adapters import Adapters
-    from .loop import Training, train
+    from .loop import train
     from .stage import tune_dense
 
-__all__ = ["Adapters", "Training", "train", "tune_dense"]
+__all__ = ["Adapters", "train", "tune_dense"]
 
-__getattr__, __dir__ = lazy_names(
-    __name__, {"adapters": ["Adapters"], "loop": ["Training", "train"], "stage": ["tune_dense"]}
-)
+__getattr__, __dir__ = lazy_names(__name__, {"adapters": ["Adapters"], "loop": ["train"], "stage": ["tune_dense"]})

@@ -6,17 +6,13 @@ a stopped run resumes to the same weights.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
-from tqdm.auto import tqdm
 
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import loss_scale
@@ -25,7 +21,9 @@ from optimum_sieve.calibration.losses import label_loss
 from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.evaluation.batches import encode, input_device, log_likelihoods, pack
 from optimum_sieve.evaluation.token_ids import padding_id
-from optimum_sieve.healing.sampling import drawn_examples, interleaved, schedule
+from optimum_sieve.healing.optimizer import restore_training, training_state
+from optimum_sieve.healing.sampling import interleaved, schedule, step_examples
+from optimum_sieve.healing.steps import Training, take_steps
 
 from .adapters import Adapters
 
@@ -41,32 +39,9 @@ if TYPE_CHECKING:
 
 # Raise it when the same settings give other weights: results of earlier versions are then computed again.
 _FORMAT = 1
-# Steps between two saved states, which a stopped training resumes from.
-SAVE_STEPS = 16
 # Gradient norm, over all adapters together, at which gradients are clipped.
 _MAX_NORM = 1.0
 _STATE, _RESULT = "tuning", "tuned"
-
-
-@dataclass(kw_only=True)
-class Training:
-    """Figures of one training.
-
-    Args:
-        steps (`int`): Number of steps.
-        examples (`int`): Number of training examples.
-        seconds (`float`): Wall-clock time, over all parts of a training that was stopped.
-        losses (`list[float]`): Mean loss of every `SAVE_STEPS` steps, in nats per example.
-    """
-
-    steps: int = 0
-    examples: int
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures a report shows."""
-        return {**vars(self), "seconds": round(self.seconds, 3)}
 
 
 def train(run: Run) -> tuple[Adapters, Training, str]:
@@ -138,23 +113,9 @@ class _Trainer:
     def train(self) -> None:
         """Take the remaining steps."""
         self._resume()
-        losses: list[float] = []
-        started = time.perf_counter()
-        steps = self.config.steps
-        with tqdm(total=steps, initial=self.training.steps, desc="tuning", unit="step",
-                  disable=not (self.run.progress and self.processes.is_main_process)) as bar:  # fmt: skip
-            while self.training.steps < steps:
-                losses.append(self._step())
-                bar.update()
-                if self.training.steps % SAVE_STEPS == 0 or self.training.steps == steps:
-                    self.training.losses.append(float(np.mean(losses)))
-                    bar.set_postfix(loss=f"{self.training.losses[-1]:.4f}")
-                    losses.clear()
-                    now = time.perf_counter()
-                    self.training.seconds += now - started
-                    started = now
-                    if self.training.steps < steps:
-                        self.run.work.save(_STATE, self.key, self._state(), record=vars(self.training))
+        take_steps(
+            self.training, self.config.steps, self._step, self._save_state, name="tuning", progress=self.run.progress
+        )
         self.run.work.save(_RESULT, self.key, self.adapters.values(), record=vars(self.training))
         self.run.work.remove(_STATE, self.key)
         self.processes.wait_for_everyone()
@@ -192,34 +153,26 @@ class _Trainer:
 
     def _passes(self) -> list[tuple[Loss, Batch]]:
         """Return the passes of the next step: its examples in batches of one task each."""
-        device, start = input_device(self.model), self.training.steps * self.config.batch_size
-        chosen = self.order[start : start + self.config.batch_size]
-        passes: list[tuple[Loss, Batch]] = []
-        for number, ((loss, _), rows) in enumerate(zip(self.losses, self.rows, strict=True)):
-            before, count = self.order[:start].count(number), chosen.count(number)
-            drawn = drawn_examples(range(before, before + count), len(rows), self.run.config.seed)
-            passes += [(loss, batch.to(device)) for batch in self.pack([rows[index] for index in drawn])]
-        return passes
+        device, counts = input_device(self.model), [len(rows) for rows in self.rows]
+        seed = self.run.config.seed
+        draws = step_examples(self.order, counts, self.training.steps, self.config.batch_size, seed)
+        return [
+            (loss, batch.to(device))
+            for (loss, _), rows, drawn in zip(self.losses, self.rows, draws, strict=True)
+            for batch in self.pack([rows[index] for index in drawn])
+        ]
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        """Return everything that the next step depends on: adapters, both moments of AdamW and its step count."""
-        tensors = {f"weight|{name}": value for name, value in self.adapters.values().items()}
-        for name, parameter in self.parameters.items():
-            tensors |= {f"{field}|{name}": tensor for field, tensor in self.optimizer.state[parameter].items()}
-        return tensors
+    def _save_state(self) -> None:
+        """Store everything that the next step depends on."""
+        state = training_state(self.parameters, self.optimizer)
+        self.run.work.save(_STATE, self.key, state, record=vars(self.training))
 
     def _resume(self) -> None:
         """Set everything to the state in the work directory, if there is one."""
         stored = self.run.work.load_with_record(_STATE, self.key)
-        if stored is None:
-            return
-        tensors, record = stored
-        self.adapters.assign({name: tensors[f"weight|{name}"] for name in self.parameters})
-        for name, parameter in self.parameters.items():
-            moments = {key: tensors[f"{key}|{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-            # AdamW keeps its step count on the CPU.
-            self.optimizer.state[parameter] = {"step": tensors[f"step|{name}"], **moments}
-        self.training = Training(**record)
+        if stored is not None:
+            restore_training(self.parameters, self.optimizer, stored[0])
+            self.training = Training(**stored[1])
 
 
 def tune_config(run: Run) -> TuneConfig:

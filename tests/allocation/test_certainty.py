@@ -32,7 +32,7 @@ def outcomes(count: int, better: float, worse: float) -> tuple[NDArray[np.float6
 
 
 def compared(up: int, down: int, count: int) -> Comparison:
-    """Compare two models, of which the second is better on `up` examples and worse on `down`."""
+    """Compare two models; the second is better on `up` examples and worse on `down`."""
     differences = np.repeat([1.0, -1.0, 0.0], [up, down, count - up - down])
     return Comparison(
         mean=differences.mean(), standard_error=standard_error(differences), agreement=0.0, kl=None, count=count

@@ -122,7 +122,7 @@ def test_every_step_is_taken_and_its_loss_is_reported(
 
 
 def test_sizes_draw_other_examples_of_one_epoch(pruned: PreTrainedModel, teacher: Teacher, task: Task) -> None:
-    """Two trainings, of which the second counts the steps of the first, see every example before any twice."""
+    """Two trainings see every example before any twice, if the second counts the steps of the first."""
     seen: list[int] = []
 
     class Watching(CandidateTeacher):

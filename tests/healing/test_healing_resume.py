@@ -21,8 +21,8 @@ from two_processes import run_in_two_processes
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.teacher import CandidateTeacher, teach
-from optimum_sieve.healing.loop import SAVE_STEPS
 from optimum_sieve.healing.sampling import drawn_examples, schedule
+from optimum_sieve.healing.steps import SAVE_STEPS
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.run.workdir import WorkDir
 

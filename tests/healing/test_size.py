@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from optimum_sieve.healing.loop import Healing
 from optimum_sieve.healing.size import HealedSize, plain_layer, stored_layer, tensors_of
+from optimum_sieve.healing.steps import Training
 
 
 if TYPE_CHECKING:
@@ -64,5 +64,5 @@ def test_factors_stay_where_pivots_cannot_hold_them() -> None:
 
 def test_a_size_names_its_ranks() -> None:
     layers = {"a": make_layer(torch.float32, 4), "b": make_layer(torch.float32, 0)}
-    size = HealedSize(kept=0.5, key="", factors=layers, layers=layers, norms={}, healing=Healing(examples=3))
+    size = HealedSize(kept=0.5, key="", factors=layers, layers=layers, norms={}, healing=Training(examples=3))
     assert size.ranks(["a", "b", "c"]) == {"a": 4, "b": 0, "c": None}

@@ -20,9 +20,10 @@ from optimum_sieve import TuneConfig
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.healing.sampling import interleaved
+from optimum_sieve.healing.steps import SAVE_STEPS
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tuning import loop
-from optimum_sieve.tuning.loop import SAVE_STEPS, mean_token_loss, train
+from optimum_sieve.tuning.loop import mean_token_loss, train
 
 
 if TYPE_CHECKING:
