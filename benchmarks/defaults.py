@@ -80,7 +80,8 @@ def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> 
         settings["tune"] = TuneConfig()
     config = SieveConfig(tolerance=arguments.tolerance, seed=seed, **settings)
     work = None if arguments.work_dir is None else arguments.work_dir / f"{name}-{seed}"
-    report = pruner.prune(config, work_dir=work, progress=False).report
+    result = pruner.prune(config, work_dir=work, progress=False)
+    report = result.report
     sizes = report["parameters"]
     return {
         "task": name,
@@ -94,6 +95,7 @@ def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> 
             if key in report
         },
         "agreement": report["agreement"],
+        "trials": result.trials,
         "seconds": report["seconds"],
         "settings": report["settings"],
         "machine": machine_name(),

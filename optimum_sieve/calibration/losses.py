@@ -29,7 +29,12 @@ PROMPT_WEIGHT = 1.0
 
 
 def calibration_loss(
-    name: str, examples: Sequence[Example], seed: int = 0, *, prompt_weight: float = PROMPT_WEIGHT
+    name: str,
+    examples: Sequence[Example],
+    seed: int = 0,
+    *,
+    temperature: float = 1.0,
+    prompt_weight: float = PROMPT_WEIGHT,
 ) -> tuple[Loss, bool]:
     """Return the loss called `name` for these examples, and whether its batches hold every candidate.
 
@@ -38,11 +43,12 @@ def calibration_loss(
             answer, and `"labels"` is `"answer"`.
         examples (`Sequence[Example]`): The calibration examples, in the order of the batches' indices.
         seed (`int`): Seed of the Fisher roots' random signs.
+        temperature (`float`): Divides the candidates' scores in `"fisher"`.
         prompt_weight (`float`): Weight of the prompt's tokens in `"fisher"` without candidates.
     """
     candidates = all(example.candidates for example in examples)
     if name == "fisher":
-        return (fisher_root(seed), True) if candidates else (token_fisher_root(seed, prompt_weight), False)
+        return (fisher_root(seed, temperature), True) if candidates else (token_fisher_root(seed, prompt_weight), False)
     if name == "labels" and candidates:
         return label_loss([example.target or 0 for example in examples]), True
     return answer_loss, False
@@ -64,19 +70,22 @@ def label_loss(targets: Sequence[int]) -> Loss:
     return loss
 
 
-def fisher_root(seed: int = 0) -> Loss:
+def fisher_root(seed: int = 0, temperature: float = 1.0) -> Loss:
     r"""Return a function whose gradient's second moment is the Fisher information of the candidates' distribution.
 
-    With scores \(s\) and \(p = \mathrm{softmax}(s)\), the Fisher information is \(J^\top F J\), where
+    With scores \(s\), a temperature \(T\) and \(p = \mathrm{softmax}(s / T)\), it is \(J^\top F J\), where
     \(F = \mathrm{diag}(p) - p p^\top\) and \(J\) is the derivative of \(s\). With eigenvectors \(u_j\) and eigenvalues
     \(\lambda_j\) of \(F\), the function is \(a^\top s\) for the constant \(a = \sum_j \pm \sqrt{\lambda_j}\, u_j\) with
     random signs, so \(E[a a^\top] = F\). With two candidates only one \(\lambda_j > 0\), and the signs have no effect.
     Gold answers are not used: the loss preserves the dense model's behaviour, right or wrong.
+
+    \(F\) vanishes where the model is sure of a candidate, as a tuned model is of almost all its training examples. A
+    temperature above 1 gives the examples more equal weight, and all their directions count.
     """
 
     def root(model: nn.Module, batch: Batch) -> torch.Tensor:
         scores = log_likelihoods(model, batch)
-        probabilities = scores.detach().double().softmax(dim=-1)
+        probabilities = (scores.detach().double() / temperature).softmax(dim=-1)
         fisher = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
         values, vectors = torch.linalg.eigh(fisher)
         signs = _signs(batch.indices, batch.present.sum(dim=1).tolist(), values.shape[1], seed).to(values)
@@ -147,7 +156,7 @@ def _token_signs(batch: Batch, width: int, seed: int) -> torch.Tensor:
 def calibration_batches(run: Run, examples: Sequence[Example]) -> tuple[list[Batch], Loss]:
     """Return the batches of a task's calibration examples, for all processes together, and their loss."""
     config = run.config
-    loss, by_candidate = calibration_loss(config.loss, examples, config.seed)
+    loss, by_candidate = calibration_loss(config.loss, examples, config.seed, temperature=config.fisher_temperature)
     inputs = input_format(run.model)
     batches = make_batches(
         examples, run.tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Raise it when the same inputs give other moments or bases: results of earlier versions are then computed again.
 FORMAT = 1
 # Settings that moments and bases depend on, besides those that choose the ranks of a later round.
-MOMENT_SETTINGS = ("projection", "loss", "label_source", "seed")
+MOMENT_SETTINGS = ("projection", "loss", "fisher_temperature", "label_source", "seed")
 BASIS_SETTINGS = (*MOMENT_SETTINGS, "damping", "weighting")
 
 

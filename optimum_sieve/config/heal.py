@@ -64,10 +64,10 @@ class HealConfig:
     ```
     """
 
-    steps: int = 32
-    learning_rate: float = 5e-4
+    steps: int = 16
+    learning_rate: float = 2e-4
     start: float = 0.5
-    shrink: float = 0.75
+    shrink: float = 0.85
     batch_size: int = 16
     rows_per_pass: int = 16
     loss: str = "candidates"

@@ -35,6 +35,7 @@ FLOAT_RANGES = {
     "pruning_ratio": (0.0, 1.0, False),
     "latency_target": (0.0, 1.0, False),
     "damping": (0.0, 1.0, True),
+    "fisher_temperature": (0.0, 1000.0, False),
     "confidence": (0.5, 1.0, True),
     "search_fraction": (0.0, 1.0, False),
 }

@@ -99,6 +99,9 @@ class SieveConfig:
             candidate texts, or over the vocabulary at each token of a generated answer; ignores which answer is
             correct), `"labels"` (cross-entropy of the gold candidate in that distribution) or `"answer"` (likelihood of
             the gold answer among all texts). Tasks without candidates use `"answer"` for `"labels"`.
+        fisher_temperature (`float`):
+            Divides the candidates' scores in `loss="fisher"`, above 0. A model that was tuned on the calibration
+            examples is sure of their answers, and at 1 the few examples that it doubts would decide alone.
         rounds (`int`):
             Calibration rounds. The first runs on the dense model, later ones on the partly pruned model, while the
             predicted loss increase stays negligible. `"svd"` and `"learned"` always use one round.
@@ -163,6 +166,7 @@ class SieveConfig:
     projection: str = "joint"
     storage: str = "pivoted"
     loss: str = "fisher"
+    fisher_temperature: float = 4.0
     rounds: int = 2
     weighting: str = "balanced"
     rank_multiple: int = 8
@@ -178,8 +182,9 @@ class SieveConfig:
 
     # Settings that the command line shows only with `--help-all`.
     ADVANCED: ClassVar[tuple[str, ...]] = (
-        *("projection", "storage", "loss", "rounds", "weighting", "rank_multiple", "damping", "task_weights"),
+        *("projection", "storage", "loss", "fisher_temperature", "rounds", "weighting", "rank_multiple", "damping"),
         *(
+            "task_weights",
             "vocabulary_size",
             "label_offsets",
             "search_steps",

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 # Raise it when the same settings give other weights: results of earlier versions are then computed again.
-FORMAT = 3
+FORMAT = 4
 _STATE, _RESULT = "healing", "healed"
 
 

@@ -63,13 +63,3 @@ def stored_layer(layer: FactorizedLinear, storage: str) -> FactorizedLinear:
     dtype = layer.first.weight.dtype
     made = factorized_layer(basis, layer.rank, storage=storage, bias=layer.bias, dtype=dtype)
     return layer if made is None else made.to(left.device).eval()
-
-
-def tensors_of(layers: Mapping[str, FactorizedLinear]) -> dict[str, torch.Tensor]:
-    """Return the tensors of plain factors for the work directory, `<name>|left`, `|right` and `|bias`."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, layer in layers.items():
-        tensors[f"{name}|left"], tensors[f"{name}|right"] = layer.last.weight, layer.first.weight
-        if layer.bias is not None:
-            tensors[f"{name}|bias"] = layer.bias
-    return tensors

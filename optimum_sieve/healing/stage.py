@@ -4,45 +4,35 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.backbone.targets import linear_weight
-from optimum_sieve.calibration.held import held_bases
-from optimum_sieve.calibration.stage import gold_examples
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.on_policy import lessons_of
 from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
-from optimum_sieve.modeling.layers import FactorizedLinear
-from optimum_sieve.run.workdir import content_key, unflatten
+from optimum_sieve.run.workdir import content_key
 from optimum_sieve.surgery.apply import apply_ranks, restore
 
 from .loop import FORMAT, heal
 from .optimizer import norm_parameters
-from .sampling import drawn_examples
-from .size import HealedSize, plain_layer, stored_layer, tensors_of
+from .size import HealedSize, plain_layer, stored_layer
 from .steps import Training
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.calibration.rounds import Bases
     from optimum_sieve.factorization.closed_form import FactorBasis
+    from optimum_sieve.modeling.layers import FactorizedLinear
     from optimum_sieve.run.context import Run, TaskRun
-    from optimum_sieve.tasks import Example
-
-
-_STAGE = "pruned"
-# Calibration examples of the moments between two sizes: this fraction, and at least this many. They are inside the
-# factors, far smaller than those of whole matrices, so fewer examples suffice.
-_MOMENT_SHARE, _LEAST_EXAMPLES = 0.25, 96
 
 
 def make_healer(run: Run) -> Healer | None:
@@ -91,16 +81,12 @@ def _lesson(run: Run, task: TaskRun) -> Lesson:
     return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight, gold=task.labelled)
 
 
-def _part(examples: Sequence[Example], seed: int) -> list[Example]:
-    count = min(len(examples), max(_LEAST_EXAMPLES, round(_MOMENT_SHARE * len(examples))))
-    return [examples[index] for index in sorted(drawn_examples(range(count), len(examples), seed))]
-
-
 class Healer:
     """Prunes the model of a run to falling sizes and heals each one, going on from the healed factors.
 
-    The factors are trained on the calibration examples of every task, in proportion to the tasks' weights. The bases of
-    each size but the first are taken on the healed model of the size before. The model is dense between calls.
+    The factors are trained on the calibration examples of every task, in proportion to the tasks' weights. Each size
+    but the first keeps the first directions of the healed factors of the size before, as many as the dense weights'
+    bases give it. The model is dense between calls.
 
     Args:
         run (`Run`): The run, whose model is dense and whose settings have `heal`.
@@ -127,7 +113,6 @@ class Healer:
         latencies = self.run.latencies
         return self.run.key(
             *("heal", "seed", "storage", "allocation", "rank_multiple", "latency_target"),
-            *("projection", "damping", "loss", "label_source"),
             lessons=lessons_fingerprint(self.lessons),
             latencies=None if latencies is None else {name: times.tolist() for name, times in latencies.items()},
             format=FORMAT,
@@ -144,7 +129,7 @@ class Healer:
         """Prune to one size after the other, heal it and go on while `accept` returns true.
 
         Args:
-            bases (`Bases`): Bases of the dense weights, for the first size.
+            bases (`Bases`): Bases of the dense weights.
             sizes (`Iterable[float]`): Falling kept fractions. They are taken one by one, so they may end early.
             accept (`Callable`): Called while the model holds the healed size.
             first_ranks (`Mapping[str, int | None]`, *optional*): Ranks of the first size. Default: allocated.
@@ -155,7 +140,7 @@ class Healer:
             for kept in sizes:
                 key = content_key(before=key, kept=kept)
                 ranks = first_ranks if previous is None else None
-                size = self._healed(key, kept, self._pruned(key, kept, previous, bases, ranks))
+                size = self._healed(key, kept, self._pruned(kept, previous, bases, ranks))
                 self._sizes.append(size)
                 self.put(size)
                 if not accept(size):
@@ -183,41 +168,29 @@ class Healer:
             "kept_without": self.kept_without,
         }
 
-    @cached_property
-    def _gold(self) -> list[list[Example]]:
-        """Examples of the moments between two sizes; the dense model may have to write their answers."""
-        self.restore()
-        return [_part(gold_examples(self.run, task), self.run.config.seed) for task in self.run.tasks]
-
     @property
     def _steps(self) -> int:
         return sum(size.healing.steps for size in self._sizes)
 
     def _pruned(
-        self, key: str, kept: float, previous: HealedSize | None, bases: Mapping[str, FactorBasis], ranks: Ranks | None
+        self, kept: float, previous: HealedSize | None, bases: Mapping[str, FactorBasis], ranks: Ranks | None
     ) -> dict[str, FactorizedLinear]:
-        """Return the layers of a size before they are healed, from the work directory if stored."""
-        run = self.run
-        stored = run.work.load(_STAGE, key)
-        if stored is not None:
-            return {name: plain_layer(parts["left"], parts["right"], parts.get("bias"), self._weight(name))
-                    for name, parts in unflatten(stored).items()}  # fmt: skip
-        if previous is None:
-            self.restore()
-        else:
-            gold = self._gold
-            self._hold(previous.factors, previous.norms)
-            bases = held_bases(run, gold)
+        """Return the layers of a size before they are healed: the first directions of the size before, or of a basis.
+
+        Training changes the directions little, so they keep the order of the bases.
+        """
         layers = {}
-        for name, rank in (ranks or allocate_ranks(run, bases, kept)).items():
-            current = run.model.get_submodule(name)
-            if isinstance(current, FactorizedLinear):
+        for name, rank in (ranks or allocate_ranks(self.run, bases, kept)).items():
+            before = None if previous is None else previous.factors.get(name)
+            if before is not None:
                 # What was removed does not come back, also where a limit on the latency would allow it.
-                rank = bases[name].max_rank if rank is None else min(rank, bases[name].max_rank)
-            if rank is not None:
-                bias = current.bias if isinstance(current.bias, torch.Tensor) else None
+                rank = before.rank if rank is None else min(rank, before.rank)
+                parts = before.last.weight.detach()[:, :rank], before.first.weight.detach()[:rank]
+                layers[name] = plain_layer(*parts, before.bias, self._weight(name))
+            elif rank is not None:
+                bias = self._dense[name].bias
+                bias = bias if isinstance(bias, torch.Tensor) else None
                 layers[name] = plain_layer(*bases[name].truncate(rank), bias, self._weight(name))
-        run.work.save(_STAGE, key, tensors_of(layers))
         return layers
 
     def _healed(self, key: str, kept: float, factors: dict[str, FactorizedLinear]) -> HealedSize:

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 # No smaller size is tried.
 _SMALLEST = 0.01
-# The first size is this many sizes above the one that holds without training.
-_SIZES_ABOVE = 2
 
 
 def descend_within(run: Run, bases: Bases, healer: Healer, reference: Sequence[Evaluation]) -> list[dict[str, Any]]:
@@ -81,10 +79,8 @@ def kept_fraction(run: Run, ranks: Ranks) -> float:
 def _falling_sizes(run: Run, unhealed: float | None) -> Iterator[float]:
     """Yield the kept fractions to heal; stop before one that would end after the time limit."""
     config = heal_config(run)
-    # A small size is reached better by way of larger ones than at once.
-    kept = LARGEST_HEALED
-    if unhealed is not None:
-        kept = min(kept, unhealed / config.shrink**_SIZES_ABOVE)
+    # From one size above, as the size that holds without training was chosen on the same examples.
+    kept = LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed / config.shrink)
     longest = 0.0
     while kept >= _SMALLEST:
         started = time.monotonic()

@@ -47,6 +47,18 @@ def test_two_candidates_give_the_exact_fisher_information(scored):
     torch.testing.assert_close(found[:, :, None] * found[:, None, :], expected)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_the_temperature_divides_the_scores_of_the_fisher_information(scored, temperature):
+    torch.manual_seed(0)
+    model = Scores(10 * torch.randn(5, 2))
+    batch = scored([0, 1, 2, 3, 4], torch.ones(5, 2, dtype=torch.bool))
+    fisher_root(0, temperature)(model, batch).backward()
+    found = model.scores.grad
+    p = (model.scores.detach() / temperature).softmax(-1)
+    expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    torch.testing.assert_close(found[:, :, None] * found[:, None, :], expected)
+
+
 def test_many_candidates_give_the_fisher_information_on_average(scored):
     torch.manual_seed(0)
     model = Scores(torch.randn(1, 4))

@@ -39,6 +39,7 @@ VALUES = {
     "projection": "svd",
     "storage": "factors",
     "loss": "labels",
+    "fisher_temperature": 2.0,
     "rounds": 1,
     "weighting": "norms",
     "rank_multiple": 4,

@@ -32,6 +32,7 @@ HUGE = 10**400
         ({"pruning_ratio": 0.0}, r"`pruning_ratio` must be above 0 and below 1, got 0\.0"),
         ({"pruning_ratio": 1.0}, r"`pruning_ratio` must be above 0 and below 1, got 1\.0"),
         ({"damping": 1.0}, "`damping` must be at least 0 and below 1"),
+        ({"fisher_temperature": 0.0}, "`fisher_temperature` must be above 0 and below 1000"),
         ({"confidence": 0.4}, r"`confidence` must be at least 0\.5 and below 1, got 0\.4"),
         ({"confidence": 1.0}, r"`confidence` must be at least 0\.5 and below 1, got 1\.0"),
         ({"projection": "pca"}, "`projection` must be one of 'svd', 'activation', 'joint', 'learned', got 'pca'"),

@@ -60,7 +60,7 @@ def test_settings_of_the_wrong_type(settings: dict[str, Any], message: str) -> N
     [
         ({}, 0.9, [0.9]),
         ({}, 0.5, [0.5]),
-        ({}, 0.375, [0.5, 0.375]),
+        ({}, 0.425, [0.5, 0.425]),
         # A ratio that is a power of `shrink`, in spite of rounding.
         ({"start": 0.8, "shrink": 0.5}, 0.1, [0.8, 0.4, 0.2, 0.1]),
         # Otherwise the steps are equal, and a little smaller.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from optimum_sieve.healing.size import HealedSize, plain_layer, stored_layer, tensors_of
+from optimum_sieve.healing.size import HealedSize, plain_layer, stored_layer
 from optimum_sieve.healing.steps import Training
 
 
@@ -23,21 +23,6 @@ def make_layer(
     return plain_layer(
         left, right, torch.randn(shape[0], generator=generator) if bias else None, torch.empty(0, dtype=dtype)
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rank", "bias"), [(4, True), (4, False), (9, True), (0, True), (0, False)])
-def test_factors_go_through_the_work_directory_unchanged(dtype: torch.dtype, rank: int, bias: bool) -> None:
-    layer = make_layer(dtype, rank, bias=bias)
-    tensors = tensors_of({"a.b": layer})
-    assert set(tensors) == {"a.b|left", "a.b|right", *(["a.b|bias"] if bias else [])}
-    again = plain_layer(tensors["a.b|left"], tensors["a.b|right"], tensors.get("a.b|bias"), torch.empty(0, dtype=dtype))
-    assert (again.storage, again.rank, again.training) == ("factors", rank, False)
-    for name, parameter in layer.named_parameters():
-        assert parameter.dtype == dtype
-        assert torch.equal(again.get_parameter(name), parameter), name
-    # Copies: training one does not change the other.
-    assert not rank or again.first.weight.data_ptr() != layer.first.weight.data_ptr()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])

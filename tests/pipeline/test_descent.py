@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
 from optimum_sieve.allocation.tolerance import ToleranceError
-from optimum_sieve.calibration.held import held_bases
 from optimum_sieve.evaluation.comparison import Comparison
 from optimum_sieve.healing import stage
 from optimum_sieve.healing.loop import heal
@@ -115,9 +114,9 @@ def test_the_last_accepted_size_is_the_result(
     trials = healed_trials(result)
     # Two bisection steps end at a quarter.
     assert result.report["healing"]["kept_without"] == pytest.approx(0.25, abs=0.01)
-    # Two sizes above it, itself, and two below.
+    # One size above it, itself, and three below.
     without = result.report["healing"]["kept_without"]
-    assert [trial["kept"] for trial in trials] == pytest.approx([without * 0.75**power for power in range(-2, 3)])
+    assert [trial["kept"] for trial in trials] == pytest.approx([without * HEAL.shrink**power for power in range(-1, 4)])
     assert [trial["accepted"] for trial in trials] == [True] * 4 + [False]
     # Every selection example decides.
     assert {trial["count"] for trial in result.trials} == {task.splits["selection"]}
@@ -145,15 +144,14 @@ def test_every_size_goes_on_from_the_healed_factors_of_the_one_before(
 ) -> None:
     script(monkeypatch, ranks, [True, True])
     script(monkeypatch, descent, [True, True, False])
-    started: list[dict[str, torch.Tensor]] = []
-    ended: list[dict[str, torch.Tensor]] = []
-    bases: list[dict[str, Any]] = []
+    started: list[dict[str, FactorizedLinear]] = []
+    ended: list[dict[str, FactorizedLinear]] = []
     norms: list[torch.Tensor] = []
 
-    def factors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def factors(model: PreTrainedModel) -> dict[str, FactorizedLinear]:
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
         assert {layer.storage for layer in layers.values()} == {"factors"}
-        return {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        return copy.deepcopy(layers)
 
     def healing(model: Any, *arguments: Any, **options: Any) -> Any:
         started.append(factors(model))
@@ -162,22 +160,18 @@ def test_every_size_goes_on_from_the_healed_factors_of_the_one_before(
         ended.append(factors(model))
         return done
 
-    def basing(run: Any, gold: Any) -> Any:
-        # Moments are taken on the healed model.
-        assert_same(factors(run.model), ended[-1])
-        bases.append(held_bases(run, gold))
-        return bases[-1]
-
     monkeypatch.setattr(stage, "heal", healing)
-    monkeypatch.setattr(stage, "held_bases", basing)
     pruner.prune(SieveConfig(**WITHIN), **QUIET)
-    assert (len(started), len(bases)) == (3, 2)
-    for number, basis in enumerate(bases, start=1):
+    assert len(started) == 3
+    fewer = 0
+    for number in (1, 2):
         assert started[number].keys() >= ended[number - 1].keys()
-        for name, weight in started[number].items():
-            rank = int(torch.linalg.matrix_rank(weight))
-            left, right = basis[name].truncate(rank)
-            torch.testing.assert_close(weight, left @ right, rtol=1e-4, atol=1e-5)
+        for name, healed in ended[number - 1].items():
+            layer = started[number][name]
+            fewer += layer.rank < healed.rank
+            assert torch.equal(layer.last.weight, healed.last.weight[:, : layer.rank])
+            assert torch.equal(layer.first.weight, healed.first.weight[: layer.rank])
+    assert fewer
     assert torch.equal(norms[0], dense.model.norm.weight)
     assert not torch.equal(norms[1], norms[0])
 
@@ -186,10 +180,10 @@ def test_a_size_may_hold_only_healed(pruner: SievePruner, monkeypatch: pytest.Mo
     script(monkeypatch, ranks, [False, False])
     script(monkeypatch, descent, [True, True, False])
     result = pruner.prune(SieveConfig(**WITHIN), **QUIET)
-    assert [trial["kept"] for trial in healed_trials(result)] == pytest.approx([0.9, 0.675, 0.50625])
+    assert [trial["kept"] for trial in healed_trials(result)] == pytest.approx([0.9, 0.765, 0.65025])
     healing = result.report["healing"]
-    assert (healing["kept_without"], healing["kept"]) == (None, pytest.approx(0.675))
-    assert 0.6 < kept_of(result) <= 0.675
+    assert (healing["kept_without"], healing["kept"]) == (None, pytest.approx(0.765))
+    assert 0.7 < kept_of(result) <= 0.765
 
 
 def test_a_size_may_hold_only_unhealed(
@@ -218,7 +212,7 @@ def test_no_size_at_all_is_an_error_that_leaves_the_dense_model(
     assert_same(state(pruner.model), state(dense))
 
 
-@pytest.mark.parametrize("fails", ["heal", "held_bases", "stored_layer", "score_pruned"])
+@pytest.mark.parametrize("fails", ["heal", "stored_layer", "score_pruned"])
 def test_an_error_leaves_the_dense_model(
     dense: PreTrainedModel, pruner: SievePruner, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,8 +222,8 @@ def test_an_error_leaves_the_dense_model(
     plain, calls = getattr(owner, fails), iter(range(10**6))
 
     def failing(*arguments: Any, **options: Any) -> Any:
-        # Moments are taken from the second size on; there are many layers and, at first, as many again.
-        if next(calls) == {"held_bases": 0, "stored_layer": 20}.get(fails, 1):
+        # In the second size: there are many layers.
+        if next(calls) == {"stored_layer": 20}.get(fails, 1):
             raise KeyboardInterrupt
         return plain(*arguments, **options)
 
@@ -257,7 +251,7 @@ def test_a_ratio_is_reached_in_falling_sizes(
     assert sizes == HealConfig().sizes_to(1 - 0.97)
     assert sizes[-1] == healing_report["kept"] == 1 - 0.97
     assert kept == sorted(kept, reverse=True)
-    assert len(set(kept)) == len(sizes) == 11
+    assert len(set(kept)) == len(sizes) == 19
     assert result.trials == []
     assert kept_of(result) <= 0.03
     plain = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
@@ -269,8 +263,8 @@ def test_a_ratio_is_reached_in_falling_sizes(
     assert score(loaded, task).score == result.report["pruned"]["score"]
     assert json.loads((directory / "sieve_report.json").read_text())["healing"] == healing_report
     card = (directory / "README.md").read_text()
-    assert "trained for 176 steps on 300 calibration examples" in card
-    assert "pruned to 11 falling sizes" in card
+    assert "trained for 304 steps on 300 calibration examples" in card
+    assert "pruned to 19 falling sizes" in card
     assert "--heal-steps 16 --heal-learning-rate 0.01" in card
     assert loaded.config.sieve["settings"]["heal"] == config.to_dict()["heal"]
 
@@ -309,10 +303,10 @@ def test_a_healed_size_above_the_unhealed_one_is_no_result(
     dense: PreTrainedModel, pruner: SievePruner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(monkeypatch, ranks, [True, True])
-    script(monkeypatch, descent, [True, True, False])
+    script(monkeypatch, descent, [True, False])
     result = pruner.prune(SieveConfig(**WITHIN), **QUIET)
     healing = result.report["healing"]
-    assert [trial["accepted"] for trial in healed_trials(result)] == [True, True, False]
+    assert [trial["accepted"] for trial in healed_trials(result)] == [True, False]
     assert healing["kept"] is None
     assert kept_of(result) == pytest.approx(healing["kept_without"], abs=1e-9)
     # Nothing of the training is left.

@@ -20,10 +20,8 @@ from toy import load_task, parity_rows
 from two_processes import run_in_two_processes
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
-from optimum_sieve.calibration.held import held_bases
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.evaluation.scores import evaluate
-from optimum_sieve.healing import stage
 from optimum_sieve.healing.optimizer import FactorTraining
 
 
@@ -83,7 +81,7 @@ def test_the_runs_of_these_tests_have_several_sizes(whole: SieveResult) -> None:
     assert len(whole.trials) >= 3 + 3
 
 
-@pytest.mark.parametrize("stopped_at", ["step 0", "step 2", "step 4", "step 7", "moments 0", "moments 1", "score 1"])
+@pytest.mark.parametrize("stopped_at", ["step 0", "step 2", "step 4", "step 7", "score 1"])
 def test_a_stopped_descent_goes_on_to_the_same_weights(
     dense: PreTrainedModel,
     task: Task,
@@ -93,7 +91,7 @@ def test_a_stopped_descent_goes_on_to_the_same_weights(
     stopped_at: str,
 ) -> None:
     where, number = stopped_at.split()
-    taken = {"step": 0, "moments": 0, "score": 0}
+    taken = {"step": 0, "score": 0}
     step = FactorTraining.step
 
     def counted(kind: str) -> None:
@@ -105,17 +103,12 @@ def test_a_stopped_descent_goes_on_to_the_same_weights(
         counted("step")
         step(self, rate)
 
-    def basing(*arguments: Any) -> Any:
-        counted("moments")
-        return held_bases(*arguments)
-
     def scoring(*arguments: Any, description: str, **options: Any) -> Any:
         if description.startswith("healed"):
             counted("score")
         return evaluate(*arguments, description=description, **options)
 
     monkeypatch.setattr(FactorTraining, "step", stepping)
-    monkeypatch.setattr(stage, "held_bases", basing)
     monkeypatch.setattr(evaluation_stage, "evaluate", scoring)
     pruner = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
     config, stopping = SieveConfig(**SETTINGS, heal=HealConfig(**HEAL)), True
@@ -128,16 +121,15 @@ def test_a_stopped_descent_goes_on_to_the_same_weights(
     assert_same(state(result.model), state(whole.model))
     assert result.trials == whole.trials
     assert unhealed_seconds(result.report["healing"]) == unhealed_seconds(whole.report["healing"])
-    # Finished sizes are neither trained nor scored again, and their moments are not taken again.
+    # Finished sizes are neither trained nor scored again.
     sizes = len(whole.trials) - 3
-    finished = {"step": int(number) // 3, "moments": int(number) + 1, "score": int(number) + 1}[where]
+    finished = {"step": int(number) // 3, "score": int(number) + 1}[where]
     assert taken["step"] - before["step"] == 3 * (sizes - finished)
     assert taken["score"] - before["score"] == sizes - (finished - (where == "score"))
-    assert taken["moments"] - before["moments"] == sizes - max(1, finished + (where == "step" and finished > 0))
 
-    taken.update(step=0, moments=0, score=0)
+    taken.update(step=0, score=0)
     again = prune(dense, task, tmp_path)
-    assert taken == {"step": 0, "moments": 0, "score": 0}
+    assert taken == {"step": 0, "score": 0}
     assert_same(state(again.model), state(whole.model))
 
 
