@@ -116,7 +116,9 @@ def test_the_last_accepted_size_is_the_result(
     assert result.report["healing"]["kept_without"] == pytest.approx(0.25, abs=0.01)
     # One size above it, itself, and three below.
     without = result.report["healing"]["kept_without"]
-    assert [trial["kept"] for trial in trials] == pytest.approx([without * HEAL.shrink**power for power in range(-1, 4)])
+    assert [trial["kept"] for trial in trials] == pytest.approx(
+        [without * HEAL.shrink**power for power in range(-1, 4)]
+    )
     assert [trial["accepted"] for trial in trials] == [True] * 4 + [False]
     # Every selection example decides.
     assert {trial["count"] for trial in result.trials} == {task.splits["selection"]}
