@@ -3,17 +3,20 @@
     python benchmarks/defaults.py                                     # three tasks, one seed: an hour on two cores
     python benchmarks/defaults.py --tasks movie --seeds 0 1 2 --json rows.jsonl
     python benchmarks/defaults.py --files my_task.yaml --model my-model --tune
+    python benchmarks/defaults.py --no-heal --tune --set fisher_temperature=1
 
 Each run is what `optimum-cli sieve prune --tolerance 0.02` does, on 256 calibration, 400 selection and 1,000 test rows.
 The seed divides the rows, samples them and orders the training. Prints the kept fraction without and with healing, the
 scores on the test split with paired differences, the agreement and the minutes; with several seeds also mean and
-standard deviation over the seeds. `--tune` tunes the dense model on the calibration rows first and holds the pruned
-model to it. `--work-dir` keeps finished stages, one folder for each run, so that a stopped benchmark resumes; minutes
-are then those of the last start.
+standard deviation over the seeds. `--tune` tunes the dense model first also where nothing is healed; with `--set
+reference=tuned` the tolerance is measured from it. `--set` changes any setting of `SieveConfig`; its value is JSON, or
+else text. `--work-dir` keeps finished stages, one folder for each run, so that a stopped benchmark resumes; minutes are
+then those of the last start.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from pathlib import Path
@@ -45,6 +48,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, nargs=3, default=[256, 400, 1000], metavar="N", help="rows of each split")
     parser.add_argument("--tune", action="store_true", help="tune the dense model first")
+    parser.add_argument("--set", nargs="+", type=read_setting, default=[], metavar="NAME=VALUE", help="other settings")
     parser.add_argument("--no-heal", action="store_true", help="train nothing")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument(
@@ -53,6 +57,17 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, help="keeps finished stages")
     parser.add_argument("--json", type=Path, help="append the rows to this file, as JSON lines")
     return parser.parse_args(words)
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """Read a setting from `name=value`."""
+    name, found, value = text.partition("=")
+    if not found:
+        raise ValueError(f"a setting must be name=value, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def read_tasks(arguments: argparse.Namespace, seed: int) -> dict[str, Task]:
@@ -78,7 +93,7 @@ def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> 
     settings: dict[str, Any] = {"heal": None} if arguments.no_heal else {}
     if arguments.tune:
         settings["tune"] = TuneConfig()
-    config = SieveConfig(tolerance=arguments.tolerance, seed=seed, **settings)
+    config = SieveConfig(tolerance=arguments.tolerance, seed=seed, **settings, **dict(arguments.set))
     work = None if arguments.work_dir is None else arguments.work_dir / f"{name}-{seed}"
     result = pruner.prune(config, work_dir=work, progress=False)
     report = result.report
