@@ -3,7 +3,7 @@
     python benchmarks/defaults.py                                     # three tasks, one seed: an hour on two cores
     python benchmarks/defaults.py --tasks movie --seeds 0 1 2 --json rows.jsonl
     python benchmarks/defaults.py --files my_task.yaml --model my-model --tune
-    python benchmarks/defaults.py --no-heal --tune --set fisher_temperature=1
+    python benchmarks/defaults.py --no-heal --tune --pruning-ratio 0.8 --set fisher_temperature=1
 
 Each run is what `optimum-cli sieve prune --tolerance 0.02` does, on 256 calibration, 400 selection and 1,000 test rows.
 The seed divides the rows, samples them and orders the training. Prints the kept fraction without and with healing, the
@@ -45,6 +45,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf-file", help="GGUF file in that directory")
     parser.add_argument("--dtype", default="float32", help="dtype of the model; default: %(default)s")
     parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--pruning-ratio", type=float, help="prune to this size instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, nargs=3, default=[256, 400, 1000], metavar="N", help="rows of each split")
     parser.add_argument("--tune", action="store_true", help="tune the dense model first")
@@ -93,7 +94,9 @@ def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> 
     settings: dict[str, Any] = {"heal": None} if arguments.no_heal else {}
     if arguments.tune:
         settings["tune"] = TuneConfig()
-    config = SieveConfig(tolerance=arguments.tolerance, seed=seed, **settings, **dict(arguments.set))
+    ratio = arguments.pruning_ratio
+    stop = {"tolerance": arguments.tolerance} if ratio is None else {"pruning_ratio": ratio}
+    config = SieveConfig(**stop, seed=seed, **settings, **dict(arguments.set))
     work = None if arguments.work_dir is None else arguments.work_dir / f"{name}-{seed}"
     result = pruner.prune(config, work_dir=work, progress=False)
     report = result.report

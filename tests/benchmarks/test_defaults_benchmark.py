@@ -42,10 +42,11 @@ def test_rows_of_two_seeds(model: Path, tmp_path: Path, capsys: Any) -> None:
 def test_settings_of_the_command_line_reach_the_run(model: Path, tmp_path: Path) -> None:
     benchmark = load_benchmark("defaults")
     words = ["--model", model, "--tasks", "--files", tmp_path / "task.json", "--rows", 200, 100, 150,
-             "--tolerance", 0.3, "--no-heal", "--tune", "--set", "fisher_temperature=2", "storage=factors",
+             "--pruning-ratio", 0.4, "--no-heal", "--tune", "--set", "fisher_temperature=2", "storage=factors",
              "--json", tmp_path / "rows-out.jsonl"]  # fmt: skip
     benchmark.main([*map(str, words)])
     row = json.loads((tmp_path / "rows-out.jsonl").read_text())
     assert row["settings"]["heal"] is None
+    assert row["kept"] <= 1 - row["settings"]["pruning_ratio"] == 0.6
     assert (row["settings"]["fisher_temperature"], row["settings"]["storage"]) == (2, "factors")
     assert {"dense", "tuned", "pruned", "difference_to_tuned"} <= row.keys()
