@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.latency import total_seconds
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from optimum_sieve.healing.stage import Healer
     from optimum_sieve.publish.result import SieveResult
     from optimum_sieve.run.context import Run
+
+
+logger = logging.getLogger(__name__)
 
 
 def pruned_result(
@@ -51,6 +55,7 @@ def pruned_result(
         loading (`dict[str, str]`, *optional*): Options it was loaded with.
     """
     bring_in(run.model)
+    _warn_of_loss_to_tuned(run, dense, pruned)
     untuned = [None] * len(run.tasks) if run.tuning is None else run.tuning.dense
     result = make_result(
         run.model,
@@ -75,3 +80,18 @@ def pruned_result(
             "trials": [dict(trial) for trial in run.vocabulary_trials],
         }
     return result
+
+
+def _warn_of_loss_to_tuned(run: Run, tuned: Sequence[Evaluation], pruned: Sequence[Evaluation]) -> None:
+    """Warn if a tolerance from the model as it came lets the pruned one fall further behind the tuned one."""
+    tolerance = run.config.tolerance
+    if run.tuning is None or tolerance is None or run.config.reference == "tuned":
+        return
+    for task, before, after in zip(run.tasks, tuned, pruned, strict=True):
+        if after.score < before.score - tolerance:
+            logger.warning(
+                "The pruned model scores %.4f on the test split of %r, the tuned model %.4f: `tolerance` is measured "
+                'from the model as it came. `reference="tuned"` measures it from the tuned model, '
+                "and removes less.",
+                after.score, task.name, before.score,
+            )  # fmt: skip

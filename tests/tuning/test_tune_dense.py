@@ -221,14 +221,21 @@ def test_a_run_that_heals_tunes_where_there_are_gold_answers(
     assert not tunes(unlabelled, tolerance=0.02, label_source="model")
 
 
-def test_the_tolerance_is_measured_from_the_dense_model_by_default(dense: PreTrainedModel, task: Task) -> None:
+def test_the_tolerance_is_measured_from_the_dense_model_by_default(
+    dense: PreTrainedModel, task: Task, caplog: pytest.LogCaptureFixture
+) -> None:
     """The dense model is wrong on every example, so that any size holds; nothing may be lost against the tuned one."""
     settings = {**HALF, "pruning_ratio": None, "tolerance": 0.05, "search_steps": 3}
-    sizes = {}
+    sizes, behind = {}, {}
     for reference in ("dense", "tuned"):
+        caplog.clear()
         report = make_pruner(dense, task).prune(unhealed(**settings, reference=reference), **QUIET).report
         sizes[reference] = report["parameters"]["targets_after"]
+        behind[reference] = report["difference_to_tuned"]["mean"] < -0.05
+        warned = '`reference="tuned"` measures it from the tuned model' in caplog.text
+        assert warned == (reference == "dense" and behind[reference])
     assert sizes["dense"] < sizes["tuned"]
+    assert behind["dense"]
 
 
 @pytest.mark.parametrize("source", ["data", "model"])
