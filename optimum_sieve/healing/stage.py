@@ -189,8 +189,9 @@ class Healer:
                 layers[name] = plain_layer(*parts, before.bias, self._weight(name))
             elif rank is not None:
                 bias = self._dense[name].bias
-                bias = bias if isinstance(bias, torch.Tensor) else None
-                layers[name] = plain_layer(*bases[name].truncate(rank), bias, self._weight(name))
+                layers[name] = plain_layer(
+                    *bases[name].truncate(rank), bias if isinstance(bias, torch.Tensor) else None, self._weight(name)
+                )
         return layers
 
     def _healed(self, key: str, kept: float, factors: dict[str, FactorizedLinear]) -> HealedSize:
