@@ -102,7 +102,7 @@ class HealConfig:
 
         ```python
         >>> [round(size, 3) for size in HealConfig().sizes_to(0.25)]
-        [0.5, 0.397, 0.315, 0.25]
+        [0.5, 0.435, 0.379, 0.33, 0.287, 0.25]
 
         ```
         """

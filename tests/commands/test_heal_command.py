@@ -127,10 +127,10 @@ def test_the_prune_command_heals_unless_it_is_told_not_to(
     words = ("prune", "--model", world / "dense", "--task", world / "task.json", "--device", "cpu", "--rounds", 1)
     ratio = ("--pruning-ratio", 0.6, "--heal-steps", 4)
     assert run(*words, *ratio, "--dry-run") == 0
-    assert "healing                2 x 4 steps of 16 examples, 128 forward and backward" in capsys.readouterr().out
+    assert "healing                3 x 4 steps of 16 examples, 192 forward and backward" in capsys.readouterr().out
     assert run(*words, *ratio, "--output", tmp_path / "ratio") == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "ratio" / "sieve_report.json").read_text())
-    assert report["healing"]["steps"] == 8
+    assert report["healing"]["steps"] == 12
     assert report["settings"]["heal"] == HealConfig(steps=4).to_dict()
     assert "smallest size within the tolerance" not in capsys.readouterr().out
 
