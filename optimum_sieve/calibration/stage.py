@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from optimum_sieve.allocation.budget import Ranks
-    from optimum_sieve.backbone.targets import Target
     from optimum_sieve.config.sieve import SieveConfig
-    from optimum_sieve.factorization.moments import TokenWeights
     from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
 
@@ -176,47 +174,21 @@ def _moments_of(
 def _collect(
     step: Round, task: TaskRun, examples: Sequence[Example], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Moments]:
-    """Run the model over one task's calibration examples."""
-    weighting = token_weights(step.run.config, step.before)
-    return moments_of(
-        step.run, task, examples, step.run.targets, weights, f"moments, round {step.number}", token_weights=weighting
-    )
-
-
-def moments_of(
-    run: Run,
-    task: TaskRun,
-    examples: Sequence[Example],
-    targets: Sequence[Target],
-    weights: Mapping[str, torch.Tensor],
-    description: str,
-    *,
-    token_weights: Mapping[str, TokenWeights] | None = None,
-) -> dict[str, Moments]:
-    """Run the model over one task's calibration examples, with the processes sharing the batches.
-
-    Args:
-        run (`Run`): The run.
-        task (`TaskRun`): The task.
-        examples (`Sequence[Example]`): Its calibration examples with the answers that the loss is taken of.
-        targets (`Sequence[Target]`): Linear layers of the model as it is now.
-        weights (`Mapping[str, torch.Tensor]`): Weight (out, in) of each of them that the moments are for.
-        description (`str`): Text of the progress bar.
-        token_weights (`Mapping[str, Callable]`, *optional*): Weighting of each layer's tokens in joint moments.
-    """
+    """Run the model over one task's calibration examples, with the processes sharing the batches."""
+    run = step.run
     batches, loss = calibration_batches(run, examples)
     device = input_device(run.model)
-    description += f", {task.name}" if len(run.tasks) > 1 else ""
+    description = f"moments, round {step.number}" + (f", {task.name}" if len(run.tasks) > 1 else "")
     with tqdm(distributed.share(batches), desc=description, unit="batch", disable=not run.progress) as bar:
         moments = collect_moments(
             run.model,
-            targets,
+            run.targets,
             (batch.to(device) for batch in bar),
             loss,
             projection=run.config.projection,
             num_examples=len(examples),
             weights=weights,
-            token_weights=token_weights,
+            token_weights=token_weights(run.config, step.before),
         )
     distributed.sum_over_processes(tensor for each in moments.values() for tensor in each.tensors().values())
     return moments
