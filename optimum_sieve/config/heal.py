@@ -20,17 +20,21 @@ class HealConfig:
     r"""Settings of healing: short trainings that distill the dense model into the factors of the pruned one.
 
     A run prunes to falling sizes and heals each of them, going on from the healed factors of the size before. The
-    settings from `batch_size` on are advanced: their defaults suit almost every run.
+    settings from `adapter_rank` on are advanced: their defaults suit almost every run.
 
     Args:
         steps (`int`):
             Optimizer steps for each size.
         learning_rate (`float`):
-            Peak learning rate of AdamW relative to each factor's RMS; 10 % warmup, cosine decay.
+            Peak learning rate of AdamW; 10 % warmup, cosine decay.
         start (`float`):
             Largest kept fraction of the first size on the way to a `pruning_ratio`, above 0 and below 1.
         shrink (`float`):
             Kept fraction of each size relative to the size before, above 0 and below 1.
+        adapter_rank (`int`):
+            Rank of the LoRA adapters that are trained on both factors of every layer, with a scale of 2, and merged
+            into them after each size. 0 trains all entries of the factors; the learning rate is then relative to each
+            factor's root mean square, and 2e-4 is a good value.
         batch_size (`int`):
             Calibration examples per step.
         rows_per_pass (`int`):
@@ -65,9 +69,10 @@ class HealConfig:
     """
 
     steps: int = 16
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     start: float = 0.5
     shrink: float = 0.85
+    adapter_rank: int = 8
     batch_size: int = 16
     rows_per_pass: int = 16
     loss: str = "candidates"
@@ -79,8 +84,8 @@ class HealConfig:
 
     # Settings that the command line shows only with `--help-all`.
     ADVANCED: ClassVar[tuple[str, ...]] = (
-        *("batch_size", "rows_per_pass", "loss", "gold_weight", "written_share", "prompt_sites", "train_norms"),
-        "gradient_checkpointing",
+        *("adapter_rank", "batch_size", "rows_per_pass", "loss", "gold_weight", "written_share", "prompt_sites"),
+        *("train_norms", "gradient_checkpointing"),
     )
 
     def __post_init__(self) -> None:
@@ -91,7 +96,8 @@ class HealConfig:
             check_float(f"heal.{name}", getattr(self, name), 0.0, 1.0, False)
         for name in ("gold_weight", "written_share"):
             check_float(f"heal.{name}", getattr(self, name), 0.0, 1.0, True)
-        check_integer("heal.prompt_sites", self.prompt_sites, 0)
+        for name in ("adapter_rank", "prompt_sites"):
+            check_integer(f"heal.{name}", getattr(self, name), 0)
         for name in ("train_norms", "gradient_checkpointing"):
             check_flag(f"heal.{name}", getattr(self, name))
 

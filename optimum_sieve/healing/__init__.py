@@ -2,8 +2,7 @@
 
 In: the bases of a run and falling sizes. Out: healed sizes (`HealedSize`); the last accepted one is the result.
 `stage.Healer` prunes to one size after the other and goes on from the healed factors; `pipeline.heal` heals a saved
-model. Both call `loop.heal`, the training; `steps` is the loop over its steps, `optimizer` holds the trained factors,
-`sampling` orders the examples.
+model. Both call `loop.heal`, the training; `factors` names what it trains.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from optimum_sieve._lazy import lazy_names
 if TYPE_CHECKING:
     from .loop import heal
     from .stage import Healer
-    from .steps import Training
 
-__all__ = ["Healer", "Training", "heal"]
+__all__ = ["Healer", "heal"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"loop": ["heal"], "stage": ["Healer"], "steps": ["Training"]})
+__getattr__, __dir__ = lazy_names(__name__, {"loop": ["heal"], "stage": ["Healer"]})

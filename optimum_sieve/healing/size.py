@@ -15,7 +15,7 @@ from optimum_sieve.surgery.apply import factorized_layer
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from .steps import Training
+    from optimum_sieve.training.steps import Training
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

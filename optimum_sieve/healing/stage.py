@@ -16,11 +16,11 @@ from optimum_sieve.evaluation.on_policy import lessons_of
 from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.surgery.apply import apply_ranks, restore
+from optimum_sieve.training.steps import Training
 
+from .factors import norm_parameters
 from .loop import FORMAT, heal
-from .optimizer import norm_parameters
 from .size import HealedSize, plain_layer, stored_layer
-from .steps import Training
 
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Healer:
         self._dense = {target.name: run.model.get_submodule(target.name) for target in run.targets}
         norms = norm_parameters(run.model) if self.config.train_norms else {}
         self._norms = {name: parameter.detach().clone() for name, parameter in norms.items()}
-        self._sizes: list[HealedSize] = []
+        self._figures: list[tuple[float, Training]] = []
 
     @property
     def key(self) -> str:
@@ -140,8 +140,9 @@ class Healer:
             for kept in sizes:
                 key = content_key(before=key, kept=kept)
                 ranks = first_ranks if previous is None else None
-                size = self._healed(key, kept, self._pruned(kept, previous, bases, ranks))
-                self._sizes.append(size)
+                norms = {} if previous is None else previous.norms
+                size = self._healed(key, kept, self._pruned(kept, previous, bases, ranks), norms)
+                self._figures.append((kept, size.healing))
                 self.put(size)
                 if not accept(size):
                     break
@@ -162,15 +163,15 @@ class Healer:
         return {
             "steps": self._steps,
             "examples": sum(len(lesson.examples) for lesson in self.lessons),
-            "seconds": round(sum(size.healing.seconds for size in self._sizes), 3),
-            "sizes": [{"kept": size.kept, **size.healing.to_dict()} for size in self._sizes],
+            "seconds": round(sum(healing.seconds for _, healing in self._figures), 3),
+            "sizes": [{"kept": kept, **healing.to_dict()} for kept, healing in self._figures],
             "kept": None if self.best is None else self.best.kept,
             "kept_without": self.kept_without,
         }
 
     @property
     def _steps(self) -> int:
-        return sum(size.healing.steps for size in self._sizes)
+        return sum(healing.steps for _, healing in self._figures)
 
     def _pruned(
         self, kept: float, previous: HealedSize | None, bases: Mapping[str, FactorBasis], ranks: Ranks | None
@@ -194,15 +195,17 @@ class Healer:
                 )
         return layers
 
-    def _healed(self, key: str, kept: float, factors: dict[str, FactorizedLinear]) -> HealedSize:
-        """Heal layers of plain factors, in place. The weights of normalization layers go on from the size before."""
-        run, before = self.run, self._sizes[-1].norms if self._sizes else {}
-        self._hold(factors, before)
+    def _healed(
+        self, key: str, kept: float, factors: dict[str, FactorizedLinear], norms: Mapping[str, torch.Tensor]
+    ) -> HealedSize:
+        """Heal layers of plain factors, in place; `norms` are the normalization weights of the size before."""
+        run = self.run
+        self._hold(factors, norms)
         healing = Training(examples=0)
         # A large size may keep so much that no layer is factorized.
         if factors:
             healing = heal(
-                run.model, self._lessons_now(key, factors, before), run.tokenizer, self.config, seed=run.config.seed,
+                run.model, self._lessons_now(key, factors, norms), run.tokenizer, self.config, seed=run.config.seed,
                 steps_before=self._steps, work=run.work, pruned_key=key, progress=run.progress,
             )  # fmt: skip
         return HealedSize(
@@ -239,7 +242,7 @@ class Healer:
                 # No more than the steps draw.
                 max_examples=math.ceil(self.config.written_share * lesson.weight * draws) or None,
                 prompt_sites=self.config.prompt_sites,
-                seed=run.config.seed + len(self._sizes),
+                seed=run.config.seed + len(self._figures),
                 batch_size=run.config.batch_size,
                 work=run.work,
                 model_key=run.model_key,

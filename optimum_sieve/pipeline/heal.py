@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from optimum_sieve.config.heal import HealConfig
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.evaluation.teacher import Lesson
-    from optimum_sieve.healing.steps import Training
     from optimum_sieve.publish.result import SieveResult
     from optimum_sieve.tasks import Task
+    from optimum_sieve.training.steps import Training
 
 
 def heal_pruned(

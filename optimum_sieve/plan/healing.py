@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from optimum_sieve.config.tune import TuneConfig
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from optimum_sieve.backbone.targets import Target
     from optimum_sieve.config.sieve import SieveConfig
 
     from .plan import PrunePlan
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Per trained parameter, in float32: its gradient, both moments of AdamW, its value and that of the last accepted size.
-_HEAL_BYTES = 5 * 4
+# Per trained parameter, in float32: its value now and at the start, its gradient, and both moments of AdamW.
+_TRAINED_BYTES = 5 * 4
+# The size that is trained, and the last accepted one.
+_SIZES_AT_ONCE = 2
 
 
 def settle_training(
@@ -67,20 +71,30 @@ def _settle_tuning(config: SieveConfig, labelled: bool) -> SieveConfig:
     return replace(config, tune=TuneConfig() if tunes else None)
 
 
-def heal_bytes(config: SieveConfig, total: int) -> int:
-    """Return the bytes of gradients, optimizer state and copies of weights while the largest size is healed.
+def heal_bytes(config: SieveConfig, targets: Sequence[Target], element: int) -> int:
+    """Return the bytes of factors, adapters, gradients and optimizer state while the largest size is healed.
 
     Args:
         config (`SieveConfig`): The settings.
-        total (`int`): Parameters of all targets.
+        targets (`Sequence[Target]`): The matrices to prune.
+        element (`int`): Bytes of an element of their weights.
     """
-    if not isinstance(config.heal, HealConfig):
+    heal = config.heal
+    if not isinstance(heal, HealConfig):
         return 0
-    kept = LARGEST_HEALED
-    if config.pruning_ratio is not None:
-        kept = min(config.heal.start, 1 - config.pruning_ratio)
-    # Pivots are trained as factors, which have up to twice as many parameters.
-    return round(total * kept) * (2 if config.storage == "pivoted" else 1) * _HEAL_BYTES
+    kept = LARGEST_HEALED if config.pruning_ratio is None else min(heal.start, 1 - config.pruning_ratio)
+    factors = round(sum(target.num_parameters for target in targets) * kept)
+    # Pivots are trained as factors, which have up to twice as many parameters, and stored as pivots.
+    trained, stored = (2 * factors, 3 * factors) if config.storage == "pivoted" else (factors, factors)
+    if heal.adapter_rank:
+        trained = heal.adapter_rank * sum(_widths(target, kept) for target in targets)
+    return _SIZES_AT_ONCE * stored * element + trained * _TRAINED_BYTES
+
+
+def _widths(target: Target, kept: float) -> int:
+    """Return inputs and outputs of both factors of a matrix at a kept fraction, in sum."""
+    widths = target.out_features + target.in_features
+    return widths + 2 * min(target.max_rank, math.ceil(kept * target.num_parameters / widths))
 
 
 def describe_healing(config: SieveConfig) -> str | None:
@@ -89,8 +103,12 @@ def describe_healing(config: SieveConfig) -> str | None:
     if not isinstance(heal, HealConfig):
         return None
     each = f"{heal.steps:,} steps of {heal.batch_size} examples"
+    trained = (
+        f"; LoRA of rank {heal.adapter_rank} on both factors" if heal.adapter_rank else "; all entries of the factors"
+    )
     if config.pruning_ratio is None:
-        return f"{each} for each of several falling sizes, until the tolerance is exceeded"
+        return f"{each} for each of several falling sizes, until the tolerance is exceeded{trained}"
     sizes = len(heal.sizes_to(1 - config.pruning_ratio))
     examples = sizes * heal.steps * heal.batch_size
-    return f"{sizes} x {each}, {examples:,} forward and backward" if sizes > 1 else f"{each}, forward and backward"
+    count = f"{sizes} x {each}, {examples:,} forward and backward" if sizes > 1 else f"{each}, forward and backward"
+    return count + trained

@@ -66,7 +66,7 @@ class PrunePlan:
         bases_at_once (`int`): Most sets of bases held at once: two if a later round makes new ones from the old.
         activation_bytes (`int`): Most bytes of activations for one batch of examples.
         examples (`dict[str, dict[str, int]]`): Number of examples in each split of each task.
-        heal_bytes (`int`): Bytes of optimizer state, gradients and copies of weights while the largest size is healed.
+        heal_bytes (`int`): Bytes of factors, adapters, gradients and optimizer state while the largest size is healed.
         tune_bytes (`int`): Bytes of the adapters and their optimizer state, and of the weights before tuning.
         tuning (`str`, *optional*): Steps of tuning, as text; `None` without it.
         healing (`str`, *optional*): Upper bound of the healing steps, as text; `None` without healing.
@@ -190,7 +190,7 @@ def make_plan(
         bases_at_once=bases_at_once(config),
         activation_bytes=whole_activation_bytes(model, targets, batch, element),
         examples=dict(splits),
-        heal_bytes=heal_bytes(config, total),
+        heal_bytes=heal_bytes(config, targets, element),
         tune_bytes=tune_bytes(model, targets, config),
         tuning=describe_tuning(config),
         healing=describe_healing(config),

@@ -2,7 +2,7 @@
 
 In: a run whose model is dense, with `SieveConfig.tune`. Out: a run with the tuned weights in the same model, and
 another `model_key`. `stage.tune_dense` does so within a run and scores the model before and after, `loop.train` is the
-training loop, `adapters` adds the adapters to the layers and merges them.
+training.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from optimum_sieve._lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .adapters import Adapters
     from .loop import train
     from .stage import tune_dense
 
-__all__ = ["Adapters", "train", "tune_dense"]
+__all__ = ["train", "tune_dense"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"adapters": ["Adapters"], "loop": ["train"], "stage": ["tune_dense"]})
+__getattr__, __dir__ = lazy_names(__name__, {"loop": ["train"], "stage": ["tune_dense"]})

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.run.context import Run
-
-    from .adapters import Adapters
+    from optimum_sieve.training.adapters import Adapters
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def tune_dense(run: Run) -> Run:
         tuning = Tuning(dense=dense, selection=before, report=report, adapters=adapters)
         tuned = replace(run, model_key=content_key(model=run.model_key, tuned=key), tuning=tuning)
         try:
-            adapters.merge()
+            adapters.merge(keep=True)
             tuning.report["selection"] = _compared(tuned, before)
         except BaseException:
             restore_untuned(tuned)

@@ -17,7 +17,7 @@ from optimum_sieve.evaluation import teacher as teacher_module
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches, site_logits
 from optimum_sieve.evaluation.likelihoods import divergence
 from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
-from optimum_sieve.healing.optimizer import trained_parameters
+from optimum_sieve.healing.factors import trained_parameters
 from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks import Example
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from optimum_sieve.healing.size import HealedSize
     from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Task
 
@@ -126,8 +128,9 @@ def test_given_ranks_are_those_of_the_first_size(dense: PreTrainedModel, task: T
     bases, healer = calibrate(run), Healer(run)
     given: dict[str, int | None] = {target.name: 1 + number % 5 for number, target in enumerate(run.targets)}
     given[run.targets[0].name], given[run.targets[1].name] = None, 0
-    healer.descend(bases, [0.5, 0.2], lambda size: True, first_ranks=given)
-    first, second = healer._sizes
+    sizes: list[HealedSize] = []
+    healer.descend(bases, [0.5, 0.2], lambda size: sizes.append(size) or True, first_ranks=given)
+    first, second = sizes
     assert first.ranks(given) == given
     assert healer.best is second
     # What was removed does not come back.
@@ -214,11 +217,22 @@ def test_the_plan_states_the_cost(dense: PreTrainedModel, task: Task) -> None:
     plan = pruner.plan(SieveConfig(tolerance=0.02, tune=None, heal=HealConfig(steps=100)))
     line = "healing                100 steps of 16 examples for each of several falling sizes, until the tolerance"
     assert line in plan.format()
-    # Pivots are trained as factors, which may have twice as many parameters.
-    assert plan.heal_bytes == 2 * round(0.9 * plan.targets_parameters) * 20
+    everything = pruner.plan(SieveConfig(tolerance=0.02, tune=None, heal=HealConfig(adapter_rank=0)))
+    kept = round(0.9 * plan.targets_parameters)
+    # Pivots are trained as factors, which may have twice as many parameters; two sizes are held, of four bytes each.
+    assert everything.heal_bytes == 2 * kept * 20 + 2 * 3 * kept * 4
+    assert 2 * 3 * kept * 4 < plan.heal_bytes < everything.heal_bytes
     small = pruner.plan(SieveConfig(pruning_ratio=0.75, storage="factors", tune=None, heal=HealConfig(steps=100)))
-    assert "healing                6 x 100 steps of 16 examples, 9,600 forward and backward" in small.format()
-    assert small.heal_bytes == small.targets_parameters // 4 * 20
+    assert (
+        "healing                6 x 100 steps of 16 examples, 9,600 forward and backward; LoRA of rank 8 on both"
+        in small.format()
+    )
+    # Two sizes of a quarter, and adapters of rank 8 of factors with a quarter of the parameters.
+    shapes = [weight.shape for name, weight in dense.named_parameters() if "_proj" in name]
+    adapters = sum(
+        8 * (rows + columns + 2 * math.ceil(rows * columns / 4 / (rows + columns))) for rows, columns in shapes
+    )
+    assert small.heal_bytes == 2 * small.targets_parameters // 4 * 4 + adapters * 20
     # The default, and none.
     assert "healing                6 x 16 steps" in pruner.plan(SieveConfig(pruning_ratio=0.75)).format()
     assert "healing" not in pruner.plan(SieveConfig(tolerance=0.02, heal=None)).format()
@@ -235,6 +249,8 @@ def test_a_loss_that_is_not_finite_names_the_setting_and_leaves_the_dense_model(
         return divergence * (float("nan") if next(calls) > 2 else 1), gold
 
     monkeypatch.setattr(CandidateTeacher, "losses", losses)
-    with pytest.raises(ValueError, match=r"loss of healing must be finite, got nan. Lower `heal\.learning_rate`"):
+    with pytest.raises(
+        ValueError, match=r"loss of healing .* must be finite, got a loss of nan. Lower `heal\.learning_rate`"
+    ):
         pruner.prune(SieveConfig(**FAR, heal=HealConfig(steps=2, train_norms=True)), **QUIET)
     assert_same(state(pruner.model), state(dense))

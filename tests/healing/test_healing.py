@@ -10,6 +10,7 @@ import torch
 from healed_world import (
     TOKENIZER,
     assert_same,
+    products,
     prune,
     run,
     score,
@@ -24,10 +25,11 @@ from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.evaluation.teacher import CandidateTeacher, Lesson, VocabularyTeacher, teach
+from optimum_sieve.healing.factors import trained_parameters
 from optimum_sieve.healing.loop import heal
-from optimum_sieve.healing.optimizer import FactorTraining, trained_parameters
-from optimum_sieve.healing.sampling import schedule
 from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.training.optimizer import ParameterTraining
+from optimum_sieve.training.sampling import schedule
 
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ def test_encoder_decoders_and_classifiers_are_healed(name: str, storage: str, ta
     tokenizer, dense = make_tokenizer(after="</s>"), make_other_model(name)
     model = prune(dense, task, tokenizer, pruning_ratio=0.8, allocation="uniform", storage=storage)
     examples, held_out = split(task, "calibration", tokenizer), split(task, "test", tokenizer)
-    config = HealConfig(steps=30, learning_rate=1e-2, gold_weight=0.0, gradient_checkpointing=name in ("bart", "bert"))
+    rate = 1e-3 if name == "bert" else 1e-2
+    config = HealConfig(steps=30, learning_rate=rate, gold_weight=0.0, gradient_checkpointing=name in ("bart", "bert"))
     divergences = []
     for loss in ("candidates", "vocabulary"):
         healed = copy.deepcopy(model)
@@ -109,8 +112,8 @@ def test_every_step_is_taken_and_its_loss_is_reported(
     pruned: PreTrainedModel, teacher: Teacher, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    step = FactorTraining.step
-    monkeypatch.setattr(FactorTraining, "step", lambda self, rate: rates.append(rate) or step(self, rate))
+    step = ParameterTraining.step
+    monkeypatch.setattr(ParameterTraining, "step", lambda self, rate: rates.append(rate) or step(self, rate))
     done = run(pruned, teacher, task, HealConfig(steps=40, learning_rate=3e-2))
     assert done.steps == 40
     assert rates == pytest.approx([3e-2 * schedule(number, 40) for number in range(40)])
@@ -184,7 +187,7 @@ def test_bfloat16_factors_move_by_less_than_their_rounding(
 ) -> None:
     model = prune(dense, task).bfloat16()
     parameters = trained_parameters(model)
-    training = FactorTraining(parameters)
+    training = ParameterTraining(parameters, relative=True)
     name, parameter = next(iter(parameters.items()))
     before = parameter.detach().clone()
     for _ in range(100):
@@ -204,7 +207,9 @@ def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was(
     assert isinstance(teacher, CandidateTeacher)
     before = weights(pruned)
     broken = CandidateTeacher("broken", teacher.targets, torch.full_like(teacher.log_probs, float("nan")))
-    with pytest.raises(ValueError, match=r"loss of healing must be finite, got nan. Lower `heal\.learning_rate`"):
+    with pytest.raises(
+        ValueError, match=r"loss of healing .* must be finite, got a loss of nan. Lower `heal\.learning_rate`"
+    ):
         run(pruned, broken, task)
     assert_same(weights(pruned), before)
 
@@ -221,3 +226,24 @@ def test_a_model_of_ranks_of_zero_stays_as_it_is(dense: PreTrainedModel, teacher
 def test_a_dense_model_is_refused(dense: PreTrainedModel, teacher: Teacher, task: Task) -> None:
     with pytest.raises(ValueError, match="`model` must have factorized layers to heal, got none"):
         run(dense, teacher, task)
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_adapters_change_each_factor_by_their_rank(
+    dense: PreTrainedModel, teacher: Teacher, task: Task, storage: str
+) -> None:
+    model = prune(dense, task, pruning_ratio=0.5, storage=storage)
+    before = products(model)
+    whole = copy.deepcopy(model)
+    run(model, teacher, task, HealConfig(steps=3, adapter_rank=2))
+    run(whole, teacher, task, HealConfig(steps=3, adapter_rank=0, learning_rate=1e-2))
+    adapted, full = ({name: numeric_rank(weight - before[name]) for name, weight in products(each).items()}
+                     for each in (model, whole))  # fmt: skip
+    # The product changes by adapters of two factors, in sum four directions, or by all directions of the factors.
+    assert max(adapted.values()) == 4
+    assert max(full.values()) > 4
+
+
+def numeric_rank(matrix: torch.Tensor) -> int:
+    sizes = torch.linalg.svdvals(matrix.double())
+    return int((sizes > 1e-3 * sizes.max()).sum())

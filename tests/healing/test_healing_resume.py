@@ -21,10 +21,10 @@ from two_processes import run_in_two_processes
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.teacher import CandidateTeacher, teach
-from optimum_sieve.healing.sampling import drawn_examples, schedule
-from optimum_sieve.healing.steps import SAVE_STEPS
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.run.workdir import WorkDir
+from optimum_sieve.training.sampling import drawn_examples, schedule
+from optimum_sieve.training.steps import SAVE_STEPS
 
 
 if TYPE_CHECKING:

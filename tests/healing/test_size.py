@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optimum_sieve.healing.size import HealedSize, plain_layer, stored_layer
-from optimum_sieve.healing.steps import Training
+from optimum_sieve.training.steps import Training
 
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from optimum_sieve.evaluation.stage import score
 from optimum_sieve.evaluation.teacher import teach
 from optimum_sieve.factorization.closed_form import factorize
 from optimum_sieve.healing import stage as healing_stage
-from optimum_sieve.healing.optimizer import FactorTraining
 from optimum_sieve.modeling.fingerprint import weights_digest
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tasks import Task
+from optimum_sieve.training.optimizer import ParameterTraining
 
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def test_healed_sizes_of_a_metric_without_source_are_scored_again_and_not_traine
     first = world.prune(task, **settings)
     healed = [label for label in first if label.startswith("healed, kept")]
     assert healed
-    monkeypatch.setattr(FactorTraining, "step", None)
+    monkeypatch.setattr(ParameterTraining, "step", None)
     again = world.prune(with_metric(world.task(), world.directory, partial(custom, 1.0)), **settings)
     assert [label for label in again if label.startswith("healed, kept")] == healed
     assert (again["moments"], again["factors"], again["teachers"]) == (0, 0, 0)
@@ -323,5 +323,5 @@ def test_other_selection_examples_train_no_size_again(world: World, monkeypatch:
     one = {"tolerance": None, "pruning_ratio": 0.8, "heal": HealConfig(steps=2)}
     world.prune(world.task(), **one)
     world.write("selection", ROWS[90:])
-    monkeypatch.setattr(FactorTraining, "step", None)
+    monkeypatch.setattr(ParameterTraining, "step", None)
     assert world.prune(world.task(), **one) == Counter({"pruned model on test": 1})

@@ -22,7 +22,7 @@ from two_processes import run_in_two_processes
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.evaluation.scores import evaluate
-from optimum_sieve.healing.optimizer import FactorTraining
+from optimum_sieve.training.optimizer import ParameterTraining
 
 
 if TYPE_CHECKING:
@@ -92,14 +92,14 @@ def test_a_stopped_descent_goes_on_to_the_same_weights(
 ) -> None:
     where, number = stopped_at.split()
     taken = {"step": 0, "score": 0}
-    step = FactorTraining.step
+    step = ParameterTraining.step
 
     def counted(kind: str) -> None:
         taken[kind] += 1
         if stopping and where == kind and taken[kind] == int(number) + 1:
             raise KeyboardInterrupt
 
-    def stepping(self: FactorTraining, rate: float) -> None:
+    def stepping(self: ParameterTraining, rate: float) -> None:
         counted("step")
         step(self, rate)
 
@@ -108,7 +108,7 @@ def test_a_stopped_descent_goes_on_to_the_same_weights(
             counted("score")
         return evaluate(*arguments, description=description, **options)
 
-    monkeypatch.setattr(FactorTraining, "step", stepping)
+    monkeypatch.setattr(ParameterTraining, "step", stepping)
     monkeypatch.setattr(evaluation_stage, "evaluate", scoring)
     pruner = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
     config, stopping = SieveConfig(**SETTINGS, heal=HealConfig(**HEAL)), True

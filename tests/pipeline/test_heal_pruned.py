@@ -16,10 +16,10 @@ from optimum_sieve.backbone import fingerprint
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.evaluation.scores import evaluate
-from optimum_sieve.healing import loop
 from optimum_sieve.modeling.fingerprint import weights_digest
 from optimum_sieve.pipeline import heal as heal_module
 from optimum_sieve.pipeline.heal import heal_pruned
+from optimum_sieve.training.optimizer import ParameterTraining
 
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def test_a_run_that_goes_on_repeats_nothing_of_the_dense_model(
         "evaluate",
         lambda *args, description, **options: scored.append(description) or evaluate(*args, **options),
     )
-    monkeypatch.setattr(loop.FactorTraining, "step", None)
+    monkeypatch.setattr(ParameterTraining, "step", None)
     again = heal(saved, task, work_dir=tmp_path / "work")
     assert scored == ["pruned model on test"]
     for part in ("pruned", "kl", "healing"):

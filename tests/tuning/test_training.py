@@ -19,9 +19,10 @@ from written_world import ANSWER, WRITTEN
 from optimum_sieve import TuneConfig
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.evaluation.batches import make_batches
-from optimum_sieve.healing.sampling import interleaved
-from optimum_sieve.healing.steps import SAVE_STEPS
 from optimum_sieve.pipeline.prepare import prepare
+from optimum_sieve.training.loop import Trainer
+from optimum_sieve.training.sampling import interleaved
+from optimum_sieve.training.steps import SAVE_STEPS
 from optimum_sieve.tuning import loop
 from optimum_sieve.tuning.loop import mean_token_loss, train
 
@@ -117,19 +118,19 @@ def test_written_answers_are_learned(tmp_path: Path) -> None:
 def test_several_tasks_are_drawn_by_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = [0, 0]
     tasks = make_tasks(tmp_path, 200)
-    gold_loss = loop._gold_loss
+    make_part = loop._part
 
-    def counting(examples: Any) -> Any:
-        number = int(examples[0].prompt.startswith("Number :"))
-        loss, by_candidate = gold_loss(examples)
+    def counting(task: Any) -> Any:
+        number = int(task.calibration[0].prompt.startswith("Number :"))
+        part = make_part(task)
 
         def counted(model: Any, batch: Any) -> Any:
             drawn[number] += batch.num_examples
-            return loss(model, batch)
+            return part.loss(model, batch)
 
-        return counted, by_candidate
+        return replace(part, loss=counted)
 
-    monkeypatch.setattr(loop, "_gold_loss", counting)
+    monkeypatch.setattr(loop, "_part", counting)
     tune = TuneConfig(steps=6, batch_size=8)
     model = make_model()
     train(make_run(model, *tasks, tune=tune, task_weights=(1.0, 2.0)))
@@ -146,14 +147,14 @@ def test_the_size_of_the_passes_changes_nothing(dense: PreTrainedModel, task: Ta
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the training end with an error in a step."""
-    take = loop._Trainer._step
+    take = Trainer._step
 
     def stopping(self: Any) -> float:
         if self.training.steps == step:
             raise KeyboardInterrupt
         return take(self)
 
-    monkeypatch.setattr(loop._Trainer, "_step", stopping)
+    monkeypatch.setattr(Trainer, "_step", stopping)
 
 
 def names(directory: Path) -> list[str]:
@@ -173,13 +174,13 @@ def test_a_stopped_training_goes_on_to_the_same_weights(
     assert_same(weights(model), before)
     assert names(tmp_path) == ["tuning"]
     taken: list[int] = []
-    take = loop._Trainer._step
+    take = Trainer._step
 
     def counting(self: Any) -> float:
         taken.append(self.training.steps)
         return take(self)
 
-    monkeypatch.setattr(loop._Trainer, "_step", counting)
+    monkeypatch.setattr(Trainer, "_step", counting)
     adapters, resumed, stored_key = train(make_run(model, task, work_dir=tmp_path))
     assert taken == list(range(SAVE_STEPS, QUICK.steps))
     assert_same(adapters.values(), expected_adapters.values())
@@ -219,7 +220,9 @@ def test_a_loss_that_is_not_finite_is_refused(dense: PreTrainedModel, task: Task
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     before = weights(model)
-    with pytest.raises(ValueError, match=r"loss of tuning .* must be finite, got nan .* Lower `tune\.learning_rate`"):
+    with pytest.raises(
+        ValueError, match=r"loss of tuning .* must be finite, got a loss of nan. Lower `tune\.learning_rate`"
+    ):
         train(make_run(model, task))
     after = weights(model)
     assert all(torch.equal(after[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in before.items())

@@ -58,10 +58,11 @@ class Adapters:
                 stack.callback(handle.remove)
             yield
 
-    def merge(self) -> None:
-        """Add the adapters to the weights, in place, and keep the weights before for `undo`."""
-        # In CPU memory, as only an error needs them again.
-        self._before = {name: linear_weight(layer).to("cpu", copy=True) for name, layer in self._layers.items()}
+    def merge(self, *, keep: bool = False) -> None:
+        """Add the adapters to the weights, in place; with `keep`, store the weights before for `undo`."""
+        if keep:
+            # In CPU memory, as only an error needs them again.
+            self._before = {name: linear_weight(layer).to("cpu", copy=True) for name, layer in self._layers.items()}
         with torch.no_grad():
             for name, layer in self._layers.items():
                 left, right = self._factors(name)
@@ -69,7 +70,7 @@ class Adapters:
                 weight.copy_(weight.float() + SCALE * left @ right)
 
     def undo(self) -> None:
-        """Restore the weights before `merge`, bit for bit."""
+        """Restore the weights before `merge(keep=True)`, bit for bit."""
         with torch.no_grad():
             for name, weight in self._before.items():
                 linear_weight(self._layers[name]).copy_(weight)

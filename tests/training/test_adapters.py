@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import logits, make_tiny_model
 
 from optimum_sieve.backbone.targets import find_targets, linear_weight
-from optimum_sieve.tuning.adapters import Adapters
+from optimum_sieve.training.adapters import Adapters
 
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def test_undo_restores_every_bit(dtype: torch.dtype) -> None:
     model = make_tiny_model("gpt2").to(dtype)
     start = weights(model)
     adapters = make_adapters(model)
-    adapters.merge()
+    adapters.merge(keep=True)
     name = find_targets(model)[0].name
     left, right = (adapters.values()[f"{name}.{side}"] for side in ("left", "right"))
     merged = linear_weight(model.get_submodule(name))
