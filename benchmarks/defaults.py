@@ -4,14 +4,15 @@
     python benchmarks/defaults.py --tasks movie --seeds 0 1 2 --json rows.jsonl
     python benchmarks/defaults.py --files my_task.yaml --model my-model --tune
     python benchmarks/defaults.py --no-heal --tune --pruning-ratio 0.8 --set fisher_temperature=1
+    python benchmarks/defaults.py --set heal.steps=32 tune.steps=128
 
 Each run is what `optimum-cli sieve prune --tolerance 0.02` does, on 256 calibration, 400 selection and 1,000 test rows.
 The seed divides the rows, samples them and orders the training. Prints the kept fraction without and with healing, the
 scores on the test split with paired differences, the agreement and the minutes; with several seeds also mean and
 standard deviation over the seeds. `--tune` tunes the dense model first also where nothing is healed; with `--set
-reference=tuned` the tolerance is measured from it. `--set` changes any setting of `SieveConfig`; its value is JSON, or
-else text. `--work-dir` keeps finished stages, one folder for each run, so that a stopped benchmark resumes; minutes are
-then those of the last start.
+reference=tuned` the tolerance is measured from it. `--set` changes any setting of `SieveConfig`, or of `HealConfig` and
+`TuneConfig` after `heal.` and `tune.`; its value is JSON, or else text. `--work-dir` keeps finished stages, one folder
+for each run, so that a stopped benchmark resumes; minutes are then those of the last start.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from typing import TYPE_CHECKING, Any
 from bench import append_json, choose_source, machine_name, make_parser, read_task
 from results.suite import JOBS, ROOT, Places
 
-from optimum_sieve import SieveConfig, SievePruner, Task
-from optimum_sieve.config import TuneConfig
+from optimum_sieve import HealConfig, SieveConfig, SievePruner, Task, TuneConfig
 
 
 if TYPE_CHECKING:
@@ -71,6 +71,19 @@ def read_setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that differ from the defaults."""
+    settings: dict[str, Any] = {}
+    for prefix, kind in (("heal.", HealConfig), ("tune.", TuneConfig)):
+        given = {name.removeprefix(prefix): value for name, value in arguments.set if name.startswith(prefix)}
+        if given:
+            settings[prefix[:-1]] = kind(**given)
+    settings |= {name: value for name, value in arguments.set if "." not in name}
+    if arguments.tune:
+        settings.setdefault("tune", TuneConfig())
+    return settings | ({"heal": None} if arguments.no_heal else {})
+
+
 def read_tasks(arguments: argparse.Namespace, seed: int) -> dict[str, Task]:
     """Read the tasks of the command line with the rows of a seed."""
     limit = dict(zip(("calibration", "selection", "test"), arguments.rows, strict=True))
@@ -91,12 +104,10 @@ def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> 
         model, _, gguf_file = choose_source(None, None)
     start = time.perf_counter()
     pruner = SievePruner.from_pretrained(model, task=task, dtype=arguments.dtype, gguf_file=gguf_file)
-    settings: dict[str, Any] = {"heal": None} if arguments.no_heal else {}
-    if arguments.tune:
-        settings["tune"] = TuneConfig()
+    settings = settings_of(arguments)
     ratio = arguments.pruning_ratio
     stop = {"tolerance": arguments.tolerance} if ratio is None else {"pruning_ratio": ratio}
-    config = SieveConfig(**stop, seed=seed, **settings, **dict(arguments.set))
+    config = SieveConfig(**stop, seed=seed, **settings)
     work = None if arguments.work_dir is None else arguments.work_dir / f"{name}-{seed}"
     result = pruner.prune(config, work_dir=work, progress=False)
     report = result.report

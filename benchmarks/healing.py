@@ -48,6 +48,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[HealConfig.learning_rate])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=HealConfig.steps)
+    parser.add_argument("--adapter-rank", type=int, default=HealConfig.adapter_rank, help="0: all entries")
     parser.add_argument("--batch-size", type=int, default=HealConfig.batch_size, help="examples of each step")
     parser.add_argument("--loss", choices=("candidates", "vocabulary"), default=HealConfig.loss)
     parser.add_argument("--gold-weight", type=float, default=HealConfig.gold_weight)
@@ -96,7 +97,7 @@ class Bench:
 
     def heal(self, pruned: Path, learning_rate: float, seed: int, name: str) -> dict[str, Any]:
         """Heal a pruned model; return what was scored, and how it was healed."""
-        names = ("steps", "batch_size", "loss", "gold_weight", "train_norms")
+        names = ("steps", "adapter_rank", "batch_size", "loss", "gold_weight", "train_norms")
         settings = {name: getattr(self.arguments, name) for name in names}
         config = HealConfig(learning_rate=learning_rate, **settings)
         options = {"dtype": self.arguments.dtype, "seed": seed, "work_dir": self.arguments.work_dir}

@@ -63,6 +63,7 @@ HEAL_VALUES = {
     "learning_rate": 0.01,
     "start": 0.4,
     "shrink": 0.6,
+    "adapter_rank": 4,
     "batch_size": 4,
     "rows_per_pass": 2,
     "loss": "vocabulary",
