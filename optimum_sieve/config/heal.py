@@ -62,13 +62,13 @@ class HealConfig:
     Example:
 
     ```python
-    >>> HealConfig(steps=32).loss
+    >>> HealConfig(steps=64).loss
     'candidates'
 
     ```
     """
 
-    steps: int = 16
+    steps: int = 32
     learning_rate: float = 5e-4
     start: float = 0.5
     shrink: float = 0.85

@@ -234,7 +234,7 @@ def test_the_plan_states_the_cost(dense: PreTrainedModel, task: Task) -> None:
     )
     assert small.heal_bytes == 2 * small.targets_parameters // 4 * 4 + adapters * 20
     # The default, and none.
-    assert "healing                6 x 16 steps" in pruner.plan(SieveConfig(pruning_ratio=0.75)).format()
+    assert "healing                6 x 32 steps" in pruner.plan(SieveConfig(pruning_ratio=0.75)).format()
     assert "healing" not in pruner.plan(SieveConfig(tolerance=0.02, heal=None)).format()
 
 
