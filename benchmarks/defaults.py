@@ -11,8 +11,9 @@ The seed divides the rows, samples them and orders the training. Prints the kept
 scores on the test split with paired differences, the agreement and the minutes; with several seeds also mean and
 standard deviation over the seeds. `--tune` tunes the dense model first also where nothing is healed; with `--set
 reference=tuned` the tolerance is measured from it. `--set` changes any setting of `SieveConfig`, or of `HealConfig` and
-`TuneConfig` after `heal.` and `tune.`; its value is JSON, or else text. `--work-dir` keeps finished stages, one folder
-for each run, so that a stopped benchmark resumes; minutes are then those of the last start.
+`TuneConfig` after `heal.` and `tune.`; its value is JSON, or else text. `--unlabelled` adds rows
+without answers. `--work-dir` keeps finished stages, one folder for each run, so that a stopped benchmark resumes;
+minutes are then those of the last start.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pruning-ratio", type=float, help="prune to this size instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, nargs=3, default=[256, 400, 1000], metavar="N", help="rows of each split")
+    parser.add_argument("--unlabelled", type=int, default=0, help="rows without answers, half of the calibration pool")
     parser.add_argument("--tune", action="store_true", help="tune the dense model first")
     parser.add_argument("--set", nargs="+", type=read_setting, default=[], metavar="NAME=VALUE", help="other settings")
     parser.add_argument("--no-heal", action="store_true", help="train nothing")
@@ -92,9 +94,20 @@ def read_tasks(arguments: argparse.Namespace, seed: int) -> dict[str, Task]:
     for job in JOBS:
         if job.name in arguments.tasks:
             spec = {**places.read(job.rows, limit).spec, "seed": seed}
+            if arguments.unlabelled:
+                spec |= with_unlabelled(spec, arguments.unlabelled)
             roots = {"data": places.data, "demo": choose_source(None, None)[0].parent, "rows": places.cache / "rows"}
             tasks[job.name] = Task.from_dict(spec, roots[job.rows.root])
     return tasks | {file.stem: read_task(file, limit=limit, seed=seed) for file in arguments.files}
+
+
+def with_unlabelled(spec: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return data and limit of a task, read from one file, with half of the calibration rows as unlabelled ones."""
+    fractions = dict(spec["data"]["fractions"])
+    fractions["calibration"] /= 2
+    fractions["unlabelled"] = fractions["calibration"]
+    data = {"files": dict.fromkeys(fractions, spec["data"]["files"]), "fractions": fractions}
+    return {"data": data, "limit": {**spec["limit"], "unlabelled": count}}
 
 
 def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> dict[str, Any]:

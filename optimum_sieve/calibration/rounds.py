@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.factorization.closed_form import FactorBasis
+from optimum_sieve.tasks.data import INPUTS
 
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Round:
         pruned: dict[str, Any] = {}
         if self.ranks:
             pruned = {"ranks": self.ranks, "bases": self.before.key, "weighting": self.run.config.weighting}
-        examples = task.fingerprint("calibration")
+        examples = [task.fingerprint(split) for split in INPUTS if task.examples(split)]
         return self.run.key(*MOMENT_SETTINGS, examples=examples, targets=self.names, format=FORMAT, **pruned)
 
     @cached_property

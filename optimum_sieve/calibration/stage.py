@@ -111,12 +111,16 @@ class WholeRound(Round):
 
 
 def gold_examples(run: Run, task: TaskRun) -> Sequence[Example]:
-    """Return a task's calibration examples with the answers that the loss is taken of; the model must be dense."""
-    config, examples = run.config, task.calibration
+    """Return a task's calibration and unlabelled examples with the answers that the loss is taken of.
+
+    The model must be dense. It answers the unlabelled ones, and all where `label_source` says so.
+    """
+    config, examples = run.config, [*task.calibration, *task.unlabelled]
     # The Fisher information over candidates needs no answer, and `svd` no example.
-    unused = config.projection == "svd" or (config.loss == "fisher" and bool(examples[0].candidates))
-    if config.label_source == "data" or unused:
+    if config.projection == "svd" or (config.loss == "fisher" and examples[0].candidates):
         return examples
+    if config.label_source == "data":
+        return [*task.calibration, *(label_examples(run, task.unlabelled) if task.unlabelled else ())]
     return label_examples(run, examples, config.seed if config.label_source == "sampled" else None)
 
 

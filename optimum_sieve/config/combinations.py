@@ -49,7 +49,7 @@ def _check_tuning(config: SieveConfig) -> None:
     if not isinstance(config.tune, TuneConfig) and config.tune not in (None, "auto"):
         kind = ValueError if isinstance(config.tune, str) else TypeError
         raise kind(f"`tune` must be a TuneConfig, 'auto' or None, got {shown(config.tune)}.")
-    if config.reference == "tuned" and not isinstance(config.tune, TuneConfig):
+    if config.reference == "tuned" and config.tune is None:
         raise ValueError(
             f"`reference='tuned'` must go with a TuneConfig, got tune={config.tune!r}. Set `tune` (`--tune`), or omit "
             "`reference`."

@@ -13,6 +13,7 @@ from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.on_policy import lessons_of
+from optimum_sieve.evaluation.stage import label_examples
 from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.surgery.apply import apply_ranks, restore
@@ -24,7 +25,7 @@ from .size import HealedSize, plain_layer, stored_layer
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.modeling.layers import FactorizedLinear
     from optimum_sieve.run.context import Run, TaskRun
+    from optimum_sieve.tasks import Example
 
 
 def make_healer(run: Run) -> Healer | None:
@@ -61,14 +63,27 @@ def heal_config(run: Run) -> HealConfig:
 
 
 def make_lessons(run: Run) -> list[Lesson]:
-    """Evaluate the dense model, which the run must hold now, on the calibration examples of every task."""
-    return [_lesson(run, task) for task in run.tasks]
+    """Evaluate the dense model, which the run must hold now, on calibration and unlabelled examples of every task."""
+    return [lesson for task in run.tasks for lesson in _lessons(run, task)]
 
 
-def _lesson(run: Run, task: TaskRun) -> Lesson:
+def _lessons(run: Run, task: TaskRun) -> list[Lesson]:
+    """Return the lesson of a task's calibration examples and, if it has some, that of its unlabelled ones."""
+    count = len(task.calibration) + len(task.unlabelled)
+    lessons = [_lesson(run, task.calibration, task.weight * len(task.calibration) / count, gold=task.labelled)]
+    if task.unlabelled:
+        examples = task.unlabelled
+        # Its answers decide on what is matched, except over candidates.
+        if not examples[0].candidates or heal_config(run).loss != "candidates":
+            examples = label_examples(run, examples)
+        lessons.append(_lesson(run, examples, task.weight * len(examples) / count, gold=False))
+    return lessons
+
+
+def _lesson(run: Run, examples: Sequence[Example], weight: float, *, gold: bool) -> Lesson:
     teacher = teach(
         run.model,
-        task.calibration,
+        examples,
         run.tokenizer,
         loss=heal_config(run).loss,
         prompt_sites=heal_config(run).prompt_sites,
@@ -78,7 +93,7 @@ def _lesson(run: Run, task: TaskRun) -> Lesson:
         model_key=run.model_key,
         progress=run.progress,
     )
-    return Lesson(teacher=teacher, examples=task.calibration, weight=task.weight, gold=task.labelled)
+    return Lesson(teacher=teacher, examples=examples, weight=weight, gold=gold)
 
 
 class Healer:

@@ -60,7 +60,7 @@ def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     """
     task.require_splits(*SPLITS)
     inputs = input_format(model)
-    for split in SPLITS:
+    for split in task.splits:
         examples = task.examples(split, tokenizer)
         if task.kind == "generate":
             check_generation(examples, tokenizer, inputs)

@@ -23,7 +23,7 @@ from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.run import distributed
 from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir
-from optimum_sieve.tasks.data import SPLITS
+from optimum_sieve.tasks.data import INPUTS
 from optimum_sieve.tasks.several import naming, task_shares
 from optimum_sieve.tasks.task import require_metric_sources
 
@@ -78,7 +78,13 @@ def check_vocabulary(
 
     from optimum_sieve.vocabulary import task_vocabulary
 
-    examples = [example for task in tasks for example in task.examples("calibration", tokenizer)]
+    examples = [
+        example
+        for task in tasks
+        for split in INPUTS
+        if split in task.splits
+        for example in task.examples(split, tokenizer)
+    ]
     vocabulary = task_vocabulary(model, tokenizer, examples, size=config.vocabulary_size)
     for task in tasks:
         with naming(task, tasks):
@@ -184,7 +190,7 @@ def batch_sizes(
     sizes = []
     for task in tasks:
         written = task.kind == "generate"
-        for split in SPLITS[:1] if written else SPLITS:
+        for split in (name for name in task.splits if not written or name in INPUTS):
             examples = task.examples(split, tokenizer)
             batches = make_batches(
                 examples, tokenizer, batch_size=config.batch_size, candidates=not written, inputs=inputs
@@ -209,7 +215,7 @@ def task_runs(
 
 
 def _task_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, share: float) -> TaskRun:
-    examples = {split: task.examples(split, tokenizer) for split in SPLITS}
+    examples = {split: task.examples(split, tokenizer) for split in task.splits}
     return TaskRun(
         name=task.name,
         metric=task.metric,

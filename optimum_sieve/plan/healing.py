@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 # Per trained parameter, in float32: its value now and at the start, its gradient, and both moments of AdamW.
 _TRAINED_BYTES = 5 * 4
+_UNTUNED = (
+    "`reference` must be 'dense' where `tune='auto'` does not tune, got 'tuned': it tunes where the data has gold "
+    "answers and the run heals, without a genetic search. Set `tune` to a TuneConfig (`--tune`), or reference='dense'."
+)
 # The size that is trained, and the last accepted one.
 _SIZES_AT_ONCE = 2
 
@@ -48,7 +52,8 @@ def settle_training(
     if config.heal != "auto":
         return _settle_tuning(config, labelled)
     healed = _settle_tuning(replace(config, heal=HealConfig()), labelled)
-    unhealed = _settle_tuning(replace(config, heal=None), labelled)
+    # Whether it may stay untuned is asked at the end.
+    unhealed = _settle_tuning(replace(config, heal=None, reference="dense"), labelled)
     if not limited:
         return healed
     if plan_of(unhealed).blocks is None:
@@ -61,13 +66,17 @@ def settle_training(
             return healed
     logger.warning("The pruned model is not healed: its training does not fit in this memory. "
                    "`optimum-cli sieve heal` heals the saved model where it fits.")  # fmt: skip
-    return unhealed
+    if config.reference == "tuned" and unhealed.tune is None:
+        raise ValueError(_UNTUNED)
+    return replace(unhealed, reference=config.reference)
 
 
 def _settle_tuning(config: SieveConfig, labelled: bool) -> SieveConfig:
     if config.tune != "auto":
         return config
     tunes = labelled and config.heal is not None and config.allocation != "genetic"
+    if config.reference == "tuned" and not tunes:
+        raise ValueError(_UNTUNED)
     return replace(config, tune=TuneConfig() if tunes else None)
 
 

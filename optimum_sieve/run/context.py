@@ -38,6 +38,7 @@ class TaskRun:
         calibration (`Sequence[Example]`): Calibration examples.
         selection (`Sequence[Example]`): Selection examples.
         test (`Sequence[Example]`): Test examples.
+        unlabelled (`Sequence[Example]`): More examples for calibration and healing, without gold answers.
         fingerprints (`Mapping[str, str]`): Hash of the examples of each split: their texts and their token ids.
         weight (`float`): Share of the task in the run. The shares of all tasks add up to 1.
         labelled (`bool`): Whether the data has gold answers.
@@ -48,6 +49,7 @@ class TaskRun:
     calibration: Sequence[Example] = ()
     selection: Sequence[Example] = ()
     test: Sequence[Example] = ()
+    unlabelled: Sequence[Example] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
     labelled: bool = True

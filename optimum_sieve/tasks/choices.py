@@ -2,7 +2,7 @@ r"""`kind: choices`: each example has its own choices, one of them right, scored
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -80,6 +80,10 @@ class Choices:
             normalize=optional(spec, "normalize", bool, "true or false", False),
             seed=seed,
         )
+
+    def without_answer(self) -> Choices:
+        """Return this without an `answer`."""
+        return replace(self, answer=None)
 
     def shown(self, row: Row, *, shuffled: bool = True) -> Row:
         """Add the choices to the fields that the prompt may use; in the order of the data if not `shuffled`."""

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 
 SPLITS = ("calibration", "selection", "test")
+# Optional: more rows for calibration and healing, without answers.
+UNLABELLED = "unlabelled"
+NAMES = (*SPLITS, UNLABELLED)
+# Those that a model is adapted to.
+INPUTS = ("calibration", UNLABELLED)
 DEFAULT_FRACTIONS = {"calibration": 0.5, "selection": 0.25, "test": 0.25}
 _LARGEST_FRACTION = 10**9
 # `datasets` searches a directory with all its links, several times.
@@ -80,7 +85,7 @@ class Data:
 
     def sharing(self, source: str) -> list[str]:
         """Return the splits taken from `source`."""
-        return [split for split in SPLITS if self.sources.get(split) == source]
+        return [split for split in NAMES if self.sources.get(split) == source]
 
     def load(self, root: Path) -> dict[str, list[Row]]:
         """Read every source once.
@@ -162,9 +167,9 @@ def _sources(spec: Any, key: str) -> dict[str, str]:
     if isinstance(spec, str):
         return dict.fromkeys(SPLITS, spec)
     if not isinstance(spec, dict) or not spec or not all(isinstance(value, str) for value in spec.values()):
-        raise TypeError(f"`{key}` must be one name, or a mapping from {', '.join(SPLITS)} to names, got {shown(spec)}.")
-    check_keys(spec, SPLITS, key)
-    return {split: spec[split] for split in SPLITS if split in spec}
+        raise TypeError(f"`{key}` must be one name, or a mapping from {', '.join(NAMES)} to names, got {shown(spec)}.")
+    check_keys(spec, NAMES, key)
+    return {split: spec[split] for split in NAMES if split in spec}
 
 
 def _fractions(spec: Any, sources: dict[str, str]) -> dict[str, float]:
@@ -172,7 +177,7 @@ def _fractions(spec: Any, sources: dict[str, str]) -> dict[str, float]:
         return DEFAULT_FRACTIONS
     if not isinstance(spec, dict):
         raise TypeError(f"`data.fractions` must be a mapping from splits to numbers, got {shown(spec)}.")
-    check_keys(spec, SPLITS, "data.fractions")
+    check_keys(spec, NAMES, "data.fractions")
     shared = [split for split in sources if list(sources.values()).count(sources[split]) > 1]
     if sorted(spec) != sorted(shared):
         raise ValueError(

@@ -2,7 +2,7 @@ r"""`kind: generate`: the model answers each example with generated text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_sieve._messages import shown
@@ -56,6 +56,10 @@ class Generate:
             generation=Generation(max_new_tokens=max_new_tokens, stop=tuple(stop)),
             metric=spec.get("metric", TEXT_METRICS[0]),
         )
+
+    def without_answer(self) -> Generate:
+        """Return this without an `answer`."""
+        return replace(self, answers=())
 
     def shown(self, row: Row, *, shuffled: bool = True) -> Row:
         """Return `row` unchanged: the prompt uses only its fields."""

@@ -2,7 +2,7 @@ r"""`kind: labels`: the answer is the label with the highest log-likelihood, out
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,6 +52,10 @@ class LabelScoring:
         if template is not None:
             require_fields("answer", (template,))
         return cls(template, labels)
+
+    def without_answer(self) -> LabelScoring:
+        """Return this without an `answer`."""
+        return replace(self, answer=None)
 
     def shown(self, row: Row, *, shuffled: bool = True) -> Row:
         """Return `row` unchanged: the prompt uses only its fields."""

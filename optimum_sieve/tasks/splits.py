@@ -8,7 +8,7 @@ import numpy as np
 
 from optimum_sieve._messages import listed, shown
 
-from .data import SPLITS, Data
+from .data import NAMES, Data
 
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ def divide(
             pools[sharing[0]] = pool
         else:
             pools |= _cut(pool, {split: data.fractions[split] for split in sharing}, identities, seed)
-    divided = {
-        split: _shuffled(pools[split], [seed, SPLITS.index(split)])[: limit.get(split)] for split in data.sources
-    }
+    divided = {split: _shuffled(pools[split], [seed, NAMES.index(split)])[: limit.get(split)] for split in data.sources}
     for name, identity in identities.items():
         _refuse_overlap(divided, identity, name)
     _refuse_single_rows(divided, limit)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve._messages import shown
 
 from .choices import Choices
-from .data import SPLITS, Data
+from .data import NAMES, UNLABELLED, Data
 from .example import Example, Generation, Reference
 from .generate import Generate
 from .labels import LabelScoring
@@ -165,7 +165,7 @@ class Task:
 
         Args:
             split (`str`):
-                `"calibration"`, `"selection"` or `"test"`.
+                `"calibration"`, `"selection"`, `"test"` or, without answers, `"unlabelled"`.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
                 Provides the chat template if the task has a `chat`, and EOS for generation.
 
@@ -175,8 +175,8 @@ class Task:
         Raises:
             ValueError: If the task lacks the split, or the tokenizer's chat template does not fit.
         """
-        if split not in SPLITS:
-            raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {shown(split)}.")
+        if split not in NAMES:
+            raise ValueError(f"`split` must be one of {', '.join(NAMES)}, got {shown(split)}.")
         self.require_splits(split)
         return [self._example(item, tokenizer) for item in self._items[split]]
 
@@ -216,13 +216,14 @@ def _read_items(spec: dict[str, Any], root: Path, prompt: Prompt, scoring: Answe
             rendered[key] = tuple(map(normal, prompt.render(scoring.shown(row, shuffled=False))))
         return rendered[key]
 
-    def item(row: Row) -> _Item:
-        return _Item(prompt.render(scoring.shown(row)), scoring.reference(row))
+    def item(row: Row, answering: Answering) -> _Item:
+        return _Item(prompt.render(scoring.shown(row)), answering.reference(row))
 
     group, limit, seed = _group(spec), _limit(spec), _seed(spec)
     data = Data.from_spec(require(spec, "data", dict, "a mapping with `files` or `dataset`"))
     rows = divide(data, data.load(root), prompt=texts, group=group, limit=limit, seed=seed)
-    return {split: tuple(item(row) for row in rows[split]) for split in rows}
+    kinds = {split: scoring.without_answer() if split == UNLABELLED else scoring for split in rows}
+    return {split: tuple(item(row, kinds[split]) for row in rows[split]) for split in rows}
 
 
 def _check_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...]) -> None:
@@ -284,8 +285,8 @@ def _group(spec: dict[str, Any]) -> str | None:
 def _limit(spec: dict[str, Any]) -> dict[str, int]:
     limit = {} if spec.get("limit") is None else spec["limit"]
     if not isinstance(limit, dict):
-        raise TypeError(f"`limit` must be a mapping from {', '.join(SPLITS)} to numbers of rows, got {shown(limit)}.")
-    check_keys(limit, SPLITS, "limit")
+        raise TypeError(f"`limit` must be a mapping from {', '.join(NAMES)} to numbers of rows, got {shown(limit)}.")
+    check_keys(limit, NAMES, "limit")
     for split, value in limit.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`limit.{split}` must be a whole number of at least 1, got {shown(value)}.")

@@ -14,6 +14,7 @@ from optimum_sieve.allocation.tolerance import ToleranceError
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.evaluation.stage import score, score_dense
 from optimum_sieve.run.workdir import content_key
+from optimum_sieve.tasks.data import INPUTS
 
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def reduce_vocabulary(run: Run) -> Run:
 
     from .vocabulary import task_vocabulary
 
-    splits = ("calibration",) if config.tolerance is not None else ("calibration", "selection")
+    splits = INPUTS if config.tolerance is not None else (*INPUTS, "selection")
     examples = [example for task in run.tasks for split in splits for example in task.examples(split)]
     with run.timed("vocabulary"):
         if config.tolerance is not None:

@@ -51,8 +51,9 @@ def test_a_run_holds_them_as_an_object() -> None:
 
 
 def test_the_reference_goes_with_tuning() -> None:
-    with pytest.raises(ValueError, match="`reference='tuned'` must go with a TuneConfig, got tune='auto'"):
-        SieveConfig(tolerance=0.1, reference="tuned")
+    with pytest.raises(ValueError, match="`reference='tuned'` must go with a TuneConfig, got tune=None"):
+        SieveConfig(tolerance=0.1, tune=None, reference="tuned")
+    assert SieveConfig(tolerance=0.1, reference="tuned").tune == "auto"
     with pytest.raises(ValueError, match=r"`reference` must be 'tuned' with `tune`, .*, got 'dense'"):
         SieveConfig(tolerance=0.1, tune=TuneConfig(), allocation="genetic")
     config = SieveConfig(tolerance=0.1, tune=TuneConfig(), allocation="genetic", reference="tuned")

@@ -12,7 +12,7 @@ import toy
 from healed_world import TOKENIZER, assert_same, weights
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
-from toy import load_task, parity_rows, unhealed, write_task
+from toy import load_task, make_model, parity_rows, unhealed, write_task
 from transformers import AutoModelForCausalLM
 from two_processes import run_in_two_processes
 from two_tasks import make_tasks
@@ -328,3 +328,14 @@ def test_two_processes_take_the_steps_of_one(dense: PreTrainedModel, tmp_path: P
     for name, value in adapters.values().items():
         if name.endswith(".left"):
             assert (both[0][name] - value).norm() < 0.02 * value.norm(), name
+
+
+def test_the_tuned_reference_needs_no_settings_of_tuning(task: Task, tmp_path: Path) -> None:
+    pruner = SievePruner(make_model(), TOKENIZER, task)
+    assert "tuning " in pruner.plan(SieveConfig(tolerance=0.1, reference="tuned")).format()
+    message = "`reference` must be 'dense' where `tune='auto'` does not tune, got 'tuned'"
+    with pytest.raises(ValueError, match=message):
+        pruner.plan(SieveConfig(tolerance=0.1, reference="tuned", heal=None))
+    unlabelled = SievePruner(make_model(), TOKENIZER, load_task(tmp_path, parity_rows(90), answer=None))
+    with pytest.raises(ValueError, match=message):
+        unlabelled.plan(SieveConfig(tolerance=0.1, reference="tuned", label_source="model"))

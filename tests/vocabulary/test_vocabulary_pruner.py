@@ -15,11 +15,11 @@ import torch
 from healed_world import learn
 from lora_models import OLD_NAMES
 from tiny_models import make_tiny_model
-from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from vocabulary_world import byte_level, load_reviews, unigram, wordpiece
 
-from optimum_sieve import HealConfig, SievePruner, compare, evaluate
+from optimum_sieve import HealConfig, SievePruner, Task, compare, evaluate
 from optimum_sieve import pruner as pruner_module
 from optimum_sieve.export.dense import save_dense
 from optimum_sieve.pipeline.heal import heal_pruned
@@ -109,6 +109,17 @@ def test_selection_tokens_are_kept_only_where_the_selection_split_decides_nothin
     assert not test <= kept["given"]
     trials = words["searched"].result.trials
     assert trials[0]["count"] == task.splits["selection"]
+
+
+@pytest.mark.parametrize("size", [{"pruning_ratio": 0.3}, {"pruning_ratio": None, "tolerance": 0.9}])
+def test_tokens_of_unlabelled_rows_are_kept(dense, tmp_path, size):
+    plain = load_reviews(tmp_path)
+    write_rows(tmp_path / "more.jsonl", [{"text": "The octopus of the carpenter saw a volcano."}])
+    files = {**plain.spec["data"]["files"], "unlabelled": "more.jsonl"}
+    more = Task.from_dict({**plain.spec, "data": {"files": files}}, tmp_path)
+    tokens = {token for e in more.examples("unlabelled", byte_level()) for token in byte_level().tokenize(e.prompt)}
+    assert tokens <= set(prune(dense, more, **size).tokenizer.get_vocab())
+    assert not tokens <= set(prune(dense, plain, pruning_ratio=None, tolerance=0.9).tokenizer.get_vocab())
 
 
 @pytest.mark.parametrize(
