@@ -116,6 +116,7 @@ class Trainer:
         self._parts, self._steps_before = parts, steps_before
         inputs = input_format(model)
         self._rows = [encode(part.examples, tokenizer, candidates=part.by_candidate, inputs=inputs) for part in parts]
+        self._lengths = [[row.length for row in rows] for rows in self._rows]
         self._order = interleaved([part.weight for part in parts], (steps_before + config.steps) * config.batch_size)
         self._pack = partial(pack, batch_size=rows_per_pass, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind)
         self._processes = PartialState()
@@ -183,8 +184,7 @@ class Trainer:
     def _passes(self) -> list[tuple[Part, Batch]]:
         """Return the passes of the next step: its examples in batches of one part each."""
         device, step = input_device(self.model), self._steps_before + self.training.steps
-        counts = [len(rows) for rows in self._rows]
-        draws = step_examples(self._order, counts, step, self.config.batch_size, self.seed)
+        draws = step_examples(self._order, self._lengths, step, self.config.batch_size, self.seed)
         return [
             (part, batch.to(device))
             for part, rows, drawn in zip(self._parts, self._rows, draws, strict=True)

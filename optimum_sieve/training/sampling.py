@@ -11,7 +11,13 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
 _WARMUP = 0.1
+
+# Batches that are sorted by length together: on short texts, four fifths of the padding go, and which examples meet in
+# a batch stays mostly random.
+_SORTED_BATCHES = 8
 
 
 def interleaved(weights: Sequence[float], count: int) -> list[int]:
@@ -38,21 +44,44 @@ def interleaved(weights: Sequence[float], count: int) -> list[int]:
     return order
 
 
-def drawn_examples(draws: range, num_examples: int, seed: int) -> list[int]:
-    """Return the examples of some draws; every epoch is shuffled anew."""
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_examples)
-              for epoch in {draw // num_examples for draw in draws}}  # fmt: skip
-    return [int(orders[draw // num_examples][draw % num_examples]) for draw in draws]
+def drawn_examples(draws: range, lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
+    """Return the examples of some draws; every epoch is shuffled anew.
+
+    Padding is wasted work, so `batch_size` draws in turn have similar lengths: of every few batches of the shuffled
+    epoch, the examples are sorted by length, and the batches shuffled.
+
+    Args:
+        draws (`range`): Numbers of the draws, from 0 in the first epoch.
+        lengths (`Sequence[int]`): Length of each example.
+        batch_size (`int`): Draws of a step.
+        seed (`int`): Seed of the epochs' orders.
+    """
+    count = len(lengths)
+    epochs = {draw // count for draw in draws}
+    orders = {epoch: _epoch(np.array(lengths), batch_size, (seed, epoch)) for epoch in epochs}
+    return [orders[draw // count][draw % count] for draw in draws]
+
+
+def _epoch(lengths: NDArray[np.int64], batch_size: int, seed: tuple[int, int]) -> list[int]:
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(lengths))
+    order: list[int] = []
+    for first in range(0, len(shuffled), _SORTED_BATCHES * batch_size):
+        window = shuffled[first : first + _SORTED_BATCHES * batch_size]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches = [window[start : start + batch_size] for start in range(0, len(window), batch_size)]
+        order += [int(index) for batch in generator.permutation(len(batches)) for index in batches[batch]]
+    return order
 
 
 def step_examples(
-    order: Sequence[int], counts: Sequence[int], step: int, batch_size: int, seed: int
+    order: Sequence[int], lengths: Sequence[Sequence[int]], step: int, batch_size: int, seed: int
 ) -> list[list[int]]:
     """Return the examples of each lesson in a step.
 
     Args:
         order (`Sequence[int]`): Lesson of each draw, of [`interleaved`].
-        counts (`Sequence[int]`): Number of examples of each lesson.
+        lengths (`Sequence[Sequence[int]]`): Length of each example of each lesson.
         step (`int`): Number of the step, from 0.
         batch_size (`int`): Draws of a step.
         seed (`int`): Seed of the epochs' orders.
@@ -60,17 +89,17 @@ def step_examples(
     Example:
 
     ```python
-    >>> [sorted(drawn) for drawn in step_examples([0, 1, 1, 0, 1, 1], [1, 4], step=1, batch_size=3, seed=0)]
-    [[0], [1, 3]]
+    >>> [sorted(drawn) for drawn in step_examples([0, 1, 1, 0, 1, 1], [[5], [2, 9, 2, 9]], 1, batch_size=3, seed=0)]
+    [[0], [0, 1]]
 
     ```
     """
     start = step * batch_size
     before, chosen = order[:start], order[start : start + batch_size]
-    firsts = [before.count(lesson) for lesson in range(len(counts))]
+    firsts = [before.count(lesson) for lesson in range(len(lengths))]
     return [
-        drawn_examples(range(first, first + chosen.count(lesson)), count, seed)
-        for lesson, (first, count) in enumerate(zip(firsts, counts, strict=True))
+        drawn_examples(range(first, first + chosen.count(lesson)), each, batch_size, seed)
+        for lesson, (first, each) in enumerate(zip(firsts, lengths, strict=True))
     ]
 
 

@@ -181,11 +181,22 @@ def test_two_processes_take_the_steps_of_one(dense: PreTrainedModel, task: Task,
 
 
 def test_every_example_is_drawn_before_any_is_drawn_again() -> None:
-    drawn = [index for step in range(10) for index in drawn_examples(range(3 * step, 3 * step + 3), 6, seed=1)]
+    draws = [range(3 * step, 3 * step + 3) for step in range(10)]
+    drawn = [index for step in draws for index in drawn_examples(step, [4] * 6, 3, seed=1)]
     for epoch in range(5):
         assert sorted(drawn[6 * epoch : 6 * epoch + 6]) == list(range(6))
     assert drawn[:6] != drawn[6:12]
-    assert drawn_examples(range(16), 3, seed=0) != drawn_examples(range(16), 3, seed=1)
+    assert drawn_examples(range(16), [4] * 3, 3, seed=0) != drawn_examples(range(16), [4] * 3, 3, seed=1)
+
+
+def test_a_step_draws_examples_of_similar_length() -> None:
+    lengths = [7 * index % 100 for index in range(100)]
+    drawn = drawn_examples(range(100), lengths, 5, seed=0)
+    steps = [[lengths[index] for index in drawn[first : first + 5]] for first in range(0, 100, 5)]
+    assert sorted(drawn) == list(range(100))
+    # Of 40 sorted ones, five in turn; the longest step is not always first or last.
+    assert all(max(step) - min(step) < 40 for step in steps)
+    assert [max(step) for step in steps[:8]] != sorted(max(step) for step in steps[:8])
 
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:
