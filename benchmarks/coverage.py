@@ -6,15 +6,18 @@
 The files are of `Evaluation.save`: first that of the dense (or tuned) model, then those of the sizes from large to
 small, all on the same examples; others are left out. They count as the population, whose losses are therefore known.
 Draws `--rows` of its examples with replacement, `--resamples` times, and descends the sizes until one fails its test,
-as a run does. Prints for each tolerance how often the size that was returned loses more (at most `1 - confidence` is
-allowed), and the mean and standard deviation of its kept fraction, 1 where no size held; without `0.5=`, of the number
-of sizes held. *At the edge* is the largest share of runs that accept a size if the tolerance is the very loss of that
-size. `normal` is the bound by the normal approximation alone, without the package's correction.
+as healing does. With `--bisect` the kept fraction is bisected as without healing; a fraction between two sizes is the
+larger one, so give many sizes, such as those of `projections.py --save`. Prints for each tolerance how often the size
+that was returned loses more (at most `1 - confidence` is allowed), and the mean and standard deviation of its kept
+fraction, 1 where no size held; without `0.5=`, of the number of sizes held. *At the edge* is the largest share of runs
+that return a size, or a smaller one, if the tolerance is the very loss of that size. `normal` is the bound by the
+normal approximation alone, without the package's correction.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -22,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from bench import append_json, make_parser, standard_error
 
-from optimum_sieve import Comparison, Evaluation
+from optimum_sieve import Comparison, Evaluation, SieveConfig
 
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -39,6 +42,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("sizes", nargs="+", help="evaluations of the sizes, from large to small: FILE or KEPT=FILE")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.01, 0.02, 0.05])
     parser.add_argument("--rows", type=int, nargs="+", default=[100, 200, 400, 800])
+    parser.add_argument("--bisect", action="store_true", help="bisect the kept fraction; needs KEPT= for every size")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
@@ -88,19 +92,22 @@ def bounds(differences: NDArray[np.float64], confidence: float) -> dict[str, flo
 
 
 def simulate(population: Population, rows: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Draw examples and descend; return a row of figures for each bound and tolerance."""
+    """Draw examples and search a size; return a row of figures for each bound and tolerance."""
     rng = np.random.default_rng(arguments.seed)
     count = population.differences.shape[1]
     drawn = [
         [bounds(size[chosen], arguments.confidence) for size in population.differences]
         for chosen in (rng.integers(0, count, rows) for _ in range(arguments.resamples))
     ]
+    search = partial(_bisected, kept=population.kept) if arguments.bisect else _held
     found = []
     for name in ("normal", "package"):
         lower = np.array([[size[name] for size in sample] for sample in drawn])
-        shared = {"rows": rows, "bound": name, "edge": _at_the_edge(lower, population.losses)}
+        shared = {"rows": rows, "bound": name, "edge": _at_the_edge(search, lower, population.losses)}
         for tolerance in arguments.tolerances:
-            found.append({**shared, "tolerance": tolerance, **_descended(population, lower, tolerance)})
+            found.append(
+                {**shared, "tolerance": tolerance, **_figures(population, search(lower, tolerance), tolerance)}
+            )
     return found
 
 
@@ -110,16 +117,35 @@ def _held(lower: NDArray[np.float64], tolerance: float) -> NDArray[np.int64]:
     return held
 
 
-def _descended(population: Population, lower: NDArray[np.float64], tolerance: float) -> dict[str, float]:
-    held = _held(lower, tolerance)
-    sizes = held if population.kept is None else np.append(1.0, population.kept)[held]
-    lost = np.append(0.0, population.losses)[held] > tolerance + 1e-12
+def _bisected(lower: NDArray[np.float64], tolerance: float, kept: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the place of the size that a bisection returns, from 1, for each sample; 0 where no size holds."""
+    places = np.zeros(len(lower), dtype=np.int64)
+    for sample, bound in enumerate(lower):
+        low, high = 0.0, 1.0
+        for _ in range(SieveConfig.search_steps):
+            middle = (low + high) / 2
+            # The smallest size that keeps at least so much; the dense model at 0.
+            place = int((kept >= middle).sum())
+            if place == 0 or bound[place - 1] >= -tolerance:
+                high, places[sample] = middle, place
+            else:
+                low = middle
+    return places
+
+
+def _figures(population: Population, places: NDArray[np.int64], tolerance: float) -> dict[str, float]:
+    sizes = places if population.kept is None else np.append(1.0, population.kept)[places]
+    lost = np.append(0.0, population.losses)[places] > tolerance + 1e-12
     return {"beyond": float(lost.mean()), "kept": float(sizes.mean()), "kept_deviation": float(sizes.std())}
 
 
-def _at_the_edge(lower: NDArray[np.float64], losses: NDArray[np.float64]) -> float:
-    """Return the largest share of samples that accept a size if the tolerance is its very loss."""
-    shares = [float((_held(lower, loss) > place).mean()) for place, loss in enumerate(losses) if loss > 0]
+def _at_the_edge(
+    search: Callable[[NDArray[np.float64], float], NDArray[np.int64]],
+    lower: NDArray[np.float64],
+    losses: NDArray[np.float64],
+) -> float:
+    """Return the largest share of samples that return a size, or a smaller one, if the tolerance is its very loss."""
+    shares = [float((search(lower, loss) > place).mean()) for place, loss in enumerate(losses) if loss > 0]
     return max(shares, default=0.0)
 
 
@@ -127,6 +153,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Print a line for each number of rows, bound and tolerance."""
     arguments = parse_arguments(words)
     population = read_population(arguments.reference, arguments.sizes)
+    if arguments.bisect and population.kept is None:
+        raise ValueError("`sizes` must be KEPT=FILE with `--bisect`, got a file without its kept fraction.")
     losses = ", ".join(f"{loss:+.3f}" for loss in population.losses)
     print(f"{population.differences.shape[1]} examples, {len(population.losses)} sizes that lose {losses}\n")
     kept = "kept" if population.kept is not None else "sizes held"

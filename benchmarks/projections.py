@@ -5,8 +5,9 @@
 
 Prints accuracy +- standard error, the paired difference to the dense model +- standard error, agreement with it and KL
 from it, for each method and kept fraction of the target parameters, and the time of moments and factors. Calibrates on
-the calibration split and scores the first `--limit` examples of the test split; nothing is searched. `--learned` adds
-LLM-Sieve's adapters at .6: some minutes of training on a CPU. Other tasks: `benchmarks/tasks/`.
+the calibration split and scores the first `--limit` examples of the test split; nothing is searched. `--save` keeps the
+evaluations. `--learned` adds LLM-Sieve's adapters at .6: some minutes of training on a CPU. Other tasks:
+`benchmarks/tasks/`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=600, help="test examples scored")
     parser.add_argument("--learned", action="store_true", help="also train LLM-Sieve's adapters, at kept .6")
     parser.add_argument("--work-dir", type=Path, help="keeps moments and bases")
+    parser.add_argument("--save", type=Path, help="folder for the evaluations, which `coverage.py` reads")
     return parser.parse_args(words)
 
 
@@ -57,6 +59,9 @@ def main(words: Sequence[str] | None = None) -> None:
     pruner = make_pruner(arguments, test=arguments.limit)
     model, tokenizer, (task,) = pruner.model, pruner.tokenizer, pruner.tasks
     dense = score(model, tokenizer, task)
+    if arguments.save:
+        arguments.save.mkdir(parents=True, exist_ok=True)
+        dense.save(arguments.save / "dense.safetensors")
     print(f"{dense.count} test examples, majority {dense.majority_score:.3f}, dense {dense.score:.3f} +- "
           f"{dense.standard_error:.3f}\n")  # fmt: skip
     chosen = [
@@ -70,7 +75,11 @@ def main(words: Sequence[str] | None = None) -> None:
         name = f"joint {config.loss} x{config.rounds}" if config.projection == "joint" else config.projection
         for fraction in fractions:
             with calibrated.pruned(fraction):
-                text, row = describe(dense, score(model, tokenizer, task))
+                found = score(model, tokenizer, task)
+            text, row = describe(dense, found)
+            if arguments.save:
+                words_of = (*name.split(), config.allocation, config.storage, str(fraction))
+                found.save(arguments.save / f"{'-'.join(words_of)}.safetensors")
             print(f"{name:22} {config.allocation:8} {config.storage:8} kept {fraction:.2f}: {text}; moments and "
                   f"factors {calibrated.seconds:.0f} s", flush=True)  # fmt: skip
             row = {"allocation": config.allocation, "storage": config.storage, "kept": fraction, **row}

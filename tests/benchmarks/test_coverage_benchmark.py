@@ -59,6 +59,19 @@ def test_losses_and_sizes_are_those_of_the_population(tmp_path: Path, capsys: An
     assert (normal["kept"], package["kept"]) == (0.5, 1.0)
 
 
+def test_a_bisection_skips_sizes_and_goes_back_to_larger_ones(tmp_path: Path) -> None:
+    dense = save(tmp_path / "dense.safetensors", range(100))
+    # The second of four sizes fails, which stops a descent, and a bisection never tries it.
+    wrong = {0.75: 100, 0.5: 100, 0.4: 400, 0.25: 100, 0.1: 500}
+    words = [dense, *(f"{kept}={save(tmp_path / str(kept), range(count))}" for kept, count in wrong.items())]
+    words += ["--rows", 400, "--resamples", 20, "--tolerances", 0.02]
+    assert {row["kept"] for row in rows_of(tmp_path, *words)} == {0.5}
+    # .5, .25, and then .125, .1875, .21875, .234375, all of which the size of .25 stands for.
+    assert {row["kept"] for row in rows_of(tmp_path, *words, "--bisect")} == {0.25}
+    with pytest.raises(ValueError, match="`sizes` must be KEPT=FILE with `--bisect`"):
+        rows_of(tmp_path, dense, tmp_path / "0.5", "--bisect", "--rows", 400)
+
+
 def test_a_loss_at_the_edge_is_accepted_as_often_as_allowed_with_the_correction_alone(tmp_path: Path) -> None:
     dense, lossy = save(tmp_path / "dense.safetensors", range(0)), save(tmp_path / "lossy.safetensors", range(11))
     normal, package = rows_of(tmp_path, dense, f"0.5={lossy}", "--rows", 100, "--resamples", 1000, "--tolerances", 0.01)
