@@ -11,6 +11,10 @@ import math
 from statistics import NormalDist
 
 
+# Probability of another outcome that the rest of a test's examples may have to be left out.
+_DOUBT = 0.01
+
+
 def certain_error(mean: float, standard_error: float, count: int) -> float:
     r"""Widen the standard error of a paired difference so that its lower bound holds where few examples change.
 
@@ -45,6 +49,43 @@ def certain_error(mean: float, standard_error: float, count: int) -> float:
     squares = 1 + count * (count - 1) * standard_error**2 + count * mean**2
     lost = min(1.0, max(0.0, (1 - count * mean) / squares))
     return (math.sqrt(squares - count * mean**2) + lost) / count
+
+
+def is_settled(
+    mean: float, standard_error: float, count: int, total: int, *, tolerance: float, confidence: float
+) -> bool:
+    r"""Return whether the first examples of a test decide it, as the rest would hardly change the outcome.
+
+    A share \(f\) of the examples has a mean \(m\) with an error \(s\), see [`certain_error`]. The mean of all is then
+    expected at \(m\) with the standard deviation \(s \sqrt{1 - f}\), and passes if it is at least
+    \(z s \sqrt f\) above minus the tolerance. If that has a probability of at most .01, or at least .99, the first
+    ones decide. Failing early cannot accept a loss beyond the tolerance; passing early at a quarter accepts one that
+    is exactly the tolerance with a probability of less than .005, instead of .1 for all examples at confidence .9.
+
+    Reference: Lan, Simon and Halperin (1982), *Stochastically curtailed tests in long-term clinical trials*.
+
+    Args:
+        mean (`float`): Mean difference of the first examples.
+        standard_error (`float`): Its standard error.
+        count (`int`): Number of the first examples.
+        total (`int`): Number of all examples, more than `count`.
+        tolerance (`float`): Largest acceptable drop.
+        confidence (`float`): One-sided confidence of the bound.
+
+    Example:
+
+    ```python
+    >>> options = {"count": 100, "total": 400, "tolerance": 0.02, "confidence": 0.9}
+    >>> [is_settled(mean, 0.03, **options) for mean in (-0.08, -0.02, 0.04, 0.1)]
+    [True, False, False, True]
+
+    ```
+    """
+    error, share = certain_error(mean, standard_error, count), count / total
+    margin = NormalDist().inv_cdf(confidence) * error
+    passes = NormalDist().cdf((mean + tolerance - math.sqrt(share) * margin) / (error * math.sqrt(1 - share)))
+    # With a confidence near 1 the first ones alone may be too few for what all would show.
+    return passes <= _DOUBT or (passes >= 1 - _DOUBT and mean - margin >= -tolerance)
 
 
 def least_tolerance(count: int, *, agreement: float, confidence: float, probability: float = 0.5) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimum_sieve.allocation.certainty import is_settled
 from optimum_sieve.backbone.fingerprint import tokenizer_fingerprint
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.modeling.label_offsets import shared_candidates
@@ -17,9 +18,10 @@ from optimum_sieve.tasks.task import metric_source
 
 from .batches import tokens_fingerprint
 from .blockwise import evaluate_by_block
+from .comparison import Comparison, compare
 from .labelling import label_by_model
 from .likelihoods import match_prior
-from .scores import Evaluation, evaluate, evaluation_of
+from .scores import Evaluation, evaluate, evaluation_of, evaluation_of_texts
 
 
 if TYPE_CHECKING:
@@ -31,9 +33,13 @@ if TYPE_CHECKING:
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
+    from optimum_sieve.tasks.text_metrics import Metric
 
 # Raise it when the same model and examples give another evaluation: those of earlier versions are then computed again.
 _FORMAT = 1
+# A first look takes one in so many examples, and at least so many.
+_LOOKS = 4
+_LEAST_LOOK = 100
 
 
 def examples_fingerprint(
@@ -63,6 +69,7 @@ def score(
     label: str,
     pruned: str | None = None,
     held: tuple[Mapping[str, FactorBasis], Mapping[str, int | None]] | None = None,
+    known: Evaluation | None = None,
 ) -> Evaluation:
     """Evaluate the model as it is now on a split, or take the evaluation from the work directory.
 
@@ -74,6 +81,7 @@ def score(
         label (`str`): Name of the model for the progress bar.
         pruned (`str`, *optional*): Hash of what makes the model differ from the dense one. `None`: it is dense.
         held (`tuple`, *optional*): Bases and ranks to hold during the evaluation, block by block.
+        known (`Evaluation`, *optional*): Evaluation of the first of these examples, which are not evaluated again.
     """
     inputs = {"examples": task.fingerprint(split, part), "metric": metric_source(task.metric), "pruned": pruned}
     key = run.key(**inputs, format=_FORMAT)
@@ -81,7 +89,7 @@ def score(
     work = score_cache(run, [task] if pruned is None else run.tasks)
     if (stored := work.find("evaluation", key)) is not None:
         return Evaluation.load(stored, verify=False)
-    examples = task.examples(split, part)
+    examples = task.examples(split, part)[0 if known is None else known.count :]
     options: dict[str, Any] = {"metric": task.metric, "batch_size": run.config.batch_size}
     options |= {"progress": run.progress, "description": f"{label} on {split}"}
     if run.by_block and examples[0].generation is None:
@@ -90,6 +98,8 @@ def score(
         evaluation = evaluate_by_block(run.model, examples, run.tokenizer, **options)
     else:
         evaluation = evaluate(run.model, examples, run.tokenizer, **options)
+    if known is not None:
+        evaluation = _joined(known, evaluation, task.examples(split, part), task.metric)
     path = work.file("evaluation", key)
     if path is not None and distributed.is_first():
         evaluation.save(path)
@@ -97,11 +107,49 @@ def score(
     return evaluation
 
 
-def score_pruned(run: Run, task: TaskRun, **options: Any) -> Evaluation:
-    """Evaluate a pruned model on the selection split, with label offsets; the options are of [`score`]."""
-    evaluation = score(run, task, "selection", **options)
-    offsets = label_offsets(run, task, evaluation) if offset_candidates(run, task) else None
-    return with_offsets(task, "selection", evaluation, offsets)
+def _joined(first: Evaluation, rest: Evaluation, examples: Sequence[Example], metric: Metric) -> Evaluation:
+    """Return the evaluation of all examples from that of the first ones and that of the rest."""
+    if first.texts:
+        return evaluation_of_texts([*first.texts, *rest.texts], examples, metric)
+    scores = np.full((len(examples), max(first.log_probs.shape[1], rest.log_probs.shape[1])), -np.inf)
+    for each, rows in ((first, slice(first.count)), (rest, slice(first.count, None))):
+        scores[rows, : each.log_probs.shape[1]] = each.log_probs
+    return evaluation_of(scores, examples, metric)
+
+
+def _first_ones(evaluation: Evaluation, examples: Sequence[Example], metric: Metric) -> Evaluation:
+    """Return the evaluation of the first examples alone."""
+    count = len(examples)
+    if evaluation.texts:
+        return evaluation_of_texts(evaluation.texts[:count], examples, metric)
+    return evaluation_of(evaluation.log_probs[:count], examples, metric)
+
+
+def compare_pruned(run: Run, task: TaskRun, reference: Evaluation, **options: Any) -> Comparison:
+    """Compare a pruned model, with label offsets, with `reference` on the selection split.
+
+    Of many examples, a quarter is scored first. It decides alone if the rest would hardly change whether the size is
+    within the tolerance, see [`is_settled`][optimum_sieve.allocation.certainty.is_settled]. The examples of a split are
+    in random order. The options are of [`score`].
+    """
+    part = slice(len(task.selection) // _LOOKS)
+    first = None
+    if part.stop >= _LEAST_LOOK:
+        first = score(run, task, "selection", part, **options)
+        examples = task.examples("selection", part)
+        found = compare(_first_ones(reference, examples, task.metric), _with_own_offsets(run, task, first, part))
+        if is_settled(
+            found.mean, found.standard_error, found.count, len(task.selection),
+            tolerance=run.config.tolerance or 0.0, confidence=run.config.confidence,
+        ):  # fmt: skip
+            return found
+    return compare(reference, _with_own_offsets(run, task, score(run, task, "selection", known=first, **options)))
+
+
+def _with_own_offsets(run: Run, task: TaskRun, selection: Evaluation, part: slice = WHOLE) -> Evaluation:
+    """Return an evaluation on the selection split with the label offsets that it gives."""
+    offsets = label_offsets(run, task, selection) if offset_candidates(run, task) else None
+    return with_offsets(task, "selection", selection, offsets, part)
 
 
 def offset_candidates(run: Run, task: TaskRun) -> tuple[str, ...]:
@@ -128,11 +176,13 @@ def label_offsets(run: Run, task: TaskRun, selection: Evaluation) -> NDArray[np.
     return match_prior(selection.log_probs, counts / counts.sum())
 
 
-def with_offsets(task: TaskRun, split: str, evaluation: Evaluation, offsets: NDArray[np.float64] | None) -> Evaluation:
+def with_offsets(
+    task: TaskRun, split: str, evaluation: Evaluation, offsets: NDArray[np.float64] | None, part: slice = WHOLE
+) -> Evaluation:
     """Return an evaluation with offsets added to the log-likelihoods of the labels."""
     if offsets is None:
         return evaluation
-    return evaluation_of(evaluation.log_probs + offsets, task.examples(split), task.metric)
+    return evaluation_of(evaluation.log_probs + offsets, task.examples(split, part), task.metric)
 
 
 def score_dense(run: Run, task: TaskRun, split: str, part: slice = WHOLE) -> Evaluation:

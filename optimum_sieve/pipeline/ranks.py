@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
-from optimum_sieve.evaluation.comparison import compare
-from optimum_sieve.evaluation.stage import score_pruned, score_reference
+from optimum_sieve.evaluation.stage import compare_pruned, score_reference
 from optimum_sieve.healing.stage import heal_config
 from optimum_sieve.run import distributed
 from optimum_sieve.run.workdir import content_key
@@ -120,8 +119,8 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
                 options["held"] = (bases, ranks)
             else:
                 live.hold(ranks)
-            after = [score_pruned(run, task, **options) for task in run.tasks]
-            return {task.name: compare(*pair) for task, *pair in zip(run.tasks, reference, after, strict=True)}
+            pairs = zip(run.tasks, reference, strict=True)
+            return {task.name: compare_pruned(run, task, before, **options) for task, before in pairs}
 
         kept, trials = search_kept_fraction(
             compare_at,

@@ -12,6 +12,7 @@ from scipy.stats import multinomial
 from optimum_sieve.allocation.certainty import (
     certain_error,
     examples_needed,
+    is_settled,
     least_tolerance,
     passing_probability,
 )
@@ -92,3 +93,30 @@ def test_the_examples_needed_are_the_fewest(tolerance: float, agreement: float) 
     found = examples_needed(tolerance, agreement=agreement, confidence=0.9)
     needed = [least_tolerance(count, agreement=agreement, confidence=0.9) for count in (found - 1, found)]
     assert needed[1] <= tolerance < needed[0]
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.9, 0.99])
+def test_a_first_look_accepts_a_loss_of_the_tolerance_no_more_often(confidence: float) -> None:
+    rng = np.random.default_rng(0)
+    passed, without, early = [], [], []
+    for _ in range(6000):
+        # Loses exactly two points: 6 % get worse, 4 % better.
+        differences = rng.choice([-1.0, 1.0, 0.0], p=[0.06, 0.04, 0.9], size=400)
+        first, whole = (compared(int((each > 0).sum()), int((each < 0).sum()), len(each))
+                        for each in (differences[:100], differences))  # fmt: skip
+        looks = {"total": 400, "tolerance": 0.02, "confidence": confidence}
+        early.append(is_settled(first.mean, first.standard_error, first.count, **looks))
+        decisive = first if early[-1] else whole
+        passed.append(decisive.lower_bound(confidence) >= -0.02)
+        without.append(whole.lower_bound(confidence) >= -0.02)
+    assert np.mean(passed) <= np.mean(without) + 0.004
+    assert 0.01 < np.mean(early) < 0.5
+
+
+def test_a_first_look_decides_on_clear_gains_and_losses_alone() -> None:
+    looks = {"total": 1000, "tolerance": 0.02, "confidence": 0.9}
+    for up, down, settled in [(20, 5, True), (12, 12, False), (5, 40, True)]:
+        first = compared(up, down, 250)
+        assert is_settled(first.mean, first.standard_error, first.count, **looks) == settled
+        if settled:
+            assert (first.lower_bound(0.9) >= -0.02) == (up > down)

@@ -1,0 +1,85 @@
+"""A quarter of many selection examples decides about a size that is clearly within the tolerance or beyond it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from healed_world import TOKENIZER, learn
+from toy import load_task, parity_rows, unhealed
+
+from optimum_sieve import SievePruner, compare
+from optimum_sieve.evaluation import stage
+from optimum_sieve.evaluation.stage import compare_pruned, score
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from optimum_sieve.run.context import Run
+    from optimum_sieve.tasks import Task
+
+FRACTIONS = {"calibration": 0.1, "selection": 0.8, "test": 0.1}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    directory = tmp_path_factory.mktemp("task")
+    return load_task(directory, parity_rows(600), data={"files": "rows.jsonl", "fractions": FRACTIONS})
+
+
+@pytest.fixture(scope="module")
+def dense(task: Task) -> PreTrainedModel:
+    return learn(task)
+
+
+@pytest.fixture
+def run(dense: PreTrainedModel, task: Task, tmp_path: Path) -> Run:
+    pruner = SievePruner(dense, TOKENIZER, task)
+    config = unhealed(tolerance=0.02, label_offsets="prior")
+    return pruner._prepare(config, work_dir=tmp_path / "work", study_storage=None, progress=False)
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_the_first_quarter_is_scored_once(run: Run, settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = run.tasks
+    reference = score(run, task, "selection", label="dense model")
+    scored: list[int] = []
+    evaluate = stage.evaluate
+
+    def counting(model: Any, examples: Any, *arguments: Any, **options: Any) -> Any:
+        scored.append(len(examples))
+        return evaluate(model, examples, *arguments, **options)
+
+    monkeypatch.setattr(stage, "evaluate", counting)
+    monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: settled)
+    found = compare_pruned(run, task, reference, label="pruned model", pruned="some hash")
+    count = len(task.selection)
+    assert count >= 400
+    assert scored == ([count // 4] if settled else [count // 4, count - count // 4])
+    assert found.count == sum(scored)
+
+
+def test_both_parts_give_the_evaluation_of_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = run.tasks
+    monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: False)
+    reference = score(run, task, "selection", label="dense model")
+    options: dict[str, Any] = {"label": "pruned model", "pruned": "some hash"}
+    compare_pruned(run, task, reference, **options)
+    # Stored as the evaluation of the whole split.
+    joined = score(run, task, "selection", **options)
+    assert compare(reference, joined).agreement == 1
+    assert joined.count == reference.count
+    np.testing.assert_allclose(joined.log_probs, reference.log_probs, atol=1e-5)
+    np.testing.assert_array_equal(joined.values, reference.values)
+
+
+def test_few_examples_are_scored_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = run.tasks
+    monkeypatch.setattr(stage, "_LEAST_LOOK", 200)
+    monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: pytest.fail("a first look"))
+    reference = score(run, task, "selection", label="dense model")
+    assert compare_pruned(run, task, reference, label="pruned", pruned="x").count == len(task.selection)
