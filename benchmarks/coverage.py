@@ -153,6 +153,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Print a line for each number of rows, bound and tolerance."""
     arguments = parse_arguments(words)
     population = read_population(arguments.reference, arguments.sizes)
+    if population.kept is not None and (np.diff(population.kept) >= 0).any():
+        raise ValueError(f"`sizes` must fall, got {', '.join(f'{kept:g}' for kept in population.kept)}.")
     if arguments.bisect and population.kept is None:
         raise ValueError("`sizes` must be KEPT=FILE with `--bisect`, got a file without its kept fraction.")
     losses = ", ".join(f"{loss:+.3f}" for loss in population.losses)

@@ -80,7 +80,11 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
         given = {name.removeprefix(prefix): value for name, value in arguments.set if name.startswith(prefix)}
         if given:
             settings[prefix[:-1]] = kind(**given)
-    settings |= {name: value for name, value in arguments.set if "." not in name}
+    for name, value in arguments.set:
+        if "." not in name:
+            settings[name] = value
+        elif not name.startswith(("heal.", "tune.")):
+            raise ValueError(f"`--set` must name a setting, heal.NAME or tune.NAME, got {name}.")
     if arguments.tune:
         settings.setdefault("tune", TuneConfig())
     return settings | ({"heal": None} if arguments.no_heal else {})
@@ -95,9 +99,13 @@ def read_tasks(arguments: argparse.Namespace, seed: int) -> dict[str, Task]:
         if job.name in arguments.tasks:
             spec = {**places.read(job.rows, limit).spec, "seed": seed}
             if arguments.unlabelled:
+                if "fractions" not in spec["data"]:
+                    raise ValueError(f"`--unlabelled` must be 0 for a task of several files, got {job.name}.")
                 spec |= with_unlabelled(spec, arguments.unlabelled)
             roots = {"data": places.data, "demo": choose_source(None, None)[0].parent, "rows": places.cache / "rows"}
             tasks[job.name] = Task.from_dict(spec, roots[job.rows.root])
+    if arguments.unlabelled and arguments.files:
+        raise ValueError("`--unlabelled` must be 0 for task files, which can name such rows themselves.")
     return tasks | {file.stem: read_task(file, limit=limit, seed=seed) for file in arguments.files}
 
 
@@ -137,6 +145,7 @@ def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> 
             if key in report
         },
         "agreement": report["agreement"],
+        "unlabelled": arguments.unlabelled,
         "trials": result.trials,
         "seconds": report["seconds"],
         "settings": report["settings"],

@@ -64,7 +64,9 @@ class Round:
         pruned: dict[str, Any] = {}
         if self.ranks:
             pruned = {"ranks": self.ranks, "bases": self.before.key, "weighting": self.run.config.weighting}
-        examples = [task.fingerprint(split) for split in INPUTS if task.examples(split)]
+        splits = [split for split in INPUTS if task.examples(split)]
+        # One alone as it is, so that work directories of earlier versions stay valid.
+        examples = [task.fingerprint(split) for split in splits] if len(splits) > 1 else task.fingerprint(splits[0])
         return self.run.key(*MOMENT_SETTINGS, examples=examples, targets=self.names, format=FORMAT, **pruned)
 
     @cached_property

@@ -12,6 +12,7 @@ from optimum_sieve.allocation.stage import allocate_ranks, loss_curves
 from optimum_sieve.backbone.offloading import execution_device
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.evaluation.batches import input_device
+from optimum_sieve.evaluation.on_policy import answer_unlabelled
 from optimum_sieve.evaluation.stage import label_examples
 from optimum_sieve.factorization.closed_form import FactorBasis, factorize
 from optimum_sieve.factorization.learned import learn_adapter
@@ -120,7 +121,7 @@ def gold_examples(run: Run, task: TaskRun) -> Sequence[Example]:
     if config.projection == "svd" or (config.loss == "fisher" and examples[0].candidates):
         return examples
     if config.label_source == "data":
-        return [*task.calibration, *(label_examples(run, task.unlabelled) if task.unlabelled else ())]
+        return [*task.calibration, *answer_unlabelled(run, task)]
     return label_examples(run, examples, config.seed if config.label_source == "sampled" else None)
 
 

@@ -30,7 +30,8 @@ class HealConfig:
         start (`float`):
             Largest kept fraction of the first size on the way to a `pruning_ratio`, above 0 and below 1.
         shrink (`float`):
-            Kept fraction of each size relative to the size before, above 0 and below 1.
+            Kept fraction of each size relative to the size before, above 0 and below 1. Where the tolerance decides,
+            its square below a kept fraction of .1.
         adapter_rank (`int`):
             Rank of the LoRA adapters that are trained on both factors of every layer, with a scale of 2, and merged
             into them after each size. 0 trains all entries of the factors; the learning rate is then relative to each

@@ -232,6 +232,16 @@ class SieveConfig:
         """Calibration rounds that are run: `rounds`, or one if the projection allows no more."""
         return self.rounds if self.projection in ("joint", "activation") else 1
 
+    @property
+    def healed_sizes(self) -> list[float]:
+        """Kept fractions that are healed for the `pruning_ratio`, the last one; empty without either."""
+        if self.pruning_ratio is None or not isinstance(self.heal, HealConfig):
+            return []
+        kept = 1 - self.pruning_ratio
+        # A search finds ranks, and adapters are learned, for one size.
+        at_once = self.allocation == "genetic" or self.projection == "learned"
+        return [kept] if at_once else self.heal.sizes_to(kept)
+
     def search_count(self, num_examples: int) -> int:
         """Return the number of selection examples on which the genetic search scores candidates.
 

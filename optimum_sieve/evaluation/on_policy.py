@@ -17,7 +17,7 @@ from optimum_sieve.run.workdir import WorkDir, content_key
 
 from .encoding import answer_lengths, encode_examples
 from .labelling import label_by_model
-from .stage import examples_fingerprint
+from .stage import examples_fingerprint, label_examples
 from .teacher import Lesson, check_distillation, teach
 
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.backbone.kinds import InputFormat
+    from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
 
 
@@ -161,6 +162,19 @@ def write_examples(
         for example, (answer, text) in zip(examples, answers, strict=True)
     ]
     return _scorable(written, tokenizer, input_format(model))
+
+
+def answer_unlabelled(run: Run, task: TaskRun) -> list[Example]:
+    """Return a task's unlabelled examples with the dense model's most likely answers, which the run must hold now.
+
+    Written answers are stored, the same for all processes, and left out where nothing can be scored.
+    """
+    if not task.unlabelled or task.unlabelled[0].generation is None:
+        return label_examples(run, task.unlabelled) if task.unlabelled else []
+    return write_examples(
+        run.model, task.unlabelled, run.tokenizer, batch_size=run.config.batch_size, work=run.work,
+        pruned_key=run.model_key, progress=run.progress,
+    )  # fmt: skip
 
 
 def _scorable(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat) -> list[Example]:

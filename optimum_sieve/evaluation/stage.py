@@ -40,6 +40,8 @@ _FORMAT = 1
 # A first look takes one in so many examples, and at least so many.
 _LOOKS = 4
 _LEAST_LOOK = 100
+# A part of the examples may lack a class, which these metrics weigh like any other.
+_NOT_MEANS = ("macro_f1", "entity_f1")
 
 
 def examples_fingerprint(
@@ -122,7 +124,9 @@ def _first_ones(evaluation: Evaluation, examples: Sequence[Example], metric: Met
     count = len(examples)
     if evaluation.texts:
         return evaluation_of_texts(evaluation.texts[:count], examples, metric)
-    return evaluation_of(evaluation.log_probs[:count], examples, metric)
+    # Others may have more candidates.
+    width = max(len(example.candidates) for example in examples)
+    return evaluation_of(evaluation.log_probs[:count, :width], examples, metric)
 
 
 def compare_pruned(run: Run, task: TaskRun, reference: Evaluation, **options: Any) -> Comparison:
@@ -131,19 +135,23 @@ def compare_pruned(run: Run, task: TaskRun, reference: Evaluation, **options: An
     Of many examples, a quarter is scored first. It decides alone if the rest would hardly change whether the size is
     within the tolerance, see [`is_settled`][optimum_sieve.allocation.certainty.is_settled]. The examples of a split are
     in random order. The options are of [`score`].
+
+    All processes get the comparison of the first one, since theirs may differ by rounding.
     """
     part = slice(len(task.selection) // _LOOKS)
     first = None
-    if part.stop >= _LEAST_LOOK:
+    if part.stop >= _LEAST_LOOK and task.metric not in _NOT_MEANS:
         first = score(run, task, "selection", part, **options)
         examples = task.examples("selection", part)
-        found = compare(_first_ones(reference, examples, task.metric), _with_own_offsets(run, task, first, part))
+        before = _first_ones(reference, examples, task.metric)
+        found = distributed.agree(compare(before, _with_own_offsets(run, task, first, part)))
         if is_settled(
             found.mean, found.standard_error, found.count, len(task.selection),
             tolerance=run.config.tolerance or 0.0, confidence=run.config.confidence,
         ):  # fmt: skip
             return found
-    return compare(reference, _with_own_offsets(run, task, score(run, task, "selection", known=first, **options)))
+    after = _with_own_offsets(run, task, score(run, task, "selection", known=first, **options))
+    return distributed.agree(compare(reference, after))
 
 
 def _with_own_offsets(run: Run, task: TaskRun, selection: Evaluation, part: slice = WHOLE) -> Evaluation:

@@ -12,8 +12,7 @@ import torch
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.config.heal import HealConfig
-from optimum_sieve.evaluation.on_policy import lessons_of
-from optimum_sieve.evaluation.stage import label_examples
+from optimum_sieve.evaluation.on_policy import answer_unlabelled, lessons_of
 from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.surgery.apply import apply_ranks, restore
@@ -71,11 +70,11 @@ def _lessons(run: Run, task: TaskRun) -> list[Lesson]:
     """Return the lesson of a task's calibration examples and, if it has some, that of its unlabelled ones."""
     count = len(task.calibration) + len(task.unlabelled)
     lessons = [_lesson(run, task.calibration, task.weight * len(task.calibration) / count, gold=task.labelled)]
-    if task.unlabelled:
-        examples = task.unlabelled
-        # Its answers decide on what is matched, except over candidates.
-        if not examples[0].candidates or heal_config(run).loss != "candidates":
-            examples = label_examples(run, examples)
+    examples = task.unlabelled
+    # Its answers decide on what is matched, except over candidates.
+    if examples and (not examples[0].candidates or heal_config(run).loss != "candidates"):
+        examples = answer_unlabelled(run, task)
+    if examples:
         lessons.append(_lesson(run, examples, task.weight * len(examples) / count, gold=False))
     return lessons
 

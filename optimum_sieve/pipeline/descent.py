@@ -1,8 +1,9 @@
 """The descent: heal falling sizes until one exceeds the tolerance.
 
 The sizes are tested from large to small, and the descent stops at the first one that fails. So the chance that a size
-beyond the tolerance is accepted is at most `1 - confidence`, however many sizes are tested. Only the first size depends
-on the examples, through the size that holds without training.
+beyond the tolerance is accepted is at most `1 - confidence`, and what a first look adds to it
+(`allocation.certainty.is_settled`), however many sizes are tested. Only the first size depends on the examples, through
+the size that holds without training.
 
 Reference: Angelopoulos, Bates, Candes, Jordan and Lei (2021), *Learn then test*, fixed-sequence testing.
 """
@@ -23,7 +24,7 @@ from optimum_sieve.run import distributed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.calibration.rounds import Bases
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 # No smaller size is tried.
 _SMALLEST = 0.01
-# After a size whose bound is above the limit by so many times its distance from the mean, one size is left out.
-_CLEAR = 2.0
+# Below this, a size more or less saves little: every second one is left out.
+_FINE = 0.1
 
 
 def descend_within(run: Run, bases: Bases, healer: Healer, reference: Sequence[Evaluation]) -> list[dict[str, Any]]:
@@ -63,14 +64,7 @@ def descend_within(run: Run, bases: Bases, healer: Healer, reference: Sequence[E
             tqdm.write(_line(trials[-1], run.tasks[0].metric if len(run.tasks) == 1 else "lowest score"))
         return accepted
 
-    def is_clear() -> bool:
-        tolerance = config.tolerance or 0.0
-        return all(
-            trial["lower_bound"] + tolerance > _CLEAR * (trial["mean"] - trial["lower_bound"])
-            for trial in _by_task(trials[-1])
-        )
-
-    healer.descend(bases, _falling_sizes(run, healer.kept_without, is_clear), accept)
+    healer.descend(bases, _falling_sizes(run, healer.kept_without), accept)
     return trials
 
 
@@ -84,15 +78,8 @@ def kept_fraction(run: Run, ranks: Ranks) -> float:
     return kept / sum(target.num_parameters for target in run.targets)
 
 
-def _by_task(trial: dict[str, Any]) -> list[dict[str, Any]]:
-    return list(trial.get("tasks", {"": trial}).values())
-
-
-def _falling_sizes(run: Run, unhealed: float | None, is_clear: Callable[[], bool]) -> Iterator[float]:
-    """Yield the kept fractions to heal; stop before one that would end after the time limit.
-
-    `is_clear` says after each whether it is so far within the tolerance that the next size is left out.
-    """
+def _falling_sizes(run: Run, unhealed: float | None) -> Iterator[float]:
+    """Yield the kept fractions to heal; stop before one that would end after the time limit."""
     config = heal_config(run)
     # From one size above, as the size that holds without training was chosen on the same examples.
     kept = LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed / config.shrink)
@@ -104,12 +91,12 @@ def _falling_sizes(run: Run, unhealed: float | None, is_clear: Callable[[], bool
             return
         yield kept
         longest = max(longest, time.monotonic() - started)
-        kept *= config.shrink ** (2 if is_clear() else 1)
+        kept *= config.shrink ** (1 if kept > _FINE else 2)
 
 
 def _line(trial: dict[str, Any], metric: object) -> str:
     """Describe a size for the terminal."""
-    worst = min(_by_task(trial), key=lambda each: each["lower_bound"])
+    worst = min(trial.get("tasks", {"": trial}).values(), key=lambda each: each["lower_bound"])
     name = metric if isinstance(metric, str) else "score"
     verdict = "accepted" if trial["accepted"] else "beyond the tolerance"
     return (

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.stage import compare_pruned, score_reference
-from optimum_sieve.healing.stage import heal_config
 from optimum_sieve.run import distributed
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.search.stage import run_search
@@ -95,12 +94,8 @@ def _without_healing(
 
 def _heal_to_ratio(run: Run, bases: Bases, ranks: Ranks | None, healer: Healer) -> None:
     """Heal the size of `pruning_ratio`, and sizes on the way to it where its ranks are not given by a search."""
-    config = run.config
-    kept = 1 - (config.pruning_ratio or 0.0)
-    # Adapters are learned for one size.
-    at_once = config.allocation == "genetic" or config.projection == "learned"
-    sizes = [kept] if at_once else heal_config(run).sizes_to(kept)
-    healer.descend(bases, sizes, lambda size: True, first_ranks=ranks if at_once else None)
+    sizes = run.config.healed_sizes
+    healer.descend(bases, sizes, lambda size: True, first_ranks=ranks if len(sizes) == 1 else None)
 
 
 def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tuple[Ranks, list[dict[str, Any]]]:

@@ -53,7 +53,8 @@ def settle_training(
         return _settle_tuning(config, labelled)
     healed = _settle_tuning(replace(config, heal=HealConfig()), labelled)
     # Whether it may stay untuned is asked at the end.
-    unhealed = _settle_tuning(replace(config, heal=None, reference="dense"), labelled)
+    reference = "dense" if config.tune == "auto" else config.reference
+    unhealed = _settle_tuning(replace(config, heal=None, reference=reference), labelled)
     if not limited:
         return healed
     if plan_of(unhealed).blocks is None:
@@ -91,19 +92,23 @@ def heal_bytes(config: SieveConfig, targets: Sequence[Target], element: int) -> 
     heal = config.heal
     if not isinstance(heal, HealConfig):
         return 0
-    kept = LARGEST_HEALED if config.pruning_ratio is None else min(heal.start, 1 - config.pruning_ratio)
+    kept = LARGEST_HEALED if config.pruning_ratio is None else config.healed_sizes[0]
     factors = round(sum(target.num_parameters for target in targets) * kept)
     # Pivots are trained as factors, which have up to twice as many parameters, and stored as pivots.
     trained, stored = (2 * factors, 3 * factors) if config.storage == "pivoted" else (factors, factors)
     if heal.adapter_rank:
-        trained = heal.adapter_rank * sum(_widths(target, kept) for target in targets)
+        trained = heal.adapter_rank * sum(_widths(target, kept, config.storage) for target in targets)
     return _SIZES_AT_ONCE * stored * element + trained * _TRAINED_BYTES
 
 
-def _widths(target: Target, kept: float) -> int:
+def _widths(target: Target, kept: float, storage: str) -> int:
     """Return inputs and outputs of both factors of a matrix at a kept fraction, in sum."""
-    widths = target.out_features + target.in_features
-    return widths + 2 * min(target.max_rank, math.ceil(kept * target.num_parameters / widths))
+    widths, parameters = target.out_features + target.in_features, kept * target.num_parameters
+    rank = parameters / widths
+    if storage == "pivoted":
+        # r (m + n - r) parameters.
+        rank = (widths - math.sqrt(widths**2 - 4 * parameters)) / 2
+    return widths + 2 * min(target.max_rank, math.ceil(rank))
 
 
 def describe_healing(config: SieveConfig) -> str | None:
@@ -117,7 +122,7 @@ def describe_healing(config: SieveConfig) -> str | None:
     )
     if config.pruning_ratio is None:
         return f"{each} for each of several falling sizes, until the tolerance is exceeded{trained}"
-    sizes = len(heal.sizes_to(1 - config.pruning_ratio))
+    sizes = len(config.healed_sizes)
     examples = sizes * heal.steps * heal.batch_size
     count = f"{sizes} x {each}, {examples:,} forward and backward" if sizes > 1 else f"{each}, forward and backward"
     return count + trained

@@ -174,6 +174,11 @@ def _sources(spec: Any, key: str) -> dict[str, str]:
 
 def _fractions(spec: Any, sources: dict[str, str]) -> dict[str, float]:
     if spec is None:
+        if UNLABELLED in sources and list(sources.values()).count(sources[UNLABELLED]) > 1:
+            raise ValueError(
+                f"`data.fractions` must be given where `{UNLABELLED}` shares a source with another split, got none. "
+                f"Name the share of each split, or another source for `{UNLABELLED}`."
+            )
         return DEFAULT_FRACTIONS
     if not isinstance(spec, dict):
         raise TypeError(f"`data.fractions` must be a mapping from splits to numbers, got {shown(spec)}.")

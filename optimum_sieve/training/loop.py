@@ -140,7 +140,7 @@ class Trainer:
             ValueError: If the loss or its gradient is not finite.
         """
         self._resume()
-        # If all ranks are 0 and no layer has a bias, there is nothing to heal.
+        # If all ranks are 0, there may be nothing to heal.
         if self._optimizer.parameters:
             take_steps(
                 self.training, self.config.steps, self._step,

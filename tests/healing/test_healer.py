@@ -227,12 +227,12 @@ def test_the_plan_states_the_cost(dense: PreTrainedModel, task: Task) -> None:
         "healing                6 x 100 steps of 16 examples, 9,600 forward and backward; LoRA of rank 8 on both"
         in small.format()
     )
-    # Two sizes of a quarter, and adapters of rank 8 of factors with a quarter of the parameters.
+    # At the first size, a half: two sizes, and adapters of rank 8 of factors with half of the parameters.
     shapes = [weight.shape for name, weight in dense.named_parameters() if "_proj" in name]
     adapters = sum(
-        8 * (rows + columns + 2 * math.ceil(rows * columns / 4 / (rows + columns))) for rows, columns in shapes
+        8 * (rows + columns + 2 * math.ceil(rows * columns / 2 / (rows + columns))) for rows, columns in shapes
     )
-    assert small.heal_bytes == 2 * small.targets_parameters // 4 * 4 + adapters * 20
+    assert small.heal_bytes == 2 * small.targets_parameters // 2 * 4 + adapters * 20
     # The default, and none.
     assert "healing                6 x 32 steps" in pruner.plan(SieveConfig(pruning_ratio=0.75)).format()
     assert "healing" not in pruner.plan(SieveConfig(tolerance=0.02, heal=None)).format()

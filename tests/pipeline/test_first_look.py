@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +76,28 @@ def test_both_parts_give_the_evaluation_of_all(run: Run, monkeypatch: pytest.Mon
     assert joined.count == reference.count
     np.testing.assert_allclose(joined.log_probs, reference.log_probs, atol=1e-5)
     np.testing.assert_array_equal(joined.values, reference.values)
+
+
+def test_classes_that_weigh_alike_are_scored_on_all_examples(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: pytest.fail("a first look"))
+    task = replace(run.tasks[0], metric="macro_f1")
+    reference = score(run, task, "selection", label="dense model")
+    assert compare_pruned(run, task, reference, label="pruned", pruned="x").count == len(task.selection)
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_other_examples_may_have_more_candidates(run: Run, settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = run.tasks
+    first = list(task.selection)
+    first[-1] = replace(first[-1], candidates=(*first[-1].candidates, " neither"))
+    task = replace(task, selection=first)
+    monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: settled)
+    reference = score(run, task, "selection", label="dense model")
+    assert reference.log_probs.shape[1] == 3
+    found = compare_pruned(run, task, reference, label="pruned", pruned="x")
+    assert found.count == (len(first) // 4 if settled else len(first))
+    assert (found.mean, found.agreement) == (0, 1)
+    assert found.kl == pytest.approx(0, abs=1e-6)
 
 
 def test_few_examples_are_scored_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

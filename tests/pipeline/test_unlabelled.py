@@ -16,6 +16,7 @@ from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.healing.stage import make_lessons
 from optimum_sieve.pipeline.heal import heal_pruned
 from optimum_sieve.pipeline.prepare import prepare
+from optimum_sieve.tuning.loop import train
 
 
 if TYPE_CHECKING:
@@ -65,6 +66,13 @@ def test_they_have_no_answers(task: Task) -> None:
     assert {example.target for example in examples} == {None}
     assert {example.candidates for example in examples} == {(" odd", " even")}
     assert {example.answer for example in task.examples("calibration", TOKENIZER)} == {" odd", " even"}
+
+
+def test_shared_sources_need_fractions(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    files = dict.fromkeys(("calibration", "selection", "test", "unlabelled"), "rows.jsonl")
+    with pytest.raises(ValueError, match=r"`data\.fractions` must be given where `unlabelled` shares a source"):
+        load_task(tmp_path, data={"files": files})
 
 
 def test_they_are_limited_and_may_share_a_source(tmp_path: Path) -> None:
@@ -121,8 +129,8 @@ def test_a_run_uses_them_and_tunes_on_answers_alone(task: Task, dense: PreTraine
     assert "calibration 60, selection 60, test 60, unlabelled 40" in pruner.plan(config).format()
     report = pruner.prune(config, **QUIET).report
     assert report["healing"]["examples"] == 100
-    if "tuning" in report:
-        assert report["tuning"]["examples"] == 60
+    _, training, _ = train(make_run(copy.deepcopy(dense), task, heal=HealConfig(steps=1), tune=TuneConfig(steps=1)))
+    assert training.examples == 60
     plain = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
     plain.prune(unhealed(pruning_ratio=0.5, rank_multiple=1, rounds=1), **QUIET)
     plain.save_pretrained(tmp_path / "pruned")

@@ -333,6 +333,9 @@ def test_two_processes_take_the_steps_of_one(dense: PreTrainedModel, tmp_path: P
 def test_the_tuned_reference_needs_no_settings_of_tuning(task: Task, tmp_path: Path) -> None:
     pruner = SievePruner(make_model(), TOKENIZER, task)
     assert "tuning " in pruner.plan(SieveConfig(tolerance=0.1, reference="tuned")).format()
+    # Tuning was asked for, so a search may be measured from the tuned model too.
+    searched = SieveConfig(tolerance=0.1, reference="tuned", tune=TuneConfig(), allocation="genetic")
+    assert "tuning " in pruner.plan(searched).format()
     message = "`reference` must be 'dense' where `tune='auto'` does not tune, got 'tuned'"
     with pytest.raises(ValueError, match=message):
         pruner.plan(SieveConfig(tolerance=0.1, reference="tuned", heal=None))
