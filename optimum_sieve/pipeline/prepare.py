@@ -23,11 +23,12 @@ from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.run import distributed
 from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir
-from optimum_sieve.tasks.data import INPUTS
+from optimum_sieve.tasks.data import INPUTS, UNLABELLED
 from optimum_sieve.tasks.several import naming, task_shares
 from optimum_sieve.tasks.task import require_metric_sources
 
 from .checks import check_task, check_weights
+from .crossing import crossed_examples
 
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.backbone.targets import Target
     from optimum_sieve.plan.plan import PrunePlan
-    from optimum_sieve.tasks import Task
+    from optimum_sieve.tasks import Example, Task
     from optimum_sieve.vocabulary import TaskVocabulary
 
 
@@ -211,11 +212,17 @@ def task_runs(
 ) -> tuple[TaskRun, ...]:
     """Render the examples of every task with the tokenizer and hash those of each split."""
     shares = task_shares(config.task_weights, len(tasks))
-    return tuple(_task_run(model, tokenizer, *each) for each in zip(tasks, shares, strict=True))
+    return tuple(_task_run(model, tokenizer, config, *each) for each in zip(tasks, shares, strict=True))
 
 
-def _task_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, share: float) -> TaskRun:
-    examples = {split: task.examples(split, tokenizer) for split in task.splits}
+def _task_run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SieveConfig, task: Task, share: float
+) -> TaskRun:
+    examples: dict[str, Sequence[Example]] = {split: task.examples(split, tokenizer) for split in task.splits}
+    if config.crossed_prompts:
+        taken = {example.prompt for split in examples.values() for example in split}
+        crossed = crossed_examples(examples["calibration"], config.crossed_prompts, seed=config.seed, taken=taken)
+        examples[UNLABELLED] = [*examples.get(UNLABELLED, ()), *crossed]
     return TaskRun(
         name=task.name,
         metric=task.metric,

@@ -1,0 +1,87 @@
+"""More prompts for calibration and healing: the beginning of one calibration prompt and the end of another.
+
+A model that was tuned on few examples answers them with near certainty, so they say little about what it must keep. It
+is less sure of crossed prompts, which have the words and the form of the task.
+
+Related: Yun et al. (2019), *CutMix*, which crosses images, and Jiao et al. (2020), *TinyBERT*, which distils small
+tasks on altered texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimum_sieve.modeling.label_offsets import shared_candidates
+
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from optimum_sieve.tasks import Example
+
+# Draws for each prompt that is asked for; few short prompts have few crossings.
+_DRAWS = 20
+
+
+def crossed_examples(
+    examples: Sequence[Example], count: int, *, seed: int, taken: Collection[str] = ()
+) -> list[Example]:
+    """Return up to `count` examples without answers, whose prompts cross two prompts of `examples` between words.
+
+    What all prompts begin and end with, such as an instruction, stays as it is. No prompt is longer than the longest
+    one given.
+
+    Args:
+        examples (`Sequence[Example]`): At least one, all with the same candidates.
+        count (`int`): Number of examples.
+        seed (`int`): Seed of the draws.
+        taken (`Collection[str]`): Prompts that are not made, besides those of `examples`.
+
+    Raises:
+        ValueError: If the examples have no common candidates.
+    """
+    if not shared_candidates(examples):
+        raise ValueError(
+            f"`crossed_prompts` must be 0 for tasks that do not have the same labels in every row, got {count}: two of "
+            "their prompts ask for different things."
+        )
+    prompts = [example.prompt for example in examples]
+    begin, bodies, end = _parts(prompts)
+    longest, known = max(map(len, prompts)), {*prompts, *taken}
+    generator = np.random.default_rng(seed)
+    found: list[Example] = []
+    for _ in range(_DRAWS * count):
+        if len(found) == count:
+            break
+        first, second = (bodies[generator.integers(len(bodies))].split(" ") for _ in range(2))
+        words = first[: generator.integers(len(first) + 1)] + second[generator.integers(len(second) + 1) :]
+        prompt = f"{begin}{' '.join(words)}{end}"
+        if len(words) > 1 and len(prompt) <= longest and prompt not in known:
+            known.add(prompt)
+            found.append(replace(examples[0], prompt=prompt, answer="", target=None))
+    return found
+
+
+def _parts(prompts: Sequence[str]) -> tuple[str, list[str], str]:
+    """Return the text that all prompts begin with, the rest of each, and the text that all end with: whole words."""
+    begin = _common_beginning(prompts)
+    begin = begin[: _last_space(begin)]
+    rests = [prompt[len(begin) :] for prompt in prompts]
+    end = _common_beginning([rest[::-1] for rest in rests])
+    end = end[: _last_space(end)][::-1]
+    return begin, [rest[: len(rest) - len(end)] for rest in rests], end
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    # All others lie between these two.
+    first, last = min(texts), max(texts)
+    same = next((index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return first[:same]
+
+
+def _last_space(text: str) -> int:
+    """Return the length of the text up to its last white space, which is included."""
+    return max((index + 1 for index, character in enumerate(text) if character.isspace()), default=0)
