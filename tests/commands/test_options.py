@@ -34,6 +34,7 @@ VALUES = {
     "memory_limit": "24GB",
     "seed": 3,
     "vocabulary": "task",
+    "crossed_prompts": 7,
     "label_offsets": "none",
     "time_limit": 720.0,
     "projection": "svd",

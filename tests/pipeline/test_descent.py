@@ -212,8 +212,8 @@ def test_small_sizes_fall_faster(pruner: SievePruner, monkeypatch: pytest.Monkey
     result = pruner.prune(SieveConfig(**{**WITHIN, "search_steps": 3}), **QUIET)
     kept = [trial["kept"] for trial in healed_trials(result)]
     assert kept[0] == pytest.approx(0.125 / HEAL.shrink, abs=0.01)
-    # Down to a tenth by one step, then by two.
-    powers = [0, 1, 2, 4, 6]
+    # One step until a size is below a tenth, then two.
+    powers = [0, 1, 2, 3, 5]
     assert kept == pytest.approx([kept[0] * HEAL.shrink**power for power in powers])
 
 
