@@ -11,9 +11,9 @@ The seed divides the rows, samples them and orders the training. Prints the kept
 scores on the test split with paired differences, the agreement and the minutes; with several seeds also mean and
 standard deviation over the seeds. `--tune` tunes the dense model first also where nothing is healed; with `--set
 reference=tuned` the tolerance is measured from it. `--set` changes any setting of `SieveConfig`, or of `HealConfig` and
-`TuneConfig` after `heal.` and `tune.`; its value is JSON, or else text. `--unlabelled` adds rows
-without answers. `--work-dir` keeps finished stages, one folder for each run, so that a stopped benchmark resumes;
-minutes are then those of the last start.
+`TuneConfig` after `heal.` and `tune.`; its value is JSON, or else text. `--unlabelled` adds rows without answers.
+`--work-dir` keeps finished stages, one folder for each run, so that a stopped benchmark resumes; minutes are then those
+of the last start.
 """
 
 from __future__ import annotations
@@ -75,16 +75,15 @@ def read_setting(text: str) -> tuple[str, Any]:
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that differ from the defaults."""
-    settings: dict[str, Any] = {}
-    for prefix, kind in (("heal.", HealConfig), ("tune.", TuneConfig)):
-        given = {name.removeprefix(prefix): value for name, value in arguments.set if name.startswith(prefix)}
-        if given:
-            settings[prefix[:-1]] = kind(**given)
+    kinds: dict[str, Any] = {"": dict, "heal": HealConfig, "tune": TuneConfig}
+    given: dict[str, dict[str, Any]] = {}
     for name, value in arguments.set:
-        if "." not in name:
-            settings[name] = value
-        elif not name.startswith(("heal.", "tune.")):
+        prefix, _, inner = name.rpartition(".")
+        if prefix not in kinds:
             raise ValueError(f"`--set` must name a setting, heal.NAME or tune.NAME, got {name}.")
+        given.setdefault(prefix, {})[inner] = value
+    settings = given.pop("", {})
+    settings |= {prefix: kinds[prefix](**values) for prefix, values in given.items()}
     if arguments.tune:
         settings.setdefault("tune", TuneConfig())
     return settings | ({"heal": None} if arguments.no_heal else {})

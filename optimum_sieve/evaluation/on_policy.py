@@ -169,8 +169,10 @@ def answer_unlabelled(run: Run, task: TaskRun) -> list[Example]:
 
     Written answers are stored, the same for all processes, and left out where nothing can be scored.
     """
-    if not task.unlabelled or task.unlabelled[0].generation is None:
-        return label_examples(run, task.unlabelled) if task.unlabelled else []
+    if not task.unlabelled:
+        return []
+    if task.unlabelled[0].generation is None:
+        return label_examples(run, task.unlabelled)
     return write_examples(
         run.model, task.unlabelled, run.tokenizer, batch_size=run.config.batch_size, work=run.work,
         pruned_key=run.model_key, progress=run.progress,

@@ -154,6 +154,12 @@ def compare_pruned(run: Run, task: TaskRun, reference: Evaluation, **options: An
     return distributed.agree(compare(reference, after))
 
 
+def compare_selection(run: Run, reference: Sequence[Evaluation], **options: Any) -> dict[str, Comparison]:
+    """Compare a pruned model with the reference of every task, see [`compare_pruned`]; return comparisons by task."""
+    pairs = zip(run.tasks, reference, strict=True)
+    return {task.name: compare_pruned(run, task, before, **options) for task, before in pairs}
+
+
 def _with_own_offsets(run: Run, task: TaskRun, selection: Evaluation, part: slice = WHOLE) -> Evaluation:
     """Return an evaluation on the selection split with the label offsets that it gives."""
     offsets = label_offsets(run, task, selection) if offset_candidates(run, task) else None

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from optimum_sieve.allocation.budget import rank_parameters
 from optimum_sieve.allocation.tolerance import size_trial
 from optimum_sieve.config.heal import LARGEST_HEALED
-from optimum_sieve.evaluation.stage import compare_pruned
+from optimum_sieve.evaluation.stage import compare_selection
 from optimum_sieve.healing.stage import heal_config
 from optimum_sieve.run import distributed
 
@@ -54,9 +54,7 @@ def descend_within(run: Run, bases: Bases, healer: Healer, reference: Sequence[E
     trials: list[dict[str, Any]] = []
 
     def accept(size: HealedSize) -> bool:
-        options: dict[str, Any] = {"label": f"healed, kept {size.kept:.1%}", "pruned": size.key}
-        pairs = zip(run.tasks, reference, strict=True)
-        comparisons = {task.name: compare_pruned(run, task, before, **options) for task, before in pairs}
+        comparisons = compare_selection(run, reference, label=f"healed, kept {size.kept:.1%}", pruned=size.key)
         trial = size_trial(size.kept, comparisons, config.confidence)
         accepted = bool(trial["lower_bound"] >= -(config.tolerance or 0.0))
         trials.append({**trial, "healed": True, "accepted": accepted})

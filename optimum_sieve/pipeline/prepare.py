@@ -222,7 +222,9 @@ def _task_run(
     if config.crossed_prompts:
         taken = {example.prompt for split in examples.values() for example in split}
         crossed = crossed_examples(examples["calibration"], config.crossed_prompts, seed=config.seed, taken=taken)
-        examples[UNLABELLED] = [*examples.get(UNLABELLED, ()), *crossed]
+        # Too few prompts may have no crossing.
+        if crossed:
+            examples[UNLABELLED] = [*examples.get(UNLABELLED, ()), *crossed]
     return TaskRun(
         name=task.name,
         metric=task.metric,

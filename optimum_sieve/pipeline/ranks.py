@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
-from optimum_sieve.evaluation.stage import compare_pruned, score_reference
+from optimum_sieve.evaluation.stage import compare_selection, score_reference
 from optimum_sieve.run import distributed
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.search.stage import run_search
@@ -114,8 +114,7 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
                 options["held"] = (bases, ranks)
             else:
                 live.hold(ranks)
-            pairs = zip(run.tasks, reference, strict=True)
-            return {task.name: compare_pruned(run, task, before, **options) for task, before in pairs}
+            return compare_selection(run, reference, **options)
 
         kept, trials = search_kept_fraction(
             compare_at,

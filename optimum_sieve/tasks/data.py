@@ -173,8 +173,9 @@ def _sources(spec: Any, key: str) -> dict[str, str]:
 
 
 def _fractions(spec: Any, sources: dict[str, str]) -> dict[str, float]:
+    shared = [split for split in sources if list(sources.values()).count(sources[split]) > 1]
     if spec is None:
-        if UNLABELLED in sources and list(sources.values()).count(sources[UNLABELLED]) > 1:
+        if UNLABELLED in shared:
             raise ValueError(
                 f"`data.fractions` must be given where `{UNLABELLED}` shares a source with another split, got none. "
                 f"Name the share of each split, or another source for `{UNLABELLED}`."
@@ -183,7 +184,6 @@ def _fractions(spec: Any, sources: dict[str, str]) -> dict[str, float]:
     if not isinstance(spec, dict):
         raise TypeError(f"`data.fractions` must be a mapping from splits to numbers, got {shown(spec)}.")
     check_keys(spec, NAMES, "data.fractions")
-    shared = [split for split in sources if list(sources.values()).count(sources[split]) > 1]
     if sorted(spec) != sorted(shared):
         raise ValueError(
             f"`data.fractions` must name exactly the splits that share a source ({', '.join(shared) or 'none'}), got "

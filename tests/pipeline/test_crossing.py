@@ -112,3 +112,10 @@ def test_they_count_for_moments_and_healing_alone(task: Task, dense: PreTrainedM
     report = pruner.prune(unhealed(**settings, crossed_prompts=30), **QUIET).report
     assert report["healing"]["examples"] == task.splits["calibration"] + 30
     assert report["settings"]["crossed_prompts"] == 30
+
+
+def test_prompts_without_a_crossing_add_nothing(dense: PreTrainedModel, tmp_path: Path) -> None:
+    words = load_task(tmp_path, parity_rows(90, length=1))
+    config = unhealed(pruning_ratio=0.5, crossed_prompts=5)
+    run = prepare(copy.deepcopy(dense), TOKENIZER, [words], config, work_dir=None, study_storage=None, **QUIET)
+    assert run.tasks[0].unlabelled == ()

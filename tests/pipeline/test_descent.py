@@ -23,14 +23,14 @@ from optimum_sieve.pipeline import descent, ranks
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.publish.result import SieveResult
-    from optimum_sieve.run.context import Run, TaskRun
+    from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Task
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -70,11 +70,13 @@ def script(monkeypatch: pytest.MonkeyPatch, module: Any, verdicts: Iterable[bool
     """Let the sizes that `module` tests hold or not, in turn, whatever they score."""
     given = iter(verdicts)
 
-    def compared(run: Run, task: TaskRun, reference: Evaluation, **options: Any) -> Comparison:
+    def compared(run: Run, reference: Sequence[Evaluation], **options: Any) -> dict[str, Comparison]:
         mean = 0.0 if next(given) else -0.5
-        return Comparison(mean=mean, standard_error=0.0, agreement=1.0, kl=0.0, count=reference.count)
+        shared: dict[str, Any] = {"mean": mean, "standard_error": 0.0, "agreement": 1.0, "kl": 0.0}
+        pairs = zip(run.tasks, reference, strict=True)
+        return {task.name: Comparison(**shared, count=before.count) for task, before in pairs}
 
-    monkeypatch.setattr(module, "compare_pruned", compared)
+    monkeypatch.setattr(module, "compare_selection", compared)
 
 
 def healed_trials(result: SieveResult) -> list[dict[str, Any]]:
@@ -227,13 +229,13 @@ def test_no_size_at_all_is_an_error_that_leaves_the_dense_model(
     assert_same(state(pruner.model), state(dense))
 
 
-@pytest.mark.parametrize("fails", ["heal", "stored_layer", "compare_pruned"])
+@pytest.mark.parametrize("fails", ["heal", "stored_layer", "compare_selection"])
 def test_an_error_leaves_the_dense_model(
     dense: PreTrainedModel, pruner: SievePruner, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(monkeypatch, ranks, [True, True])
     script(monkeypatch, descent, [True] * 9)
-    owner = descent if fails == "compare_pruned" else stage
+    owner = descent if fails == "compare_selection" else stage
     plain, calls = getattr(owner, fails), iter(range(10**6))
 
     def failing(*arguments: Any, **options: Any) -> Any:
