@@ -5,8 +5,8 @@
 
 The files are of `Evaluation.save`: first that of the dense (or tuned) model, then those of the sizes from large to
 small, all on the same examples; others are left out. They count as the population, whose losses are therefore known.
-Draws `--rows` of its examples with replacement, `--resamples` times, and descends the sizes until one fails its test,
-as healing does. With `--bisect` the kept fraction is bisected as without healing; a fraction between two sizes is the
+Draws `--rows` of its examples with replacement, `--resamples` times, and descends the sizes until `--failures` of them
+in a row fail their tests: two, as healing does; the last one that held is returned. With `--bisect` the kept fraction is bisected as without healing; a fraction between two sizes is the
 larger one, so give many sizes, such as those of `projections.py --save`. Prints for each tolerance how often the size
 that was returned loses more (at most `1 - confidence` is allowed), and the mean and standard deviation of its kept
 fraction, 1 where no size held; without `0.5=`, of the number of sizes held. *At the edge* is the largest share of runs
@@ -43,6 +43,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.01, 0.02, 0.05])
     parser.add_argument("--rows", type=int, nargs="+", default=[100, 200, 400, 800])
     parser.add_argument("--bisect", action="store_true", help="bisect the kept fraction; needs KEPT= for every size")
+    parser.add_argument("--failures", type=int, default=2, help="sizes in a row that fail before the search ends")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +100,9 @@ def simulate(population: Population, rows: int, arguments: argparse.Namespace) -
         [bounds(size[chosen], arguments.confidence) for size in population.differences]
         for chosen in (rng.integers(0, count, rows) for _ in range(arguments.resamples))
     ]
-    search = partial(_bisected, kept=population.kept) if arguments.bisect else _held
+    search = (
+        partial(_bisected, kept=population.kept) if arguments.bisect else partial(_held, failures=arguments.failures)
+    )
     found = []
     for name in ("normal", "package"):
         lower = np.array([[size[name] for size in sample] for sample in drawn])
@@ -111,10 +114,18 @@ def simulate(population: Population, rows: int, arguments: argparse.Namespace) -
     return found
 
 
-def _held(lower: NDArray[np.float64], tolerance: float) -> NDArray[np.int64]:
-    """Return how many sizes hold before the first that fails, for each sample of the bounds (samples, sizes)."""
-    held: NDArray[np.int64] = (lower >= -tolerance).cumprod(axis=1).sum(axis=1)
-    return held
+def _held(lower: NDArray[np.float64], tolerance: float, failures: int) -> NDArray[np.int64]:
+    """Return the place of the last size that holds before `failures` in a row fail, from 1, for each sample; 0: none.
+
+    `lower` has the bounds (samples, sizes).
+    """
+    places, failed = np.zeros(len(lower), dtype=np.int64), np.zeros(len(lower), dtype=np.int64)
+    for place, bound in enumerate(lower.T, 1):
+        holds = bound >= -tolerance
+        alive = failed < failures
+        places[alive & holds] = place
+        failed = np.where(holds & alive, 0, failed + 1)
+    return places
 
 
 def _bisected(lower: NDArray[np.float64], tolerance: float, kept: NDArray[np.float64]) -> NDArray[np.int64]:

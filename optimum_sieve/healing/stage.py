@@ -95,6 +95,10 @@ def _lesson(run: Run, examples: Sequence[Example], weight: float, *, gold: bool)
     return Lesson(teacher=teacher, examples=examples, weight=weight, gold=gold)
 
 
+# Sizes in a row that may be refused before the last: training moves the score of each by about a point.
+_REFUSALS = 1
+
+
 class Healer:
     """Prunes the model of a run to falling sizes and heals each one, going on from the healed factors.
 
@@ -140,27 +144,33 @@ class Healer:
         *,
         first_ranks: Ranks | None = None,
     ) -> None:
-        """Prune to one size after the other, heal it and go on while `accept` returns true.
+        """Prune to one size after the other, heal it, and go on until `accept` refused two in a row.
 
         Args:
             bases (`Bases`): Bases of the dense weights.
             sizes (`Iterable[float]`): Falling kept fractions. They are taken one by one, so they may end early.
-            accept (`Callable`): Called while the model holds the healed size.
+            accept (`Callable`): Called while the model holds the healed size. The last one that it accepts is `best`.
             first_ranks (`Mapping[str, int | None]`, *optional*): Ranks of the first size. Default: allocated.
         """
         key = content_key(healer=self.key, bases=bases.key, ranks=first_ranks)
-        previous: HealedSize | None = None
+        size: HealedSize | None = None
+        refused = 0
         try:
             for kept in sizes:
                 key = content_key(before=key, kept=kept)
-                ranks = first_ranks if previous is None else None
-                norms = {} if previous is None else previous.norms
-                size = self._healed(key, kept, self._pruned(kept, previous, bases, ranks), norms)
+                factors = self._pruned(kept, size, bases, first_ranks if size is None else None)
+                norms = {} if size is None else size.norms
+                # Freed before training, unless it is the best one.
+                size = None
+                size = self._healed(key, kept, factors, norms)
                 self._figures.append((kept, size.healing))
                 self.put(size)
-                if not accept(size):
-                    break
-                previous = self.best = size
+                if accept(size):
+                    self.best, refused = size, 0
+                else:
+                    refused += 1
+                    if refused > _REFUSALS:
+                        break
         finally:
             self.restore()
 

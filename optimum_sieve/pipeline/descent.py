@@ -1,9 +1,10 @@
-"""The descent: heal falling sizes until one exceeds the tolerance.
+"""The descent: heal falling sizes until two in a row exceed the tolerance.
 
-The sizes are tested from large to small, and the descent stops at the first one that fails. So the chance that a size
-beyond the tolerance is accepted is at most `1 - confidence`, and what a first look adds to it
-(`allocation.certainty.is_settled`), however many sizes are tested. Only the first size depends on the examples, through
-the size that holds without training.
+The sizes are tested from large to small. If the descent stopped at the first one that fails, the chance that a size
+beyond the tolerance is accepted would be at most `1 - confidence`, however many sizes are tested. It goes on past one
+failure, since training moves the score of each size up or down. This, a first look (`allocation.certainty.is_settled`)
+and the size that holds without training, on which the first size depends, add to that chance; simulations
+(docs/measurements.md, Certainty) find it below `1 - confidence` all the same.
 
 Reference: Angelopoulos, Bates, Candes, Jordan and Lei (2021), *Learn then test*, fixed-sequence testing.
 """

@@ -42,18 +42,22 @@ def rows_of(tmp_path: Path, *words: object) -> list[dict[str, Any]]:
 
 def test_losses_and_sizes_are_those_of_the_population(tmp_path: Path, capsys: Any) -> None:
     dense = save(tmp_path / "dense.safetensors", range(100))
-    # Nothing lost; ten points lost; better again, which a descent never reaches.
+    # Nothing lost; ten points lost twice; better again, which a descent never reaches.
     sizes = [save(tmp_path / f"{name}.safetensors", wrong) for name, wrong in
-             (("a", range(100)), ("b", range(200)), ("c", range(50)))]  # fmt: skip
-    words = [dense, *(f"{kept}={file}" for kept, file in zip((0.5, 0.3, 0.1), sizes, strict=True))]
+             (("a", range(100)), ("b", range(200)), ("b2", range(200)), ("c", range(50)))]  # fmt: skip
+    words = [dense, *(f"{kept}={file}" for kept, file in zip((0.5, 0.3, 0.2, 0.1), sizes, strict=True))]
     rows = rows_of(tmp_path, *words, "--rows", 400, "--resamples", 50, "--tolerances", 0.02, 0.5)
-    assert capsys.readouterr().out.startswith("1000 examples, 3 sizes that lose +0.000, +0.100, -0.050")
+    assert capsys.readouterr().out.startswith("1000 examples, 4 sizes that lose +0.000, +0.100, +0.100, -0.050")
     found = {(row["bound"], row["tolerance"]): row for row in rows}
     assert len(found) == len(rows) == 4
     for bound in ("normal", "package"):
         assert found[bound, 0.02]["beyond"] == 0
         assert (found[bound, 0.02]["kept"], found[bound, 0.02]["kept_deviation"]) == (0.5, 0)
         assert found[bound, 0.5]["kept"] == pytest.approx(0.1)
+    # After three failures it would have gone on.
+    assert rows_of(tmp_path, *words, "--rows", 400, "--resamples", 9, "--tolerances", 0.02, "--failures", 3)[0][
+        "kept"
+    ] == pytest.approx(0.1)
     # At 100 rows two points cannot be shown even of a model that is never wrong.
     (normal, package) = rows_of(tmp_path, *words, "--rows", 100, "--resamples", 50, "--tolerances", 0.02)
     assert (normal["kept"], package["kept"]) == (0.5, 1.0)
@@ -61,11 +65,13 @@ def test_losses_and_sizes_are_those_of_the_population(tmp_path: Path, capsys: An
 
 def test_a_bisection_skips_sizes_and_goes_back_to_larger_ones(tmp_path: Path) -> None:
     dense = save(tmp_path / "dense.safetensors", range(100))
-    # The second of four sizes fails, which stops a descent, and a bisection never tries it.
-    wrong = {0.75: 100, 0.5: 100, 0.4: 400, 0.25: 100, 0.1: 500}
+    # Two sizes in the middle fail, which stops a descent, and a bisection never tries them.
+    wrong = {0.75: 100, 0.5: 100, 0.45: 400, 0.4: 400, 0.25: 100, 0.1: 500}
     words = [dense, *(f"{kept}={save(tmp_path / str(kept), range(count))}" for kept, count in wrong.items())]
     words += ["--rows", 400, "--resamples", 20, "--tolerances", 0.02]
     assert {row["kept"] for row in rows_of(tmp_path, *words)} == {0.5}
+    # A single failure is passed.
+    assert {row["kept"] for row in rows_of(tmp_path, *(word for word in words if "0.45=" not in str(word)))} == {0.25}
     # .5, .25, and then .125, .1875, .21875, .234375, all of which the size of .25 stands for.
     assert {row["kept"] for row in rows_of(tmp_path, *words, "--bisect")} == {0.25}
     with pytest.raises(ValueError, match="`sizes` must be KEPT=FILE with `--bisect`"):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -259,8 +260,10 @@ def test_each_size_of_the_descent_is_held_to_every_task(
         assert {name: own["count"] for name, own in trial["tasks"].items()} == {"parity": 150, "size": 150}
         assert trial["lower_bound"] == min(own["lower_bound"] for own in trial["tasks"].values())
         assert trial["accepted"] == (trial["lower_bound"] >= -TWO_TASKS_TOLERANCE)
-    assert [trial["accepted"] for trial in trials[:-1]] == [True] * (len(trials) - 1)
-    assert not trials[-1]["accepted"] or trials[-1]["kept"] < 0.02
+    # Until two in a row fail, or no size is left.
+    failed = [not trial["accepted"] for trial in trials]
+    assert not any(a and b for a, b in pairwise(failed[:-1]))
+    assert failed[-2:] == [True, True] or trials[-1]["kept"] < 0.02
     for task in tasks:
         against = compare(score(dense, task, "selection"), score(result.model, task, "selection"))
         assert against.mean >= -TWO_TASKS_TOLERANCE
