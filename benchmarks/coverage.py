@@ -6,12 +6,13 @@
 The files are of `Evaluation.save`: first that of the dense (or tuned) model, then those of the sizes from large to
 small, all on the same examples; others are left out. They count as the population, whose losses are therefore known.
 Draws `--rows` of its examples with replacement, `--resamples` times, and descends the sizes until `--failures` of them
-in a row fail their tests: two, as healing does; the last one that held is returned. With `--bisect` the kept fraction is bisected as without healing; a fraction between two sizes is the
-larger one, so give many sizes, such as those of `projections.py --save`. Prints for each tolerance how often the size
-that was returned loses more (at most `1 - confidence` is allowed), and the mean and standard deviation of its kept
-fraction, 1 where no size held; without `0.5=`, of the number of sizes held. *At the edge* is the largest share of runs
-that return a size, or a smaller one, if the tolerance is the very loss of that size. `normal` is the bound by the
-normal approximation alone, without the package's correction.
+in a row fail their tests: two, as healing does. The last one that held is returned. With `--bisect` the kept fraction
+is bisected as without healing; a fraction between two sizes is the larger one, so give many sizes, such as those of
+`projections.py --save`. Prints for each tolerance how often the size that was returned loses more (at most `1 -
+confidence` is allowed), and the mean and standard deviation of its kept fraction, 1 where no size held; without `0.5=`,
+of the place of the size. *At the edge* is the largest share of runs that return a size, or a smaller one, if the
+tolerance is the very loss of that size. `normal` is the bound by the normal approximation alone, without the package's
+correction.
 """
 
 from __future__ import annotations
