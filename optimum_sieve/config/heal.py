@@ -49,6 +49,9 @@ class HealConfig:
         written_share (`float`):
             Share of the examples whose answers the pruned model has written itself, before each size, for tasks with
             written answers; from 0 up to below 1. The dense model predicts their next tokens.
+        crossed_prompts (`int`):
+            Additional prompts for tasks that have the same labels in every row, each the first words of one calibration
+            prompt and the last words of another. The dense model answers them itself; with `loss="candidates"` alone.
         prompt_sites (`int`):
             Random positions in each prompt whose next tokens are matched as well, for tasks with written answers and
             with `loss="vocabulary"`.
@@ -79,14 +82,15 @@ class HealConfig:
     loss: str = "candidates"
     gold_weight: float = 0.5
     written_share: float = 0.5
+    crossed_prompts: int = 512
     prompt_sites: int = 32
     train_norms: bool = False
     gradient_checkpointing: bool = False
 
     # Settings that the command line shows only with `--help-all`.
     ADVANCED: ClassVar[tuple[str, ...]] = (
-        *("adapter_rank", "batch_size", "rows_per_pass", "loss", "gold_weight", "written_share", "prompt_sites"),
-        *("train_norms", "gradient_checkpointing"),
+        *("adapter_rank", "batch_size", "rows_per_pass", "loss", "gold_weight", "written_share", "crossed_prompts"),
+        *("prompt_sites", "train_norms", "gradient_checkpointing"),
     )
 
     def __post_init__(self) -> None:
@@ -97,7 +101,7 @@ class HealConfig:
             check_float(f"heal.{name}", getattr(self, name), 0.0, 1.0, False)
         for name in ("gold_weight", "written_share"):
             check_float(f"heal.{name}", getattr(self, name), 0.0, 1.0, True)
-        for name in ("adapter_rank", "prompt_sites"):
+        for name in ("adapter_rank", "crossed_prompts", "prompt_sites"):
             check_integer(f"heal.{name}", getattr(self, name), 0)
         for name in ("train_norms", "gradient_checkpointing"):
             check_flag(f"heal.{name}", getattr(self, name))

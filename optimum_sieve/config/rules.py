@@ -48,7 +48,6 @@ LEAST_INTEGERS = {
     "batch_size": 1,
     "seed": 0,
     "vocabulary_size": 1,
-    "crossed_prompts": 0,
 }
 OPTIONAL = ("tolerance", "pruning_ratio", "latency_target", "population_size", "generations", "vocabulary_size")
 HINTS = {"tolerance": " Write points as a fraction: two points are 0.02."}

@@ -119,9 +119,6 @@ class SieveConfig:
         vocabulary_size (`int`, *optional*):
             Minimum number of tokens with `vocabulary="task"`; the tokenizer's first tokens fill it up, those of the
             task's characters before others. Default: only the tokens needed.
-        crossed_prompts (`int`):
-            Additional prompts for calibration and healing of tasks with labels, each the beginning of one calibration
-            prompt and the end of another. The model answers them itself.
         label_offsets (`str`):
             `"prior"` adds an offset to the log-likelihood of each label of the pruned model, with which the labels have
             the shares of the calibration split's gold answers; they are stored with the model. `"none"` adds nothing.
@@ -176,7 +173,6 @@ class SieveConfig:
     damping: float = 1e-4
     task_weights: tuple[float, ...] | None = None
     vocabulary_size: int | None = None
-    crossed_prompts: int = 0
     label_offsets: str = "prior"
     search_steps: int = 6
     search_preset: str = "fast"
@@ -187,7 +183,7 @@ class SieveConfig:
     # Settings that the command line shows only with `--help-all`.
     ADVANCED: ClassVar[tuple[str, ...]] = (
         *("projection", "storage", "loss", "fisher_temperature", "rounds", "weighting", "rank_multiple", "damping"),
-        *("task_weights", "vocabulary_size", "crossed_prompts", "label_offsets", "search_steps", "search_preset"),
+        *("task_weights", "vocabulary_size", "label_offsets", "search_steps", "search_preset"),
         *("population_size", "generations", "search_fraction"),
     )
 

@@ -1,4 +1,4 @@
-"""Healing as a stage of a run: the dense model's predictions, and the descent through falling sizes."""
+"""Healing as a stage of a run: the descent through falling sizes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 
 from optimum_sieve.allocation.stage import allocate_ranks
 from optimum_sieve.backbone.targets import linear_weight
-from optimum_sieve.config.heal import HealConfig
-from optimum_sieve.evaluation.on_policy import answer_unlabelled, lessons_of
-from optimum_sieve.evaluation.teacher import Lesson, lessons_fingerprint, teach
+from optimum_sieve.evaluation.on_policy import lessons_of
+from optimum_sieve.evaluation.teacher import lessons_fingerprint
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.surgery.apply import apply_ranks, restore
 from optimum_sieve.training.steps import Training
 
 from .factors import norm_parameters
+from .lessons import heal_config, make_lessons, training_examples
 from .loop import FORMAT, heal
 from .size import HealedSize, plain_layer, stored_layer
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.calibration.rounds import Bases
+    from optimum_sieve.evaluation.teacher import Lesson
     from optimum_sieve.factorization.closed_form import FactorBasis
     from optimum_sieve.modeling.layers import FactorizedLinear
-    from optimum_sieve.run.context import Run, TaskRun
-    from optimum_sieve.tasks import Example
+    from optimum_sieve.run.context import Run
 
 
 def make_healer(run: Run) -> Healer | None:
@@ -53,46 +53,6 @@ def hold_ranks(run: Run, bases: Mapping[str, FactorBasis], ranks: Ranks, healer:
         return partial(restore, run.model, apply_ranks(run.model, bases, ranks, storage=run.config.storage))
     healer.put(healer.best)
     return healer.restore
-
-
-def heal_config(run: Run) -> HealConfig:
-    """Return the healing settings of a run that heals."""
-    assert isinstance(run.config.heal, HealConfig)
-    return run.config.heal
-
-
-def make_lessons(run: Run) -> list[Lesson]:
-    """Evaluate the dense model, which the run must hold now, on calibration and unlabelled examples of every task."""
-    return [lesson for task in run.tasks for lesson in _lessons(run, task)]
-
-
-def _lessons(run: Run, task: TaskRun) -> list[Lesson]:
-    """Return the lesson of a task's calibration examples and, if it has some, that of its unlabelled ones."""
-    count = len(task.calibration) + len(task.unlabelled)
-    lessons = [_lesson(run, task.calibration, task.weight * len(task.calibration) / count, gold=task.labelled)]
-    examples = task.unlabelled
-    # Its answers decide on what is matched, except over candidates.
-    if examples and (not examples[0].candidates or heal_config(run).loss != "candidates"):
-        examples = answer_unlabelled(run, task)
-    if examples:
-        lessons.append(_lesson(run, examples, task.weight * len(examples) / count, gold=False))
-    return lessons
-
-
-def _lesson(run: Run, examples: Sequence[Example], weight: float, *, gold: bool) -> Lesson:
-    teacher = teach(
-        run.model,
-        examples,
-        run.tokenizer,
-        loss=heal_config(run).loss,
-        prompt_sites=heal_config(run).prompt_sites,
-        seed=run.config.seed,
-        batch_size=run.config.batch_size,
-        work=run.work,
-        model_key=run.model_key,
-        progress=run.progress,
-    )
-    return Lesson(teacher=teacher, examples=examples, weight=weight, gold=gold)
 
 
 # Sizes in a row that may be refused before the last: training moves the score of each by about a point.
@@ -186,7 +146,7 @@ class Healer:
         """Return the figures for the report."""
         return {
             "steps": self._steps,
-            "examples": sum(len(lesson.examples) for lesson in self.lessons),
+            **training_examples(self.run, self.lessons),
             "seconds": round(sum(healing.seconds for _, healing in self._figures), 3),
             "sizes": [{"kept": kept, **healing.to_dict()} for kept, healing in self._figures],
             "kept": None if self.best is None else self.best.kept,

@@ -20,7 +20,7 @@ from optimum_sieve.allocation.budget import rank_parameters
 from optimum_sieve.allocation.tolerance import size_trial
 from optimum_sieve.config.heal import LARGEST_HEALED
 from optimum_sieve.evaluation.stage import compare_selection
-from optimum_sieve.healing.stage import heal_config
+from optimum_sieve.healing.lessons import heal_config
 from optimum_sieve.run import distributed
 
 

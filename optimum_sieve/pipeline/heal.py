@@ -16,8 +16,8 @@ from optimum_sieve.backbone.sizes import measure_sizes
 from optimum_sieve.backbone.sources import naming_model, read_config, source_options
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned
+from optimum_sieve.healing.lessons import heal_config, make_lessons, training_examples
 from optimum_sieve.healing.loop import heal
-from optimum_sieve.healing.stage import heal_config, make_lessons
 from optimum_sieve.modeling.conversion import check_pruned
 from optimum_sieve.modeling.label_offsets import KEY
 from optimum_sieve.publish.result import TaskScores, make_result
@@ -236,5 +236,5 @@ def _make_result(
         base_revision=block.get("base_revision"),
         vocabulary=block.get("vocabulary"),
         label_offsets=offsets,
-        healing={**healing.to_dict(), "settings": settings},
+        healing={**healing.to_dict(), **training_examples(run, dense.lessons), "settings": settings},
     )

@@ -23,12 +23,11 @@ from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.run import distributed
 from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir
-from optimum_sieve.tasks.data import INPUTS, UNLABELLED
+from optimum_sieve.tasks.data import INPUTS
 from optimum_sieve.tasks.several import naming, task_shares
 from optimum_sieve.tasks.task import require_metric_sources
 
 from .checks import check_task, check_weights
-from .crossing import crossed_examples
 
 
 if TYPE_CHECKING:
@@ -219,12 +218,6 @@ def _task_run(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SieveConfig, task: Task, share: float
 ) -> TaskRun:
     examples: dict[str, Sequence[Example]] = {split: task.examples(split, tokenizer) for split in task.splits}
-    if config.crossed_prompts:
-        taken = {example.prompt for split in examples.values() for example in split}
-        crossed = crossed_examples(examples["calibration"], config.crossed_prompts, seed=config.seed, taken=taken)
-        # Too few prompts may have no crossing.
-        if crossed:
-            examples[UNLABELLED] = [*examples.get(UNLABELLED, ()), *crossed]
     return TaskRun(
         name=task.name,
         metric=task.metric,

@@ -13,7 +13,7 @@ from written_world import WRITTEN
 
 from optimum_sieve import HealConfig, SievePruner, TuneConfig
 from optimum_sieve.calibration.stage import calibrate
-from optimum_sieve.healing.stage import make_lessons
+from optimum_sieve.healing.lessons import make_lessons
 from optimum_sieve.pipeline.heal import heal_pruned
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tuning.loop import train
@@ -115,7 +115,7 @@ def test_stored_moments_depend_on_them(task: Task, dense: PreTrainedModel, tmp_p
 
 @pytest.mark.parametrize("loss", ["candidates", "vocabulary"])
 def test_they_are_healed_by_the_model_alone(task: Task, dense: PreTrainedModel, loss: str) -> None:
-    run = make_run(copy.deepcopy(dense), task, heal=HealConfig(steps=1, loss=loss))
+    run = make_run(copy.deepcopy(dense), task, heal=HealConfig(steps=1, loss=loss, crossed_prompts=0))
     labelled, unlabelled = make_lessons(run)
     assert (len(labelled.examples), labelled.gold, labelled.weight) == (60, True, pytest.approx(0.6))
     assert (len(unlabelled.examples), unlabelled.gold, unlabelled.weight) == (40, False, pytest.approx(0.4))

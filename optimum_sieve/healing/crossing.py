@@ -1,7 +1,7 @@
-"""More prompts for calibration and healing: the beginning of one calibration prompt and the end of another.
+"""More prompts for healing: the beginning of one calibration prompt and the end of another.
 
-A model that was tuned on few examples answers them with near certainty, so they say little about what it must keep. It
-is less sure of crossed prompts, which have the words and the form of the task.
+A model that was tuned on few examples answers them with near certainty, so they say little about how sure it is
+elsewhere. It is less sure of crossed prompts, which have the words and the form of the task.
 
 Related: Yun et al. (2019), *CutMix*, which crosses images, and Jiao et al. (2020), *TinyBERT*, which distils small
 tasks on altered texts.
@@ -32,22 +32,17 @@ def crossed_examples(
     """Return up to `count` examples without answers, whose prompts cross two prompts of `examples` between words.
 
     What all prompts begin and end with, such as an instruction, stays as it is. No prompt is longer than the longest
-    one given.
+    one given. There are none if the examples have no candidates in common, since two of their prompts then ask for
+    different things.
 
     Args:
-        examples (`Sequence[Example]`): At least one, all with the same candidates.
+        examples (`Sequence[Example]`): At least one.
         count (`int`): Number of examples.
         seed (`int`): Seed of the draws.
         taken (`Collection[str]`): Prompts that are not made, besides those of `examples`.
-
-    Raises:
-        ValueError: If the examples have no common candidates.
     """
-    if not shared_candidates(examples):
-        raise ValueError(
-            f"`crossed_prompts` must be 0 for tasks that do not have the same labels in every row, got {count}: two of "
-            "their prompts ask for different things."
-        )
+    if not count or not shared_candidates(examples):
+        return []
     prompts = [example.prompt for example in examples]
     begin, bodies, end = _parts(prompts)
     longest, known = max(map(len, prompts)), {*prompts, *taken}

@@ -1,4 +1,4 @@
-"""Crossed prompts: the beginning of one calibration prompt and the end of another, for moments and healing alone."""
+"""Crossed prompts: the beginning of one calibration prompt and the end of another, for healing alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 from healed_world import TOKENIZER, learn
 from toy import load_task, parity_rows, unhealed
 
-from optimum_sieve import HealConfig, SieveConfig, SievePruner
+from optimum_sieve import HealConfig, SievePruner
 from optimum_sieve.calibration.stage import calibrate
-from optimum_sieve.healing.stage import make_lessons
-from optimum_sieve.pipeline.crossing import crossed_examples
+from optimum_sieve.healing.crossing import crossed_examples
+from optimum_sieve.healing.lessons import make_lessons
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tasks import Example
+from optimum_sieve.tasks.data import SPLITS
 
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Task
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -41,6 +43,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 @pytest.fixture(scope="module")
 def dense(task: Task) -> PreTrainedModel:
     return learn(task)
+
+
+def healing_run(dense: PreTrainedModel, task: Task, heal: HealConfig, work: Path | None = None) -> Run:
+    """Prepare a run that heals; its model is a copy."""
+    config = unhealed(pruning_ratio=0.5, rounds=1, heal=heal)
+    return prepare(
+        copy.deepcopy(dense), TOKENIZER, [task], config, work_dir=work, study_storage=None, **QUIET
+    )  # fmt: skip
 
 
 def test_a_prompt_is_the_beginning_of_one_and_the_end_of_another() -> None:
@@ -82,40 +92,61 @@ def test_templates_of_all_forms(form: str) -> None:
         assert example.prompt.endswith(after)
 
 
-def test_choices_that_differ_are_refused(task: Task, dense: PreTrainedModel) -> None:
+def test_choices_that_differ_are_not_crossed() -> None:
     given = examples()
     given[1] = replace(given[1], candidates=(" yes", " never"))
-    with pytest.raises(ValueError, match=r"`crossed_prompts` must be 0 for tasks that do not have the same labels"):
-        crossed_examples(given, 5, seed=0)
-    with pytest.raises(ValueError, match="`crossed_prompts` must be at least 0, got -1"):
-        SieveConfig(pruning_ratio=0.5, crossed_prompts=-1)
+    assert crossed_examples(given, 5, seed=0) == []
 
 
-def test_they_count_for_moments_and_healing_alone(task: Task, dense: PreTrainedModel, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"pruning_ratio": 0.5, "rounds": 1, "heal": HealConfig(steps=1)}
+def test_they_are_learned_in_healing_alone(task: Task, dense: PreTrainedModel, tmp_path: Path) -> None:
     keys = set()
     for count in (0, 30):
-        run = prepare(
-            copy.deepcopy(dense), TOKENIZER, [task], unhealed(**settings, crossed_prompts=count),
-            work_dir=tmp_path / "work", study_storage=None, **QUIET,
-        )  # fmt: skip
+        run = healing_run(dense, task, HealConfig(steps=1, crossed_prompts=count), tmp_path / "work")
         (one,) = run.tasks
-        assert len(one.unlabelled) == count
-        assert len(one.calibration) == task.splits["calibration"]
-        assert [len(lesson.examples) for lesson in make_lessons(run)] == [
-            len(one.calibration),
-            *([count] * bool(count)),
-        ]
+        lessons = make_lessons(run)
+        assert [len(lesson.examples) for lesson in lessons] == [len(one.calibration), *([count] * bool(count))]
+        assert sum(lesson.weight for lesson in lessons) == pytest.approx(1)
         keys.add(calibrate(run).key)
-    assert len(keys) == 2
-    pruner = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
-    report = pruner.prune(unhealed(**settings, crossed_prompts=30), **QUIET).report
-    assert report["healing"]["examples"] == task.splits["calibration"] + 30
-    assert report["settings"]["crossed_prompts"] == 30
+    assert len(keys) == 1
+    crossed = lessons[1]
+    assert not crossed.gold
+    assert crossed.weight == pytest.approx(30 / (30 + len(one.calibration)))
+    known = {example.prompt for split in SPLITS for example in one.examples(split)}
+    assert not known & {example.prompt for example in crossed.examples}
+    # Another order, other crossings.
+    other = make_lessons(replace(run, config=replace(run.config, seed=1)))
+    assert other[1].examples != crossed.examples
+
+
+def test_they_join_unlabelled_examples(task: Task, dense: PreTrainedModel) -> None:
+    run = healing_run(dense, task, HealConfig(crossed_prompts=30))
+    more = [replace(example, answer="", target=None) for example in run.tasks[0].test[:7]]
+    run = replace(run, tasks=(replace(run.tasks[0], test=(), unlabelled=more),))
+    gold, rest = make_lessons(run)
+    assert list(rest.examples[:7]) == more
+    assert len(rest.examples) == 37
+    assert gold.weight + rest.weight == pytest.approx(1)
+
+
+def test_only_candidates_are_answered_without_gold(task: Task, dense: PreTrainedModel) -> None:
+    assert len(make_lessons(healing_run(dense, task, HealConfig(loss="vocabulary")))) == 1
 
 
 def test_prompts_without_a_crossing_add_nothing(dense: PreTrainedModel, tmp_path: Path) -> None:
     words = load_task(tmp_path, parity_rows(90, length=1))
-    config = unhealed(pruning_ratio=0.5, crossed_prompts=5)
-    run = prepare(copy.deepcopy(dense), TOKENIZER, [words], config, work_dir=None, study_storage=None, **QUIET)
-    assert run.tasks[0].unlabelled == ()
+    assert len(make_lessons(healing_run(dense, words, HealConfig()))) == 1
+
+
+def test_the_report_and_the_card_count_them(task: Task, dense: PreTrainedModel, tmp_path: Path) -> None:
+    pruner = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
+    heal = HealConfig(steps=1, crossed_prompts=30)
+    report = pruner.prune(unhealed(pruning_ratio=0.5, rounds=1, heal=heal), **QUIET).report
+    calibration = task.splits["calibration"]
+    assert (report["healing"]["examples"], report["healing"]["crossed_prompts"]) == (calibration, 30)
+    card = (pruner.save_pretrained(tmp_path / "out") / "README.md").read_text()
+    assert f"on {calibration} calibration examples and 30 prompts crossed from them to match" in card
+
+
+def test_a_number_below_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`heal\.crossed_prompts` must be at least 0, got -1"):
+        HealConfig(crossed_prompts=-1)
