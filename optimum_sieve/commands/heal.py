@@ -26,8 +26,8 @@ class HealCommand(SieveSubcommand):
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve heal`."""
         parser.description = (
-            "Recover accuracy of a pruned model: train its factors for a few steps to match the dense model on the "
-            "calibration examples of one or more tasks, and save the result with its report and model card."
+            "Recover accuracy of a pruned model: train its factors for a few steps to match the dense model on "
+            "examples of one or more tasks, and save the result with its report and model card."
         )
         parser.add_argument("--model", metavar="MODEL", required=True, help="Hub id or directory of the pruned model.")
         parser.add_argument(

@@ -37,7 +37,7 @@ class HealConfig:
             into them after each size. 0 trains all entries of the factors; the learning rate is then relative to each
             factor's root mean square, and 2e-4 is a good value.
         batch_size (`int`):
-            Calibration examples per step.
+            Examples per step.
         rows_per_pass (`int`):
             Rows per forward pass; gradients accumulate over the passes of a step. Smaller values save memory.
         loss (`str`):
@@ -45,13 +45,13 @@ class HealConfig:
             `"vocabulary"` (next tokens along the gold answer). Tasks without candidates always use `"vocabulary"`.
         gold_weight (`float`):
             Weight of the gold answer's negative log-likelihood in the loss, from 0 up to below 1. 0 matches the dense
-            model alone, as always where the data has no answers.
+            model alone, as always where the data has no answers and for crossed prompts.
         written_share (`float`):
             Share of the examples whose answers the pruned model has written itself, before each size, for tasks with
             written answers; from 0 up to below 1. The dense model predicts their next tokens.
         crossed_prompts (`int`):
             Additional prompts for tasks that have the same labels in every row, each the first words of one calibration
-            prompt and the last words of another. The dense model answers them itself; with `loss="candidates"` alone.
+            prompt and the last words of another. The dense model answers them itself. Only with `loss="candidates"`.
         prompt_sites (`int`):
             Random positions in each prompt whose next tokens are matched as well, for tasks with written answers and
             with `loss="vocabulary"`.

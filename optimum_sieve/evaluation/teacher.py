@@ -144,12 +144,14 @@ class Lesson:
         weight (`float`): Sampling weight relative to other lessons.
         gold (`bool`): Whether the examples' answers are gold. The likelihood of answers that a pruned model wrote is
             not trained.
+        crossed (`int`): How many of the examples are crossed prompts, for the report.
     """
 
     teacher: Teacher
     examples: Sequence[Example]
     weight: float = 1.0
     gold: bool = True
+    crossed: int = 0
 
     def losses(self, model: nn.Module, batch: Batch, gold_weight: float) -> torch.Tensor:
         r"""Return \((1 - w)\, \text{divergence} - w \log p(\text{gold})\) (num_examples,); \(w = 0\) without gold."""

@@ -32,8 +32,9 @@ def crossed_examples(
     """Return up to `count` examples without answers, whose prompts cross two prompts of `examples` between words.
 
     What all prompts begin and end with, such as an instruction, stays as it is. No prompt is longer than the longest
-    one given. There are none if the examples have no candidates in common, since two of their prompts then ask for
-    different things.
+    one given, and none has more or fewer line breaks than both of its parents, so that fields on lines of their own
+    stay apart. There are none if the examples have no candidates in common, since two of their prompts then ask for
+    different things, or if most texts have no spaces to cross them at.
 
     Args:
         examples (`Sequence[Example]`): At least one.
@@ -46,6 +47,8 @@ def crossed_examples(
     prompts = [example.prompt for example in examples]
     begin, bodies, end = _parts(prompts)
     longest, known = max(map(len, prompts)), {*prompts, *taken}
+    if sum(" " in body for body in bodies) <= len(bodies) / 2:
+        return []
     generator = np.random.default_rng(seed)
     found: list[Example] = []
     for _ in range(_DRAWS * count):
@@ -53,11 +56,18 @@ def crossed_examples(
             break
         first, second = (bodies[generator.integers(len(bodies))].split(" ") for _ in range(2))
         words = first[: generator.integers(len(first) + 1)] + second[generator.integers(len(second) + 1) :]
-        prompt = f"{begin}{' '.join(words)}{end}"
-        if len(words) > 1 and len(prompt) <= longest and prompt not in known:
+        body = " ".join(words)
+        prompt = f"{begin}{body}{end}"
+        if len(words) > 1 and len(prompt) <= longest and prompt not in known and _has_form(body, first, second):
             known.add(prompt)
             found.append(replace(examples[0], prompt=prompt, answer="", target=None))
     return found
+
+
+def _has_form(body: str, *parents: list[str]) -> bool:
+    """Tell whether a body has as many line breaks as one of its parents, or a number between theirs."""
+    counts = [" ".join(parent).count("\n") for parent in parents]
+    return min(counts) <= body.count("\n") <= max(counts)
 
 
 def _parts(prompts: Sequence[str]) -> tuple[str, list[str], str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.evaluation.encoding import encode_examples
 from optimum_sieve.evaluation.on_policy import answer_unlabelled
 from optimum_sieve.evaluation.teacher import Lesson, teach
-from optimum_sieve.tasks.data import SPLITS, UNLABELLED
+from optimum_sieve.tasks.data import NAMES
 
 from .crossing import crossed_examples
 
@@ -26,14 +29,17 @@ def heal_config(run: Run) -> HealConfig:
 
 
 def make_lessons(run: Run) -> list[Lesson]:
-    """Evaluate the dense model, which the run must hold now, on calibration and unlabelled examples of every task."""
+    """Return what the dense model, which the run must hold now, predicts on the examples that healing trains on.
+
+    These are each task's calibration and unlabelled examples and its crossed prompts.
+    """
     return [lesson for task in run.tasks for lesson in _lessons(run, task)]
 
 
-def training_examples(run: Run, lessons: Sequence[Lesson]) -> dict[str, int]:
+def training_examples(lessons: Sequence[Lesson]) -> dict[str, int]:
     """Return the numbers of calibration and unlabelled examples, and of crossed prompts, for the report."""
-    given = sum(len(task.calibration) + len(task.unlabelled) for task in run.tasks)
-    return {"examples": given, "crossed_prompts": sum(len(lesson.examples) for lesson in lessons) - given}
+    crossed = sum(lesson.crossed for lesson in lessons)
+    return {"examples": sum(len(lesson.examples) for lesson in lessons) - crossed, "crossed_prompts": crossed}
 
 
 def _lessons(run: Run, task: TaskRun) -> list[Lesson]:
@@ -47,18 +53,28 @@ def _lessons(run: Run, task: TaskRun) -> list[Lesson]:
         examples = answer_unlabelled(run, task)
     examples = [*examples, *crossed]
     if examples:
-        lessons.append(_lesson(run, examples, task.weight * len(examples) / count, gold=False))
+        weight = task.weight * len(examples) / count
+        lessons.append(replace(_lesson(run, examples, weight, gold=False), crossed=len(crossed)))
     return lessons
 
 
 def _crossed(run: Run, task: TaskRun) -> list[Example]:
-    """Cross the prompts of a task's calibration examples, if the loss needs no answers to them."""
+    """Cross the prompts of a task's calibration examples, if it has labels and the loss needs no gold answer."""
     config = heal_config(run)
-    if config.loss != "candidates":
+    # The choices of another question are no answers to this one.
+    if task.kind != "labels" or config.loss != "candidates":
         return []
     # No prompt of another split may be trained on.
-    taken = {example.prompt for split in (*SPLITS, UNLABELLED) for example in task.examples(split)}
-    return crossed_examples(task.calibration, config.crossed_prompts, seed=run.config.seed, taken=taken)
+    taken = {example.prompt for split in NAMES for example in task.examples(split)}
+    crossed = crossed_examples(task.calibration, config.crossed_prompts, seed=run.config.seed, taken=taken)
+    if not crossed:
+        return []
+    # As many characters may have more tokens, for which neither the context nor the planned memory may be enough.
+    inputs = input_format(run.model)
+    known = encode_examples(task.calibration, run.tokenizer, True, inputs)
+    longest = max(row.length for row in known)
+    rows = encode_examples(crossed, run.tokenizer, True, inputs)
+    return [example for example, row in zip(crossed, rows, strict=True) if row.length <= longest]
 
 
 def _lesson(run: Run, examples: Sequence[Example], weight: float, *, gold: bool) -> Lesson:

@@ -25,18 +25,23 @@ class HealedSize:
     Args:
         kept (`float`): Fraction of the targets' parameters that was allocated.
         key (`str`): Hash of everything that the size depends on.
-        factors (`Mapping[str, FactorizedLinear]`): Trained plain factors by target; dense targets are absent.
-        layers (`Mapping[str, FactorizedLinear]`): The same weights in the storage they are saved in.
+        factors (`dict[str, FactorizedLinear]`): Trained plain factors by target; dense targets are absent.
+        layers (`dict[str, FactorizedLinear]`): The same weights in the storage they are saved in.
         norms (`Mapping[str, torch.Tensor]`): Trained weights of normalization layers by parameter name.
         healing (`Training`): Figures of the training.
     """
 
     kept: float
     key: str
-    factors: Mapping[str, FactorizedLinear]
-    layers: Mapping[str, FactorizedLinear]
+    factors: dict[str, FactorizedLinear]
+    layers: dict[str, FactorizedLinear]
     norms: Mapping[str, torch.Tensor]
     healing: Training
+
+    def take(self, name: str) -> FactorizedLinear | None:
+        """Remove a target and return its plain factors, `None` for a dense one."""
+        self.layers.pop(name, None)
+        return self.factors.pop(name, None)
 
     def ranks(self, names: Iterable[str]) -> dict[str, int | None]:
         """Return the rank of every target called `names`, `None` for a dense one."""

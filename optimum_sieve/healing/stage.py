@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from optimum_sieve.run.context import Run
 
 
+# Sizes in a row that are refused before a descent ends. One alone says little: training moves the score of each size.
+_REFUSALS = 2
+
+
 def make_healer(run: Run) -> Healer | None:
     """Make the healer of a run whose model is still dense; `None` if the settings have no `heal`."""
     if run.config.heal is None:
@@ -53,10 +57,6 @@ def hold_ranks(run: Run, bases: Mapping[str, FactorBasis], ranks: Ranks, healer:
         return partial(restore, run.model, apply_ranks(run.model, bases, ranks, storage=run.config.storage))
     healer.put(healer.best)
     return healer.restore
-
-
-# Sizes in a row that may be refused before the last: training moves the score of each by about a point.
-_REFUSALS = 1
 
 
 class Healer:
@@ -104,7 +104,7 @@ class Healer:
         *,
         first_ranks: Ranks | None = None,
     ) -> None:
-        """Prune to one size after the other, heal it, and go on until `accept` refused two in a row.
+        """Prune to one size after the other, heal it, and go on until `accept` has refused two in a row.
 
         Args:
             bases (`Bases`): Bases of the dense weights.
@@ -118,9 +118,10 @@ class Healer:
         try:
             for kept in sizes:
                 key = content_key(before=key, kept=kept)
+                self.restore()
                 factors = self._pruned(kept, size, bases, first_ranks if size is None else None)
                 norms = {} if size is None else size.norms
-                # Freed before training, unless it is the best one.
+                # Nothing but the best one stays in memory while the next one is trained.
                 size = None
                 size = self._healed(key, kept, factors, norms)
                 self._figures.append((kept, size.healing))
@@ -129,7 +130,7 @@ class Healer:
                     self.best, refused = size, 0
                 else:
                     refused += 1
-                    if refused > _REFUSALS:
+                    if refused == _REFUSALS:
                         break
         finally:
             self.restore()
@@ -146,7 +147,7 @@ class Healer:
         """Return the figures for the report."""
         return {
             "steps": self._steps,
-            **training_examples(self.run, self.lessons),
+            **training_examples(self.lessons),
             "seconds": round(sum(healing.seconds for _, healing in self._figures), 3),
             "sizes": [{"kept": kept, **healing.to_dict()} for kept, healing in self._figures],
             "kept": None if self.best is None else self.best.kept,
@@ -162,11 +163,14 @@ class Healer:
     ) -> dict[str, FactorizedLinear]:
         """Return the layers of a size before they are healed: the first directions of the size before, or of a basis.
 
-        Training changes the directions little, so they keep the order of the bases.
+        Training changes the directions little, so they keep the order of the bases. A size before that is not the best
+        one is freed layer by layer, as three whole sizes may not fit in memory.
         """
         layers = {}
         for name, rank in (ranks or allocate_ranks(self.run, bases, kept)).items():
-            before = None if previous is None else previous.factors.get(name)
+            before = None
+            if previous is not None:
+                before = previous.factors.get(name) if previous is self.best else previous.take(name)
             if before is not None:
                 # What was removed does not come back, also where a limit on the latency would allow it.
                 rank = before.rank if rank is None else min(rank, before.rank)

@@ -2,9 +2,9 @@
 
 The sizes are tested from large to small. If the descent stopped at the first one that fails, the chance that a size
 beyond the tolerance is accepted would be at most `1 - confidence`, however many sizes are tested. It goes on past one
-failure, since training moves the score of each size up or down. This, a first look (`allocation.certainty.is_settled`)
-and the size that holds without training, on which the first size depends, add to that chance; simulations
-(docs/measurements.md, Certainty) find it below `1 - confidence` all the same.
+failure, since training moves the score of each size up or down; docs/measurements.md#certainty simulates what this adds
+to that chance. So do a first look (`allocation.certainty.is_settled`) and the size that holds without training, on
+which the first size depends.
 
 Reference: Angelopoulos, Bates, Candes, Jordan and Lei (2021), *Learn then test*, fixed-sequence testing.
 """
@@ -42,7 +42,7 @@ _FINE = 0.1
 
 
 def descend_within(run: Run, bases: Bases, healer: Healer, reference: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Heal falling sizes while they stay within the tolerance; return their records. The model is dense afterwards.
+    """Heal falling sizes until two in a row exceed the tolerance; return their records. The model is dense afterwards.
 
     Args:
         run (`Run`): The run, whose settings have a `tolerance`.

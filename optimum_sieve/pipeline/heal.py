@@ -236,5 +236,5 @@ def _make_result(
         base_revision=block.get("base_revision"),
         vocabulary=block.get("vocabulary"),
         label_offsets=offsets,
-        healing={**healing.to_dict(), **training_examples(run, dense.lessons), "settings": settings},
+        healing={**healing.to_dict(), **training_examples(dense.lessons), "settings": settings},
     )

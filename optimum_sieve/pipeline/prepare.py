@@ -224,5 +224,6 @@ def _task_run(
         fingerprints={split: examples_fingerprint(model, tokenizer, rendered) for split, rendered in examples.items()},
         weight=share,
         labelled=task.labelled,
+        kind=task.kind,
         **examples,
     )

@@ -121,7 +121,7 @@ def describe_healing(config: SieveConfig) -> str | None:
         f"; LoRA of rank {heal.adapter_rank} on both factors" if heal.adapter_rank else "; all entries of the factors"
     )
     if config.pruning_ratio is None:
-        return f"{each} for each of several falling sizes, until the tolerance is exceeded{trained}"
+        return f"{each} for each of several falling sizes, until two in a row exceed the tolerance{trained}"
     sizes = len(config.healed_sizes)
     examples = sizes * heal.steps * heal.batch_size
     count = f"{sizes} x {each}, {examples:,} forward and backward" if sizes > 1 else f"{each}, forward and backward"

@@ -42,6 +42,7 @@ class TaskRun:
         fingerprints (`Mapping[str, str]`): Hash of the examples of each split: their texts and their token ids.
         weight (`float`): Share of the task in the run. The shares of all tasks add up to 1.
         labelled (`bool`): Whether the data has gold answers.
+        kind (`str`): Kind of the task: `"labels"`, `"choices"` or `"generate"`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TaskRun:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
     labelled: bool = True
+    kind: str = "labels"
 
     def examples(self, split: str, part: slice = WHOLE) -> Sequence[Example]:
         """Return the examples of a split, or a part of them."""

@@ -54,7 +54,7 @@ def test_losses_and_sizes_are_those_of_the_population(tmp_path: Path, capsys: An
         assert found[bound, 0.02]["beyond"] == 0
         assert (found[bound, 0.02]["kept"], found[bound, 0.02]["kept_deviation"]) == (0.5, 0)
         assert found[bound, 0.5]["kept"] == pytest.approx(0.1)
-    # After three failures it would have gone on.
+    # If three failures end it, it goes on.
     assert rows_of(tmp_path, *words, "--rows", 400, "--resamples", 9, "--tolerances", 0.02, "--failures", 3)[0][
         "kept"
     ] == pytest.approx(0.1)

@@ -12,11 +12,11 @@ from toy import load_task, parity_rows, unhealed
 
 from optimum_sieve import HealConfig, SievePruner
 from optimum_sieve.calibration.stage import calibrate
+from optimum_sieve.healing import lessons
 from optimum_sieve.healing.crossing import crossed_examples
 from optimum_sieve.healing.lessons import make_lessons
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tasks import Example
-from optimum_sieve.tasks.data import SPLITS
 
 
 if TYPE_CHECKING:
@@ -84,6 +84,22 @@ def test_few_short_prompts_have_few_crossings() -> None:
     assert crossed_examples(examples(("a", "a")), 3, seed=0) == []
 
 
+def test_fields_on_lines_of_their_own_stay_apart() -> None:
+    """Each body has one line break, as all parents have; texts of several lines may have any number between."""
+    fields = examples(tuple(f"{text}\nQuestion: is {text} so" for text in TEXTS), "Text: {}\nAnswer:")
+    found = crossed_examples(fields, 50, seed=0)
+    assert found
+    for example in found:
+        assert example.prompt.count("\nQuestion: ") == 1
+    longer = (*TEXTS, "one two \n three \n four five six")
+    breaks = {example.prompt.count("\n") - 2 for example in crossed_examples(examples(longer), 100, seed=0)}
+    assert breaks == {0, 1, 2}
+
+
+def test_texts_without_spaces_are_not_crossed() -> None:
+    assert crossed_examples(examples(("很好看的电影", "不好", "太长 了")), 10, seed=0) == []
+
+
 @pytest.mark.parametrize("form", ["{}", "{} ", "Text: {}", "{}\nLabel:", "\n{}\n\n"])
 def test_templates_of_all_forms(form: str) -> None:
     before, after = form.split("{}")
@@ -103,16 +119,14 @@ def test_they_are_learned_in_healing_alone(task: Task, dense: PreTrainedModel, t
     for count in (0, 30):
         run = healing_run(dense, task, HealConfig(steps=1, crossed_prompts=count), tmp_path / "work")
         (one,) = run.tasks
-        lessons = make_lessons(run)
-        assert [len(lesson.examples) for lesson in lessons] == [len(one.calibration), *([count] * bool(count))]
-        assert sum(lesson.weight for lesson in lessons) == pytest.approx(1)
+        made = make_lessons(run)
+        assert [len(lesson.examples) for lesson in made] == [len(one.calibration), *([count] * bool(count))]
+        assert sum(lesson.weight for lesson in made) == pytest.approx(1)
         keys.add(calibrate(run).key)
     assert len(keys) == 1
-    crossed = lessons[1]
+    crossed = made[1]
     assert not crossed.gold
     assert crossed.weight == pytest.approx(30 / (30 + len(one.calibration)))
-    known = {example.prompt for split in SPLITS for example in one.examples(split)}
-    assert not known & {example.prompt for example in crossed.examples}
     # Another order, other crossings.
     other = make_lessons(replace(run, config=replace(run.config, seed=1)))
     assert other[1].examples != crossed.examples
@@ -130,6 +144,42 @@ def test_they_join_unlabelled_examples(task: Task, dense: PreTrainedModel) -> No
 
 def test_only_candidates_are_answered_without_gold(task: Task, dense: PreTrainedModel) -> None:
     assert len(make_lessons(healing_run(dense, task, HealConfig(loss="vocabulary")))) == 1
+
+
+def test_lettered_choices_are_not_crossed(task: Task, dense: PreTrainedModel) -> None:
+    """They may all have the same letters."""
+    run = healing_run(dense, task, HealConfig())
+    assert len(make_lessons(run)) == 2
+    assert len(make_lessons(replace(run, tasks=(replace(run.tasks[0], kind="choices"),)))) == 1
+
+
+def test_no_prompt_has_more_tokens_than_the_longest_example(
+    task: Task, dense: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vocabulary has whole words, so a word in pieces has many tokens for its length."""
+    run = healing_run(dense, task, HealConfig(crossed_prompts=50))
+    (one,) = run.tasks
+
+    def length(example: Example) -> int:
+        return len(TOKENIZER(example.prompt)["input_ids"])
+
+    longest = max(map(length, one.calibration))
+    made = crossed_examples(one.calibration, 50, seed=0)
+    many = replace(made[0], prompt=one.calibration[0].prompt + " 1" * longest)
+    monkeypatch.setattr(lessons, "crossed_examples", lambda *arguments, **options: [*made, many])
+    _, rest = make_lessons(run)
+    assert list(rest.examples) == [example for example in made if length(example) <= longest]
+    assert rest.crossed == len(rest.examples) > 40
+
+
+def test_no_prompt_of_another_split_is_trained_on(task: Task, dense: PreTrainedModel) -> None:
+    run = healing_run(dense, task, HealConfig(crossed_prompts=30))
+    first = make_lessons(run)[1].examples
+    for split in ("selection", "test", "unlabelled"):
+        one = replace(run.tasks[0], **{split: [*run.tasks[0].examples(split), replace(first[3], target=0)]})
+        lesson = make_lessons(replace(run, tasks=(one,)))[1]
+        made = lesson.examples[len(lesson.examples) - lesson.crossed :]
+        assert first[3].prompt not in {example.prompt for example in made}, split
 
 
 def test_prompts_without_a_crossing_add_nothing(dense: PreTrainedModel, tmp_path: Path) -> None:

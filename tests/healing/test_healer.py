@@ -215,7 +215,7 @@ def test_the_descent_goes_below_the_winner_of_a_search(
 def test_the_plan_states_the_cost(dense: PreTrainedModel, task: Task) -> None:
     pruner = SievePruner(copy.deepcopy(dense), TOKENIZER, task)
     plan = pruner.plan(SieveConfig(tolerance=0.02, tune=None, heal=HealConfig(steps=100)))
-    line = "healing                100 steps of 16 examples for each of several falling sizes, until the tolerance"
+    line = "healing                100 steps of 16 examples for each of several falling sizes, until two in a row"
     assert line in plan.format()
     everything = pruner.plan(SieveConfig(tolerance=0.02, tune=None, heal=HealConfig(adapter_rank=0)))
     kept = round(0.9 * plan.targets_parameters)

@@ -20,7 +20,7 @@ from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.evaluation.stage import score
 from optimum_sieve.evaluation.teacher import teach
 from optimum_sieve.factorization.closed_form import factorize
-from optimum_sieve.healing import stage as healing_stage
+from optimum_sieve.healing import lessons as healing_lessons
 from optimum_sieve.modeling.fingerprint import weights_digest
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tasks import Task
@@ -67,7 +67,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(calibration_stage, "collect_moments", collecting)
     monkeypatch.setattr(calibration_stage, "factorize", factoring)
-    monkeypatch.setattr(healing_stage, "teach", teaching)
+    monkeypatch.setattr(healing_lessons, "teach", teaching)
     monkeypatch.setattr(evaluation_stage, "evaluate", scoring)
     return counts
 
@@ -306,7 +306,8 @@ def test_healed_sizes_depend_on_the_settings_of_healing(world: World) -> None:
         return [label for label in counts if label.startswith("healed, kept")]
 
     first = world.prune(world.task(), heal=heal)
-    assert first["teachers"] == 1
+    # Of the calibration examples and of the crossed prompts.
+    assert first["teachers"] == 2
     assert healed(first)
     # Moments of two rounds, none between the sizes.
     assert first["moments"] == 2
@@ -319,8 +320,8 @@ def test_healed_sizes_depend_on_the_settings_of_healing(world: World) -> None:
 
 
 def test_other_selection_examples_train_no_size_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They decide where a descent ends, and are no input of its sizes."""
-    one = {"tolerance": None, "pruning_ratio": 0.8, "heal": HealConfig(steps=2)}
+    """They decide where a descent ends, and are no input of its sizes; only no crossed prompt may be one of theirs."""
+    one = {"tolerance": None, "pruning_ratio": 0.8, "heal": HealConfig(steps=2, crossed_prompts=0)}
     world.prune(world.task(), **one)
     world.write("selection", ROWS[90:])
     monkeypatch.setattr(ParameterTraining, "step", None)

@@ -1,4 +1,4 @@
-"""The descent: healed sizes fall until one exceeds the tolerance, or to the size that was asked for."""
+"""The descent: healed sizes fall until two in a row exceed the tolerance, or to the size that was asked for."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_two_sizes_in_a_row_that_fail_end_the_descent(pruner: SievePruner, monke
     result = pruner.prune(SieveConfig(**WITHIN), **QUIET)
     trials = healed_trials(result)
     assert [trial["accepted"] for trial in trials] == [True, False, True, True, False, False]
-    # The last one that held, from the one that did not.
+    # The fourth, which goes on from a third that goes on from one that was refused.
     assert result.report["healing"]["kept"] == trials[3]["kept"]
     assert trials[3]["kept"] - 0.02 < kept_of(result) <= trials[3]["kept"]
 
@@ -286,7 +286,7 @@ def test_a_ratio_is_reached_in_falling_sizes(
     assert json.loads((directory / "sieve_report.json").read_text())["healing"] == healing_report
     card = (directory / "README.md").read_text()
     assert "trained for 304 steps on 300 calibration examples" in card
-    assert "pruned to 19 falling sizes" in card
+    assert "19 falling sizes were trained" in card
     assert "--heal-steps 16 --heal-learning-rate 0.01" in card
     assert loaded.config.sieve["settings"]["heal"] == config.to_dict()["heal"]
 
