@@ -44,9 +44,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.01, 0.02, 0.05])
     parser.add_argument("--rows", type=int, nargs="+", default=[100, 200, 400, 800])
     parser.add_argument("--bisect", action="store_true", help="bisect the kept fraction; needs KEPT= for every size")
-    parser.add_argument(
-        "--failures", type=int, default=2, help="sizes in a row that fail before a descent ends"
-    )
+    parser.add_argument("--failures", type=int, default=2, help="sizes in a row that fail before a descent ends")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
