@@ -70,8 +70,8 @@ METHODS = tuple(
         ("activation-healed", "activation, uniform, healed", _layerwise("activation"), ""),
         ("joint-uniform-healed", "joint, uniform, healed", _joint("uniform"), ""),
         ("joint-energy-healed", "joint, energy, healed", _joint("energy"),
-         "the figures here are of a version before crossed prompts and adapters on the factors; for the default command "
-         "now see [Measurements](measurements.md#the-default-command-on-other-rows)"),
+         "the figures here are of a version before crossed prompts and adapters on the factors; for the default "
+         "command now see [Measurements](measurements.md#the-default-command-on-other-rows)"),
         ("joint-genetic-healed", "joint, genetic, healed", _joint("genetic"), ""),
     )
 )  # fmt: skip

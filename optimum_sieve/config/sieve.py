@@ -120,7 +120,7 @@ class SieveConfig:
             Minimum number of tokens with `vocabulary="task"`; the tokenizer's first tokens fill it up, those of the
             task's characters before others. Default: only the tokens needed.
         label_offsets (`str`):
-            `"prior"` adds an offset to the log-likelihood of each label of the pruned model, with which the labels have
+            `"prior"` adds an offset to the log-likelihood of each label of the pruned model, which moves the labels to
             the shares of the calibration split's gold answers; they are stored with the model. `"none"` adds nothing.
         search_steps (`int`):
             Bisection steps on the kept fraction, unless `allocation="genetic"`. Each step scores the selection split

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .batches import Batch
 
 
-# Steps of `match_prior`, and the change of an offset, in nats, below which it ends.
-_PRIOR_STEPS, _PRIOR_ERROR = 1000, 1e-6
+# Steps of `fit_offsets`, and the change of an offset, in nats, below which it ends.
+_OFFSET_STEPS, _OFFSET_ERROR = 100, 1e-6
 
 
 def candidate_scores(
@@ -65,39 +65,59 @@ def candidate_scores(
         return gather_scores(batches, (read(batch.to(device)) for batch in batches), examples, on_batch)
 
 
-def match_prior(log_probs: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
-    r"""Return offsets that give every candidate its prior as mean probability.
+def fit_offsets(log_probs: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    r"""Return offsets with which the mean probability of every candidate explains how often it was counted elsewhere.
 
-    With \(p_{ik} \propto q_{ik} e^{b_k}\), the offsets \(b\) solve \(\frac1n \sum_i p_{ik} = \pi_k\), by repeated
-    \(b_k \leftarrow b_k + \log \pi_k - \log \bar p_k\). They need the prompts of examples, not their answers.
+    With \(p_{ik} \propto q_{ik} e^{b_k}\) and \(\bar p_k = \frac1n \sum_i p_{ik}\), the offsets \(b\) maximize
+    \(\sum_k c_k \log \bar p_k - \frac12 \sum_k b_k^2\): the likelihood of the counts, and a normal prior of one nat.
+    With many counts \(\bar p\) becomes their shares; a difference that few counts show by chance moves \(b\) little.
+    They need the prompts of examples, not their answers.
 
     Args:
         log_probs (`numpy.ndarray` of shape `(count, candidates)`): Log-probabilities \(\log q\), all finite.
-        prior (`numpy.ndarray` of shape `(candidates,)`): Positive shares \(\pi\) that add up to 1.
+        counts (`numpy.ndarray` of shape `(candidates,)`): Counts \(c\) of the candidates among other examples.
 
     Returns:
         `numpy.ndarray` of shape `(candidates,)`: Offsets in nats with mean 0.
 
     Reference: Saerens, Latinne and Decaestecker (2002), *Adjusting the outputs of a classifier to new a priori
-    probabilities*.
+    probabilities*, whose offsets match the shares alone.
 
     Example:
 
     ```python
     >>> log_probs = np.log(np.array([[0.8, 0.2], [0.6, 0.4]]))
-    >>> match_prior(log_probs, np.array([0.7, 0.3])).round(6) + 0.0
+    >>> fit_offsets(log_probs, np.array([70, 30])).round(6) + 0.0
     array([0., 0.])
+    >>> fit_offsets(log_probs, np.array([30, 70])).round(1)
+    array([-0.9,  0.9])
 
     ```
     """
-    offsets = np.zeros(len(prior))
-    for _ in range(_PRIOR_STEPS):
+    unit = np.eye(len(counts))
+
+    def means(offsets: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         scores = log_probs + offsets
-        means = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)).mean(axis=0)
-        change = np.log(prior) - np.log(np.maximum(means, 1e-300))
-        offsets += change
-        if np.abs(change).max() < _PRIOR_ERROR:
+        probs = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+        return probs, np.maximum(probs.mean(axis=0), 1e-300)
+
+    def fit(offsets: NDArray[np.float64]) -> float:
+        return float(counts @ np.log(means(offsets)[1]) - offsets @ offsets / 2)
+
+    offsets = np.zeros(len(counts))
+    for _ in range(_OFFSET_STEPS):
+        probs, shares = means(offsets)
+        # Derivatives of the mean probabilities; a Gauss-Newton step, halved until it improves the fit.
+        slopes = np.diag(shares) - probs.T @ probs / len(probs)
+        gradient = slopes @ (counts / shares) - offsets
+        scaled = slopes @ (np.sqrt(counts) / shares * unit)
+        step = np.linalg.solve(scaled @ scaled.T + unit, gradient)
+        before = fit(offsets)
+        while np.abs(step).max() > _OFFSET_ERROR and fit(offsets + step) < before:
+            step /= 2
+        if np.abs(step).max() <= _OFFSET_ERROR:
             break
+        offsets += step
     centered: NDArray[np.float64] = offsets - offsets.mean()
     return centered
 

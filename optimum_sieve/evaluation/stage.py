@@ -20,7 +20,7 @@ from .batches import tokens_fingerprint
 from .blockwise import evaluate_by_block
 from .comparison import Comparison, compare
 from .labelling import label_by_model
-from .likelihoods import match_prior
+from .likelihoods import fit_offsets
 from .scores import Evaluation, evaluate, evaluation_of, evaluation_of_texts
 
 
@@ -176,8 +176,9 @@ def offset_candidates(run: Run, task: TaskRun) -> tuple[str, ...]:
 def label_offsets(run: Run, task: TaskRun, selection: Evaluation) -> NDArray[np.float64]:
     """Return the offsets (candidates,) that restore the shares of a task's labels.
 
-    The mean probability of each label on the selection prompts becomes its share of the gold answers in the calibration
-    split. No gold answer of the selection split is used, so the comparison on it stays fair.
+    With them, the mean probability of each label on the selection prompts explains how often it is the gold answer in
+    the calibration split, see [`fit_offsets`][optimum_sieve.evaluation.likelihoods.fit_offsets]. No gold answer of the
+    selection split is used, so the comparison on it stays fair.
 
     Args:
         run (`Run`): The run.
@@ -185,9 +186,8 @@ def label_offsets(run: Run, task: TaskRun, selection: Evaluation) -> NDArray[np.
         selection (`Evaluation`): Evaluation of the pruned model on the selection split, without offsets.
     """
     labels = selection.log_probs.shape[1]
-    # One more of each, so that a label without a calibration example stays possible.
-    counts = np.bincount([example.target or 0 for example in task.calibration], minlength=labels) + 1
-    return match_prior(selection.log_probs, counts / counts.sum())
+    counts = np.bincount([example.target or 0 for example in task.calibration], minlength=labels)
+    return fit_offsets(selection.log_probs, counts.astype(np.float64))
 
 
 def with_offsets(

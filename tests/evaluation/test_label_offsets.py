@@ -14,7 +14,7 @@ from toy import load_task, parity_rows, unhealed
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SievePruner, evaluate
-from optimum_sieve.evaluation.likelihoods import match_prior
+from optimum_sieve.evaluation.likelihoods import fit_offsets
 from optimum_sieve.modeling.block import check_block
 from optimum_sieve.modeling.label_offsets import shared_candidates, stored_offsets
 from optimum_sieve.pipeline.heal import heal_pruned
@@ -37,17 +37,45 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     return load_task(tmp_path_factory.mktemp("task"), parity_rows(600))
 
 
-@pytest.mark.parametrize("prior", [[0.5, 0.5], [0.9, 0.1], [0.2, 0.3, 0.5]])
-def test_the_mean_probability_of_every_label_is_its_prior(prior: list[float]) -> None:
-    scores = np.random.default_rng(0).normal(size=(200, len(prior))) * 2 + np.arange(len(prior))
-    log_probs = np.log(softmax(scores))
-    offsets = match_prior(log_probs, np.array(prior))
-    assert softmax(log_probs + offsets).mean(axis=0) == pytest.approx(prior, abs=1e-5)
+def drawn_log_probs(labels: int) -> Any:
+    scores = np.random.default_rng(0).normal(size=(200, labels)) * 2 + np.arange(labels)
+    return np.log(softmax(scores))
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.9, 0.1], [0.2, 0.3, 0.5]])
+def test_many_counts_give_every_label_its_share(shares: list[float]) -> None:
+    log_probs = drawn_log_probs(len(shares))
+    offsets = fit_offsets(log_probs, 1e8 * np.array(shares))
+    assert softmax(log_probs + offsets).mean(axis=0) == pytest.approx(shares, abs=1e-5)
     assert offsets.mean() == pytest.approx(0)
 
 
+def test_no_other_offsets_fit_better() -> None:
+    log_probs, counts = drawn_log_probs(3), np.array([40.0, 0.0, 60.0])
+    offsets = fit_offsets(log_probs, counts)
+
+    def fit(offsets: Any) -> float:
+        return float(counts @ np.log(softmax(log_probs + offsets).mean(axis=0)) - offsets @ offsets / 2)
+
+    best, rng = fit(offsets), np.random.default_rng(0)
+    assert best > fit(np.zeros(3)) + 1
+    for scale in (1e-3, 0.1, 1.0):
+        for _ in range(20):
+            moved = offsets + scale * rng.normal(size=3)
+            assert fit(moved - moved.mean()) < best
+
+
+def test_fewer_counts_move_the_offsets_less() -> None:
+    """The same shares, farther from the model's than any of these numbers of examples shows by chance."""
+    log_probs = drawn_log_probs(2)
+    sizes = [float(np.abs(fit_offsets(log_probs, count * np.array([0.6, 0.4]))).max()) for count in (4, 32, 256, 10**6)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 0.4 * sizes[-1]
+    assert sizes[2] > 0.9 * sizes[-1]
+
+
 def test_certain_predictions_get_finite_offsets() -> None:
-    offsets = match_prior(np.array([[0.0, -800.0]] * 5), np.array([0.5, 0.5]))
+    offsets = fit_offsets(np.array([[0.0, -800.0]] * 5), np.array([5.0, 5.0]))
     assert np.isfinite(offsets).all()
 
 
@@ -62,7 +90,7 @@ def test_scores_have_the_offsets_before_saving_and_after_loading(task: Task, tmp
     assert "label_offsets" not in without.report
     assert "label_offsets" not in without.model.config.sieve
     shares = [result.scores[0].pruned.log_probs for result in (with_offsets, without)]
-    gold = np.bincount([example.target for example in split(task, "calibration")], minlength=2) + 1
+    gold = np.bincount([example.target for example in split(task, "calibration")], minlength=2)
     errors = [abs(np.exp(log_probs).mean(axis=0)[0] - gold[0] / gold.sum()) for log_probs in shares]
     assert errors[0] < errors[1]
     assert with_offsets.scores[0].pruned.log_probs == pytest.approx(
@@ -91,11 +119,12 @@ def test_the_offsets_of_healed_weights_replace_those_before(task: Task, tmp_path
     result, _ = heal_pruned(directory, tmp_path / "dense", [task], HealConfig(steps=8, learning_rate=3e-2),
                             progress=False)  # fmt: skip
     (entry,) = result.model.config.sieve["label_offsets"]
-    gold = np.bincount([example.target for example in split(task, "calibration")], minlength=2) + 1
+    gold = np.bincount([example.target for example in split(task, "calibration")], minlength=2)
     selection = evaluate(result.model, split(task, "selection"), TOKENIZER, metric="accuracy", batch_size=16,
                          progress=False)  # fmt: skip
-    assert np.exp(selection.log_probs).mean(axis=0) == pytest.approx(gold / gold.sum(), abs=1e-4)
-    assert np.isfinite(entry["offsets"]).all()
+    offsets = np.array(entry["offsets"])
+    assert np.abs(offsets).max() > 0.01
+    assert fit_offsets(selection.log_probs - offsets, gold.astype(float)) == pytest.approx(offsets, abs=1e-4)
 
 
 def test_only_the_same_candidates_get_them(task: Task) -> None:
