@@ -94,15 +94,14 @@ def fit_offsets(log_probs: NDArray[np.float64], counts: NDArray[np.float64]) -> 
 
     ```
     """
-    unit = np.eye(len(counts))
 
     def means(offsets: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         scores = log_probs + offsets
         probs = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
         return probs, np.maximum(probs.mean(axis=0), 1e-300)
 
-    def fit(offsets: NDArray[np.float64]) -> float:
-        return float(counts @ np.log(means(offsets)[1]) - offsets @ offsets / 2)
+    def fit(offsets: NDArray[np.float64], shares: NDArray[np.float64]) -> float:
+        return float(counts @ np.log(shares) - offsets @ offsets / 2)
 
     offsets = np.zeros(len(counts))
     for _ in range(_OFFSET_STEPS):
@@ -110,10 +109,10 @@ def fit_offsets(log_probs: NDArray[np.float64], counts: NDArray[np.float64]) -> 
         # Derivatives of the mean probabilities; a Gauss-Newton step, halved until it improves the fit.
         slopes = np.diag(shares) - probs.T @ probs / len(probs)
         gradient = slopes @ (counts / shares) - offsets
-        scaled = slopes @ (np.sqrt(counts) / shares * unit)
-        step = np.linalg.solve(scaled @ scaled.T + unit, gradient)
-        before = fit(offsets)
-        while np.abs(step).max() > _OFFSET_ERROR and fit(offsets + step) < before:
+        scaled = slopes * (np.sqrt(counts) / shares)
+        step = np.linalg.solve(scaled @ scaled.T + np.eye(len(counts)), gradient)
+        before = fit(offsets, shares)
+        while np.abs(step).max() > _OFFSET_ERROR and fit(offsets + step, means(offsets + step)[1]) < before:
             step /= 2
         if np.abs(step).max() <= _OFFSET_ERROR:
             break

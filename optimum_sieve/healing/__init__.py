@@ -2,7 +2,7 @@
 
 In: the bases of a run and falling sizes. Out: healed sizes (`HealedSize`); the last accepted one is the result.
 `stage.Healer` prunes to one size after the other and goes on from the healed factors; `pipeline.heal` heals a saved
-model. Both call `loop.heal`, the training; `factors` names what it trains.
+model. Both call `loop.heal`, the training; `factors` names what it trains, `lessons` what it trains on.
 """
 
 from __future__ import annotations

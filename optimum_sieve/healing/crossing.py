@@ -54,19 +54,20 @@ def crossed_examples(
     for _ in range(_DRAWS * count):
         if len(found) == count:
             break
-        first, second = (bodies[generator.integers(len(bodies))].split(" ") for _ in range(2))
+        parents = [bodies[generator.integers(len(bodies))] for _ in range(2)]
+        first, second = (parent.split(" ") for parent in parents)
         words = first[: generator.integers(len(first) + 1)] + second[generator.integers(len(second) + 1) :]
         body = " ".join(words)
         prompt = f"{begin}{body}{end}"
-        if len(words) > 1 and len(prompt) <= longest and prompt not in known and _has_form(body, first, second):
+        if len(words) > 1 and len(prompt) <= longest and prompt not in known and _has_form(body, parents):
             known.add(prompt)
             found.append(replace(examples[0], prompt=prompt, answer="", target=None))
     return found
 
 
-def _has_form(body: str, *parents: list[str]) -> bool:
+def _has_form(body: str, parents: Sequence[str]) -> bool:
     """Tell whether a body has as many line breaks as one of its parents, or a number between theirs."""
-    counts = [" ".join(parent).count("\n") for parent in parents]
+    counts = [parent.count("\n") for parent in parents]
     return min(counts) <= body.count("\n") <= max(counts)
 
 

@@ -118,6 +118,7 @@ class Healer:
         try:
             for kept in sizes:
                 key = content_key(before=key, kept=kept)
+                # The model holds no layer that is about to be freed.
                 self.restore()
                 factors = self._pruned(kept, size, bases, first_ranks if size is None else None)
                 norms = {} if size is None else size.norms

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.backbone.targets import Target
     from optimum_sieve.plan.plan import PrunePlan
-    from optimum_sieve.tasks import Example, Task
+    from optimum_sieve.tasks import Task
     from optimum_sieve.vocabulary import TaskVocabulary
 
 
@@ -211,13 +211,11 @@ def task_runs(
 ) -> tuple[TaskRun, ...]:
     """Render the examples of every task with the tokenizer and hash those of each split."""
     shares = task_shares(config.task_weights, len(tasks))
-    return tuple(_task_run(model, tokenizer, config, *each) for each in zip(tasks, shares, strict=True))
+    return tuple(_task_run(model, tokenizer, *each) for each in zip(tasks, shares, strict=True))
 
 
-def _task_run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SieveConfig, task: Task, share: float
-) -> TaskRun:
-    examples: dict[str, Sequence[Example]] = {split: task.examples(split, tokenizer) for split in task.splits}
+def _task_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, share: float) -> TaskRun:
+    examples = {split: task.examples(split, tokenizer) for split in task.splits}
     return TaskRun(
         name=task.name,
         metric=task.metric,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from healed_world import TOKENIZER, learn
+from healed_world import TOKENIZER
 from toy import load_task, parity_rows, unhealed
 
 from optimum_sieve import HealConfig, SievePruner
@@ -37,12 +37,8 @@ def examples(texts: tuple[str, ...] = TEXTS, form: str = "Read: {}\nIs it good?\
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """Fewer rows than the other tests have; their model learns these instead."""
     return load_task(tmp_path_factory.mktemp("task"), parity_rows(180))
-
-
-@pytest.fixture(scope="module")
-def dense(task: Task) -> PreTrainedModel:
-    return learn(task)
 
 
 def healing_run(dense: PreTrainedModel, task: Task, heal: HealConfig, work: Path | None = None) -> Run:
