@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from optimum_sieve.config.heal import HealConfig
 
 from .base import SieveSubcommand, add_debug, add_task, reserved_output
-from .options import add_heal_settings, heal_settings_from
+from .base.settings import add_heal_settings, heal_settings_from
 
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .base import SieveSubcommand, add_debug
-from .options import add_settings, settings_from
+from .base.settings import add_settings, settings_from
 
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .base import SieveSubcommand, add_source, load_pruner, reserved_output
-from .job import write_job
-from .options import add_settings, settings_from
+from .base.job import write_job
+from .base.settings import add_settings, settings_from
 
 
 if TYPE_CHECKING:

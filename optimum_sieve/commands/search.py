@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from optimum_sieve.run.outputs import check_directory
 
 from .base import SieveSubcommand, add_source, load_pruner
-from .job import read_job, write_job
-from .options import add_settings, settings_from
+from .base.job import read_job, write_job
+from .base.settings import add_settings, settings_from
 
 
 if TYPE_CHECKING:

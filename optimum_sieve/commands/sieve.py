@@ -9,6 +9,7 @@ from .export import ExportCommand
 from .heal import HealCommand
 from .merge import MergeCommand
 from .plan import PlanCommand
+from .predict import PredictCommand
 from .prune import PruneCommand
 from .push import PushCommand
 from .report import ReportCommand
@@ -34,6 +35,11 @@ class SieveCommand(BaseOptimumCLICommand):
             name="evaluate",
             help="Score a model on a task, alone or compared with another model.",
             subcommand_class=EvaluateCommand,
+        ),
+        CommandInfo(
+            name="predict",
+            help="Answer the rows of a file with a pruned model.",
+            subcommand_class=PredictCommand,
         ),
         CommandInfo(
             name="search",

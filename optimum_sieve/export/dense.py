@@ -15,10 +15,12 @@ from optimum_sieve.backbone.loading import empty_model
 from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.modeling.conversion import plain_layers
 from optimum_sieve.modeling.experts import fuse_dense_experts
+from optimum_sieve.modeling.label_offsets import KEY
 from optimum_sieve.modeling.modeling_sieve import SieveConfigMixin, SievePreTrainedModel
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
 from optimum_sieve.publish.saved import save_model
+from optimum_sieve.publish.task_file import inherited_task
 
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ def save_dense(
         OSError: If the disk is full or the directory cannot be written.
     """
     layers, block = plain_layers(model), model.config.sieve
+    source, revision = model.name_or_path, getattr(model.config, "_commit_hash", None)
 
     def write_model(directory: Path) -> None:
         save_model(export_dense(model, progress=progress), directory, **options)
@@ -113,6 +116,7 @@ def save_dense(
             library_name="transformers",
             license_id=license_id,
         ),
+        task=lambda: inherited_task(source, revision, with_results=True, label_offsets=block.get(KEY) or ()),
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model) + sum(map(_added_bytes, layers.values())),

@@ -16,8 +16,10 @@ from optimum_sieve.backbone.kinds import max_positions, model_kind
 from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.modeling.conversion import plain_layers
 from optimum_sieve.modeling.experts import SeparateExperts
+from optimum_sieve.modeling.label_offsets import KEY
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
+from optimum_sieve.publish.task_file import inherited_task
 
 from .dense import base_config
 
@@ -91,6 +93,12 @@ def export_onnx(
             f"differ from those of the model by at most {difference:.1g} of the largest, on random inputs.",
             library_name="onnx",
             license_id=license_id,
+        ),
+        task=lambda: inherited_task(
+            model.name_or_path,
+            getattr(model.config, "_commit_hash", None),
+            with_results=True,
+            label_offsets=model.config.sieve.get(KEY) or (),
         ),
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],

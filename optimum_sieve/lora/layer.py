@@ -47,7 +47,8 @@ def factor_targets(model: nn.Module) -> list[str]:
     those of layers of rank 0, and the `rest` of a pivoted layer with as many pivots as rows.
 
     Args:
-        model (`torch.nn.Module`): The pruned model, quantized or not; or a dense one.
+        model (`torch.nn.Module`): The pruned model, quantized or not; or a dense one. Adapters that it has, also as a
+            `PeftModel`, do not change the names.
 
     Returns:
         `list[str]`: Full module names, such as `"model.layers.0.self_attn.q_proj.right"`.
@@ -55,8 +56,16 @@ def factor_targets(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If the model has no linear layers in its blocks.
     """
-    targets = find_targets(model)
-    return [target.name for target in targets if model.get_submodule(target.name).weight.numel()]  # type: ignore[operator]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    # PEFT's layers keep what they adapt in `base_layer`, beside the adapters.
+    wrappers = [f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer")]
+    names = []
+    for target in find_targets(base):
+        inside = [prefix for prefix in wrappers if target.name.startswith(prefix)]
+        kept = all(target.name.removeprefix(prefix).startswith("base_layer") for prefix in inside)
+        if kept and base.get_submodule(target.name).weight.numel():
+            names.append(target.name.replace(".base_layer", ""))
+    return names
 
 
 def whole_matrix(config: LoraConfig) -> LoraConfig:

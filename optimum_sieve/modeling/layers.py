@@ -22,8 +22,10 @@ Storage = Literal["factors", "pivoted"]
 
 # Names of the children of each storage, in the order in which the input passes through them.
 _CHILDREN: dict[Storage, tuple[str, str]] = {"factors": ("right", "left"), "pivoted": ("pivot", "rest")}
+# Names of the layers that adapters go on.
+FACTOR_NAMES = tuple(chain(*_CHILDREN.values()))
 # Matches the names of the tensors of factorized layers in a checkpoint.
-FACTOR_TENSOR = re.compile(rf"\.(({'|'.join(chain(*_CHILDREN.values()))})\.(weight|bias)|row_order)$")
+FACTOR_TENSOR = re.compile(rf"\.(({'|'.join(FACTOR_NAMES)})\.(weight|bias)|row_order)$")
 
 
 def _linear(
@@ -258,6 +260,13 @@ class FactorizedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"storage={self.storage!r}, bias={self.has_bias}"
+        )
+
+    def __str__(self) -> str:
+        """Return the layer with how adapters reach it, as errors of PEFT show a layer that it cannot adapt."""
+        return (
+            f"{self!r}\nAdapters go on its factors: `target_modules=optimum_sieve.lora.factor_targets(model)`. "
+            "Around the whole matrix: `optimum_sieve.lora.whole_matrix(config)`.\n"
         )
 
 

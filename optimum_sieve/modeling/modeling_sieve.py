@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,10 @@ from transformers.models.auto import modeling_auto
 
 from .empty_layers import replace_linears
 from .fingerprint import current_results
-from .layers import factorized_layers
+from .layers import FACTOR_NAMES, factorized_layers
 from .layout import copy_parameters
 from .loading_checks import check_files, check_loaded, removing_stale
+from .pipeline_sieve import pipeline_entry, register_pipeline
 from .tensor_parallel import factor_plan
 from .vllm_rules import keep_apart
 
@@ -48,6 +50,8 @@ if int(transformers.__version__.partition(".")[0]) < 5:
 
 MODEL_TYPE = "sieve"
 FORMAT_VERSION = 1
+# Whether this is a copy that came with a checkpoint.
+_IS_REMOTE = __name__.startswith("transformers_modules.")
 
 
 class SieveModelConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -69,6 +73,20 @@ class SieveConfigMixin(_ConfigBase):  # type: ignore[no-untyped-call]
     """Addition of every `Sieve...Config` to the configuration class of its base architecture: the `sieve` block."""
 
     sieve: Any = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make the configuration; the installed package has a pipeline of its own, which needs no trust."""
+        if not _IS_REMOTE:
+            config_dict = {key: value for key, value in config_dict.items() if key != "custom_pipelines"}
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `config.json`, which names the pipeline that is saved with it."""
+        # PEFT calls this and then looks up the model type's default targets.
+        if (peft := sys.modules.get("peft.utils.constants")) is not None:
+            peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MODEL_TYPE, list(FACTOR_NAMES))
+        return {**super().to_dict(), "custom_pipelines": {MODEL_TYPE: pipeline_entry(self)}}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `config.json` and the code that `trust_remote_code=True` runs."""
@@ -274,5 +292,6 @@ def _declared_class(model: PreTrainedModel) -> Any:
 
 
 # If code from one trusted checkpoint registered the type, transformers would not ask about trust for the next one.
-if not __name__.startswith("transformers_modules."):
+if not _IS_REMOTE:
     AutoConfig.register(MODEL_TYPE, SieveModelConfig, exist_ok=True)
+    register_pipeline(MODEL_TYPE)

@@ -17,6 +17,7 @@ from .card import PIPELINE_TAGS, base_license, build_card
 from .directory import save_directory
 from .report import DIGEST_KEY, build_report, remove_scores, task_block, task_blocks
 from .saved import save_model
+from .task_file import task_content
 
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ def save_result(
                 license_id=base_license(base_model),
             ),
             report=result.report,
+            task=lambda: task_content(task_specs, result.report),
             overwrite=overwrite,
             needed_bytes=result.report["bytes"]["after"],
             inputs=[("model", base_model), ("work_dir", work_dir)],

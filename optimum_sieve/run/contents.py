@@ -15,7 +15,7 @@ _NAME = "optimum-sieve"
 _CONFIG, _TEMPLATES = "config.json", "additional_chat_templates"
 # Files that `save_pretrained` of a model, its configuration, tokenizer or processor may write, and the exports.
 _MODEL = (
-    *("README.md", "sieve_report.json", _CONFIG, "generation_config.json"),
+    *("README.md", "sieve_report.json", "sieve_task.json", _CONFIG, "generation_config.json"),
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json"),
     *("model.onnx", "model.onnx.data", "export.json"),
@@ -35,6 +35,7 @@ _MODEL = (
     *("video_preprocessor_config.json", "audio_tokenizer_config.json"),
 )
 _PAGE = ("search.html", "front.png", "progress.png", "levels.png", "prediction.png")
+_LONGEST_LINE = 2**24
 _IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
 
 
@@ -70,6 +71,17 @@ def is_report(path: Path) -> bool:
     content = _read(path)
     # A package.json of npm has `versions` too.
     return isinstance(content, dict) and isinstance(versions := content.get("versions"), dict) and _NAME in versions
+
+
+def is_predictions(path: Path) -> bool:
+    """Return whether the first line of a file is a row with a prediction, as `sieve predict` writes it."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            # A line without end could be larger than the memory.
+            row = json.loads(file.readline(_LONGEST_LINE))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "prediction" in row
 
 
 def _code(directory: Path) -> set[str]:

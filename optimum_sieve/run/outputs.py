@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from optimum_sieve._messages import cut
 
-from .contents import foreign_entry, is_report
+from .contents import foreign_entry, is_predictions, is_report
 from .reservation import ADDED_LENGTH, exclusive
 
 
@@ -80,6 +80,44 @@ def check_report_file(file: Path, argument: str, *, inputs: Inputs = ()) -> None
     """
     if is_standard_output(file):
         return
+    target = _check_file(file, argument, inputs)
+    if target.exists() and target.stat().st_size and not is_report(target):
+        raise FileExistsError(
+            f"`{argument}` must name a new file or a report to replace, got {cut(str(file))} with another content. "
+            "Choose another name."
+        )
+
+
+def check_predictions_file(file: Path, argument: str, overwrite: bool, *, inputs: Inputs = ()) -> Path:
+    """Check that predictions can be written to `file`; return its absolute path without links.
+
+    Args:
+        file (`Path`): The file.
+        argument (`str`): Its name in error messages.
+        overwrite (`bool`): Whether to replace a file of predictions.
+        inputs (`Iterable[tuple[str, str | Path | None]]`): As of [`reserved`].
+
+    Raises:
+        FileExistsError: If it exists and `overwrite` is false, or it holds something else.
+        FileNotFoundError: If its directory does not exist or cannot be written.
+        ValueError: If it is an input or inside one.
+    """
+    target = _check_file(file, argument, inputs)
+    if target.exists() and target.stat().st_size:
+        if not overwrite:
+            raise FileExistsError(
+                f"`{argument}` must name a new file, got {cut(str(file))}. Choose another or pass --overwrite."
+            )
+        if not is_predictions(target):
+            raise FileExistsError(
+                f"`{argument}` must hold nothing but predictions to be overwritten, got {cut(str(file))} with another "
+                "content. Choose another name."
+            )
+    return target
+
+
+def _check_file(file: Path, argument: str, inputs: Inputs) -> Path:
+    """Check the place of an output file; return its absolute path without links."""
     target = regular_file(file, argument)
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
         raise FileNotFoundError(
@@ -87,11 +125,7 @@ def check_report_file(file: Path, argument: str, *, inputs: Inputs = ()) -> None
         )
     _check_length(target, file, argument)
     _check_apart(target, file, argument, inputs)
-    if target.exists() and target.stat().st_size and not is_report(target):
-        raise FileExistsError(
-            f"`{argument}` must name a new file or a report to replace, got {cut(str(file))} with another content. "
-            "Choose another name."
-        )
+    return target
 
 
 def is_standard_output(file: Path) -> bool:

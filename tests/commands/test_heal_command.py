@@ -12,7 +12,7 @@ from toy import load_task, parity_rows, unhealed, write_task
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
-from optimum_sieve.commands.options import add_settings, settings_from
+from optimum_sieve.commands.base.settings import add_settings, settings_from
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.publish.card import reproduction_command
 

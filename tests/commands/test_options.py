@@ -9,8 +9,8 @@ import re
 import pytest
 
 from optimum_sieve import SieveConfig
+from optimum_sieve.commands.base.settings import add_settings, heal_settings_from, settings_from
 from optimum_sieve.commands.heal import HealCommand
-from optimum_sieve.commands.options import add_settings, heal_settings_from, settings_from
 from optimum_sieve.commands.plan import PlanCommand
 from optimum_sieve.commands.prune import PruneCommand
 from optimum_sieve.commands.search import SearchCommand

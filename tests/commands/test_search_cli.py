@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 from toy import make_model, make_tokenizer, parity_rows, write_task
 
-from optimum_sieve.commands.job import read_job, write_job
+from optimum_sieve.commands.base.job import read_job, write_job
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.run.checksum import sealed, unsealed
 from optimum_sieve.search.study.storage import absolute_url, holds_secret, public_url

@@ -74,6 +74,31 @@ def test_adapters_go_exactly_where_the_targets_say() -> None:
         assert adapted_names(peft.get_peft_model(chosen, config_for(chosen, "factors"))) == expected
 
 
+# Factors without elements, which only tiny ranks have.
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_the_default_targets_of_peft_are_the_factors() -> None:
+    model = make_pruned_model("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+    names = {name.rpartition(".")[2] for name, module in adapted.named_modules() if hasattr(module, "base_layer")}
+    assert names == {"left", "right", "pivot", "rest"}
+    losses = train(adapted)
+    assert losses[-1] < losses[0]
+
+
+def test_a_whole_matrix_by_name_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"optimum_sieve\.lora\.factor_targets"):
+        peft.get_peft_model(make_pruned_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_factor_targets_do_not_change_with_an_adapter(way: str) -> None:
+    model = make_pruned_model("llama")
+    before = factor_targets(model)
+    adapted = peft.get_peft_model(model, config_for(model, way))
+    assert factor_targets(adapted) == before
+    assert factor_targets(model) == before
+
+
 def test_whole_matrices_are_reached_by_the_names_of_the_dense_model() -> None:
     dense = peft.get_peft_model(make_tiny_model("llama"), peft.LoraConfig(target_modules=PROJECTIONS, r=3))
     adapted = adapted_model("whole matrices")

@@ -12,9 +12,11 @@ import pytest
 from clean_environment import make_clean_environment
 from safetensors.torch import save_file
 from tiny_models import auto_class, logits, make_input_ids, make_pruned_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from toy import make_model, make_tokenizer, parity_rows, task_spec, unhealed, write_rows
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 import optimum_sieve
+from optimum_sieve import SievePruner, Task
 
 
 CODE = (
@@ -25,6 +27,8 @@ CODE = (
     "layout.py",
     "loading_checks.py",
     "modeling_sieve.py",
+    "pipeline_scores.py",
+    "pipeline_sieve.py",
     "tensor_parallel.py",
     "vllm_rules.py",
 )
@@ -45,7 +49,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-llama, phi3, base = map(Path, sys.argv[1:])
+llama, phi3, task, base = map(Path, sys.argv[1:])
 expected = {path: load_file(path / "expected.safetensors") for path in (llama, phi3)}
 
 def refusal(load, path, **options):
@@ -78,6 +82,15 @@ for first, second in (("first", "second"), ("second", "third")):
     models[llama] = AutoModelForCausalLM.from_pretrained(base / first, trust_remote_code=True)
 found["saved_again"] = equal(models[llama], llama)
 AutoModelForSequenceClassification.from_pretrained(llama, trust_remote_code=True).save_pretrained(base / "classifier")
+from transformers import pipeline
+
+try:
+    pipeline("sieve", model=str(task), device=-1)
+except ValueError as error:
+    found["pipeline_untrusted"] = str(error)
+pipe = pipeline("sieve", model=str(task), device=-1, trust_remote_code=True)
+found["pipeline"] = f"{type(pipe).__module__.partition('.')[0]}.{type(pipe).__name__}"
+found["answers"] = pipe(["7 51 30", "8", "9 9"])
 (base / "found.json").write_text(json.dumps(found))
 '''
 
@@ -90,7 +103,11 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.save_pretrained(base / architecture)
         expected = {"input_ids": make_input_ids(), "logits": logits(model)}
         save_file(expected, base / architecture / "expected.safetensors")
-    return {name: base / name for name in ("llama", "phi3", "saved")}
+    write_rows(base / "rows.jsonl", parity_rows(60))
+    pruner = SievePruner(make_model(), make_tokenizer(), Task.from_dict(task_spec(), base), base_model="toy/base")
+    pruner.prune(unhealed(pruning_ratio=0.3, rank_multiple=1, label_offsets="prior"), progress=False)
+    pruner.save_pretrained(base / "task")
+    return {name: base / name for name in ("llama", "phi3", "task", "saved")}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +160,15 @@ def test_trusted_code_generates_the_same_text(found: dict[str, Any], directories
 def test_trusted_models_can_be_pickled(found: dict[str, Any]) -> None:
     # Of remote models that prepare their own inputs for generation, as Phi3 does, transformers may make one more class.
     assert found["pickled"] == [True, True]
+
+
+def test_the_pipeline_answers_without_the_package(found: dict[str, Any], directories: dict[str, Path]) -> None:
+    assert "trust_remote_code=True" in found["pipeline_untrusted"]
+    assert found["pipeline"] == "transformers_modules.SievePipeline"
+    answers = pipeline("sieve", model=str(directories["task"]), device=-1)(["7 51 30", "8", "9 9"])
+    for one, other in zip(found["answers"], answers, strict=True):
+        assert one["prediction"] == other["prediction"]
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
 
 
 def test_trusted_code_registers_nothing_for_other_models(found: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from optimum_sieve import SieveConfig
-from optimum_sieve.commands.options import add_settings, settings_from
+from optimum_sieve.commands.base.settings import add_settings, settings_from
 from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.publish.card import base_license, build_card
 from optimum_sieve.publish.reproduction import reproduction_command

@@ -58,17 +58,25 @@ def add_debug(parser: ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="Show tracebacks of errors.")
 
 
-def add_task(parser: ArgumentParser, *, required: bool = True, several: bool = True) -> None:
-    """Add the `--task` option; it can be repeated if the command accepts several tasks."""
-    text = "Task file, YAML or JSON." + (" Repeat for each additional task." * several)
+def add_task(parser: ArgumentParser, *, required: bool = True, several: bool = True, default: str = "") -> None:
+    """Add the `--task` option; it can be repeated if the command accepts several tasks. `default` ends its help."""
+    text = "Task file, YAML or JSON." + (" Repeat for each additional task." * several) + default
     action = "append" if several else "store"
     parser.add_argument("--task", required=required, action=action, metavar="FILE", help=text)
 
 
-def add_source(parser: ArgumentParser, *, required: bool = True, several: bool = True) -> None:
-    """Add the options that name the model and the tasks, and those that control loading."""
+def add_source(parser: ArgumentParser, *, required: bool = True, several: bool = True, own_task: bool = False) -> None:
+    """Add the options that name the model and the tasks, and those that control loading.
+
+    Args:
+        parser (`ArgumentParser`): The parser of a subcommand.
+        required (`bool`): Whether the model and the task must be named.
+        several (`bool`): Whether several tasks can be named.
+        own_task (`bool`): Whether the task may be left out, for that of a pruned model.
+    """
     parser.add_argument("--model", required=required, metavar="MODEL", help="Hub id or directory of the model.")
-    add_task(parser, required=required, several=several)
+    default = " Default: the task that the model was pruned for." if own_task else ""
+    add_task(parser, required=required and not own_task, several=several, default=default)
     parser.add_argument(
         "--dtype", help="Floating-point type of the loaded model, such as bfloat16 (default: as saved)."
     )

@@ -1,0 +1,26 @@
+"""What the subcommands share: options, the settings of a run, the file with which a search is joined, errors."""
+
+from __future__ import annotations
+
+from .subcommand import (
+    SieveSubcommand,
+    add_debug,
+    add_source,
+    add_task,
+    input_paths,
+    load_pruner,
+    one_line_errors,
+    reserved_output,
+)
+
+
+__all__ = [
+    "SieveSubcommand",
+    "add_debug",
+    "add_source",
+    "add_task",
+    "input_paths",
+    "load_pruner",
+    "one_line_errors",
+    "reserved_output",
+]

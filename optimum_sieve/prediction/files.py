@@ -1,0 +1,180 @@
+"""Predictions for the rows of a file: one JSON line for each row, so that a stopped run goes on. Without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from optimum_sieve._messages import cut, listed, shown
+from optimum_sieve.run.workdir import content_key
+from optimum_sieve.tasks.files import read_file
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+STANDARD = "-"
+# Keys that predictions add to a row.
+ADDED = ("prediction", "probabilities", "index")
+# Of the summary.
+_MOST_ANSWERS = 12
+
+
+def read_rows(source: str) -> Iterable[dict[str, Any]]:
+    """Return the rows of a JSON, CSV, TSV or parquet file, or of the standard input, `-`, as they come: JSON lines.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is malformed or empty, or its rows hold a prediction already.
+    """
+    if source == STANDARD:
+        return _standard_input()
+    try:
+        rows = read_file(source, Path())
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("`data.files`", "`--input`")) from error
+    if not rows:
+        raise ValueError(f"`--input` must have rows, got none in {cut(source)}.")
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, number)
+    return rows
+
+
+def _standard_input() -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(sys.stdin, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"`--input` must hold one JSON object in each line, got line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"`--input` must hold one JSON object in each line, got {shown(row)} in line {number}.")
+        _check_row(row, number)
+        yield row
+
+
+def _check_row(row: dict[str, Any], number: int) -> None:
+    present = [name for name in ADDED if name in row]
+    if present:
+        raise ValueError(
+            f"`--input` must have rows without the fields that predictions add, got {listed(present)} in row {number}. "
+            "Rename them."
+        )
+
+
+def print_predictions(
+    rows: Iterable[dict[str, Any]], predict: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], chunk: int
+) -> None:
+    """Print the rows with their predictions on the standard output, `chunk` rows at a time."""
+    for answered in _answered(rows, predict, chunk):
+        sys.stdout.write("".join(map(_line, answered)))
+        sys.stdout.flush()
+
+
+def write_predictions(
+    rows: Sequence[dict[str, Any]] | Iterable[dict[str, Any]],
+    predict: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    output: Path,
+    *,
+    key: str,
+    chunk: int,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Write the rows with their predictions to a file, which appears once it is complete.
+
+    Until then they are in a hidden file beside it, whose name contains `key`: a run with the same key goes on after the
+    last complete line of it.
+
+    Args:
+        rows (`Iterable[dict]`): The rows; a list, or an iterator, which cannot be resumed.
+        predict (`Callable`): Maps rows to answers.
+        output (`Path`): The file, in a directory that exists.
+        key (`str`): Hash of everything that the predictions depend on.
+        chunk (`int`): Rows that are predicted and written at a time.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        `dict[str, int]`: How often each prediction occurs.
+
+    Raises:
+        OSError: If the disk is full. What was written before stays and is used again.
+    """
+    partial = partial_file(output, key)
+    known = rows if isinstance(rows, list) else None
+    done = 0 if known is None else _complete_lines(partial)
+    if known is None:
+        partial.unlink(missing_ok=True)
+    counts: Counter[str] = Counter(_kept_answers(partial))
+    with (
+        partial.open("a", encoding="utf-8", newline="") as file,
+        tqdm(
+            total=None if known is None else len(known), initial=done, desc="predict", unit="row", disable=not progress
+        ) as bar,
+    ):
+        try:
+            for answered in _answered(rows if known is None else known[done:], predict, chunk):
+                file.write("".join(map(_line, answered)))
+                file.flush()
+                counts.update(str(row["prediction"]) for row in answered)
+                bar.update(len(answered))
+        except BaseException:
+            bar.close()
+            if known is not None:
+                print(f"stopped: the same command goes on after {sum(counts.values()):,} rows", file=sys.stderr)
+            raise
+        os.fsync(file.fileno())
+    partial.replace(output)
+    return dict(counts.most_common())
+
+
+def partial_file(output: Path, key: str) -> Path:
+    """Return the file that holds the predictions until they are complete."""
+    return output.with_name(f".{output.name}.{content_key(key=key)[:12]}.partial")
+
+
+def summary(counts: dict[str, int]) -> str:
+    """Describe how often each prediction occurs."""
+    total = sum(counts.values())
+    named = [f"{cut(name, 40)} {count:,}" for name, count in list(counts.items())[:_MOST_ANSWERS]]
+    # Written answers differ from row to row.
+    return f"{total:,} rows" + (f": {', '.join(named)}" if len(counts) <= _MOST_ANSWERS else "")
+
+
+def _answered(
+    rows: Iterable[dict[str, Any]], predict: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], chunk: int
+) -> Iterator[list[dict[str, Any]]]:
+    remaining = iter(rows)
+    while some := list(islice(remaining, chunk)):
+        yield [{**row, **answer} for row, answer in zip(some, predict(some), strict=True)]
+
+
+def _line(row: dict[str, Any]) -> str:
+    # Parquet has values, such as dates, that JSON has not.
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+def _complete_lines(partial: Path) -> int:
+    """Count the complete lines of a partial file, and remove the rest after the last one."""
+    if not partial.exists():
+        return 0
+    with partial.open("r+b") as file:
+        count = end = 0
+        for line in file:
+            if line.endswith(b"\n"):
+                count, end = count + 1, end + len(line)
+        file.truncate(end)
+    return count
+
+
+def _kept_answers(partial: Path) -> Iterator[str]:
+    if partial.exists():
+        with partial.open(encoding="utf-8") as file:
+            yield from (str(json.loads(line)["prediction"]) for line in file)

@@ -1,0 +1,89 @@
+"""`sieve_task.json`: the task of a pruned model, so that it can be applied to new rows. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .report import task_blocks
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# That of `modeling.pipeline_sieve`, which imports torch.
+TASK_NAME = "sieve_task.json"
+TASK_VERSION = 1
+# Where the rows come from: paths, and nothing that an answer depends on.
+_LEFT_OUT = ("data", "limit", "group", "seed")
+_RESULTS = (
+    *("split", "metric", "count", "majority_score", "dense", "tuned", "pruned", "paired_difference"),
+    *("difference_to_tuned", "agreement", "references"),
+)
+
+
+def task_content(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of `sieve_task.json`.
+
+    Args:
+        specs (`Sequence[Mapping[str, Any]]`): Content of each task file; what says where the rows are is left out.
+        report (`dict[str, Any]`): Report of the run, see [`build_report`][optimum_sieve.publish.report.build_report].
+
+    Returns:
+        `dict[str, Any]`: `format_version` and `tasks`, each the keys of its task file and its `results`: metric, split,
+            number of examples, and the scores with their standard errors.
+    """
+    blocks = {block["task"]: block for block in task_blocks(report)}
+    tasks = []
+    for spec in specs:
+        kept = {key: value for key, value in spec.items() if key not in _LEFT_OUT}
+        block = blocks.get(spec["name"], {})
+        tasks.append({**kept, "results": {key: block[key] for key in _RESULTS if key in block}})
+    return {"format_version": TASK_VERSION, "tasks": tasks}
+
+
+def inherited_task(
+    model: str | Path | None,
+    revision: str | None = None,
+    *,
+    with_results: bool = False,
+    label_offsets: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any] | None:
+    """Return the content of `sieve_task.json` of a pruned model for a model that is made from it.
+
+    Args:
+        model (`str | Path`, *optional*): Directory, or Hub id.
+        revision (`str`, *optional*): Revision on the Hub.
+        with_results (`bool`): Whether the scores hold for the new model as well.
+        label_offsets (`Sequence[Mapping]`): The model's label offsets, for a model whose configuration has no room for
+            them; each task gets those of its labels.
+
+    Returns:
+        `dict[str, Any]`, *optional*: `None` if the model has no such file, or it is damaged.
+    """
+    from transformers.utils.hub import cached_file
+
+    if not model:
+        return None
+    try:
+        file = cached_file(str(model), TASK_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            return None
+        content: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+        tasks = [dict(task) for task in content["tasks"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    for task in tasks:
+        labels = list((task.get("labels") or {}).values())
+        if not with_results:
+            task.pop("results", None)
+        if entries := [dict(entry) for entry in label_offsets if entry.get("candidates") == labels]:
+            task["label_offsets"] = entries
+    return {**content, "tasks": tasks}
+
+
+def write_task(content: dict[str, Any], directory: Path) -> None:
+    """Write `sieve_task.json` into a directory."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (directory / TASK_NAME).write_text(text, encoding="utf-8", newline="")
