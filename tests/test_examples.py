@@ -40,13 +40,13 @@ def test_is_shorter_than_80_lines(path):
     assert len(path.read_text().splitlines()) < 80
 
 
-def test_prune_then_classify(world, monkeypatch, capsys):
+def test_prune_then_predict(world, monkeypatch, capsys):
     load("prune.py").main("model", "task.json", "out", "0.9")
     assert "of the test split" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Number: 7 Parity:\nNumber: 8 Parity:\n"))
-    load("classify.py").main("out", "odd", "even")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("7\n8\n"))
+    load("predict.py").main("out")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("\t")[1] for line in lines] == ["Number: 7 Parity:", "Number: 8 Parity:"]
+    assert [line.split("\t")[1] for line in lines] == ["7", "8"]
     assert {line.split("\t")[0] for line in lines} <= {"odd", "even"}
 
 

@@ -41,13 +41,13 @@ def test_every_public_name_is_in_the_documentation(name):
     assert re.search(rf"^::: optimum_sieve\.(\w+\.)*{name}$", read("docs/api.md"), flags=re.MULTILINE)
 
 
-def test_the_documentation_has_five_groups_and_at_most_twenty_pages():
+def test_the_documentation_has_five_groups_and_at_most_twenty_four_pages():
     # The custom tags of mkdocs.yml are none of the navigation's.
     navigation = yaml.safe_load(re.search(r"^nav:\n(?:[ -].*\n)+", read("mkdocs.yml"), flags=re.MULTILINE)[0])["nav"]
     assert [title for group in navigation for title in group] == ["Start", "Guides", "Method", "Results", "Reference"]
     pages = [page for group in navigation for entries in group.values() for entry in entries for page in entry.values()]
     assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
-    assert len(pages) <= 20
+    assert len(pages) <= 24
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)

@@ -42,7 +42,7 @@ def main() -> None:
     same = write(result.model, tokenizer) == write(pruned, tokenizer)
     print(f"Reloaded as {type(pruned).__name__}. Same text before saving and after loading: {same}")
     if "DEMO_TASK" not in os.environ:
-        classify(pruned, tokenizer, task)
+        classify(OUTPUT)
     dense, _, _ = load_model(model, dtype="float32", gguf_file=gguf_file)
     copy_parameters(pruned)
     for name, (median, spread) in decode_speeds({"dense": dense, "pruned": pruned}, tokenizer).items():

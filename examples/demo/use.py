@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from transformers import pipeline
 
 from optimum_sieve import Task, compare, evaluate
 
+
+if TYPE_CHECKING:
+    import torch
 
 SENTENCES = (
     "An unforgettable film, warm and funny from the first minute to the last.",
@@ -23,14 +26,11 @@ def write(model: Any, tokenizer: Any) -> list[int]:
     return model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()
 
 
-def classify(model: torch.nn.Module, tokenizer: Any, task: Task) -> None:
-    """Print the more likely label of a few sentences, from the next-token logits."""
-    tokens = {label: tokenizer(text, add_special_tokens=False).input_ids[0] for label, text in task.labels.items()}
-    for sentence in SENTENCES:
-        inputs = tokenizer(f"Review: {sentence}\nSentiment:", return_tensors="pt")
-        with torch.no_grad():
-            logits = model(**inputs).logits[0, -1]
-        print(f"  {max(tokens, key=lambda label: logits[tokens[label]]):9} {sentence}")
+def classify(path: Path) -> None:
+    """Print the labels of a few sentences: the directory holds the task with its prompt."""
+    for sentence, answer in zip(SENTENCES, pipeline("sieve", model=str(path))(list(SENTENCES)), strict=True):
+        label = answer["prediction"]
+        print(f"  {label:9} {answer['probabilities'][label]:.0%}  {sentence}")
 
 
 def sibling(dense: torch.nn.Module, pruned: torch.nn.Module, tokenizer: Any) -> None:

@@ -9,8 +9,7 @@ from optimum_sieve._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .pipeline import SievePipeline
-    from .template import TaskTemplate
 
-__all__ = ["SievePipeline", "TaskTemplate"]
+__all__ = ["SievePipeline"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"pipeline": ["SievePipeline"], "template": ["TaskTemplate"]})
+__getattr__, __dir__ = lazy_names(__name__, {"pipeline": ["SievePipeline"]})

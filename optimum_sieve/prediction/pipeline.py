@@ -15,8 +15,7 @@ from optimum_sieve.modeling.pipeline_scores import RenderedRow
 from optimum_sieve.tasks.example import Example
 from optimum_sieve.tasks.generate import Generate
 from optimum_sieve.tasks.spec import read_spec
-
-from .template import TaskTemplate
+from optimum_sieve.tasks.template import TaskTemplate
 
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from optimum_sieve.search.genome import split_name
+from optimum_sieve.tasks.template import TaskTemplate
 
 from .report import size_changes, task_blocks
 from .reproduction import healing_command, reproduction_command, task_files
@@ -101,6 +103,7 @@ def build_card(
         command=reproduction_command(hub_id or name, settings, report.get("loading"), files) if settings else None,
         heal_command=healing_command(hub_id or name, report.get("healing", {}), files),
         settings=_yaml(settings or {}),
+        example=_example_row(task_specs[0] if task_specs else {}),
         task_specs=list(zip(files, map(_yaml, task_specs), strict=False)),
     )
     return card
@@ -230,6 +233,17 @@ def _eval_result(task: dict[str, Any], key: str, pipeline_tag: str) -> EvalResul
         metric_name=f"{task['metric']} ({key} model)",
         metric_value=task[key]["score"],
     )
+
+
+def _example_row(spec: dict[str, Any]) -> str:
+    """Return what the pipeline is called with, as Python: a text, or a mapping if the prompt has several fields."""
+    try:
+        fields = TaskTemplate.from_spec(spec).fields
+    except (ValueError, TypeError):
+        # A card can be built without the task.
+        fields = ()
+    text = "..."
+    return json.dumps(text if len(fields) < 2 else dict.fromkeys(fields, text), ensure_ascii=False)
 
 
 def _rank_grid(rank_pattern: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -106,7 +106,7 @@ def test_card_quotes_settings_and_task_as_yaml_that_reads_back(report):
 def test_card_of_a_bare_report_has_no_empty_sections(report):
     bare = {key: report[key] for key in ("task", "split", "metric", "count", "majority_score", "pruned", "versions")}
     text = build_card(bare, {}, base_model="org/base").text
-    assert re.findall(r"^## (.*)", text, flags=re.MULTILINE) == ["Scores", "How to load", "How it was made"]
+    assert re.findall(r"^## (.*)", text, flags=re.MULTILINE) == ["Scores", "How to use", "How it was made"]
     assert "\n\n\n" not in text
 
 

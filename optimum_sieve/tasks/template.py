@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import shown
-from optimum_sieve.tasks.choices import Choices
-from optimum_sieve.tasks.labels import LabelScoring
-from optimum_sieve.tasks.prompts import Prompt, Row
-from optimum_sieve.tasks.spec import plain, require
-from optimum_sieve.tasks.task import KINDS
+
+from .choices import Choices
+from .labels import LabelScoring
+from .prompts import Prompt, Row
+from .spec import plain, require
+from .task import KINDS
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from optimum_sieve.tasks.task import Answering
+    from .task import Answering
 
 # What a prompt may use of the choices of a row.
 _MADE = {"choices", "lettered_choices"}
