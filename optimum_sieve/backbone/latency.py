@@ -68,7 +68,7 @@ def measure_latencies(run: Run) -> dict[str, np.ndarray]:
     stored = run.work.load("latencies", key)
     if stored is None:
         bar = tqdm(distinct, "latency", unit="shape", disable=not (run.progress and distributed.is_first()))
-        measured = [_measure_shape(shape, storage, multiple, weight.dtype, device) for shape in bar]  # type: ignore[arg-type]
+        measured = [_measure_shape(shape, storage, multiple, weight.dtype, device) for shape in bar]
         # Ranks depend on the latencies, so all processes must use the same.
         agreed = distributed.agree(measured)
         stored = {str(shape): torch.tensor(seconds) for shape, seconds in zip(distinct, agreed, strict=True)}

@@ -53,7 +53,9 @@ class PlanCommand(SieveSubcommand):
             "--trust-remote-code", action="store_true", help="Run configuration code from the model's repository."
         )
         parser.add_argument(
-            "--config", metavar="FILE", help="JSON file of settings; options on the command line take precedence."
+            "--config",
+            metavar="FILE",
+            help="YAML or JSON file of settings; options take precedence.",
         )
         add_settings(parser)
         add_debug(parser)

@@ -48,7 +48,9 @@ class PruneCommand(SieveSubcommand):
             help="Show the layers to prune, their sizes and the memory needed, and exit.",
         )
         parser.add_argument(
-            "--config", metavar="FILE", help="JSON file of settings; options on the command line take precedence."
+            "--config",
+            metavar="FILE",
+            help="YAML or JSON file of settings; options take precedence.",
         )
         add_settings(parser)
 

@@ -53,7 +53,9 @@ class SearchCommand(SieveSubcommand):
             help="Number of matrices whose rank is lowered, one at a time, to find bottlenecks (default: %(default)s).",
         )
         parser.add_argument(
-            "--config", metavar="FILE", help="JSON file of settings; options on the command line take precedence."
+            "--config",
+            metavar="FILE",
+            help="YAML or JSON file of settings; options take precedence.",
         )
         add_settings(parser)
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
 
-PROJECTIONS = ("svd", "activation", "joint", "learned")
-ALLOCATIONS = ("uniform", "energy", "genetic")
-STORAGES = ("factors", "pivoted")
-SEARCH_PRESETS = ("fast", "paper")
-LOSSES = ("fisher", "labels", "answer")
-VOCABULARIES = ("whole", "task")
-LABEL_SOURCES = ("data", "model", "sampled")
-WEIGHTINGS = ("norms", "balanced", "likelihood")
+
+Projection = Literal["svd", "activation", "joint", "learned"]
+Allocation = Literal["uniform", "energy", "genetic"]
+Storage = Literal["factors", "pivoted"]
+SearchPreset = Literal["fast", "paper"]
+Loss = Literal["fisher", "labels", "answer"]
+Vocabulary = Literal["whole", "task"]
+LabelSource = Literal["data", "model", "sampled"]
+Weighting = Literal["norms", "balanced", "likelihood"]
+Reference = Literal["dense", "tuned"]
+LabelOffsets = Literal["prior", "none"]
+
+PROJECTIONS: tuple[str, ...] = get_args(Projection)
+ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
+STORAGES: tuple[str, ...] = get_args(Storage)
+SEARCH_PRESETS: tuple[str, ...] = get_args(SearchPreset)
+LOSSES: tuple[str, ...] = get_args(Loss)
+VOCABULARIES: tuple[str, ...] = get_args(Vocabulary)
+LABEL_SOURCES: tuple[str, ...] = get_args(LabelSource)
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+REFERENCES: tuple[str, ...] = get_args(Reference)
+LABEL_OFFSETS: tuple[str, ...] = get_args(LabelOffsets)
 
 # Settings of earlier versions -> the value that is now fixed.
 REMOVED = {"prompt_weight": 1.0}
-REFERENCES = ("dense", "tuned")
-LABEL_OFFSETS = ("prior", "none")
 
 CHOICES = {
     "projection": PROJECTIONS,

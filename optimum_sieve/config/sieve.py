@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from optimum_sieve._messages import shown
 
 from .combinations import check_combinations
+from .files import SavedSettings, read_settings
 from .heal import HealConfig
-from .rules import CHOICES, FLOAT_RANGES, HINTS, LEAST_INTEGERS, OPTIONAL, REMOVED
+from .rules import (
+    CHOICES,
+    FLOAT_RANGES,
+    HINTS,
+    LEAST_INTEGERS,
+    OPTIONAL,
+    REMOVED,
+    Allocation,
+    LabelOffsets,
+    LabelSource,
+    Loss,
+    Projection,
+    Reference,
+    SearchPreset,
+    Storage,
+    Vocabulary,
+    Weighting,
+)
 from .tune import TuneConfig
 from .validate import (
     MOST,
@@ -26,12 +43,11 @@ from .validate import (
     drop_removed,
     parse_bytes,
     parse_seconds,
-    read_settings,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SieveConfig:
+class SieveConfig(SavedSettings):
     r"""Settings of one pruning run.
 
     Exactly one of `tolerance` and `pruning_ratio` must be set. The settings from `projection` on are advanced: their
@@ -78,14 +94,14 @@ class SieveConfig:
         time_limit (`float` or `str`, *optional*):
             Time after which no further size is tried, in seconds or as text such as `"90s"`, `"12min"` or `"2h"`: the
             result is then the smallest size accepted so far. Default: no limit.
-        heal ([`HealConfig`][optimum_sieve.config.heal.HealConfig] or `str`, *optional*):
-            Settings of healing: the run prunes to falling sizes, trains the factors shortly at each one and goes on
-            from the trained factors. `"auto"` heals with the default settings wherever the whole model is in memory;
-            `None` trains nothing.
-        tune ([`TuneConfig`][optimum_sieve.config.tune.TuneConfig] or `str`, *optional*):
-            Settings of tuning, a short training of the dense model on the gold answers before it is pruned. `"auto"`
-            tunes with the default settings if the data has gold answers and the run heals, and keeps the tuned model
-            if it is better on the selection split; `None` prunes the model as it came.
+        heal ([`HealConfig`][optimum_sieve.config.heal.HealConfig], `dict` or `str`, *optional*):
+            Settings of healing, or a mapping of some: the run prunes to falling sizes, trains the factors shortly at
+            each one and goes on from the trained factors. `"auto"` heals with the default settings wherever the whole
+            model is in memory; `None` trains nothing.
+        tune ([`TuneConfig`][optimum_sieve.config.tune.TuneConfig], `dict` or `str`, *optional*):
+            Settings of tuning, or a mapping of some: a short training of the dense model on the gold answers before it
+            is pruned. `"auto"` tunes with the default settings if the data has gold answers and the run heals, and
+            keeps the tuned model if it is better on the selection split; `None` prunes the model as it came.
         reference (`str`):
             Model that `tolerance` is measured from: `"dense"` (as it came) or `"tuned"` (after tuning).
         projection (`str`):
@@ -151,31 +167,31 @@ class SieveConfig:
     pruning_ratio: float | None = None
     latency_target: float | None = None
     confidence: float = 0.9
-    allocation: str = "energy"
-    label_source: str = "data"
+    allocation: Allocation = "energy"
+    label_source: LabelSource = "data"
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
     batch_size: int = 16
     memory_limit: str | int | None = None
     seed: int = 0
-    vocabulary: str = "whole"
+    vocabulary: Vocabulary = "whole"
     time_limit: str | float | None = None
-    heal: HealConfig | str | None = "auto"
-    tune: TuneConfig | str | None = "auto"
-    reference: str = "dense"
-    projection: str = "joint"
-    storage: str = "pivoted"
-    loss: str = "fisher"
+    heal: HealConfig | Literal["auto"] | None = "auto"
+    tune: TuneConfig | Literal["auto"] | None = "auto"
+    reference: Reference = "dense"
+    projection: Projection = "joint"
+    storage: Storage = "pivoted"
+    loss: Loss = "fisher"
     fisher_temperature: float = 4.0
     rounds: int = 2
-    weighting: str = "balanced"
+    weighting: Weighting = "balanced"
     rank_multiple: int = 8
     damping: float = 1e-4
     task_weights: tuple[float, ...] | None = None
     vocabulary_size: int | None = None
-    label_offsets: str = "prior"
+    label_offsets: LabelOffsets = "prior"
     search_steps: int = 6
-    search_preset: str = "fast"
+    search_preset: SearchPreset = "fast"
     population_size: int | None = None
     generations: int | None = None
     search_fraction: float = 0.25
@@ -188,6 +204,9 @@ class SieveConfig:
     )
 
     def __post_init__(self) -> None:
+        for name, kind in (("heal", HealConfig), ("tune", TuneConfig)):
+            if isinstance(given := getattr(self, name), dict):
+                object.__setattr__(self, name, kind.from_dict(given))
         object.__setattr__(self, "target_modules", check_patterns("target_modules", self.target_modules, True))
         object.__setattr__(self, "exclude_modules", check_patterns("exclude_modules", self.exclude_modules, False))
         object.__setattr__(self, "task_weights", check_task_weights(self.task_weights))
@@ -264,23 +283,15 @@ class SieveConfig:
         """
         values = drop_removed(values, REMOVED)
         check_known(list(values), [field.name for field in dataclasses.fields(cls)], "SieveConfig")
-        if isinstance(values.get("heal"), dict):
-            values = {**values, "heal": HealConfig.from_dict(values["heal"])}
-        if isinstance(values.get("tune"), dict):
-            values = {**values, "tune": TuneConfig.from_dict(values["tune"])}
         return cls(**values)
 
-    def to_json_file(self, path: str | Path) -> None:
-        """Write the settings to `path` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
     @classmethod
-    def from_json_file(cls, path: str | Path, **overrides: Any) -> SieveConfig:
-        """Read settings written by `to_json_file`; `overrides` take precedence over the file.
+    def from_file(cls, path: str | Path, **overrides: Any) -> SieveConfig:
+        """Read settings from a YAML or JSON file; `overrides` take precedence over the file.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is not a JSON object of known settings.
+            ValueError: If the file is not a mapping of known settings.
         """
         values = read_settings(Path(path), "SieveConfig")
         return cls.from_dict({**values, **overrides})

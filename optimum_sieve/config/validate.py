@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from optimum_sieve._messages import closest, cut, listed, shown
-
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from optimum_sieve._messages import closest, listed, shown
 
 
 logger = logging.getLogger(__name__)
@@ -123,31 +117,6 @@ def check_known(keys: list[str], known: list[str], owner: str) -> None:
         close = closest(unknown[0], known)
         hint = f"Did you mean `{close}`?" if close else f"Known settings: {', '.join(known)}."
         raise ValueError(f"`{listed(unknown[:1])}` is not a setting of {owner}. {hint}")
-
-
-def read_settings(path: Path, owner: str) -> dict[str, Any]:
-    """Read the settings of `owner` from a JSON file.
-
-    Raises:
-        FileNotFoundError: If `path` is no file.
-        ValueError: If the file cannot be read, or is not a JSON object.
-    """
-    file = cut(str(path))
-    # A pipe can be read only once, and a device may never end.
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"`config` must be an existing JSON file of {owner} settings, not a pipe, got {file}.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(
-            f"`config` must be a JSON file of {owner} settings, got an error in {file}: {reason}."
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"`config` must hold a JSON object of {owner} settings, got {type(values).__name__} in {file}."
-        )
-    return values
 
 
 def drop_removed(values: dict[str, Any], removed: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 
 import pytest
@@ -189,11 +190,11 @@ def test_healing_is_on_unless_it_is_turned_off(tmp_path):
     assert parse_settings("--tolerance", "0.1").heal == "auto"
     assert parse_settings("--tolerance", "0.1", "--no-heal").heal is None
     path = tmp_path / "settings.json"
-    SieveConfig(tolerance=0.1, heal=HealConfig(steps=5, shrink=0.6)).to_json_file(path)
+    path.write_text(json.dumps(SieveConfig(tolerance=0.1, heal=HealConfig(steps=5, shrink=0.6)).to_dict()))
     assert parse_settings("--config", str(path)).heal == HealConfig(steps=5, shrink=0.6)
     assert parse_settings("--config", str(path), "--no-heal").heal is None
     assert parse_settings("--config", str(path), "--heal-steps", "9").heal == HealConfig(steps=9, shrink=0.6)
-    SieveConfig(tolerance=0.1, heal=None).to_json_file(path)
+    path.write_text(json.dumps(SieveConfig(tolerance=0.1, heal=None).to_dict()))
     assert parse_settings("--config", str(path)).heal is None
     assert parse_settings("--config", str(path), "--heal-train-norms").heal == HealConfig(train_norms=True)
     with pytest.raises(ValueError, match="`--no-heal` must not go with `--heal-learning-rate`, which"):
@@ -214,7 +215,7 @@ def test_a_flag_tunes_with_the_default_settings(tmp_path):
     with pytest.raises(ValueError, match="`--no-tune` must not go with `--tune`, which turns it on"):
         parse_settings("--tolerance", "0.1", "--no-tune", "--tune")
     path = tmp_path / "settings.json"
-    SieveConfig(tolerance=0.1, tune=TuneConfig(rank=2)).to_json_file(path)
+    path.write_text(json.dumps(SieveConfig(tolerance=0.1, tune=TuneConfig(rank=2)).to_dict()))
     assert parse_settings("--config", str(path), "--tune").tune == TuneConfig(rank=2)
     assert parse_settings("--config", str(path), "--tune-steps", "9").tune == TuneConfig(rank=2, steps=9)
 
@@ -232,7 +233,7 @@ def field_names(settings: type) -> set[str]:
 
 def test_options_take_precedence_over_the_config_file(tmp_path):
     path = tmp_path / "settings.json"
-    SieveConfig(tolerance=0.05, damping=0.25, seed=3).to_json_file(path)
+    path.write_text(json.dumps(SieveConfig(tolerance=0.05, damping=0.25, seed=3).to_dict()))
     assert parse_settings("--config", str(path)) == SieveConfig(tolerance=0.05, damping=0.25, seed=3)
     assert parse_settings("--config", str(path), "--seed", "4", "--pruning-ratio", "0.5") == SieveConfig(
         pruning_ratio=0.5, damping=0.25, seed=4

@@ -161,9 +161,9 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert config.target_modules == ("q_proj", "*.mlp.*")
     assert SieveConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert list(config.to_dict()) == sorted(field.name for field in dataclasses.fields(SieveConfig))
-    config.to_json_file(tmp_path / "settings.json")
-    assert SieveConfig.from_json_file(tmp_path / "settings.json") == config
-    assert SieveConfig.from_json_file(tmp_path / "settings.json", seed=4) == dataclasses.replace(config, seed=4)
+    (tmp_path / "settings.json").write_text(json.dumps(config.to_dict()))
+    assert SieveConfig.from_file(tmp_path / "settings.json") == config
+    assert SieveConfig.from_file(tmp_path / "settings.json", seed=4) == dataclasses.replace(config, seed=4)
 
 
 def test_a_removed_setting_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
@@ -198,14 +198,23 @@ def test_an_unknown_setting(key: str, hint: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "`config` must be a JSON file of SieveConfig settings, got an error in .*settings.json: Expecting"),
-        (b"\xff", "`config` must be a JSON file of SieveConfig settings, got an error in .*settings.json: .* decode"),
-        (b"[]", "`config` must hold a JSON object of SieveConfig settings, got list in .*settings.json"),
+        (
+            b"{",
+            "`config` must be a YAML or JSON file of .* settings, got an error in .*settings.json: Expecting",
+        ),
+        (
+            b"\xff",
+            "`config` must be a YAML or JSON file of .* settings, got an error in .*settings.json: .* decode",
+        ),
+        (
+            b"[]",
+            "`config` must hold a mapping in a YAML or JSON file of .* settings, got .* in .*settings.json",
+        ),
         (
             b"[" * 100_000,
-            "`config` must be a JSON file of SieveConfig settings, got .*settings.json: nested too deeply",
+            "`config` must be a YAML or JSON file of .* settings, got .*settings.json: nested too deeply",
         ),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "`config` must be a JSON file of .*settings.json: .*4300 digits"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "`config` must be a YAML or JSON file of .*settings.json: .*4300 digits"),
         (
             b'{"seed": ' + b"9" * 400 + b"}",
             "`seed` must be at most 9,223,372,036,854,775,807, got an integer of about 40",
@@ -221,14 +230,14 @@ def test_an_unknown_setting(key: str, hint: str) -> None:
 def test_a_file_that_holds_no_settings(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "settings.json").write_bytes(content)
     with pytest.raises((ValueError, TypeError), match=message) as raised:
-        SieveConfig.from_json_file(tmp_path / "settings.json", pruning_ratio=0.5)
+        SieveConfig.from_file(tmp_path / "settings.json", pruning_ratio=0.5)
     assert len(str(raised.value)) < 1500
 
 
 def test_a_file_of_many_unknown_settings_is_refused_at_the_first(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps({f"tolerance {i}": i for i in range(20_000)}))
     with pytest.raises(ValueError, match="`tolerance 0` is not a setting of SieveConfig"):
-        SieveConfig.from_json_file(tmp_path / "settings.json")
+        SieveConfig.from_file(tmp_path / "settings.json")
 
 
 def test_a_config_file_is_a_regular_file(tmp_path: Path) -> None:
@@ -236,6 +245,41 @@ def test_a_config_file_is_a_regular_file(tmp_path: Path) -> None:
     (tmp_path / "loop.json").symlink_to("loop.json")
     for name in ("pipe.json", "loop.json", "absent.json", "."):
         with pytest.raises(
-            FileNotFoundError, match=f"`config` must be an existing JSON file .*, not a pipe, got .*{name}"
+            FileNotFoundError, match=f"`config` must be an existing YAML or JSON file .*, not a pipe, got .*{name}"
         ):
-            SieveConfig.from_json_file(tmp_path / name)
+            SieveConfig.from_file(tmp_path / name)
+
+
+def test_settings_in_yaml_read_numbers_as_json_does(tmp_path):
+    (tmp_path / "settings.yaml").write_text("tolerance: 2e-2\nheal:\n  learning_rate: 1e-3\ntarget_modules: [q_proj]\n")
+    config = SieveConfig.from_file(tmp_path / "settings.yaml", seed=3)
+    expected = SieveConfig(tolerance=0.02, heal=HealConfig(learning_rate=0.001), target_modules=("q_proj",), seed=3)
+    assert config == expected
+    (tmp_path / "settings.yaml").write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(ValueError, match="`config` must be a YAML or JSON file"):
+        SieveConfig.from_file(tmp_path / "settings.yaml")
+
+
+def test_trainings_are_taken_as_mappings():
+    config = SieveConfig(pruning_ratio=0.5, heal={"steps": 8}, tune={"rank": 4})
+    assert config.heal == HealConfig(steps=8)
+    assert config.tune == TuneConfig(rank=4)
+    with pytest.raises(ValueError, match=r"`step` is not a setting of HealConfig\. Did you mean `steps`"):
+        SieveConfig(pruning_ratio=0.5, heal={"step": 8})
+
+
+def test_settings_are_saved_and_loaded_like_those_of_peft(tmp_path):
+    config = SieveConfig(tolerance=0.03, heal=HealConfig(steps=8), exclude_modules=("*.o_proj",))
+    assert config.save_pretrained(tmp_path / "new").name == "sieve_config.json"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sieve_config.json"]
+    assert SieveConfig.from_pretrained(tmp_path / "new") == config
+    assert SieveConfig.from_pretrained(str(tmp_path / "new"), seed=1).seed == 1
+
+
+def test_settings_are_found_in_a_pruned_model(tmp_path):
+    config = SieveConfig(pruning_ratio=0.3)
+    (tmp_path / "config.json").write_text(json.dumps({"sieve": {"settings": config.to_dict()}}))
+    assert SieveConfig.from_pretrained(tmp_path) == config
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"`name_or_path` must hold sieve_config\.json or a pruned model"):
+        SieveConfig.from_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 
-from optimum_sieve import SievePruner
+from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.publish.hub import push_folder
 
 
@@ -243,3 +243,10 @@ def test_a_pushed_model_loads_by_name_then_without_network(folder, pruner, tmp_p
         expected = pruner.model(**tokenizer("Number: 7 Parity:", return_tensors="pt")).logits[0, -1].tolist()
     assert json.loads(online.stdout) == expected
     assert json.loads(offline.stdout) == expected
+
+
+def test_settings_are_pushed_and_loaded(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = SieveConfig(tolerance=0.03, seed=5)
+    config.push_to_hub(f"{OWNER}/settings")
+    assert SieveConfig.from_pretrained(f"{OWNER}/settings") == config

@@ -11,10 +11,10 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.config.files import read_settings
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.config.tune import TuneConfig
-from optimum_sieve.config.validate import read_settings
 
 
 if TYPE_CHECKING:
@@ -127,6 +127,9 @@ def _arguments(annotation: Any) -> dict[str, Any]:
         return {"action": "store_true"}
     members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     kind = next(member for member in members if member is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        # The configuration names the rule and the value of a wrong one.
+        return {"type": str, "metavar": "NAME"}
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         return {"nargs": "+", "type": item, "metavar": {float: "X", str: "PATTERN"}[item]}
