@@ -247,6 +247,9 @@ def test_a_pushed_model_loads_by_name_then_without_network(folder, pruner, tmp_p
 
 def test_settings_are_pushed_and_loaded(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    # Made from the endpoint at import.
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "".join((hub.url, *template[1:])))
     config = SieveConfig(tolerance=0.03, seed=5)
     config.push_to_hub(f"{OWNER}/settings")
     assert SieveConfig.from_pretrained(f"{OWNER}/settings") == config
