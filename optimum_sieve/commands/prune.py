@@ -17,6 +17,27 @@ if TYPE_CHECKING:
     from optimum_sieve.config.sieve import SieveConfig
 
 
+def add_run(parser: ArgumentParser) -> None:
+    """Add the options of the output and the directories of a run."""
+    parser.add_argument("--output", metavar="DIR", help="Directory for the pruned model. Not needed with --dry-run.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds a model.")
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="Directory for intermediate results; an interrupted run resumes from it.",
+    )
+    parser.add_argument(
+        "--study-storage",
+        metavar="URL",
+        help="URL of the Optuna storage of a genetic search; workers can join it (default: a file in --work-dir).",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Show the layers to prune, their sizes and the memory needed, and exit.",
+    )
+
+
 class PruneCommand(SieveSubcommand):
     """Prune a model for one or more tasks and save it with its report and model card."""
 
@@ -28,25 +49,7 @@ class PruneCommand(SieveSubcommand):
             "Save it with its report and model card."
         )
         add_source(parser)
-        parser.add_argument(
-            "--output", metavar="DIR", help="Directory for the pruned model. Not needed with --dry-run."
-        )
-        parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds a model.")
-        parser.add_argument(
-            "--work-dir",
-            metavar="DIR",
-            help="Directory for intermediate results; an interrupted run resumes from it.",
-        )
-        parser.add_argument(
-            "--study-storage",
-            metavar="URL",
-            help="URL of the Optuna storage of a genetic search; workers can join it (default: a file in --work-dir).",
-        )
-        parser.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="Show the layers to prune, their sizes and the memory needed, and exit.",
-        )
+        add_run(parser)
         parser.add_argument(
             "--config",
             metavar="FILE",
@@ -56,16 +59,19 @@ class PruneCommand(SieveSubcommand):
 
     def execute(self, arguments: Namespace) -> None:
         """Prune, save and print the report as a table."""
+        self.check_output(arguments)
+        config = settings_from(arguments)
+        with nullcontext() if arguments.output is None else reserved_output(arguments):
+            self.prune(arguments, config)
+
+    def check_output(self, arguments: Namespace) -> None:
+        """End with an error unless there is an `--output`, or `--dry-run`."""
         if arguments.output is None and not arguments.dry_run:
             self.parser.error("the following arguments are required: --output (or --dry-run)")
-        config = settings_from(arguments)
 
-        with nullcontext() if arguments.output is None else reserved_output(arguments):
-            self._prune(arguments, config)
-
-    def _prune(self, arguments: Namespace, config: SieveConfig) -> None:
+    def prune(self, arguments: Namespace, config: SieveConfig) -> None:
+        """Prune with settings that were read, or show what would be done."""
         from optimum_sieve.backbone.sizes import tensor_bytes
-        from optimum_sieve.publish.report import format_table
         from optimum_sieve.run import distributed
         from optimum_sieve.run.outputs import check_output
 
@@ -76,10 +82,11 @@ class PruneCommand(SieveSubcommand):
             if distributed.is_first():
                 print(pruner.plan(config).format())
             return
-        if config.allocation == "genetic" and arguments.work_dir is not None:
+        files = all(isinstance(task, str) for task in arguments.task)
+        if config.allocation == "genetic" and arguments.work_dir is not None and files:
             write_job(arguments, config)
         result = pruner.prune(config, work_dir=arguments.work_dir, study_storage=arguments.study_storage)
         pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite)
         if distributed.is_first():
-            print(format_table(result.report))
+            print(result)
             print(f"\nsaved in {arguments.output}")

@@ -13,6 +13,7 @@ from .predict import PredictCommand
 from .prune import PruneCommand
 from .push import PushCommand
 from .report import ReportCommand
+from .run import RunCommand
 from .search import SearchCommand
 
 
@@ -25,6 +26,11 @@ class SieveCommand(BaseOptimumCLICommand):
             name="prune",
             help="Prune a model for one or more tasks and save it with its report and model card.",
             subcommand_class=PruneCommand,
+        ),
+        CommandInfo(
+            name="run",
+            help="Prune as a recipe says, such as the one beside every pruned model.",
+            subcommand_class=RunCommand,
         ),
         CommandInfo(
             name="plan",

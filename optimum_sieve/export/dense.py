@@ -20,7 +20,7 @@ from optimum_sieve.modeling.modeling_sieve import SieveConfigMixin, SievePreTrai
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
 from optimum_sieve.publish.saved import save_model
-from optimum_sieve.publish.task_file import inherited_task
+from optimum_sieve.publish.task_file import inherited_files
 
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def save_dense(
             library_name="transformers",
             license_id=license_id,
         ),
-        task=lambda: inherited_task(source, revision, with_results=True, label_offsets=block.get(KEY) or ()),
+        files=lambda: inherited_files(source, revision, with_results=True, label_offsets=block.get(KEY) or ()),
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model) + sum(map(_added_bytes, layers.values())),

@@ -19,7 +19,7 @@ from optimum_sieve.modeling.experts import SeparateExperts
 from optimum_sieve.modeling.label_offsets import KEY
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
-from optimum_sieve.publish.task_file import inherited_task
+from optimum_sieve.publish.task_file import inherited_files
 
 from .dense import base_config
 
@@ -94,7 +94,7 @@ def export_onnx(
             library_name="onnx",
             license_id=license_id,
         ),
-        task=lambda: inherited_task(
+        files=lambda: inherited_files(
             model.name_or_path,
             getattr(model.config, "_commit_hash", None),
             with_results=True,

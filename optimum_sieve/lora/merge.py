@@ -17,7 +17,7 @@ from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
 from optimum_sieve.publish.saved import save_model
-from optimum_sieve.publish.task_file import inherited_task
+from optimum_sieve.publish.task_file import inherited_files
 from optimum_sieve.surgery.factors import recompress
 
 from .layer import require_peft, whole_matrix
@@ -225,7 +225,7 @@ def save_merged(
             library_name="transformers",
             license_id=license_id,
         ),
-        task=lambda: inherited_task(model.name_or_path, getattr(model.config, "_commit_hash", None)),
+        files=lambda: inherited_files(model.name_or_path, getattr(model.config, "_commit_hash", None)),
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model),

@@ -9,11 +9,10 @@ from optimum_sieve.run.files import whole_directory
 from optimum_sieve.run.outputs import reserved
 
 from .report import REPORT_NAME, write_report
-from .task_file import write_task
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
@@ -27,12 +26,12 @@ def save_directory(
     card: Callable[[], object],
     *,
     report: dict[str, Any] | None = None,
-    task: Callable[[], dict[str, Any] | None] = lambda: None,
+    files: Callable[[], Mapping[str, str]] = dict,
     overwrite: bool = False,
     needed_bytes: int = 0,
     inputs: Inputs = (),
 ) -> Path:
-    """Check the output directory; write model, tokenizer, card, report and task to a temporary one; rename it.
+    """Check the output directory; write model, tokenizer, card, report and further files to a temporary one; rename it.
 
     If anything fails, the temporary directory is removed, and the previous content of `output_dir` remains.
 
@@ -43,8 +42,8 @@ def save_directory(
         card (`Callable[[], object]`): Makes the model card, whose `str` becomes README.md; called after everything else
             is written.
         report (`dict[str, Any]`, *optional*): Becomes `sieve_report.json`, with the size of the weights as written.
-        task (`Callable[[], dict | None]`): Makes the content of `sieve_task.json`, if there is any; called after the
-            model is written.
+        files (`Callable[[], Mapping[str, str]]`): Returns further texts by the name of their file, such as
+            `sieve_task.json`; called after the model is written.
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
         needed_bytes (`int`): Bytes that must be free on the disk.
         inputs (`Iterable[tuple[str, str | Path | None]]`): Names of arguments with their paths, from which `output_dir`
@@ -65,7 +64,7 @@ def save_directory(
         if report is not None:
             report["bytes"]["after"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
             write_report(report, partial / REPORT_NAME)
-        if (content := task()) is not None:
-            write_task(content, partial)
+        for name, text in files().items():
+            (partial / name).write_text(text, encoding="utf-8", newline="")
         (partial / "README.md").write_text(str(card()), encoding="utf-8", newline="")
     return output

@@ -13,11 +13,12 @@ from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.run import distributed
 from optimum_sieve.surgery.apply import largest_coefficient
 
-from .card import PIPELINE_TAGS, base_license, build_card
+from .card import PIPELINE_TAGS, base_license, build_card, public_name
 from .directory import save_directory
-from .report import DIGEST_KEY, build_report, remove_scores, task_block, task_blocks
+from .recipe import RECIPE_NAME, recipe_text
+from .report import DIGEST_KEY, build_report, format_table, remove_scores, task_block, task_blocks
 from .saved import save_model
-from .task_file import task_content
+from .task_file import task_files
 
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class SieveResult:
     report: dict[str, Any]
     trials: list[dict[str, Any]]
     scores: tuple[TaskScores, ...]
+
+    def __str__(self) -> str:
+        """Return the scores, differences and sizes as a table."""
+        return format_table(self.report)
 
 
 def make_result(
@@ -200,7 +205,15 @@ def save_result(
                 license_id=base_license(base_model),
             ),
             report=result.report,
-            task=lambda: task_content(task_specs, result.report),
+            files=lambda: {
+                **task_files(task_specs, result.report),
+                RECIPE_NAME: recipe_text(
+                    public_name(base_model) or "model",
+                    task_specs,
+                    result.report["settings"],
+                    result.report.get("loading"),
+                ),
+            },
             overwrite=overwrite,
             needed_bytes=result.report["bytes"]["after"],
             inputs=[("model", base_model), ("work_dir", work_dir)],

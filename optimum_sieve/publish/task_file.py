@@ -23,16 +23,16 @@ _RESULTS = (
 )
 
 
-def task_content(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of `sieve_task.json`.
+def task_files(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> dict[str, str]:
+    """Return `sieve_task.json` and its content.
 
     Args:
         specs (`Sequence[Mapping[str, Any]]`): Content of each task file; what says where the rows are is left out.
         report (`dict[str, Any]`): Report of the run, see [`build_report`][optimum_sieve.publish.report.build_report].
 
     Returns:
-        `dict[str, Any]`: `format_version` and `tasks`, each the keys of its task file and its `results`: metric, split,
-            number of examples, and the scores with their standard errors.
+        `dict[str, str]`: JSON with `format_version` and `tasks`, each the keys of its task file and its `results`:
+            metric, split, number of examples, and the scores with their standard errors.
     """
     blocks = {block["task"]: block for block in task_blocks(report)}
     tasks = []
@@ -40,17 +40,17 @@ def task_content(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> 
         kept = {key: value for key, value in spec.items() if key not in _LEFT_OUT}
         block = blocks.get(spec["name"], {})
         tasks.append({**kept, "results": {key: block[key] for key in _RESULTS if key in block}})
-    return {"format_version": TASK_VERSION, "tasks": tasks}
+    return _files({"format_version": TASK_VERSION, "tasks": tasks})
 
 
-def inherited_task(
+def inherited_files(
     model: str | Path | None,
     revision: str | None = None,
     *,
     with_results: bool = False,
     label_offsets: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any] | None:
-    """Return the content of `sieve_task.json` of a pruned model for a model that is made from it.
+) -> dict[str, str]:
+    """Return `sieve_task.json` and its content for a model that is made from a pruned one.
 
     Args:
         model (`str | Path`, *optional*): Directory, or Hub id.
@@ -60,30 +60,28 @@ def inherited_task(
             them; each task gets those of its labels.
 
     Returns:
-        `dict[str, Any]`, *optional*: `None` if the model has no such file, or it is damaged.
+        `dict[str, str]`: Empty if the model has no such file, or it is damaged.
     """
     from transformers.utils.hub import cached_file
 
     if not model:
-        return None
+        return {}
     try:
         file = cached_file(str(model), TASK_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         if file is None:
-            return None
+            return {}
         content: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
         tasks = [dict(task) for task in content["tasks"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
     for task in tasks:
         labels = list((task.get("labels") or {}).values())
         if not with_results:
             task.pop("results", None)
         if entries := [dict(entry) for entry in label_offsets if entry.get("candidates") == labels]:
             task["label_offsets"] = entries
-    return {**content, "tasks": tasks}
+    return _files({**content, "tasks": tasks})
 
 
-def write_task(content: dict[str, Any], directory: Path) -> None:
-    """Write `sieve_task.json` into a directory."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    (directory / TASK_NAME).write_text(text, encoding="utf-8", newline="")
+def _files(content: dict[str, Any]) -> dict[str, str]:
+    return {TASK_NAME: json.dumps(content, indent=2, ensure_ascii=False) + "\n"}

@@ -15,7 +15,15 @@ _NAME = "optimum-sieve"
 _CONFIG, _TEMPLATES = "config.json", "additional_chat_templates"
 # Files that `save_pretrained` of a model, its configuration, tokenizer or processor may write, and the exports.
 _MODEL = (
-    *("README.md", "sieve_report.json", "sieve_task.json", _CONFIG, "generation_config.json"),
+    *(
+        "README.md",
+        "sieve_report.json",
+        "sieve_task.json",
+        "sieve.yaml",
+        "sieve_config.json",
+        _CONFIG,
+        "generation_config.json",
+    ),
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json"),
     *("model.onnx", "model.onnx.data", "export.json"),

@@ -41,7 +41,7 @@ def fresh_process(*words: str) -> subprocess.CompletedProcess[str]:
     ("words", "status", "shown"),
     [
         (["--help"], 0, "Prune a language model for one task."),
-        (["sieve"], 0, "{prune,plan,evaluate,predict,search,heal,report,push,export,merge}"),
+        (["sieve"], 0, "{prune,run,plan,evaluate,predict,search,heal,report,push,export,merge}"),
         (["sieve", "prune", "--help"], 0, "--pruning-ratio"),
         (["sieve", "prune", "--help"], 0, "--help-all also shows the advanced ones"),
         (["sieve", "prune", "--help-all"], 0, "--heal-train-norms"),

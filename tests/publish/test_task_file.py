@@ -12,7 +12,7 @@ from toy import make_model, make_tokenizer, parity_rows, task_spec, unhealed, wr
 from transformers import AutoModelForCausalLM, pipeline
 
 from optimum_sieve import SievePruner, Task
-from optimum_sieve.publish.task_file import inherited_task, task_content
+from optimum_sieve.publish.task_file import inherited_files, task_files
 
 
 if TYPE_CHECKING:
@@ -70,13 +70,14 @@ def test_a_merged_model_keeps_its_task_without_scores(
 
 
 def test_models_without_a_task_have_none_to_pass_on(tmp_path: Path) -> None:
-    assert inherited_task(None) is None
-    assert inherited_task(tmp_path) is None
+    assert not inherited_files(None)
+    assert not inherited_files(tmp_path)
     (tmp_path / "sieve_task.json").write_text("{")
-    assert inherited_task(tmp_path) is None
+    assert not inherited_files(tmp_path)
 
 
 def test_scores_of_several_tasks_go_to_their_tasks() -> None:
     blocks = [{"task": name, "split": "test", "count": count} for name, count in (("one", 1), ("two", 2))]
-    content = task_content([task_spec(name="two"), task_spec(name="one")], {"tasks": blocks})
+    files = task_files([task_spec(name="two"), task_spec(name="one")], {"tasks": blocks})
+    content = json.loads(files["sieve_task.json"])
     assert [task["results"]["count"] for task in content["tasks"]] == [2, 1]

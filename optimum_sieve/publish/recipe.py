@@ -1,0 +1,133 @@
+"""`sieve.yaml`: model, tasks and settings of a run, from which `optimum-cli sieve run` repeats it. Without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from optimum_sieve._messages import shown
+from optimum_sieve.config.files import read_mapping
+from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.tasks.task import Task
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+RECIPE_NAME = "sieve.yaml"
+_LOADING = ("revision", "dtype", "gguf_file")
+_KEYS = ("model", *_LOADING, "tasks", "settings")
+_HEADER = """\
+# How this model was made. With the rows of the tasks' `data` in DIR, this repeats it:
+#   optimum-cli sieve run sieve.yaml --data-dir DIR --output pruned
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a run needs besides the rows.
+
+    Args:
+        model (`str`): Hub id or path of the dense model.
+        loading (`dict[str, str]`): `revision`, `dtype` and `gguf_file`, as far as they were given.
+        tasks (`list[str | dict]`): Task files, relative to the recipe, or their content.
+        settings (`dict[str, Any]`): Settings of `SieveConfig`; those left out have their defaults.
+    """
+
+    model: str
+    tasks: list[str | dict[str, Any]]
+    settings: dict[str, Any]
+    loading: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """Read a recipe in YAML or JSON.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If a key is missing, unknown or of another type; the message names it.
+        """
+        values = read_mapping(Path(path), "recipe", "YAML or JSON file of a recipe")
+        unknown = [key for key in values if key not in _KEYS]
+        if unknown:
+            known = ", ".join(_KEYS)
+            raise ValueError(f"`recipe` must have no keys but {known}, got {shown(unknown[0])} in {path}.")
+        tasks = values.get("tasks")
+        for key, kind, meaning in (
+            ("model", str, "a Hub id or directory"),
+            ("tasks", list, "a list of task files or their contents"),
+            ("settings", dict, "a mapping of settings, such as `tolerance: 0.02`"),
+        ):
+            if not isinstance(values.get(key), kind):
+                raise ValueError(f"`{key}` must be {meaning}, got {shown(values.get(key))} in the recipe {path}.")
+        assert isinstance(tasks, list)
+        if not tasks or not all(isinstance(task, str | dict) for task in tasks):
+            raise ValueError(f"`tasks` must be a list of task files or their contents, got {shown(tasks)} in {path}.")
+        loading = {key: str(values[key]) for key in _LOADING if values.get(key) is not None}
+        return cls(model=values["model"], tasks=tasks, settings=values["settings"], loading=loading)
+
+    def config(self) -> SieveConfig:
+        """Make the settings.
+
+        Raises:
+            ValueError: If one is unknown or breaks its rule.
+        """
+        return SieveConfig.from_dict(self.settings)
+
+    def read_tasks(self, directory: Path, data_dir: Path | None = None) -> list[Task]:
+        """Read the tasks with their rows.
+
+        Args:
+            directory (`Path`): Directory of the recipe, which task files are relative to.
+            data_dir (`Path`, *optional*): Directory of the rows of tasks whose content is in the recipe. Default: that
+                of the recipe.
+        """
+        root = directory if data_dir is None else data_dir
+        return [
+            Task.from_file(directory / task) if isinstance(task, str) else Task.from_dict(task, root)
+            for task in self.tasks
+        ]
+
+
+def recipe_text(
+    model: str, specs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], loading: Mapping[str, str] | None
+) -> str:
+    """Return the content of `sieve.yaml`; settings with their default values are left out.
+
+    Args:
+        model (`str`): Hub id, or name, of the dense model.
+        specs (`Sequence[Mapping[str, Any]]`): Content of each task file.
+        settings (`Mapping[str, Any]`): `SieveConfig.to_dict()` of the run.
+        loading (`Mapping[str, str]`, *optional*): Options that loaded the model.
+
+    Example:
+
+    ```python
+    >>> text = recipe_text("org/base", [{"name": "toy"}], {"pruning_ratio": 0.5, "seed": 0}, None)
+    >>> print(text[text.index("model") :])
+    model: org/base
+    tasks:
+    - name: toy
+    settings:
+      pruning_ratio: 0.5
+    <BLANKLINE>
+
+    ```
+    """
+    defaults = {each.name: _plain(each.default) for each in dataclasses.fields(SieveConfig)}
+    changed = {key: value for key, value in settings.items() if key in defaults and value != defaults[key]}
+    content = {
+        "model": model,
+        **{key: loading[key] for key in _LOADING if loading and loading.get(key)},
+        "tasks": [dict(spec) for spec in specs],
+        "settings": changed,
+    }
+    return _HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
