@@ -39,7 +39,7 @@ class ExportCommand(SieveSubcommand):
             help="Floating-point type of the exported model, such as bfloat16 (default: as saved; float32 for --onnx).",
         )
         parser.add_argument(
-            "--tolerance",
+            "--max-difference",
             type=float,
             metavar="X",
             help="With --onnx: maximum logit difference, relative to the largest logit (default: 0.001).",
@@ -52,7 +52,7 @@ class ExportCommand(SieveSubcommand):
 
     def execute(self, arguments: Namespace) -> None:
         """Load the model, export it and print the directory."""
-        for option, form in (("tolerance", "onnx"), ("max_shard_size", "dense")):
+        for option, form in (("max_difference", "onnx"), ("max_shard_size", "dense")):
             if getattr(arguments, option) is not None and not getattr(arguments, form):
                 self.parser.error(f"--{option.replace('_', '-')} requires --{form}")
         with reserved_output(arguments):
@@ -68,7 +68,7 @@ class ExportCommand(SieveSubcommand):
         model, tokenizer = _load(arguments)
         common: dict[str, Any] = {"overwrite": arguments.overwrite, "license_id": base_license(arguments.model)}
         if arguments.onnx:
-            tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
+            tolerance = TOLERANCE if arguments.max_difference is None else arguments.max_difference
             difference = export_onnx(model, tokenizer, arguments.output, tolerance=tolerance, **common)
             print(f"largest difference in ONNX Runtime: {difference:.2g} of the largest logit")
         else:

@@ -31,7 +31,9 @@ class HealCommand(SieveSubcommand):
         )
         parser.add_argument("--model", metavar="MODEL", required=True, help="Hub id or directory of the pruned model.")
         parser.add_argument(
-            "--dense", metavar="MODEL", required=True, help="Hub id or directory of the dense base model."
+            "--dense",
+            metavar="MODEL",
+            help="Hub id or directory of the dense base model (default: the one that the pruned model names).",
         )
         add_task(parser)
         parser.add_argument(
@@ -65,6 +67,8 @@ class HealCommand(SieveSubcommand):
     def execute(self, arguments: Namespace) -> None:
         """Heal, save and print the report as a table."""
         config = HealConfig.from_dict({"steps": _STEPS, **heal_settings_from(arguments)})
+        if arguments.dense is None:
+            arguments.dense = _base_model(arguments.model, arguments.trust_remote_code)
         with reserved_output(arguments):
             self._heal(arguments, config)
 
@@ -99,3 +103,19 @@ class HealCommand(SieveSubcommand):
         )
         print(format_table(result.report))
         print(f"\nsaved in {arguments.output}")
+
+
+def _base_model(model: str, trust_remote_code: bool) -> str:
+    """Return the model that a pruned one was made from, as its configuration names it."""
+    from optimum_sieve.backbone.sources import read_config
+    from optimum_sieve.modeling.conversion import check_pruned
+
+    config = read_config(model, trust_remote_code=trust_remote_code)
+    check_pruned(config)
+    name = config.sieve.get("base_model")
+    # Of a directory only the name is published.
+    if not name or "/" not in name:
+        raise ValueError(
+            f"`--dense` must be given for a pruned model that names no model on the Hub, got {name!r} in {model}."
+        )
+    return str(name)

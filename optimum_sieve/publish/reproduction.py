@@ -55,7 +55,7 @@ def reproduction_command(
         if value == field.default:
             continue
         if field.name == "heal":
-            words += ["--no-heal"] if value is None else _heal_words(value, prefix="heal-")
+            words += ["--no-heal"] if value is None else _heal_words(value)
             continue
         if field.name == "tune":
             words += ["--no-tune"] if value is None else ["--tune", *_changed_words(TuneConfig, value, "tune-")]
@@ -87,9 +87,9 @@ def _task_words(tasks: Sequence[str]) -> list[str]:
     return [word for name in tasks for word in ("--task", name)]
 
 
-def _heal_words(settings: dict[str, Any], prefix: str = "") -> list[str]:
+def _heal_words(settings: dict[str, Any]) -> list[str]:
     """Return the options of healing: the steps, which turn it on, and all values that are not the default."""
-    return _changed_words(HealConfig, settings, prefix, always=("steps",))
+    return _changed_words(HealConfig, settings, "heal-", always=("steps",))
 
 
 def _changed_words(kind: type[Any], settings: dict[str, Any], prefix: str, always: Sequence[str] = ()) -> list[str]:

@@ -266,7 +266,7 @@ def _check_content(target: Path, output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(
             f"`output_dir` must be new or empty, got {cut(str(output))} which holds files. Choose another or pass "
-            "--overwrite."
+            "overwrite=True (`--overwrite`)."
         )
     foreign = foreign_entry(target)
     if foreign is not None:

@@ -118,7 +118,7 @@ def test_the_commands_work_there(
     out, healed, rows = tmp_path / "out", tmp_path / "healed", ("--task", tmp_path / "task.json")
     size = ("--pruning-ratio", 0.9, "--rank-multiple", 2, "--rounds", 1, "--heal-steps", 4)
     assert cli("prune", "--model", tmp_path / "dense", *rows, *size, "--output", out)[0] == 0
-    steps = ("--steps", 4)
+    steps = ("--heal-steps", 4)
     assert cli("heal", "--model", out, "--dense", tmp_path / "dense", *rows, *steps, "--output", healed)[0] == 0
     assert json.loads((healed / "sieve_report.json").read_text())["task"] == "parity"
     status, output, _ = cli("evaluate", "--model", healed, *rows, "--compare-to", tmp_path / "dense")

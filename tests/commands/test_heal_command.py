@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -81,7 +82,7 @@ def source(world: Path, **others: object) -> list[object]:
 def test_the_command_heals_a_pruned_directory(
     run: Callable[..., int], world: Path, dense: PreTrainedModel, task: Task, tmp_path: Path, capsys: Any
 ) -> None:
-    settings = ("--steps", 40, "--learning-rate", 0.03, "--work-dir", tmp_path / "work")
+    settings = ("--heal-steps", 40, "--heal-learning-rate", 0.03, "--work-dir", tmp_path / "work")
     assert run("heal", *source(world), "--output", tmp_path / "healed", *settings) == 0, capsys.readouterr().err
     plain, report = (json.loads((directory / "sieve_report.json").read_text())
                      for directory in (world / "pruned", tmp_path / "healed"))  # fmt: skip
@@ -96,8 +97,8 @@ def test_the_command_heals_a_pruned_directory(
               for model in (dense, healed)]  # fmt: skip
     assert compare(*scores).kl == pytest.approx(report["kl"], abs=1e-6)
     card = (tmp_path / "healed" / "README.md").read_text()
-    command = "optimum-cli sieve heal --model pruned --dense dense --task task.yaml --steps 40 --learning-rate 0.03"
-    assert command in card
+    words = "optimum-cli sieve heal --model pruned --dense dense --task task.yaml"
+    assert f"{words} --heal-steps 40 --heal-learning-rate 0.03" in card
     assert f"{report['pruned']['score']:.3f}" in capsys.readouterr().out
 
 
@@ -110,7 +111,7 @@ def test_the_command_refuses_what_does_not_fit(
     unanswered = write_task(tmp_path, answer=None)
     for words, message in (
         ((*source(world), "--output", world), "`output_dir` must be apart from `model`"),
-        ((*source(world), "--output", tmp_path / "out", "--steps", 0), "`heal.steps` must be at least 1, got 0"),
+        ((*source(world), "--output", tmp_path / "out", "--heal-steps", 0), "`heal.steps` must be at least 1, got 0"),
         ((*source(world, model=world / "dense"), "--output", tmp_path / "out"), "must be a pruned model"),
         ((*source(world, dense=world / "pruned"), "--output", tmp_path / "out"), "must be a dense model"),
         ((*source(world, dense=tmp_path / "other"), "--output", tmp_path / "out"), "`dense` must be the model that"),
@@ -153,3 +154,28 @@ def test_the_prune_command_heals_unless_it_is_told_not_to(
     assert run(*words, "--pruning-ratio", 0.6, "--no-heal", "--heal-steps", 4, "--output", tmp_path / "none") == 1
     assert "`--no-heal` must not go with `--heal-steps`, which" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_the_dense_model_is_the_one_that_the_pruned_one_names(
+    run: Callable[..., int], world: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def heal_pruned(model: Any, dense: Any, *others: Any, **options: Any) -> Any:
+        asked.append(dense)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("optimum_sieve.pipeline.heal.heal_pruned", heal_pruned)
+    words = ["heal", *source(world), "--output", tmp_path / "out"]
+    at = words.index("--dense")
+    del words[at : at + 2]
+    assert run(*words) == 1
+    assert "`--dense` must be given for a pruned model that names no model on the Hub" in capsys.readouterr().err
+    copy = tmp_path / "copy"
+    shutil.copytree(world / "pruned", copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["sieve"]["base_model"] = "org/base"
+    (copy / "config.json").write_text(json.dumps(config))
+    words[words.index("--model") + 1] = copy
+    assert run(*words) == 1
+    assert asked == ["org/base"]

@@ -142,10 +142,10 @@ def test_help_all_of_heal(capsys):
     for field in dataclasses.fields(HealConfig):
         # A saved model has its size.
         if field.name in ("start", "shrink"):
-            assert not shows(everything, field.name)
+            assert not shows(everything, f"heal_{field.name}")
         else:
-            assert shows(everyday, field.name) == (field.name not in HealConfig.ADVANCED)
-            assert shows(everything, field.name)
+            assert shows(everyday, f"heal_{field.name}") == (field.name not in HealConfig.ADVANCED)
+            assert shows(everything, f"heal_{field.name}")
 
 
 def test_option_help_has_no_markup(capsys):
@@ -181,7 +181,7 @@ def test_an_option_of_healing_reaches_its_setting(name, value):
     HealCommand.parse_args(parser)
     if name not in ("start", "shrink"):
         given = parser.parse_args(
-            ["--model", "m", "--dense", "d", "--task", "t", "--output", "o", *words_of(name, value)]
+            ["--model", "m", "--dense", "d", "--task", "t", "--output", "o", *words_of(f"heal_{name}", value)]
         )
         assert heal_settings_from(given) == {name: value}
 

@@ -59,7 +59,7 @@ def test_prune_evaluate_heal_and_export(run: Callable[..., int], world: Path, tm
 
     words = ("--model", tmp_path / "pruned", "--dense", world / "dense", *tasks_of(world), "--task-weights", 1, 1)
     # Held to the dense model alone, so that the divergence is what falls.
-    quick = ("--steps", 48, "--learning-rate", 0.001, "--gold-weight", 0)
+    quick = ("--heal-steps", 48, "--heal-learning-rate", 0.001, "--heal-gold-weight", 0)
     assert run("heal", *words, *quick, "--output", tmp_path / "healed") == 0, capsys.readouterr().err
     healed = json.loads((tmp_path / "healed" / "sieve_report.json").read_text())
     assert [own["task"] for own in healed["tasks"]] == ["parity", "size"]
@@ -104,4 +104,4 @@ def test_errors_are_one_line_before_any_work(run: Callable[..., int], world: Pat
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
     heal = ("heal", "--model", tmp_path, "--dense", world / "dense", *tasks_of(world), "--output", tmp_path / "out")
-    assert run(*heal, "--steps", 1) == 1
+    assert run(*heal, "--heal-steps", 1) == 1

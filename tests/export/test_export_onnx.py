@@ -206,7 +206,7 @@ def test_the_command_exports_what_was_saved_in_half_precision(
     model = make_pruned("gpt2", num_hidden_layers=1, vocab_size=113).bfloat16()
     model.save_pretrained(tmp_path / "pruned")
     make_tokenizer().save_pretrained(tmp_path / "pruned")
-    words = ("--model", tmp_path / "pruned", "--output", tmp_path / "onnx", "--onnx", "--tolerance", "1e-5")
+    words = ("--model", tmp_path / "pruned", "--output", tmp_path / "onnx", "--onnx", "--max-difference", "1e-5")
     assert run(monkeypatch, *words) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("largest difference in ONNX Runtime: ")

@@ -48,8 +48,8 @@ COMMANDS = {
             ["search", *_SOURCE, *_SMALL, "--rounds", "1", "--population-size", "4", "--generations", "2", *_WORK],
             result="work/search-*.json",
         ),
-        Command("heal", ["heal", *_HEAL, "--steps", "12", *_OUT]),
-        Command("heal, work directory", ["heal", *_HEAL, "--steps", "12", *_OUT, *_WORK]),
+        Command("heal", ["heal", *_HEAL, "--heal-steps", "12", *_OUT]),
+        Command("heal, work directory", ["heal", *_HEAL, "--heal-steps", "12", *_OUT, *_WORK]),
         Command("export", ["export", "--model", "{world}/pruned", "--dense", *_OUT]),
         Command("merge", ["merge", "--model", "{world}/pruned", "--adapter", "{world}/adapter", *_OUT]),
     )

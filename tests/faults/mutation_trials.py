@@ -193,7 +193,7 @@ _TASK = ["--task", "{root}/world/task.json", "--device", "cpu"]
 _COMMANDS = {
     "evaluate": ["--model", "{model}", *_TASK, "--json", "{out}"],
     "export": ["--model", "{model}", "--dense", "--output", "{out}"],
-    "heal": ["--model", "{model}", "--dense", "{root}/bases/dense", *_TASK, "--steps", "2", "--output", "{out}"],
+    "heal": ["--model", "{model}", "--dense", "{root}/bases/dense", *_TASK, "--heal-steps", "2", "--output", "{out}"],
 }
 
 

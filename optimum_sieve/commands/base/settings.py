@@ -61,13 +61,14 @@ def add_heal_settings(parser: argparse.ArgumentParser, *, exclude: Sequence[str]
     """
     settings = parser.add_argument_group("settings", "Settings of healing. --help-all also shows the advanced ones.")
     advanced = parser.add_argument_group("advanced settings")
-    _add_fields(settings, HealConfig, _everyday(HealConfig, exclude), **defaults)
-    _add_help_all(parser, _add_fields(advanced, HealConfig, [n for n in HealConfig.ADVANCED if n not in exclude]))
+    _add_fields(settings, HealConfig, _everyday(HealConfig, exclude), f"{_HEAL}_", **defaults)
+    hidden = [name for name in HealConfig.ADVANCED if name not in exclude]
+    _add_help_all(parser, _add_fields(advanced, HealConfig, hidden, f"{_HEAL}_"))
 
 
-def heal_settings_from(arguments: argparse.Namespace, *, prefix: str = "") -> dict[str, Any]:
+def heal_settings_from(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of healing that were given."""
-    return _given(HealConfig, arguments, prefix)
+    return _given(HealConfig, arguments, f"{_HEAL}_")
 
 
 def _given(settings: type[Any], arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
