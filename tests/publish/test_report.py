@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from optimum_sieve import Comparison, Evaluation
+from optimum_sieve.metrics.class_metrics import score_classes
 from optimum_sieve.modeling import fingerprint
 from optimum_sieve.publish import report
 from optimum_sieve.publish.report import (
@@ -17,7 +18,6 @@ from optimum_sieve.publish.report import (
     task_block,
     write_report,
 )
-from optimum_sieve.tasks.metrics import score_classes
 
 
 def make_evaluation(correct: int, count: int = 10, metric: str = "accuracy") -> Evaluation:

@@ -1,0 +1,39 @@
+r"""Metrics: score predicted classes and written answers, with the contribution of each example.
+
+`class_metrics.score_classes` and `text_metrics.score_texts` score a name, a function or a `ModuleMetric`, which is a
+module of the evaluate library, and return a `scored.Scored`. A module is loaded by `loading` and scored by
+`module_scores`; only they and `evaluate_metrics`, this package's metrics in the form of that library, import it, and
+with it torch: none of them before a module is scored or `load` is used. `identity` tells metrics apart.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optimum_sieve._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .evaluate_metrics import Accuracy, EntityF1, ExactMatch, MacroF1, Numeric, RougeL, SetF1, TokenF1, load
+    from .module_metric import ModuleMetric
+
+__all__ = [
+    "Accuracy",
+    "EntityF1",
+    "ExactMatch",
+    "MacroF1",
+    "ModuleMetric",
+    "Numeric",
+    "RougeL",
+    "SetF1",
+    "TokenF1",
+    "load",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "evaluate_metrics": [name for name in __all__ if name != "ModuleMetric"],
+        "module_metric": ["ModuleMetric"],
+    },
+)

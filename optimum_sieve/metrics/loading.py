@@ -1,0 +1,109 @@
+"""Load a module of the evaluate library and find what it takes. Imports evaluate, and with it torch, when called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve._messages import cut, shown
+
+from .module_metric import files_digest, is_path, module_name, require_evaluate, script_of
+
+
+if TYPE_CHECKING:
+    from .module_metric import ModuleMetric
+
+
+def load_module(metric: ModuleMetric) -> Any:
+    """Run the code of a module; return its instance, which keeps its examples in memory.
+
+    Returns:
+        `evaluate.Metric`: The module. Its random numbers are always the same.
+
+    Raises:
+        FileNotFoundError: If there is no such module.
+        ImportError: If evaluate or a package that the module imports is not installed.
+        ValueError: If the code must not be run, has changed since the task was read, or holds no metric.
+    """
+    if not metric.trusted:
+        raise ValueError(
+            f"`metric` must not be code that came with a model, got the module {metric.module!r} of evaluate. Name it "
+            "in a task file of your own to run it."
+        )
+    require_evaluate()
+    path = _path(metric)
+    import evaluate
+
+    try:
+        return evaluate.load(
+            path, metric.config, module_type="metric", keep_in_memory=True, revision=metric.revision, seed=0
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"`metric.evaluate` must be a metric on the Hub, in the cache or at a path, got {metric.module!r} "
+            f"({cut(str(error))}). Begin a path with `./`; without network, use a path."
+        ) from error
+    except ImportError as error:
+        raise ImportError(f"`metric` must have the packages of {metric.module!r} installed: {error}") from error
+    except Exception as error:
+        reason = cut(f"{type(error).__name__}: {error}", 400)
+        raise ValueError(
+            f"`metric.evaluate` must be a module with an `evaluate.Metric`, got an error of {metric.module!r}: {reason}"
+        ) from error
+
+
+def _path(metric: ModuleMetric) -> str:
+    """Return what `evaluate.load` takes.
+
+    Raises:
+        ValueError: If it would run other code than the task names.
+    """
+    if not is_path(metric.module):
+        shadow = Path(metric.module, f"{module_name(metric.module)}.py")
+        if shadow.is_file():
+            raise ValueError(
+                f"`metric.evaluate` must be unambiguous, got the Hub id {metric.module!r} and a file {shadow} in the "
+                f"current directory, which evaluate would run. Write `./{metric.module}`, or change the directory."
+            )
+        return metric.module
+    if metric.digest is not None and files_digest(Path(metric.module)) != metric.digest:
+        raise ValueError(
+            f"`metric.evaluate` must not change while a task is in use, got other code in {metric.module!r} than when "
+            "the task was read. Start again."
+        )
+    return str(script_of(Path(metric.module)))
+
+
+def takes_lists(metric: ModuleMetric, module: Any, texts: bool) -> bool:
+    """Return whether the references of a module of texts are lists.
+
+    Raises:
+        ValueError: If it takes no texts, or no classes.
+    """
+    options = module.features if isinstance(module.features, list) else [module.features]
+    found = {_has_lists(option, texts) for option in options} - {None}
+    if not found:
+        kind = "texts" if texts else "classes as numbers"
+        raise ValueError(
+            f"`metric.evaluate` must name a module whose `predictions` and `references`, and nothing else, are {kind}, "
+            f"got {metric.module!r}, which takes {shown(module.features)}."
+        )
+    return True in found
+
+
+def _has_lists(option: Any, texts: bool) -> bool | None:
+    """Return whether references are lists; `None` if the features do not fit."""
+    if set(option) != {"predictions", "references"} or not _is_plain(option["predictions"], texts):
+        return None
+    references = option["references"]
+    if _is_plain(references, texts):
+        return False
+    element = references[0] if isinstance(references, list) else getattr(references, "feature", None)
+    return True if texts and _is_plain(element, texts) else None
+
+
+def _is_plain(feature: Any, texts: bool) -> bool:
+    from datasets import Value
+
+    kinds = ("string", "large_string") if texts else ("int", "uint", "float")
+    return isinstance(feature, Value) and feature.dtype.startswith(kinds)

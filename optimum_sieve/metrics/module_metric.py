@@ -1,0 +1,207 @@
+"""`ModuleMetric`: a module of the evaluate library as a task file names it. Imports no evaluate and runs no code."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimum_sieve._messages import closest, shown
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+_KEYS = ("evaluate", "key", "args", "config", "revision", "greater_is_better")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+# evaluate copies the files that a module imports in this way, and no others.
+_RELATIVE_IMPORT = re.compile(r"^(?:from\s+\.(\w+)[\w.]*\s+import|import\s+\.(\w+))", flags=re.MULTILINE)
+# Longer arguments are no part of a name.
+_LONGEST_ARGS = 60
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModuleMetric:
+    """A score of a metric of the evaluate library, such as `{evaluate: rouge, key: rougeL}`.
+
+    The module is code. It is loaded when something is scored, not before.
+
+    Args:
+        module (`str`):
+            Hub id, or absolute path of a file or directory.
+        key (`str`):
+            Name of the score among those that the module returns.
+        args (`dict[str, Any]`):
+            Arguments of the module's `compute`.
+        config (`str`, *optional*):
+            Configuration of the module, such as the subset of `glue`.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        greater_is_better (`bool`):
+            `False` for an error rate. The score is then negated, so that a loss is a drop, and its name begins with
+            `neg_`.
+        digest (`str`, *optional*):
+            SHA-256 of the files of a local module.
+        trusted (`bool`):
+            Whether the module may be run: not if its name came with a model.
+    """
+
+    module: str
+    key: str
+    args: dict[str, Any] = field(default_factory=dict)
+    config: str | None = None
+    revision: str | None = None
+    greater_is_better: bool = True
+    digest: str | None = None
+    trusted: bool = True
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], root: Path, *, trusted: bool = True) -> ModuleMetric:
+        """Read the mapping under `metric` of a task file; a path is relative to `root`.
+
+        Raises:
+            ImportError: If evaluate is not installed and the module may be run.
+            FileNotFoundError: If a local module does not exist.
+            ValueError: If a key is unknown or has an invalid value.
+            TypeError: If a value has the wrong type.
+        """
+        _check_spec(spec)
+        if trusted:
+            require_evaluate()
+        module, digest = spec["evaluate"], None
+        if is_path(module):
+            if spec.get("revision") is not None:
+                raise ValueError(f"`metric.revision` must go with a module on the Hub, got one for {shown(module)}.")
+            path = (root / Path(module).expanduser()).absolute()
+            digest = files_digest(path) if trusted else None
+            module = str(path)
+        return cls(
+            module=module,
+            key=spec.get("key") or module_name(module),
+            args=dict(spec.get("args") or {}),
+            config=spec.get("config"),
+            revision=spec.get("revision"),
+            greater_is_better=spec.get("greater_is_better") is not False,
+            digest=digest,
+            trusted=trusted,
+        )
+
+    @property
+    def name(self) -> str:
+        """Name for reports: the module's, its score's if they differ, and the arguments, `f1 (average=macro)`."""
+        module = module_name(self.module)
+        name = module if self.key == module else f"{module}/{self.key}"
+        if self.config is not None:
+            name = f"{name} {self.config}"
+        args = ", ".join(f"{key}={value}" for key, value in sorted(self.args.items()))
+        if args and len(args) <= _LONGEST_ARGS and args.isprintable():
+            name = f"{name} ({args})"
+        return name if self.greater_is_better else f"neg_{name}"
+
+    @property
+    def source(self) -> list[str]:
+        """Everything that decides the scores and is known without running the module."""
+        parts = {"key": self.key, "args": self.args, "config": self.config, "revision": self.revision}
+        # Where a local module is does not matter.
+        module = module_name(self.module) if is_path(self.module) else self.module
+        greater = {"greater_is_better": self.greater_is_better, "files": self.digest}
+        return ["evaluate", evaluate_version() or "", module, json.dumps({**parts, **greater}, sort_keys=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of a task file for reports, without the path of a local module, and the version of evaluate."""
+        local = is_path(self.module)
+        values = {
+            "evaluate": module_name(self.module) if local else self.module,
+            "key": self.key,
+            "args": self.args or None,
+            "config": self.config,
+            "revision": self.revision,
+            "greater_is_better": None if self.greater_is_better else False,
+            "sha256": self.digest,
+            "version": evaluate_version(),
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def is_path(module: str) -> bool:
+    """Whether a module is named by a local path: it begins with `.`, `/` or `~`, or ends in `.py`."""
+    return module.startswith((".", "/", "~")) or module.endswith(".py") or Path(module).is_absolute()
+
+
+def module_name(module: str) -> str:
+    """Return the last part of a Hub id or path, without `.py`."""
+    return Path(module).name.removesuffix(".py")
+
+
+def evaluate_version() -> str | None:
+    """Return the version of evaluate without importing it, or `None` if it is not installed."""
+    try:
+        return importlib.metadata.version("evaluate")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def require_evaluate() -> None:
+    """Raise `ImportError` unless evaluate is installed."""
+    if evaluate_version() is None:
+        raise ImportError(
+            "`metric` must be one of this package's where the evaluate library is not installed, got a module of it. "
+            "Install it: `pip install 'optimum-sieve[evaluate]'`."
+        )
+
+
+def script_of(path: Path) -> Path:
+    """Return the file of a local module: the path itself, or `name/name.py` of a directory.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    script = path if path.suffix == ".py" else path / f"{path.name}.py"
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"`metric.evaluate` must be a Hub id, a `.py` file or a directory `name` with `name.py`, got no file "
+            f"{script}. Paths are relative to the task file."
+        )
+    return script
+
+
+def files_digest(path: Path) -> str:
+    """Return the SHA-256 of a local module and of the files next to it that it imports."""
+    script = script_of(path)
+    code = script.read_text(encoding="utf-8")
+    names = sorted({first or second for first, second in _RELATIVE_IMPORT.findall(code)})
+    digest = hashlib.sha256()
+    for file in (script, *(script.with_name(f"{name}.py") for name in names)):
+        if file.is_file():
+            digest.update(f"{file.name}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _check_spec(spec: Mapping[str, Any]) -> None:
+    for key in spec:
+        if key not in _KEYS:
+            close = closest(key, _KEYS)
+            hint = f"Did you mean `{close}`? " if close else ""
+            raise ValueError(
+                f"`metric` must have known keys only, got {shown(key)}. {hint}Known keys: {', '.join(_KEYS)}."
+            )
+    types = {"evaluate": str, "key": str, "args": dict, "config": str, "revision": str, "greater_is_better": bool}
+    for key, kind in types.items():
+        value = spec.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"`metric.{key}` must be a {kind.__name__}, got {shown(value)}.")
+        if value == "" or (value is None and key == "evaluate"):
+            raise ValueError(f"`metric.{key}` must be given as a text that is not empty, got {shown(value)}.")
+    if not is_path(spec["evaluate"]) and not _HUB_ID.fullmatch(spec["evaluate"]):
+        raise ValueError(
+            f"`metric.evaluate` must be a Hub id such as `rouge` or `user/name`, or a path such as `./name.py`, got "
+            f"{shown(spec['evaluate'])}."
+        )
+    taken = sorted({"predictions", "references"} & set(spec.get("args") or {}))
+    if taken:
+        raise ValueError(f"`metric.args` must not hold `{taken[0]}`: the model and the task give them.")
