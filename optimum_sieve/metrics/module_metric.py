@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-_KEYS = ("evaluate", "key", "args", "config", "revision", "greater_is_better")
+_TYPES: dict[str, tuple[Any, str]] = {
+    "evaluate": (str, "the name of a module"),
+    "key": (str, "the name of a score"),
+    "args": (dict, "a mapping of arguments"),
+    "config": (str, "the name of a configuration"),
+    "revision": (str, "a branch, tag or commit"),
+    "greater_is_better": (bool, "true or false"),
+    "scale": (int | float, "a number above 0"),
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 # evaluate copies the files that a module imports in this way, and no others.
 _RELATIVE_IMPORT = re.compile(r"^(?:from\s+\.(\w+)[\w.]*\s+import|import\s+\.(\w+))", flags=re.MULTILINE)
@@ -45,6 +54,8 @@ class ModuleMetric:
         greater_is_better (`bool`):
             `False` for an error rate. The score is then negated, so that a loss is a drop, and its name begins with
             `neg_`.
+        scale (`float`):
+            Factor of the score, such as .01 for percent: tolerances are for scores up to 1.
         digest (`str`, *optional*):
             SHA-256 of the files of a local module.
         trusted (`bool`):
@@ -57,6 +68,7 @@ class ModuleMetric:
     config: str | None = None
     revision: str | None = None
     greater_is_better: bool = True
+    scale: float = 1.0
     digest: str | None = None
     trusted: bool = True
 
@@ -87,9 +99,15 @@ class ModuleMetric:
             config=spec.get("config"),
             revision=spec.get("revision"),
             greater_is_better=spec.get("greater_is_better") is not False,
+            scale=float(spec.get("scale") or 1.0),
             digest=digest,
             trusted=trusted,
         )
+
+    @property
+    def factor(self) -> float:
+        """Factor from the module's score to that of the task."""
+        return self.scale if self.greater_is_better else -self.scale
 
     @property
     def name(self) -> str:
@@ -98,7 +116,8 @@ class ModuleMetric:
         name = module if self.key == module else f"{module}/{self.key}"
         if self.config is not None:
             name = f"{name} {self.config}"
-        args = ", ".join(f"{key}={value}" for key, value in sorted(self.args.items()))
+        shown = sorted(self.args.items()) + ([("scale", self.scale)] if self.scale != 1 else [])
+        args = ", ".join(f"{key}={value}" for key, value in shown)
         if args and len(args) <= _LONGEST_ARGS and args.isprintable():
             name = f"{name} ({args})"
         return name if self.greater_is_better else f"neg_{name}"
@@ -106,14 +125,14 @@ class ModuleMetric:
     @property
     def source(self) -> list[str]:
         """Everything that decides the scores and is known without running the module."""
-        parts = {"key": self.key, "args": self.args, "config": self.config, "revision": self.revision}
+        parts: dict[str, Any] = {"key": self.key, "args": self.args, "config": self.config, "revision": self.revision}
         # Where a local module is does not matter.
         module = module_name(self.module) if is_path(self.module) else self.module
-        greater = {"greater_is_better": self.greater_is_better, "files": self.digest}
-        return ["evaluate", evaluate_version() or "", module, json.dumps({**parts, **greater}, sort_keys=True)]
+        parts |= {"factor": self.factor, "files": self.digest}
+        return ["evaluate", evaluate_version() or "", module, json.dumps(parts, sort_keys=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the keys of a task file for reports, without the path of a local module, and the version of evaluate."""
+        """Return the keys of a task file without the path of a local module, and the version, for reports."""
         local = is_path(self.module)
         values = {
             "evaluate": module_name(self.module) if local else self.module,
@@ -122,6 +141,7 @@ class ModuleMetric:
             "config": self.config,
             "revision": self.revision,
             "greater_is_better": None if self.greater_is_better else False,
+            "scale": None if self.scale == 1 else self.scale,
             "sha256": self.digest,
             "version": evaluate_version(),
         }
@@ -184,23 +204,28 @@ def files_digest(path: Path) -> str:
 
 def _check_spec(spec: Mapping[str, Any]) -> None:
     for key in spec:
-        if key not in _KEYS:
-            close = closest(key, _KEYS)
+        if key not in _TYPES:
+            close = closest(key, _TYPES)
             hint = f"Did you mean `{close}`? " if close else ""
             raise ValueError(
-                f"`metric` must have known keys only, got {shown(key)}. {hint}Known keys: {', '.join(_KEYS)}."
+                f"`metric` must have known keys only, got {shown(key)}. {hint}Known keys: {', '.join(_TYPES)}."
             )
-    types = {"evaluate": str, "key": str, "args": dict, "config": str, "revision": str, "greater_is_better": bool}
-    for key, kind in types.items():
+    for key, (kind, meaning) in _TYPES.items():
         value = spec.get(key)
         if value is not None and not isinstance(value, kind):
-            raise TypeError(f"`metric.{key}` must be a {kind.__name__}, got {shown(value)}.")
+            raise TypeError(f"`metric.{key}` must be {meaning}, got {shown(value)}.")
         if value == "" or (value is None and key == "evaluate"):
             raise ValueError(f"`metric.{key}` must be given as a text that is not empty, got {shown(value)}.")
     if not is_path(spec["evaluate"]) and not _HUB_ID.fullmatch(spec["evaluate"]):
         raise ValueError(
             f"`metric.evaluate` must be a Hub id such as `rouge` or `user/name`, or a path such as `./name.py`, got "
             f"{shown(spec['evaluate'])}."
+        )
+    scale = spec.get("scale")
+    if scale is not None and (isinstance(scale, bool) or not 0 < scale < math.inf):
+        raise ValueError(
+            f"`metric.scale` must be a number above 0, got {shown(scale)}. Set `greater_is_better: false` "
+            "for an error rate."
         )
     taken = sorted({"predictions", "references"} & set(spec.get("args") or {}))
     if taken:

@@ -58,16 +58,14 @@ def score_by_module(metric: ModuleMetric, predictions: Sequence[Prediction], ref
             the first.
 
     Returns:
-        [`Scored`][optimum_sieve.metrics.scored.Scored]: The score and each example's value. Both are negated if
-            smaller scores are better.
+        [`Scored`][optimum_sieve.metrics.scored.Scored]: The score and each example's value, both times `scale`, and
+            negated if smaller scores are better.
 
     Raises:
         ValueError: If the module must not be run, cannot score the examples, or returns no finite number.
     """
     found = _scorer(metric, isinstance(predictions[0], str)).scored(list(predictions), list(references))
-    if metric.greater_is_better:
-        return found
-    return Scored(-found.score, -found.values, found.error_method)
+    return Scored(metric.factor * found.score, metric.factor * found.values, found.error_method)
 
 
 def module_score(metric: ModuleMetric, predictions: Sequence[Prediction], references: Sequence[Reference]) -> float:
@@ -79,7 +77,7 @@ def module_score(metric: ModuleMetric, predictions: Sequence[Prediction], refere
             score = float(scorer.result(list(predictions), list(references), finite=False).mean())
     except ValueError:
         return math.nan
-    return score if metric.greater_is_better else -score
+    return metric.factor * score
 
 
 def check_module(metric: ModuleMetric, references: Sequence[Reference], *, texts: bool) -> None:
@@ -88,13 +86,19 @@ def check_module(metric: ModuleMetric, references: Sequence[Reference], *, texts
     Raises:
         FileNotFoundError: If there is no such module.
         ImportError: If evaluate or a package that the module imports is not installed.
-        ValueError: If the module must not be run, does not take texts or classes, cannot score them, or lacks the key.
+        ValueError: If the module must not be run, does not take texts or classes, cannot score them, lacks the key,
+            or gives more than 1 to right answers.
     """
     scorer = _scorer(metric, texts)
     some = list(references[:_FEW])
     if some:
         gold = [reference if isinstance(reference, int) else reference[0] for reference in some]
-        scorer.result(gold, some, finite=False)
+        score = metric.scale * float(scorer.result(gold, some, finite=False).mean())
+        if abs(score) > 1 + _CLOSE:
+            raise ValueError(
+                f"`metric.scale` must bring scores to at most 1, as tolerances expect, got {score:.4g} for the right "
+                f"answers from {metric.module!r}. Set `scale: 0.01` for percent."
+            )
 
 
 @lru_cache(16)

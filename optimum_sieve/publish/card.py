@@ -233,7 +233,8 @@ def _eval_result(task: dict[str, Any], key: str, pipeline_tag: str) -> EvalResul
     from huggingface_hub import EvalResult
 
     metric, score = _hub_metric(task), task[key]["score"]
-    is_negated = task.get("metric_module", {}).get("greater_is_better") is False
+    module = task.get("metric_module", {})
+    is_negated, scale = module.get("greater_is_better") is False, module.get("scale", 1.0)
     return EvalResult(
         task_type=pipeline_tag,
         dataset_type=task["task"],
@@ -241,7 +242,8 @@ def _eval_result(task: dict[str, Any], key: str, pipeline_tag: str) -> EvalResul
         dataset_split=task["split"],
         metric_type=metric["type"],
         metric_name=f"{task['metric'].removeprefix('neg_' if is_negated else '')} ({key} model)",
-        metric_value=-score if is_negated else score,
+        # The module's own score.
+        metric_value=(-score if is_negated else score) / scale,
         metric_config=metric.get("config"),
         metric_args=metric.get("args"),
     )
