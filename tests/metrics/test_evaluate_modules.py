@@ -11,11 +11,12 @@ import pytest
 from metric_modules import ACCURACY, F1, LISTS, TEXTS, module_metric, write_module
 from sklearn.metrics import f1_score
 
-from optimum_sieve.metrics import ModuleMetric, module_metric as module_metric_file
+from optimum_sieve.metrics import ModuleMetric
+from optimum_sieve.metrics import module_metric as module_metric_file
 from optimum_sieve.metrics.class_metrics import majority_class_score, score_classes
 from optimum_sieve.metrics.identity import metric_name, metric_source
 from optimum_sieve.metrics.module_scores import GROUPS, check_module, module_score, score_by_module
-from optimum_sieve.metrics.scored import standard_error
+from optimum_sieve.metrics.scored import Scored, jackknifed, jackknifed_by_group, standard_error
 from optimum_sieve.metrics.text_metrics import majority_text_score, score_texts
 
 
@@ -59,14 +60,33 @@ def f1_of(predictions: np.ndarray, targets: np.ndarray) -> float:
     )
 
 
-@pytest.mark.parametrize("count", [90, 450])
-def test_the_jackknife_agrees_with_the_bootstrap_alone_and_paired(tmp_path: Path, count: int) -> None:
-    metric = module_metric(tmp_path, "f1", F1)
+# The same metric of texts.
+F1_OF_TEXTS = """
+hits, total = 2 * ((found == "1") & (np.array(gold) == "1")).sum(), (found == "1").sum() + (np.array(gold) == "1").sum()
+return {"f1": hits / max(total, 1)}
+"""
+
+
+def score(directory: Path, kind: str, predictions: np.ndarray, targets: np.ndarray, before: str = "") -> Scored:
+    """Score classes as they are, or written as texts."""
+    if kind == "classes":
+        return score_classes(module_metric(directory, "f1", before + F1.strip()), predictions, targets)
+    metric = module_metric(directory, "f1", before + F1_OF_TEXTS.strip(), features=TEXTS)
+    return score_texts(metric, list(map(str, predictions)), [[str(target)] for target in targets])
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "method"),
+    [("classes", 450, "jackknife"), ("texts", 90, "jackknife"), ("texts", 450, "jackknife, 100 groups")],
+)
+def test_the_jackknife_agrees_with_the_bootstrap_alone_and_paired(
+    tmp_path: Path, kind: str, count: int, method: str
+) -> None:
     dense, targets = classes(count)
     changed = np.random.default_rng(2).random(count) < 0.1
     pruned = np.where(changed, 1 - dense, dense)
-    before, after = (score_classes(metric, predictions, targets) for predictions in (dense, pruned))
-    assert before.error_method == ("jackknife" if count <= GROUPS else "jackknife, 100 groups")
+    before, after = (score(tmp_path, kind, predictions, targets) for predictions in (dense, pruned))
+    assert before.error_method == method
     assert len(before.values) == count
     alone = bootstrap(lambda rows: f1_of(dense[rows], targets[rows]), count)
     assert before.standard_error == pytest.approx(alone, rel=0.15)
@@ -76,14 +96,32 @@ def test_the_jackknife_agrees_with_the_bootstrap_alone_and_paired(tmp_path: Path
     assert paired < 0.8 * np.hypot(before.standard_error, after.standard_error)
 
 
-def test_the_jackknife_calls_a_module_a_bounded_number_of_times(tmp_path: Path) -> None:
-    calls = "with open({!r}, 'a') as file: file.write(f'{{len(found)}}\\n')\n".format(str(tmp_path / "calls"))
-    predictions, targets = classes(1000)
-    score_classes(module_metric(tmp_path, "f1", calls + F1.strip()), predictions, targets)
+@pytest.mark.parametrize(("kind", "left_out", "most"), [("classes", 999, 4), ("texts", 990, GROUPS)])
+def test_the_jackknife_calls_a_module_a_bounded_number_of_times(
+    tmp_path: Path, kind: str, left_out: int, most: int
+) -> None:
+    count = f"with open({str(tmp_path / 'calls')!r}, 'a') as file: file.write(f'{{len(found)}}\\n')\n"
+    score(tmp_path, kind, *classes(1000), before=count)
     sizes = [int(line) for line in (tmp_path / "calls").read_text().split()]
-    assert sizes.count(990) == GROUPS
-    # All examples, at most a few pairs of classes alone, and their check.
-    assert len(sizes) <= GROUPS + 6
+    assert sizes.count(left_out) == most
+    # All examples, at most the four pairs of classes alone, and the check whether it is their mean.
+    assert len(sizes) <= most + 6
+
+
+def test_groups_of_one_example_give_the_jackknife() -> None:
+    left_out = np.random.default_rng(0).random(50)
+    by_group = jackknifed_by_group(0.5, left_out, np.arange(50))
+    np.testing.assert_allclose(by_group.values, jackknifed(0.5, left_out).values)
+
+
+@pytest.mark.parametrize("groups", [np.arange(240) % 60, np.arange(240) % 7])
+def test_the_groups_of_a_mean_have_the_standard_error_of_their_means(groups: np.ndarray) -> None:
+    values = np.random.default_rng(0).random(240)
+    left_out = np.array([values[groups != group].mean() for group in range(groups.max() + 1)])
+    found = jackknifed_by_group(values.mean(), left_out, groups)
+    means = np.array([values[groups == group].mean() for group in range(groups.max() + 1)])
+    assert found.values.mean() == pytest.approx(values.mean())
+    assert found.standard_error == pytest.approx(standard_error(means), rel=1e-6 if 240 % len(means) == 0 else 0.05)
 
 
 def test_a_module_that_is_a_mean_of_some_parts_only_is_none(tmp_path: Path) -> None:

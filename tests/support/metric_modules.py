@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.metrics import ModuleMetric
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 CLASSES = 'datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})'
@@ -34,8 +37,9 @@ class Module(evaluate.Metric):
 ACCURACY = 'return {"accuracy": float((found == np.array(gold)).mean())}'
 # The F1 of class 1: no mean over examples.
 F1 = """
-hits = 2 * ((found == 1) & (np.array(gold) == 1)).sum()
-return {"f1": hits / max((found == 1).sum() + (np.array(gold) == 1).sum(), 1), "hits": int(hits), "by_class": [0.5, 1.0]}
+found, gold = found == 1, np.array(gold) == 1
+hits = 2 * (found & gold).sum()
+return {"f1": hits / max(found.sum() + gold.sum(), 1), "hits": int(hits), "by_class": [0.5, 1.0]}
 """
 
 
