@@ -80,7 +80,7 @@ class Task:
         cls,
         path: str | Path,
         *,
-        metric: Callable[[str, Sequence[str]], float] | None = None,
+        metric: Callable[[str, Sequence[str]], float] | ModuleMetric | None = None,
         trust_code: bool = True,
     ) -> Task:
         """Read a task file (YAML or JSON). Paths in it are relative to the file.
@@ -88,9 +88,9 @@ class Task:
         Args:
             path (`str` or `Path`):
                 The task file.
-            metric (`Callable`, *optional*):
-                Custom metric that replaces the file's: maps an answer and the accepted answers to a number. The score
-                is the mean over the examples.
+            metric (`Callable` or `ModuleMetric`, *optional*):
+                Custom metric that replaces the file's: maps an answer and the accepted answers to a number, whose mean
+                over the examples is the score. Or a module of the evaluate library.
             trust_code (`bool`):
                 Whether the file may name code to run, which is a module of the evaluate library under `metric`. Set it
                 to `False` for a file that came with a model: the task is read, and scoring with its module is an error.
@@ -112,7 +112,7 @@ class Task:
         spec: dict[str, Any],
         root: str | Path = ".",
         *,
-        metric: Callable[[str, Sequence[str]], float] | None = None,
+        metric: Callable[[str, Sequence[str]], float] | ModuleMetric | None = None,
         trust_code: bool = True,
     ) -> Task:
         """Create a task from the contents of a task file; see [`Task.from_file`].
@@ -122,7 +122,7 @@ class Task:
                 Contents of a task file.
             root (`str` or `Path`):
                 Directory that paths in `spec` are relative to.
-            metric (`Callable`, *optional*):
+            metric (`Callable` or `ModuleMetric`, *optional*):
                 Custom metric, see [`Task.from_file`].
             trust_code (`bool`):
                 Whether `spec` may name code to run, see [`Task.from_file`].
@@ -242,7 +242,7 @@ def _read_items(spec: dict[str, Any], root: Path, prompt: Prompt, scoring: Answe
 def _read_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...], root: Path, *, trust_code: bool) -> Metric:
     """Return the metric; a custom one replaces that of `spec`."""
     if metric is not None:
-        if not callable(metric):
+        if not callable(metric) and not isinstance(metric, ModuleMetric):
             raise TypeError(f"`metric` must be a function of an answer and the accepted answers, got {shown(metric)}.")
         spec.pop("metric", None)
         custom: Metric = metric
@@ -252,8 +252,8 @@ def _read_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...], root
         return ModuleMetric.from_spec(named, root, trusted=trust_code)
     if named not in known:
         raise ValueError(
-            f"`metric` must be one of {', '.join(known)}, got {shown(named)}. Name a module of the evaluate library, "
-            "`metric: {evaluate: name}`, or pass a custom metric in Python: `Task.from_file(path, metric=function)`."
+            f"`metric` must be one of {', '.join(known)}, got {shown(named)}. Pass a custom metric in Python: "
+            "`Task.from_file(path, metric=function)`, or name a module of evaluate: `metric: {evaluate: name}`."
         )
     return str(named)
 

@@ -98,7 +98,11 @@ def test_the_code_is_part_of_a_tasks_identity(tmp_path: Path) -> None:
     [
         ({"evaluate": "./none.py"}, FileNotFoundError, r"`metric.evaluate` must be a Hub id, a `.py` file"),
         ({"key": "f1"}, ValueError, r"`metric.evaluate` must be given"),
-        (["f1"], ValueError, r"`metric` must be one of accuracy, macro_f1, got \['f1'\]. Name a module"),
+        (
+            ["f1"],
+            ValueError,
+            r"`metric` must be one of accuracy, macro_f1, got \['f1'\]. .* `metric: \{evaluate: name\}`",
+        ),
     ],
 )
 def test_a_task_file_with_another_metric_is_refused(tmp_path: Path, metric: Any, kind: type, message: str) -> None:
