@@ -6,12 +6,13 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve._messages import closest, shown
+from optimum_sieve._messages import closest, cut, shown
 
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class ModuleMetric:
         if is_path(module):
             if spec.get("revision") is not None:
                 raise ValueError(f"`metric.revision` must go with a module on the Hub, got one for {shown(module)}.")
-            path = (root / Path(module).expanduser()).absolute()
+            path = (root / os.path.expanduser(module)).absolute()
             digest = files_digest(path) if trusted else None
             module = str(path)
         return cls(
@@ -182,10 +183,11 @@ def script_of(path: Path) -> Path:
         FileNotFoundError: If there is none.
     """
     script = path if path.suffix == ".py" else path / f"{path.name}.py"
-    if not script.is_file():
+    # It is no device, and its name may have any length.
+    if not os.path.isfile(script):
         raise FileNotFoundError(
             f"`metric.evaluate` must be a Hub id, a `.py` file or a directory `name` with `name.py`, got no file "
-            f"{script}. Paths are relative to the task file."
+            f"{cut(str(script))}. Paths are relative to the task file."
         )
     return script
 
@@ -193,11 +195,11 @@ def script_of(path: Path) -> Path:
 def files_digest(path: Path) -> str:
     """Return the SHA-256 of a local module and of the files next to it that it imports."""
     script = script_of(path)
-    code = script.read_text(encoding="utf-8")
+    code = script.read_bytes().decode(errors="replace")
     names = sorted({first or second for first, second in _RELATIVE_IMPORT.findall(code)})
     digest = hashlib.sha256()
     for file in (script, *(script.with_name(f"{name}.py") for name in names)):
-        if file.is_file():
+        if os.path.isfile(file):
             digest.update(f"{file.name}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -216,6 +218,8 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
             raise TypeError(f"`metric.{key}` must be {meaning}, got {shown(value)}.")
         if value == "" or (value is None and key == "evaluate"):
             raise ValueError(f"`metric.{key}` must be given as a text that is not empty, got {shown(value)}.")
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"`metric.{key}` must be a line of text, which reports show, got {shown(value)}.")
     if not is_path(spec["evaluate"]) and not _HUB_ID.fullmatch(spec["evaluate"]):
         raise ValueError(
             f"`metric.evaluate` must be a Hub id such as `rouge` or `user/name`, or a path such as `./name.py`, got "

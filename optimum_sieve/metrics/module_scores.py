@@ -168,7 +168,7 @@ class _ModuleScorer:
             # It may also be one number for each class, as many as there are examples.
             fewer = self._call(predictions[1:], references[1:])
             self._has_one_per_example = _is_list(fewer) and len(fewer) == count - 1
-        return self._has_one_per_example
+        return self._has_one_per_example or count == 1
 
     def _call(self, predictions: list[Any], references: list[Any]) -> Any:
         """Return the value of the key.

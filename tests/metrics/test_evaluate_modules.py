@@ -139,6 +139,7 @@ def test_numbers_of_the_examples_are_taken_as_they_are(tmp_path: Path) -> None:
     body = f"{MATCHES}\nreturn {{'key': 99.0 if use_aggregator else [float(match) for match in matches]}}"
     spec = {"key": "key"}
     aggregated = module_metric(tmp_path, "rouge", body, features=LISTS, parameters=", use_aggregator=True", spec=spec)
+    check_module(aggregated, answers[:1], texts=True)
     assert score_texts(aggregated, texts, answers).values.tolist() == [1, 1, 0]
 
 
@@ -235,6 +236,12 @@ def test_a_directory_holds_a_file_of_its_name(tmp_path: Path) -> None:
             FileNotFoundError,
             r"`metric.evaluate` must be a Hub id, a `.py` file .* no file .*no.py",
         ),
+        (
+            {"evaluate": "~nobody/x" * 1000},
+            FileNotFoundError,
+            r"`metric.evaluate` must be a Hub id, a `.py` file",
+        ),
+        ({"evaluate": "./a\nb.py"}, ValueError, r"`metric.evaluate` must be a line of text, which reports show"),
         ({"evaluate": "./no.py", "revision": "a"}, ValueError, r"`metric.revision` must go with a module on the Hub"),
     ],
 )

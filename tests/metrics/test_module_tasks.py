@@ -19,6 +19,7 @@ from written_world import ANSWER, WRITTEN
 from optimum_sieve import Evaluation, SievePruner, Task, compare, evaluate
 from optimum_sieve.evaluation import stage
 from optimum_sieve.evaluation.stage import compare_pruned, score
+from optimum_sieve.metrics import ModuleMetric
 from optimum_sieve.metrics.identity import metric_source
 
 
@@ -91,6 +92,18 @@ def test_the_code_is_part_of_a_tasks_identity(tmp_path: Path) -> None:
     first, same, other = read(F1), read(F1), read(F1.replace("0.5", "0.25"))
     assert first.fingerprint() == same.fingerprint() != other.fingerprint()
     assert metric_source(first.metric) == metric_source(same.metric) != metric_source(other.metric)
+
+
+def test_in_python_a_module_replaces_the_metric_of_the_file(directory: Path, tmp_path: Path) -> None:
+    path = write_task(tmp_path, metric="macro_f1")
+    metric = ModuleMetric(module=str(directory / "accuracy.py"), key="accuracy")
+    task = Task.from_file(path, metric=metric)
+    assert task.metric is metric
+    assert "metric" not in task.spec
+    examples = task.examples("test", make_tokenizer())
+    options: dict[str, Any] = {"batch_size": 8, "progress": False}
+    found = evaluate(make_model(), examples, make_tokenizer(), metric=task.metric, **options)
+    assert found.score == evaluate(make_model(), examples, make_tokenizer(), metric="accuracy", **options).score
 
 
 @pytest.mark.parametrize(
