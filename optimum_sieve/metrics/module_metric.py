@@ -159,6 +159,12 @@ def module_name(module: str) -> str:
     return Path(module).name.removesuffix(".py")
 
 
+def public_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mapping under `metric` of a task file without the directory of a local module."""
+    module = spec["evaluate"]
+    return {**spec, "evaluate": f"./{Path(module).name}" if is_path(module) else module}
+
+
 def evaluate_version() -> str | None:
     """Return the version of evaluate without importing it, or `None` if it is not installed."""
     try:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from metric_modules import ACCURACY, F1, LISTS, TEXTS, write_module
 from sklearn.metrics import f1_score
 from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed, write_task
+from transformers import pipeline
 from written_world import ANSWER, WRITTEN
 
 from optimum_sieve import Evaluation, SievePruner, Task, compare, evaluate
@@ -104,6 +105,23 @@ def test_in_python_a_module_replaces_the_metric_of_the_file(directory: Path, tmp
     options: dict[str, Any] = {"batch_size": 8, "progress": False}
     found = evaluate(make_model(), examples, make_tokenizer(), metric=task.metric, **options)
     assert found.score == evaluate(make_model(), examples, make_tokenizer(), metric="accuracy", **options).score
+
+
+def test_a_pruned_models_own_task_answers_without_its_metric(tmp_path: Path) -> None:
+    path = write_task(tmp_path, metric={"evaluate": str(tmp_path / "accuracy.py"), "greater_is_better": True})
+    write_module(tmp_path, "accuracy", ACCURACY)
+    pruner = SievePruner(make_model(), make_tokenizer(), Task.from_file(path))
+    pruner.prune(unhealed(pruning_ratio=0.3, rank_multiple=1, rounds=1), **QUIET)
+    directory = pruner.save_pretrained(tmp_path / "pruned")
+    # Anybody may have written this module.
+    marker = tmp_path / "ran"
+    write_module(directory, "accuracy", ACCURACY, imports=f"open({str(marker)!r}, 'w').close()")
+    (stored,) = json.loads((directory / "sieve_task.json").read_text())["tasks"]
+    assert stored["metric"] == {"evaluate": "./accuracy.py", "greater_is_better": True}
+    assert stored["results"]["error_method"] == "examples"
+    answers = pipeline("sieve", model=str(directory), device=-1)(["7 51 30"])
+    assert set(answers[0]["probabilities"]) == {"odd", "even"}
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
