@@ -1,8 +1,8 @@
 r"""Metrics: score predicted classes and written answers, with the contribution of each example.
 
 `class_metrics.score_classes` and `text_metrics.score_texts` score a name, a function or a `ModuleMetric`, which is a
-module of the evaluate library, and return a `scored.Scored`. A module is loaded by `loading` and scored by
-`module_scores`; only they and `evaluate_metrics`, this package's metrics in the form of that library, import it, and
+module of the evaluate library, and return a `scored.Scored`. `files` finds a module, `loading` loads it and
+`module_scores` scores with it; only the last two and `evaluate_metrics`, this package's metrics in the form of that library, import it, and
 with it torch: none of them before a module is scored or `load` is used. `identity` tells metrics apart.
 """
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import cut, shown
 
-from .module_metric import files_digest, is_path, module_name, require_evaluate, script_of
+from .files import files_digest, find_script
+from .module_metric import require_evaluate
 
 
 if TYPE_CHECKING:
@@ -31,18 +31,16 @@ def load_module(metric: ModuleMetric) -> Any:
             "in a task file of your own to run it."
         )
     require_evaluate()
-    path = _path(metric)
+    script = metric.script or find_script(metric.module, metric.revision)
+    if metric.digest is not None and files_digest(script) != metric.digest:
+        raise ValueError(
+            f"`metric.evaluate` must not change while a task is in use, got other code in {str(script)!r} than when "
+            "the task was read. Start again."
+        )
     import evaluate
 
     try:
-        return evaluate.load(
-            path, metric.config, module_type="metric", keep_in_memory=True, revision=metric.revision, seed=0
-        )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"`metric.evaluate` must be a metric on the Hub, in the cache or at a path, got {metric.module!r} "
-            f"({cut(str(error))}). Begin a path with `./`; without network, use a path."
-        ) from error
+        return evaluate.load(str(script), metric.config, module_type="metric", keep_in_memory=True, seed=0)
     except ImportError as error:
         raise ImportError(f"`metric` must have the packages of {metric.module!r} installed: {error}") from error
     except Exception as error:
@@ -50,28 +48,6 @@ def load_module(metric: ModuleMetric) -> Any:
         raise ValueError(
             f"`metric.evaluate` must be a module with an `evaluate.Metric`, got an error of {metric.module!r}: {reason}"
         ) from error
-
-
-def _path(metric: ModuleMetric) -> str:
-    """Return what `evaluate.load` takes.
-
-    Raises:
-        ValueError: If it would run other code than the task names.
-    """
-    if not is_path(metric.module):
-        shadow = Path(metric.module, f"{module_name(metric.module)}.py")
-        if shadow.is_file():
-            raise ValueError(
-                f"`metric.evaluate` must be unambiguous, got the Hub id {metric.module!r} and a file {shadow} in the "
-                f"current directory, which evaluate would run. Write `./{metric.module}`, or change the directory."
-            )
-        return metric.module
-    if metric.digest is not None and files_digest(Path(metric.module)) != metric.digest:
-        raise ValueError(
-            f"`metric.evaluate` must not change while a task is in use, got other code in {metric.module!r} than when "
-            "the task was read. Start again."
-        )
-    return str(script_of(Path(metric.module)))
 
 
 def takes_lists(metric: ModuleMetric, module: Any, texts: bool) -> bool:

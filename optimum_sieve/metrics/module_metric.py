@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -12,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve._messages import closest, cut, shown
+from optimum_sieve._messages import closest, shown
+
+from .files import files_digest, find_script, is_path, module_name
 
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "scale": (int | float, "a number above 0"),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
-# evaluate copies the files that a module imports in this way, and no others.
-_RELATIVE_IMPORT = re.compile(r"^(?:from\s+\.(\w+)[\w.]*\s+import|import\s+\.(\w+))", flags=re.MULTILINE)
 # Longer arguments are no part of a name.
 _LONGEST_ARGS = 60
 
@@ -57,8 +56,10 @@ class ModuleMetric:
             `neg_`.
         scale (`float`):
             Factor of the score, such as .01 for percent: tolerances are for scores up to 1.
+        script (`Path`, *optional*):
+            File of the module. Default: found or downloaded when it is loaded.
         digest (`str`, *optional*):
-            SHA-256 of the files of a local module.
+            SHA-256 of its files, which must not change.
         trusted (`bool`):
             Whether the module may be run: not if its name came with a model.
     """
@@ -70,38 +71,39 @@ class ModuleMetric:
     revision: str | None = None
     greater_is_better: bool = True
     scale: float = 1.0
+    script: Path | None = None
     digest: str | None = None
     trusted: bool = True
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], root: Path, *, trusted: bool = True) -> ModuleMetric:
-        """Read the mapping under `metric` of a task file; a path is relative to `root`.
+        """Read the mapping under `metric` of a task file; a path is relative to `root`. Downloads a module of the Hub.
 
         Raises:
             ImportError: If evaluate is not installed and the module may be run.
-            FileNotFoundError: If a local module does not exist.
+            FileNotFoundError: If the module does not exist, or not in this revision.
             ValueError: If a key is unknown or has an invalid value.
             TypeError: If a value has the wrong type.
         """
         _check_spec(spec)
         if trusted:
             require_evaluate()
-        module, digest = spec["evaluate"], None
+        module, revision = spec["evaluate"], spec.get("revision")
         if is_path(module):
-            if spec.get("revision") is not None:
+            if revision is not None:
                 raise ValueError(f"`metric.revision` must go with a module on the Hub, got one for {shown(module)}.")
-            path = (root / os.path.expanduser(module)).absolute()
-            digest = files_digest(path) if trusted else None
-            module = str(path)
+            module = str((root / os.path.expanduser(module)).absolute())
+        script = find_script(module, revision) if trusted else None
         return cls(
             module=module,
             key=spec.get("key") or module_name(module),
             args=dict(spec.get("args") or {}),
             config=spec.get("config"),
-            revision=spec.get("revision"),
+            revision=revision,
             greater_is_better=spec.get("greater_is_better") is not False,
             scale=float(spec.get("scale") or 1.0),
-            digest=digest,
+            script=script,
+            digest=None if script is None else files_digest(script),
             trusted=trusted,
         )
 
@@ -149,16 +151,6 @@ class ModuleMetric:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def is_path(module: str) -> bool:
-    """Whether a module is named by a local path: it begins with `.`, `/` or `~`, or ends in `.py`."""
-    return module.startswith((".", "/", "~")) or module.endswith(".py") or Path(module).is_absolute()
-
-
-def module_name(module: str) -> str:
-    """Return the last part of a Hub id or path, without `.py`."""
-    return Path(module).name.removesuffix(".py")
-
-
 def public_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return the mapping under `metric` of a task file without the directory of a local module."""
     module = spec["evaluate"]
@@ -180,34 +172,6 @@ def require_evaluate() -> None:
             "`metric` must be one of this package's where the evaluate library is not installed, got a module of it. "
             "Install it: `pip install 'optimum-sieve[evaluate]'`."
         )
-
-
-def script_of(path: Path) -> Path:
-    """Return the file of a local module: the path itself, or `name/name.py` of a directory.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    script = path if path.suffix == ".py" else path / f"{path.name}.py"
-    # It is no device, and its name may have any length.
-    if not os.path.isfile(script):
-        raise FileNotFoundError(
-            f"`metric.evaluate` must be a Hub id, a `.py` file or a directory `name` with `name.py`, got no file "
-            f"{cut(str(script))}. Paths are relative to the task file."
-        )
-    return script
-
-
-def files_digest(path: Path) -> str:
-    """Return the SHA-256 of a local module and of the files next to it that it imports."""
-    script = script_of(path)
-    code = script.read_bytes().decode(errors="replace")
-    names = sorted({first or second for first, second in _RELATIVE_IMPORT.findall(code)})
-    digest = hashlib.sha256()
-    for file in (script, *(script.with_name(f"{name}.py") for name in names)):
-        if os.path.isfile(file):
-            digest.update(f"{file.name}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _check_spec(spec: Mapping[str, Any]) -> None:

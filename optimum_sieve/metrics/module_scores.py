@@ -21,8 +21,8 @@ import numpy as np
 
 from optimum_sieve._messages import cut, listed, shown
 
+from .files import module_name
 from .loading import load_module, takes_lists
-from .module_metric import module_name
 from .scored import Scored, jackknifed, jackknifed_by_group
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from metric_modules import ACCURACY, F1, LISTS, TEXTS, module_metric, write_module
@@ -19,9 +21,6 @@ from optimum_sieve.metrics.module_scores import GROUPS, check_module, module_sco
 from optimum_sieve.metrics.scored import Scored, jackknifed, jackknifed_by_group, standard_error
 from optimum_sieve.metrics.text_metrics import majority_text_score, score_texts
 
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MATCHES = "matches = [text in (each if isinstance(each, list) else [each]) for text, each in zip(predictions, gold)]"
 
@@ -177,7 +176,7 @@ def test_a_module_without_a_score_for_constant_answers_has_no_majority_score(tmp
 
 def test_names_say_module_score_and_arguments() -> None:
     def name(**spec: Any) -> str:
-        return metric_name(ModuleMetric.from_spec(spec, None))
+        return metric_name(ModuleMetric.from_spec(spec, Path(), trusted=False))
 
     assert name(evaluate="accuracy") == "accuracy"
     assert name(evaluate="rouge", key="rougeL") == "rouge/rougeL"
@@ -192,7 +191,7 @@ def test_the_source_covers_all_that_decides_the_scores(tmp_path: Path) -> None:
     sources = [metric_source(metric), *(metric_source(replace(metric, **change)) for change in changes)]
     write_module(tmp_path, "f1", F1, imports="import math")
     sources.append(metric_source(ModuleMetric.from_spec({"evaluate": "./f1.py"}, tmp_path)))
-    sources.append(metric_source(ModuleMetric.from_spec({"evaluate": "f1", "revision": "abc"}, tmp_path)))
+    sources.append(metric_source(replace(metric, module="f1", revision="abc")))
     assert len({json.dumps(source) for source in sources}) == len(sources)
     # Another place is no other metric.
     same = module_metric(tmp_path / "copy", "f1", F1, imports="import math")
@@ -297,19 +296,48 @@ def test_after_an_error_a_module_holds_no_examples(tmp_path: Path) -> None:
     assert score_by_module(metric, [1, 0], [1, 1]).values.tolist() == [1, 0]
 
 
-def test_modules_that_cannot_be_found_or_imported_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"`metric.evaluate` must be a metric on the Hub, .* got 'no-such-thing'"
-    ):
-        check_module(ModuleMetric.from_spec({"evaluate": "no-such-thing"}, tmp_path), [], texts=False)
+def test_packages_that_a_module_lacks_are_named(tmp_path: Path) -> None:
     missing = module_metric(tmp_path, "m", "return {}", imports="import no_such_package")
     with pytest.raises(ImportError, match=r"`metric` must have the packages of '.*m.py' installed: .*no_such_package"):
         check_module(missing, [], texts=False)
-    # evaluate would take it for the Hub's.
-    write_module(tmp_path / "accuracy", "accuracy", ACCURACY)
+
+
+def cache_of_the_hub(repository: str, commit: str, revision: str) -> Path:
+    """Return the directory of a snapshot in the Hub's cache, where the files of a commit are."""
+    root = Path(huggingface_hub.constants.HF_HUB_CACHE, f"spaces--{repository.replace('/', '--')}")
+    (root / "refs").mkdir(parents=True, exist_ok=True)
+    (root / "refs" / revision).write_text(commit)
+    (root / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+    return root / "snapshots" / commit
+
+
+def test_a_module_of_the_hub_is_that_of_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for revision, commit, value in (("main", "a" * 40, 0.25), ("v2", "b" * 40, 0.5)):
+        directory = cache_of_the_hub("evaluate-metric/constant", commit, revision)
+        write_module(directory, "constant", "return {'constant': VALUE}", imports="from .helper import VALUE")
+        (directory / "helper.py").write_text(f"VALUE = {value}")
+    write_module(cache_of_the_hub("me/mine", "c" * 40, "main"), "mine", ACCURACY)
+    # A directory of this name is not what the id names.
+    write_module(tmp_path / "constant", "constant", "raise ValueError")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"got the Hub id 'accuracy' and a file accuracy/accuracy.py in the current"):
-        check_module(ModuleMetric.from_spec({"evaluate": "accuracy"}, tmp_path), [], texts=False)
+
+    def read(**spec: Any) -> ModuleMetric:
+        return ModuleMetric.from_spec(spec, tmp_path)
+
+    latest, other = read(evaluate="constant"), read(evaluate="constant", revision="v2")
+    assert [score_classes(metric, *classes(20)).score for metric in (latest, other)] == [0.25, 0.5]
+    assert metric_source(latest) != metric_source(other)
+    assert score_classes(read(evaluate="me/mine", key="accuracy"), *classes(20)).score == 0.7
+    with pytest.raises(
+        FileNotFoundError, match=r"`metric.evaluate` must be a metric on the Hub .* 'constant' of revision 'v3'"
+    ):
+        read(evaluate="constant", revision="v3")
+    with pytest.raises(
+        FileNotFoundError, match=r"`metric.evaluate` must be a metric on the Hub .* got 'no-such-thing'"
+    ):
+        read(evaluate="no-such-thing")
+    # The name of a task that came with a model is not looked up.
+    assert ModuleMetric.from_spec({"evaluate": "no-such-thing"}, tmp_path, trusted=False).name == "no-such-thing"
 
 
 def test_without_evaluate_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
