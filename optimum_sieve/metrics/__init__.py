@@ -1,9 +1,10 @@
 r"""Metrics: score predicted classes and written answers, with the contribution of each example.
 
 `class_metrics.score_classes` and `text_metrics.score_texts` score a name, a function or a `ModuleMetric`, which is a
-module of the evaluate library, and return a `scored.Scored`. `files` finds a module, `loading` loads it and
-`module_scores` scores with it; only the last two and `evaluate_metrics`, this package's metrics in the form of that library, import it, and
-with it torch: none of them before a module is scored or `load` is used. `identity` tells metrics apart.
+module of the evaluate library, and return a `scored.Scored`; `examples` does so for the examples of a task. `files`
+finds a module, `loading` loads it and `module_scores` scores with it. `loading` imports evaluate, and with it torch,
+when a module is scored; `evaluate_metrics`, this package's metrics in the form of that library, when `load` is used.
+`identity` tells metrics apart.
 """
 
 from __future__ import annotations
