@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,14 @@ def test_table_shows_every_figure(full_report):
     assert table.splitlines()[0] == "toy: 10 examples of the test split, most frequent answer 0.500"
     assert table.splitlines()[-1] == "seconds: moments 1.2, test 2.0"
     assert all(line == line.rstrip() for line in table.splitlines())
+
+
+def test_a_metric_that_is_no_mean_or_undefined_for_constant_answers_says_so():
+    evaluation = replace(make_evaluation(8), error_method="jackknife", majority_score=float("nan"))
+    report = build_report([task_block("toy", evaluation)])
+    assert "majority_score" not in report
+    assert evaluation.to_dict()["majority_score"] is None
+    assert format_table(report).splitlines()[0] == "toy: 10 examples of the test split, errors by jackknife"
 
 
 def test_table_columns_line_up(full_report):
