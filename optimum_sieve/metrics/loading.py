@@ -28,7 +28,7 @@ def load_module(metric: ModuleMetric) -> Any:
     if not metric.trusted:
         raise ValueError(
             f"`metric` must not be code that came with a model, got the module {metric.module!r} of evaluate. Name it "
-            "in a task file of your own to run it."
+            "in a task file of your own to run it, or pass `--trust-remote-code` to `optimum-cli sieve run`."
         )
     require_evaluate()
     script = metric.script or find_script(metric.module, metric.revision)

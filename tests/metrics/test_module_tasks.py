@@ -124,6 +124,27 @@ def test_a_pruned_models_own_task_answers_without_its_metric(tmp_path: Path) -> 
     assert not marker.exists()
 
 
+def test_a_recipe_runs_a_module_only_if_it_is_trusted(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    marker = tmp_path / "ran"
+    write_module(tmp_path, "accuracy", ACCURACY, imports=f"open({str(marker)!r}, 'w').close()")
+    write_task(tmp_path, metric={"evaluate": "./accuracy.py"})
+    spec = json.loads((tmp_path / "task.json").read_text())
+    make_model().save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    settings = {"pruning_ratio": 0.3, "rank_multiple": 1, "rounds": 1, "heal": None, "tune": None}
+    for name, task in (("whole", spec), ("named", "task.json")):
+        recipe = {"model": str(tmp_path / "dense"), "tasks": [task], "settings": settings}
+        (tmp_path / f"{name}.json").write_text(json.dumps(recipe))
+        words = ("run", tmp_path / f"{name}.json", "--device", "cpu", "--output", tmp_path / name)
+        status, _, errors = cli(*words)
+        assert status != 0
+        assert "`metric` must not be code that came with a model" in errors
+        assert not marker.exists()
+    status, _, errors = cli(*words, "--trust-remote-code")
+    assert status == 0, errors
+    assert marker.exists()
+
+
 @pytest.mark.parametrize(
     ("metric", "kind", "message"),
     [
