@@ -25,6 +25,9 @@ from optimum_sieve.calibration import calibrate
 from optimum_sieve.calibration.losses import answer_loss
 from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.evaluation.comparison import divergences
+from optimum_sieve.metrics.class_metrics import CLASS_METRICS, score_classes
+from optimum_sieve.metrics.scored import standard_error
+from optimum_sieve.metrics.text_metrics import score_texts
 from optimum_sieve.modeling.conversion import forget_quantization, sieve_model
 from optimum_sieve.modeling.layout import copy_parameters
 from optimum_sieve.pipeline import heal_pruned
@@ -32,9 +35,7 @@ from optimum_sieve.pipeline.prepare import prepare as prepare_run
 from optimum_sieve.plan.forecast import forecast
 from optimum_sieve.run.files import replacing, whole_directory
 from optimum_sieve.surgery import truncated
-from optimum_sieve.tasks.metrics import CLASS_METRICS, Scored, score_classes, standard_error
 from optimum_sieve.tasks.spec import read_spec
-from optimum_sieve.tasks.text_metrics import score_texts
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"))
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from optimum_sieve import Evaluation, SieveConfig
+    from optimum_sieve.metrics.scored import Scored
     from optimum_sieve.tasks import Example
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"

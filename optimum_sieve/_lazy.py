@@ -43,6 +43,7 @@ FORMER_MODULES = {
     "search.search": "search.loop",
     "search_page": "search.page.page",
     "targets": "backbone.targets",
+    "tasks.text_metrics": "metrics.text_metrics",
     "teacher": "evaluation.teacher",
     "widening": "surgery.factors",
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 # each other.
 _HF_HOME = tempfile.mkdtemp(prefix="optimum-sieve-tests-")
 os.environ.update(HF_HOME=_HF_HOME, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_EVALUATE_OFFLINE="1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402

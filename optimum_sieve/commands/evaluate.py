@@ -57,6 +57,7 @@ class EvaluateCommand(SieveSubcommand):
     def execute(self, arguments: Namespace) -> None:
         """Score one or two models, print a table and write the JSON file."""
         from optimum_sieve.evaluation.comparison import compare
+        from optimum_sieve.metrics.module_metric import ModuleMetric
         from optimum_sieve.publish.report import build_report, format_table, task_block, write_report
         from optimum_sieve.tasks import Task
 
@@ -64,6 +65,10 @@ class EvaluateCommand(SieveSubcommand):
             check_report_file(Path(arguments.json), "--json", inputs=input_paths(arguments))
         task = Task.from_file(arguments.task)
         task.require_splits(arguments.split)
+        if isinstance(task.metric, ModuleMetric):
+            from optimum_sieve.metrics.module_scores import check_module
+
+            check_module(task.metric, [], texts=task.kind == "generate")
         if not task.labelled and arguments.compare_to is None:
             raise ValueError(
                 "`answer` must be given in the task file, or `--compare-to` on the command line, got neither. Without "

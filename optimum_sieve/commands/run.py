@@ -37,7 +37,9 @@ class RunCommand(PruneCommand):
         )
         parser.add_argument("--device", help="Device (default: the accelerator if available, else cpu).")
         parser.add_argument(
-            "--trust-remote-code", action="store_true", help="Run modeling code from the model's repository."
+            "--trust-remote-code",
+            action="store_true",
+            help="Run code that the recipe names: modeling code of the model's repository, metrics of evaluate.",
         )
         add_run(parser)
         add_debug(parser)
@@ -55,5 +57,5 @@ class RunCommand(PruneCommand):
         # The rows are read once, but the output must be apart from all files.
         arguments.task = [str(path.parent / task) for task in recipe.tasks if isinstance(task, str)]
         with nullcontext() if arguments.output is None else reserved_output(arguments):
-            arguments.task = recipe.read_tasks(path.parent, data_dir)
+            arguments.task = recipe.read_tasks(path.parent, data_dir, trust_code=arguments.trust_remote_code)
             self.prune(arguments, config)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from optimum_sieve.factorization.closed_form import FactorBasis
+    from optimum_sieve.metrics.identity import Metric
     from optimum_sieve.tasks import Example
-    from optimum_sieve.tasks.text_metrics import Metric
 
     from .scores import Evaluation
 

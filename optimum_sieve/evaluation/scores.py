@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.metrics.examples import check_metric, score_candidates, score_written, targets_of
+from optimum_sieve.metrics.identity import metric_name
+from optimum_sieve.metrics.module_metric import ModuleMetric
+from optimum_sieve.metrics.scored import EXAMPLES, JACKKNIFE
+from optimum_sieve.metrics.text_metrics import normalize_text
 from optimum_sieve.modeling.conversion import require_model
 from optimum_sieve.modeling.label_offsets import stored_offsets
 from optimum_sieve.run.checksum import check_file, is_sealed, seal_file, unsealed_metadata
 from optimum_sieve.run.files import replacing
-from optimum_sieve.tasks.metrics import CLASS_METRICS, most_frequent, score_classes
-from optimum_sieve.tasks.text_metrics import TEXT_METRICS, majority_text_score, metric_name, normalize_text, score_texts
 
 from .batches import make_batches
 from .generation import write_answers
@@ -33,13 +37,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from optimum_sieve.metrics.identity import Metric
     from optimum_sieve.tasks import Example
-    from optimum_sieve.tasks.metrics import Scored
-    from optimum_sieve.tasks.text_metrics import Metric
 
 
 FORMAT_VERSION = 1
 _SCALARS = ("metric", "score", "standard_error", "majority_score", "fingerprint")
+_OPTIONAL = ("texts", "error_method", "module")
 _ARRAYS = ("predictions", "targets", "values", "log_probs")
 
 
@@ -55,19 +59,24 @@ class Evaluation:
         standard_error (`float`):
             Sample standard error of `score`.
         majority_score (`float`):
-            Score of the constant answer that is most often right: a gold answer, or an index for multiple choice.
+            Score of the constant answer that is most often right: a gold answer, or an index for multiple choice. NaN
+            where a module of evaluate is undefined for it.
         predictions (`np.ndarray` of shape `(count,)`):
             Index of the most likely candidate; like all candidate arrays, empty for generation.
         targets (`np.ndarray` of shape `(count,)`):
             Index of the gold candidate.
         values (`np.ndarray` of shape `(count,)`):
-            Contribution of each example to the score (see [`~optimum_sieve.tasks.metrics.Scored`]).
+            Contribution of each example to the score (see [`~optimum_sieve.metrics.scored.Scored`]).
         log_probs (`np.ndarray` of shape `(count, candidates)`):
             Log-probabilities over each example's candidates, `-inf` for missing candidates.
         fingerprint (`str`):
             SHA-256 of the examples; only evaluations with equal fingerprints can be compared.
         texts (`tuple[str, ...]`):
             Generated text of each example; empty if candidates are scored.
+        error_method (`str`):
+            Origin of `values` and the standard error: `"examples"`, whose mean is the score, or the jackknife.
+        module (`dict[str, Any]`, *optional*):
+            Module of the evaluate library that scored, as in a task file.
     """
 
     metric: str
@@ -80,6 +89,8 @@ class Evaluation:
     log_probs: NDArray[np.float64]
     fingerprint: str
     texts: tuple[str, ...] = ()
+    error_method: str = EXAMPLES
+    module: dict[str, Any] | None = None
 
     @property
     def count(self) -> int:
@@ -98,13 +109,14 @@ class Evaluation:
             "score": self.score,
             "standard_error": self.standard_error,
             "count": self.count,
-            "majority_score": self.majority_score,
+            "majority_score": None if math.isnan(self.majority_score) else self.majority_score,
         }
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file atomically."""
         path = Path(path)
-        scalars = {name: getattr(self, name) for name in _SCALARS} | ({"texts": self.texts} if self.texts else {})
+        scalars = {name: getattr(self, name) for name in _SCALARS}
+        scalars |= {name: value for name in _OPTIONAL if (value := getattr(self, name))}
         metadata = {
             "format_version": str(FORMAT_VERSION),
             "evaluation": json.dumps(scalars, sort_keys=True),
@@ -131,6 +143,9 @@ class Evaluation:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             version, scalars = int(metadata["format_version"]), json.loads(metadata["evaluation"])
             scalars["texts"] = tuple(scalars.get("texts", ()))
+            if "error_method" not in scalars and scalars["metric"] in ("macro_f1", "entity_f1"):
+                # A file of an earlier version.
+                scalars["error_method"] = JACKKNIFE
             if version <= FORMAT_VERSION:
                 return cls(**scalars, **arrays)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -164,10 +179,10 @@ def evaluate(
             At least two, each with candidates and the index of the gold one, or with accepted answers.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer.
-        metric (`str` or `Callable`):
+        metric (`str`, `ModuleMetric` or `Callable`):
             `"accuracy"` or `"macro_f1"`; for generation, a metric of
-            [`score_texts`][optimum_sieve.tasks.text_metrics.score_texts]. Or a function of an answer and the accepted
-            answers.
+            [`score_texts`][optimum_sieve.metrics.text_metrics.score_texts]. Or a module of evaluate, or a function of
+            an answer and the accepted answers.
         batch_size (`int`):
             Maximum rows per forward pass.
         progress (`bool`):
@@ -205,83 +220,55 @@ def check_scorable(examples: Sequence[Example], metric: Metric) -> None:
 
     Raises:
         ValueError: If there are fewer than two examples, an example lacks a gold candidate or accepted answers, or
-            `metric` is unknown.
+            `metric` is unknown or cannot score them.
     """
     if len(examples) < 2:
         raise ValueError(
             f"`examples` must hold at least 2 examples to compute a standard error, got {len(examples)}. Add rows to "
             "the split."
         )
-    written = examples[0].generation is not None
-    known = TEXT_METRICS if written else CLASS_METRICS
-    if isinstance(metric, str) and metric not in known:
-        raise ValueError(f"`metric` must be one of {', '.join(known)}, got {metric!r}.")
-    if not written:
-        _targets(examples)
-    elif any(example.generation != examples[0].generation or not example.accepted for example in examples):
+    generation = examples[0].generation
+    if generation and any(example.generation != generation or not example.accepted for example in examples):
         raise ValueError("`examples` must have accepted answers and the same `generation`, got some that differ.")
+    check_metric(metric, examples)
 
 
 def evaluation_of(scores: NDArray[np.float64], examples: Sequence[Example], metric: Metric) -> Evaluation:
     """Compute the [`Evaluation`] of `examples` from their candidates' log-likelihoods (count, candidates)."""
-    targets = _targets(examples)
     predictions = scores.argmax(axis=1)
-    scored = _score(metric, predictions, targets, examples)
+    scored, majority_score = score_candidates(metric, predictions, examples)
     return Evaluation(
         metric=metric_name(metric),
         score=scored.score,
         standard_error=scored.standard_error,
-        majority_score=_score(metric, most_frequent(targets), targets, examples).score,
+        majority_score=majority_score,
         predictions=predictions,
-        targets=targets,
+        targets=targets_of(examples),
         values=scored.values,
         log_probs=scores - np.logaddexp.reduce(scores, axis=1, keepdims=True),
         fingerprint=_fingerprint(examples),
+        error_method=scored.error_method,
+        module=metric.to_dict() if isinstance(metric, ModuleMetric) else None,
     )
 
 
 def evaluation_of_texts(texts: Sequence[str], examples: Sequence[Example], metric: Metric) -> Evaluation:
     """Compute the [`Evaluation`] of `examples` from generated texts."""
-    accepted = [example.accepted for example in examples]
-    scored = score_texts(metric, texts, accepted)
+    scored, majority_score = score_written(metric, texts, examples)
     return Evaluation(
         metric=metric_name(metric),
         score=scored.score,
         standard_error=scored.standard_error,
-        majority_score=majority_text_score(metric, accepted),
+        majority_score=majority_score,
         predictions=np.zeros(0, dtype=np.int64),
         targets=np.zeros(0, dtype=np.int64),
         values=scored.values,
         log_probs=np.zeros((0, 0)),
         fingerprint=_fingerprint(examples),
         texts=tuple(texts),
+        error_method=scored.error_method,
+        module=metric.to_dict() if isinstance(metric, ModuleMetric) else None,
     )
-
-
-def _score(
-    metric: Metric, predictions: NDArray[np.int64], targets: NDArray[np.int64], examples: Sequence[Example]
-) -> Scored:
-    if isinstance(metric, str):
-        return score_classes(metric, predictions, targets)
-    # The majority index can exceed an example's number of candidates.
-    texts = [
-        example.candidates[index].strip() if index < len(example.candidates) else ""
-        for index, example in zip(predictions, examples, strict=True)
-    ]
-    return score_texts(metric, texts, [(example.answer.strip(),) for example in examples])
-
-
-def _targets(examples: Sequence[Example]) -> NDArray[np.int64]:
-    return np.array([_target(index, example) for index, example in enumerate(examples)], dtype=np.int64)
-
-
-def _target(index: int, example: Example) -> int:
-    if len(example.candidates) < 2 or example.target is None or not 0 <= example.target < len(example.candidates):
-        raise ValueError(
-            f"`examples[{index}]` must have at least two candidates and the index of the gold one, "
-            f"got {len(example.candidates)} candidates and target {example.target}."
-        )
-    return example.target
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:

@@ -10,11 +10,12 @@ import numpy as np
 from optimum_sieve.allocation.certainty import is_settled
 from optimum_sieve.backbone.fingerprint import tokenizer_fingerprint
 from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.metrics.identity import metric_source
+from optimum_sieve.metrics.scored import EXAMPLES
 from optimum_sieve.modeling.label_offsets import shared_candidates
 from optimum_sieve.run import distributed
 from optimum_sieve.run.context import WHOLE
 from optimum_sieve.run.workdir import WorkDir, content_key
-from optimum_sieve.tasks.task import metric_source
 
 from .batches import tokens_fingerprint
 from .blockwise import evaluate_by_block
@@ -31,17 +32,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.factorization.closed_form import FactorBasis
+    from optimum_sieve.metrics.identity import Metric
     from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
-    from optimum_sieve.tasks.text_metrics import Metric
 
 # Raise it when the same model and examples give another evaluation: those of earlier versions are then computed again.
 _FORMAT = 1
 # A first look takes one in so many examples, and at least so many.
 _LOOKS = 4
 _LEAST_LOOK = 100
-# A part of the examples may lack a class, which these metrics weigh like any other.
-_NOT_MEANS = ("macro_f1", "entity_f1")
 
 
 def examples_fingerprint(
@@ -140,8 +139,10 @@ def compare_pruned(run: Run, task: TaskRun, reference: Evaluation, **options: An
     """
     part = slice(len(task.selection) // _LOOKS)
     first = None
-    if part.stop >= _LEAST_LOOK and task.metric not in _NOT_MEANS:
+    # A part of the examples is a fair sample of a mean. Other metrics may weigh a class that it lacks like any other.
+    if part.stop >= _LEAST_LOOK and reference.error_method == EXAMPLES:
         first = score(run, task, "selection", part, **options)
+    if first is not None and first.error_method == EXAMPLES:
         examples = task.examples("selection", part)
         before = _first_ones(reference, examples, task.metric)
         found = distributed.agree(compare(before, _with_own_offsets(run, task, first, part)))

@@ -13,6 +13,7 @@ from optimum_sieve.backbone.targets import is_linear, linear_weight
 from optimum_sieve.evaluation.batches import check_examples
 from optimum_sieve.evaluation.generation import check_generation
 from optimum_sieve.evaluation.stage import examples_fingerprint
+from optimum_sieve.metrics.examples import check_code
 from optimum_sieve.modeling.conversion import check_convertible, is_gguf, require_model
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.tasks.data import SPLITS
@@ -53,7 +54,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the task has all splits and that its examples can be scored.
+    """Check that the task has all splits and that its examples can be scored, by its metric too.
 
     Raises:
         ValueError: If not; the message names the split or the example.
@@ -65,6 +66,8 @@ def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         if task.kind == "generate":
             check_generation(examples, tokenizer, inputs)
         check_examples(examples, tokenizer, candidates=task.kind != "generate", inputs=inputs)
+        if split == "selection":
+            check_code(task.metric, examples)
 
 
 def check_search(config: SieveConfig) -> None:

@@ -21,6 +21,8 @@ from optimum_sieve.allocation.tolerance import size_trial
 from optimum_sieve.config.heal import LARGEST_HEALED
 from optimum_sieve.evaluation.stage import compare_selection
 from optimum_sieve.healing.lessons import heal_config
+from optimum_sieve.metrics.identity import metric_name
+from optimum_sieve.metrics.module_metric import ModuleMetric
 from optimum_sieve.run import distributed
 
 
@@ -96,7 +98,7 @@ def _falling_sizes(run: Run, unhealed: float | None) -> Iterator[float]:
 def _line(trial: dict[str, Any], metric: object) -> str:
     """Describe a size for the terminal."""
     worst = min(trial.get("tasks", {"": trial}).values(), key=lambda each: each["lower_bound"])
-    name = metric if isinstance(metric, str) else "score"
+    name = metric_name(metric) if isinstance(metric, str | ModuleMetric) else "score"
     verdict = "accepted" if trial["accepted"] else "beyond the tolerance"
     return (
         f"kept {trial['kept']:6.1%}  {name} {worst['mean']:+.3f} ± {worst['standard_error']:.3f}, at least "

@@ -15,6 +15,7 @@ from optimum_sieve.calibration.losses import PROMPT_SITES
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.evaluation.stage import examples_fingerprint
+from optimum_sieve.metrics.identity import require_metric_sources
 from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.plan.certainty import warn_of_few_examples
 from optimum_sieve.plan.healing import settle_training
@@ -25,7 +26,6 @@ from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks.data import INPUTS
 from optimum_sieve.tasks.several import naming, task_shares
-from optimum_sieve.tasks.task import require_metric_sources
 
 from .checks import check_task, check_weights
 

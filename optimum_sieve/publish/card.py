@@ -36,6 +36,14 @@ _AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "text2text-generation": "AutoModelForSeq2SeqLM",
 }
+# This package's names that are not names of evaluate's modules.
+_HUB_METRICS: dict[str, dict[str, Any]] = {
+    "macro_f1": {"type": "f1", "args": {"average": "macro"}},
+    "rougeL": {"type": "rouge", "args": {"rouge_types": ["rougeL"]}},
+    "numeric": {"type": "exact_match"},
+    "set_f1": {"type": "f1"},
+    "entity_f1": {"type": "f1"},
+}
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -210,7 +218,7 @@ def _card_data(
         pipeline_tag=pipeline_tag,
         license=license_id,
         tags=_TAGS,
-        metrics=list(dict.fromkeys(task["metric"] for task in task_blocks(report))),
+        metrics=list(dict.fromkeys(_hub_metric(task)["type"] for task in task_blocks(report))),
         model_name=model_name,
         eval_results=[
             _eval_result(task, key, pipeline_tag)
@@ -224,14 +232,20 @@ def _card_data(
 def _eval_result(task: dict[str, Any], key: str, pipeline_tag: str) -> EvalResult:
     from huggingface_hub import EvalResult
 
+    metric, score = _hub_metric(task), task[key]["score"]
+    module = task.get("metric_module", {})
+    is_negated, scale = module.get("greater_is_better") is False, module.get("scale", 1.0)
     return EvalResult(
         task_type=pipeline_tag,
         dataset_type=task["task"],
         dataset_name=task["task"],
         dataset_split=task["split"],
-        metric_type=task["metric"],
-        metric_name=f"{task['metric']} ({key} model)",
-        metric_value=task[key]["score"],
+        metric_type=metric["type"],
+        metric_name=f"{task['metric'].removeprefix('neg_' if is_negated else '')} ({key} model)",
+        # The module's own score.
+        metric_value=(-score if is_negated else score) / scale,
+        metric_config=metric.get("config"),
+        metric_args=metric.get("args"),
     )
 
 
@@ -244,6 +258,14 @@ def _example_row(spec: dict[str, Any]) -> str:
         fields = ()
     text = "..."
     return json.dumps(text if len(fields) < 2 else dict.fromkeys(fields, text), ensure_ascii=False)
+
+
+def _hub_metric(task: dict[str, Any]) -> dict[str, Any]:
+    """Return `type`, `config` and `args` of a task's metric as the Hub's model index has them, by evaluate's names."""
+    module = task.get("metric_module")
+    if module is not None:
+        return {"type": module["evaluate"], "config": module.get("config"), "args": module.get("args")}
+    return _HUB_METRICS.get(task["metric"], {"type": task["metric"]})
 
 
 def _rank_grid(rank_pattern: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

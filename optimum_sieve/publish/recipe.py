@@ -78,17 +78,21 @@ class Recipe:
         """
         return SieveConfig.from_dict(self.settings)
 
-    def read_tasks(self, directory: Path, data_dir: Path | None = None) -> list[Task]:
+    def read_tasks(self, directory: Path, data_dir: Path | None = None, *, trust_code: bool = False) -> list[Task]:
         """Read the tasks with their rows.
 
         Args:
             directory (`Path`): Directory of the recipe, which task files are relative to.
             data_dir (`Path`, *optional*): Directory of the rows of tasks whose content is in the recipe. Default: that
                 of the recipe.
+            trust_code (`bool`): Whether metrics that are modules of the evaluate library may be run. The recipe may be
+                somebody else's.
         """
         root = directory if data_dir is None else data_dir
         return [
-            Task.from_file(directory / task) if isinstance(task, str) else Task.from_dict(task, root)
+            Task.from_file(directory / task, trust_code=trust_code)
+            if isinstance(task, str)
+            else Task.from_dict(task, root, trust_code=trust_code)
             for task in self.tasks
         ]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.metrics.scored import EXAMPLES
 from optimum_sieve.run.files import replacing
 
 
@@ -67,13 +69,7 @@ def task_block(
             + " and ".join(f"{evaluation.metric} on {evaluation.count}" for evaluation in scored)
             + ". Evaluate both models on one list of examples."
         )
-    report: dict[str, Any] = {
-        "task": task_name,
-        "split": split,
-        "metric": scored[0].metric,
-        "count": scored[0].count,
-        "majority_score": float(scored[0].majority_score),
-    }
+    report = {"task": task_name, "split": split, **_metric_keys(scored)}
     for name, evaluation in (("dense", dense), ("tuned", tuned), ("pruned", pruned)):
         if evaluation is not None:
             report[name] = {
@@ -91,6 +87,20 @@ def task_block(
     if references is not None:
         report["references"] = references
     return report
+
+
+def _metric_keys(scored: Sequence[Evaluation]) -> dict[str, Any]:
+    """Return what describes the metric in the section of a task."""
+    first = scored[0]
+    keys = {
+        "metric": first.metric,
+        "count": first.count,
+        "error_method": next((each.error_method for each in scored if each.error_method != EXAMPLES), EXAMPLES),
+    }
+    # A module of evaluate may be undefined for constant answers.
+    if not math.isnan(first.majority_score):
+        keys["majority_score"] = float(first.majority_score)
+    return keys if first.module is None else keys | {"metric_module": first.module}
 
 
 def build_report(
@@ -211,10 +221,11 @@ def remove_scores(report: dict[str, Any]) -> None:
 
 
 def _title(task: dict[str, Any]) -> str:
-    title = (
-        f"{task['task']}: {task['count']:,} examples of the {task['split']} split, "
-        f"most frequent answer {task['majority_score']:.3f}"
-    )
+    title = f"{task['task']}: {task['count']:,} examples of the {task['split']} split"
+    if "majority_score" in task:
+        title += f", most frequent answer {task['majority_score']:.3f}"
+    if task.get("error_method", EXAMPLES) != EXAMPLES:
+        title += f", errors by {task['error_method']}"
     return title + (f", scored against the {task['references']}'s own answers" if "references" in task else "")
 
 

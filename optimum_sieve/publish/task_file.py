@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.metrics.module_metric import public_spec
+
 from .report import task_blocks
 
 
@@ -18,7 +20,7 @@ TASK_VERSION = 1
 # Where the rows come from: paths, and nothing that an answer depends on.
 _LEFT_OUT = ("data", "limit", "group", "seed")
 _RESULTS = (
-    *("split", "metric", "count", "majority_score", "dense", "tuned", "pruned", "paired_difference"),
+    *("split", "metric", "count", "error_method", "majority_score", "dense", "tuned", "pruned", "paired_difference"),
     *("difference_to_tuned", "agreement", "references"),
 )
 
@@ -38,6 +40,8 @@ def task_files(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> di
     tasks = []
     for spec in specs:
         kept = {key: value for key, value in spec.items() if key not in _LEFT_OUT}
+        if isinstance(kept.get("metric"), dict):
+            kept["metric"] = public_spec(kept["metric"])
         block = blocks.get(spec["name"], {})
         tasks.append({**kept, "results": {key: block[key] for key in _RESULTS if key in block}})
     return _files({"format_version": TASK_VERSION, "tasks": tasks})

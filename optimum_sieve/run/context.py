@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from optimum_sieve.backbone.targets import Target
     from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.metrics.identity import Metric
     from optimum_sieve.tasks import Example
-    from optimum_sieve.tasks.text_metrics import Metric
     from optimum_sieve.tuning.stage import Tuning
     from optimum_sieve.vocabulary import TaskVocabulary
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimum_sieve.tasks.metrics import standard_error
+from optimum_sieve.metrics.scored import standard_error
 
 from .candidate import BOTTLENECK, Candidate, of_part
 from .presets import PAPER_LEVELS

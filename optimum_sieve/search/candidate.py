@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimum_sieve.allocation.certainty import certain_error
-from optimum_sieve.tasks.metrics import standard_error
+from optimum_sieve.metrics.scored import standard_error
 
 
 if TYPE_CHECKING:

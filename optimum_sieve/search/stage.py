@@ -13,11 +13,10 @@ from optimum_sieve.allocation.stage import loss_curves
 from optimum_sieve.calibration.rounds import BASIS_SETTINGS
 from optimum_sieve.calibration.rounds import FORMAT as CALIBRATION_FORMAT
 from optimum_sieve.evaluation.stage import score_cache
+from optimum_sieve.metrics.identity import metric_name, metric_source, require_metric_sources
 from optimum_sieve.run.checksum import sealed
 from optimum_sieve.run.files import replacing
 from optimum_sieve.surgery.live import LiveRanks
-from optimum_sieve.tasks.task import metric_source, require_metric_sources
-from optimum_sieve.tasks.text_metrics import metric_name
 
 from .candidate import BOTTLENECK, CONFIRM, SEARCH
 from .genome import SearchSpace

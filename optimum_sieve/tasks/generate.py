@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_sieve._messages import shown
+from optimum_sieve.metrics.text_metrics import LIST_METRICS, TEXT_METRICS, last_number
 
 from .example import Generation, Reference
 from .prompts import Row, RowTemplate, require_fields
-from .text_metrics import LIST_METRICS, TEXT_METRICS, last_number
 
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Generate:
 
     answers: tuple[RowTemplate, ...]
     generation: Generation
-    metric: str | None
+    metric: Any
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], prompt: Prompt, seed: int) -> Generate:

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_sieve._messages import listed, shown
+from optimum_sieve.metrics.class_metrics import CLASS_METRICS
 
 from .example import Reference
-from .metrics import CLASS_METRICS
 from .prompts import Row, RowTemplate, require_fields
 from .spec import normal, optional, require
 

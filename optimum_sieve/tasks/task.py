@@ -3,14 +3,14 @@ r"""`Task`: examples, prompt, answers and metric of one narrow task, read from a
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import shown
+from optimum_sieve.metrics.identity import Metric, metric_name, source_code
+from optimum_sieve.metrics.module_metric import ModuleMetric
 
 from .choices import Choices
 from .data import NAMES, UNLABELLED, Data
@@ -20,11 +20,10 @@ from .labels import LabelScoring
 from .prompts import Prompt, Row
 from .spec import check_keys, normal, plain, read_spec, require
 from .splits import divide
-from .text_metrics import Metric, metric_name
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -59,8 +58,8 @@ class Task:
             Name of the task.
         kind (`str`):
             Kind of answer: `"labels"`, `"choices"` or `"generate"`.
-        metric (`str` or `Callable`):
-            Name of a metric, or a function.
+        metric (`str`, `ModuleMetric` or `Callable`):
+            Name of a metric, a module of the evaluate library, or a function.
         labels (`dict[str, str]`):
             Maps a label of the data to the text to score; empty for other kinds.
         spec (`dict[str, Any]`):
@@ -77,15 +76,24 @@ class Task:
     _items: dict[str, tuple[_Item, ...]]
 
     @classmethod
-    def from_file(cls, path: str | Path, *, metric: Callable[[str, Sequence[str]], float] | None = None) -> Task:
+    def from_file(
+        cls,
+        path: str | Path,
+        *,
+        metric: Callable[[str, Sequence[str]], float] | ModuleMetric | None = None,
+        trust_code: bool = True,
+    ) -> Task:
         """Read a task file (YAML or JSON). Paths in it are relative to the file.
 
         Args:
             path (`str` or `Path`):
                 The task file.
-            metric (`Callable`, *optional*):
-                Custom metric that replaces the file's: maps an answer and the accepted answers to a number. The score
-                is the mean over the examples.
+            metric (`Callable` or `ModuleMetric`, *optional*):
+                Custom metric that replaces the file's: maps an answer and the accepted answers to a number, whose mean
+                over the examples is the score. Or a module of the evaluate library.
+            trust_code (`bool`):
+                Whether the file may name code to run, which is a module of the evaluate library under `metric`. Set it
+                to `False` for a file that came with a model: the task is read, and scoring with its module is an error.
 
         Returns:
             [`Task`]: The task with its data.
@@ -96,7 +104,7 @@ class Task:
             TypeError: If a value has the wrong type.
         """
         path = Path(path)
-        return cls.from_dict(read_spec(path), path.parent, metric=metric)
+        return cls.from_dict(read_spec(path), path.parent, metric=metric, trust_code=trust_code)
 
     @classmethod
     def from_dict(
@@ -104,7 +112,8 @@ class Task:
         spec: dict[str, Any],
         root: str | Path = ".",
         *,
-        metric: Callable[[str, Sequence[str]], float] | None = None,
+        metric: Callable[[str, Sequence[str]], float] | ModuleMetric | None = None,
+        trust_code: bool = True,
     ) -> Task:
         """Create a task from the contents of a task file; see [`Task.from_file`].
 
@@ -113,8 +122,10 @@ class Task:
                 Contents of a task file.
             root (`str` or `Path`):
                 Directory that paths in `spec` are relative to.
-            metric (`Callable`, *optional*):
+            metric (`Callable` or `ModuleMetric`, *optional*):
                 Custom metric, see [`Task.from_file`].
+            trust_code (`bool`):
+                Whether `spec` may name code to run, see [`Task.from_file`].
 
         Returns:
             [`Task`]: The task with its data.
@@ -127,13 +138,13 @@ class Task:
         name = require(spec, "name", str, "a string")
         if not name.strip() or not name.isprintable():
             raise ValueError(f"`name` must be a line of text, which reports show, got {shown(name)}.")
-        _check_metric(spec, metric, KINDS[kind].metrics)
+        scored_by = _read_metric(spec, metric, KINDS[kind].metrics, Path(root), trust_code=trust_code)
         prompt = Prompt.from_spec(spec)
         scoring = KINDS[kind].from_spec(spec, prompt, _seed(spec))
         return cls(
             name=name,
             kind=kind,
-            metric=spec.get("metric", scoring.metrics[0]) if metric is None else metric,
+            metric=scored_by,
             labels=scoring.labels if isinstance(scoring, LabelScoring) else {},
             spec=spec,
             _prompt=prompt,
@@ -196,11 +207,13 @@ class Task:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the task file's contents, every row in use and a custom metric's source code, if any."""
+        """SHA-256 of the task file's contents, every row in use and the metric's source code, if it has any."""
         items = {split: [[item.texts, astuple(item.reference)] for item in rows] for split, rows in self._items.items()}
         content: list[Any] = [self.spec, items]
-        if not isinstance(self.metric, str):
-            code = _source_code(self.metric)
+        if isinstance(self.metric, ModuleMetric):
+            content.append(self.metric.source)
+        elif not isinstance(self.metric, str):
+            code = source_code(self.metric)
             content.append([metric_name(self.metric), *([] if code is None else [code])])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -226,53 +239,23 @@ def _read_items(spec: dict[str, Any], root: Path, prompt: Prompt, scoring: Answe
     return {split: tuple(item(row, kinds[split]) for row in rows[split]) for split in rows}
 
 
-def _check_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...]) -> None:
-    """Check the metric; a custom one replaces that of `spec`."""
+def _read_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...], root: Path, *, trust_code: bool) -> Metric:
+    """Return the metric; a custom one replaces that of `spec`."""
     if metric is not None:
-        if not callable(metric):
+        if not callable(metric) and not isinstance(metric, ModuleMetric):
             raise TypeError(f"`metric` must be a function of an answer and the accepted answers, got {shown(metric)}.")
         spec.pop("metric", None)
-    elif spec.get("metric", known[0]) not in known:
+        custom: Metric = metric
+        return custom
+    named = spec.get("metric", known[0])
+    if isinstance(named, dict):
+        return ModuleMetric.from_spec(named, root, trusted=trust_code)
+    if named not in known:
         raise ValueError(
-            f"`metric` must be one of {', '.join(known)}, got {shown(spec['metric'])}. Pass a custom metric in Python: "
-            "`Task.from_file(path, metric=function)`."
+            f"`metric` must be one of {', '.join(known)}, got {shown(named)}. Pass a custom metric in Python: "
+            "`Task.from_file(path, metric=function)`, or name a module of evaluate: `metric: {evaluate: name}`."
         )
-
-
-def metric_source(metric: Metric) -> list[str] | None:
-    """Return the identity of a metric: its name and, if it is a function, its source.
-
-    Returns:
-        `list[str]`, *optional*: `None` if two metrics that compute different scores could have the same source: other
-        callables than functions, lambdas, and functions with default values, closures or no source file. Nothing that
-        depends on such a metric may be cached.
-    """
-    if isinstance(metric, str):
-        return [metric]
-    if not isinstance(metric, FunctionType) or metric.__name__ == "<lambda>":
-        return None
-    if metric.__closure__ or metric.__defaults__ or metric.__kwdefaults__:
-        return None
-    code = _source_code(metric)
-    return None if code is None else [metric_name(metric), code]
-
-
-def require_metric_sources(metrics: Iterable[Metric]) -> None:
-    """Raise `ValueError` unless every metric has a source, by which processes that share a search agree on it."""
-    for metric in metrics:
-        if metric_source(metric) is None:
-            raise ValueError(
-                "`metric` must be a function from a file, without default values and closure, to share a search, got "
-                f"{metric!r}. Write it as a plain function, or search in one process without `study_storage`."
-            )
-
-
-def _source_code(function: Any) -> str | None:
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        # It is no function, or was defined without a source file, for example in an interactive session.
-        return None
+    return str(named)
 
 
 def _group(spec: dict[str, Any]) -> str | None:

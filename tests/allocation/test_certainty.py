@@ -17,7 +17,7 @@ from optimum_sieve.allocation.certainty import (
     passing_probability,
 )
 from optimum_sieve.evaluation.comparison import Comparison
-from optimum_sieve.tasks.metrics import standard_error
+from optimum_sieve.metrics.scored import standard_error
 
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Exports, LoRA and the vocabulary cut are imported only where they are asked for."""
+"""Exports, LoRA, the vocabulary cut and the evaluate library are imported only where they are asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # `optimum_sieve.vocabulary.stage` is always imported: it imports the rest of its folder where the settings ask for it.
 LIST_OPTIONAL = """
 import sys
-optional = ("optimum_sieve.export", "optimum_sieve.lora", "optimum_sieve.vocabulary.")
+optional = ("optimum_sieve.export", "optimum_sieve.lora", "optimum_sieve.vocabulary.", "evaluate")
 names = [name for name in sys.modules if name.startswith(optional) and name != "optimum_sieve.vocabulary.stage"]
 print("optional:", *sorted(names))
 """

@@ -14,7 +14,7 @@ from optimum_sieve import SievePruner, evaluate
 from optimum_sieve.calibration import losses
 from optimum_sieve.calibration.losses import fisher_root
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
-from optimum_sieve.tasks.metrics import most_frequent
+from optimum_sieve.metrics.class_metrics import most_frequent
 
 
 if TYPE_CHECKING:

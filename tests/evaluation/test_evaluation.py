@@ -142,6 +142,16 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.safetensors"]
 
 
+def test_files_of_earlier_versions_do_not_say_where_errors_come_from(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.safetensors"
+    for metric, method in (("accuracy", "examples"), ("macro_f1", "jackknife")):
+        evaluation = run(metric=metric)
+        assert evaluation.error_method == method
+        # Empty values are left out.
+        dataclasses.replace(evaluation, error_method="").save(path)
+        assert Evaluation.load(path).error_method == method
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "evaluation.safetensors"
     run().save(path)

@@ -207,7 +207,7 @@ def test_report_card_and_configuration_have_a_row_for_each_task(
     for task, own in zip(tasks, report["tasks"], strict=True):
         assert set(own) == {
             *("task", "split", "metric", "count", "majority_score", "dense", "pruned", "paired_difference"),
-            *("agreement", "kl"),
+            *("agreement", "kl", "error_method"),
         }
         assert own["pruned"]["score"] == score(loaded, task).score
         assert own["dense"]["score"] == score(dense, task).score

@@ -58,6 +58,40 @@ def test_metadata_survives_the_hub_library(report, tmp_path):
     ]
 
 
+RATE = {"evaluate": "wer", "key": "wer", "greater_is_better": False, "scale": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "arguments", "value"),
+    [
+        ({"metric": "macro_f1"}, "f1", {"average": "macro"}, 0.7812),
+        ({"metric": "rougeL"}, "rouge", {"rouge_types": ["rougeL"]}, 0.7812),
+        ({"metric": "f1 (k=1)", "metric_module": {"evaluate": "f1", "args": {"k": 1}}}, "f1", {"k": 1}, 0.7812),
+        # The module's own score.
+        ({"metric": "neg_wer (scale=0.5)", "metric_module": RATE, "score": -0.25}, "wer", None, 0.5),
+    ],
+)
+def test_metrics_have_the_names_of_the_hub(report, tmp_path, keys, kind, arguments, value):
+    report |= keys
+    report["pruned"]["score"] = report.pop("score", 0.7812)
+    build_card(report, PATTERN, base_model="org/base").save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.metrics == [kind]
+    result = data.eval_results[0]
+    assert (result.metric_type, result.metric_args, result.metric_value) == (kind, arguments, value)
+    assert result.metric_name == f"{keys['metric'].removeprefix('neg_')} (pruned model)"
+
+
+def test_a_metric_that_is_no_mean_says_so(report):
+    report["error_method"] = "jackknife, 100 groups"
+    del report["majority_score"]
+    one = build_card(report, PATTERN, base_model="org/base").text
+    assert "The metric is no mean over examples: standard errors are those of the jackknife, 100 groups." in one
+    assert "always the most frequent answer" not in one
+    several = build_card({**report, "tasks": [report, {**report, "task": "b"}]}, PATTERN, base_model="org/base").text
+    assert "The metric of `b` is no mean over examples" in several
+
+
 def test_text_has_every_figure(report):
     text = build_card(report, PATTERN, base_model="org/base", base_revision="abc123").text
     for figure in (

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from optimum_sieve import Comparison, Evaluation
+from optimum_sieve.metrics.class_metrics import score_classes
 from optimum_sieve.modeling import fingerprint
 from optimum_sieve.publish import report
 from optimum_sieve.publish.report import (
@@ -17,7 +19,6 @@ from optimum_sieve.publish.report import (
     task_block,
     write_report,
 )
-from optimum_sieve.tasks.metrics import score_classes
 
 
 def make_evaluation(correct: int, count: int = 10, metric: str = "accuracy") -> Evaluation:
@@ -59,7 +60,7 @@ def full_report():
 def test_report_has_the_documented_schema(full_report):
     assert set(full_report) == {
         *("task", "split", "metric", "count", "dense", "pruned", "majority_score", "paired_difference", "agreement"),
-        *("kl", "parameters", "bytes", "seconds", "settings", "versions"),
+        *("kl", "parameters", "bytes", "seconds", "settings", "versions", "error_method"),
     }
     assert full_report["task"] == "toy"
     assert full_report["split"] == "test"
@@ -81,7 +82,8 @@ def test_report_survives_json(full_report, tmp_path):
 
 def test_what_is_not_known_is_left_out():
     report = build_report([task_block("toy", pruned=make_evaluation(7), split="selection")])
-    assert set(report) == {"task", "split", "metric", "count", "majority_score", "pruned", "versions"}
+    keys = {"task", "split", "metric", "count", "error_method", "majority_score", "pruned", "versions"}
+    assert set(report) == keys
     assert report["split"] == "selection"
     assert size_changes(report) == []
 
@@ -104,6 +106,14 @@ def test_table_shows_every_figure(full_report):
     assert table.splitlines()[0] == "toy: 10 examples of the test split, most frequent answer 0.500"
     assert table.splitlines()[-1] == "seconds: moments 1.2, test 2.0"
     assert all(line == line.rstrip() for line in table.splitlines())
+
+
+def test_a_metric_that_is_no_mean_or_undefined_for_constant_answers_says_so():
+    evaluation = replace(make_evaluation(8), error_method="jackknife", majority_score=float("nan"))
+    report = build_report([task_block("toy", evaluation)])
+    assert "majority_score" not in report
+    assert evaluation.to_dict()["majority_score"] is None
+    assert format_table(report).splitlines()[0] == "toy: 10 examples of the test split, errors by jackknife"
 
 
 def test_table_columns_line_up(full_report):

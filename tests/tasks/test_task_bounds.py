@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from toy import load_task, make_tokenizer, parity_rows, prompts, task_spec, write_rows
 
+from optimum_sieve.metrics.text_metrics import items, score_texts
 from optimum_sieve.tasks import Task
-from optimum_sieve.tasks.text_metrics import items, score_texts
 
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import yaml
 from task_rows import ROWS
 from toy import make_tokenizer, write_rows
 
+from optimum_sieve.metrics.text_metrics import score_texts
 from optimum_sieve.tasks import Task
-from optimum_sieve.tasks.text_metrics import score_texts
 
 
 if TYPE_CHECKING:

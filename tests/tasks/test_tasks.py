@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from toy import load_task, make_tokenizer, parity_rows, prompts, task_spec, write_rows
 
+from optimum_sieve.metrics.identity import metric_source
 from optimum_sieve.tasks import Example, Task
-from optimum_sieve.tasks.task import metric_source
 
 
 SPLITS = ("calibration", "selection", "test")

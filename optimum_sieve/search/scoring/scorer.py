@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.calibration.losses import Loss
+    from optimum_sieve.metrics.identity import Metric
     from optimum_sieve.surgery.live import LiveRanks
     from optimum_sieve.tasks import Example
-    from optimum_sieve.tasks.text_metrics import Metric
     from optimum_sieve.vocabulary import TaskVocabulary
 
     Windows = Mapping[str, tuple[int, int | None]]

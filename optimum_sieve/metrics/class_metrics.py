@@ -1,11 +1,14 @@
-r"""Classification metrics with the contribution of each example. Plain numpy."""
+r"""Classification metrics with the contribution of each example. Plain numpy, unless a module of evaluate scores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .module_metric import ModuleMetric
+from .module_scores import module_score, score_by_module
+from .scored import Scored, jackknifed
 
 
 if TYPE_CHECKING:
@@ -15,42 +18,15 @@ if TYPE_CHECKING:
 CLASS_METRICS = ("accuracy", "macro_f1")
 
 
-@dataclass(frozen=True, eq=False)
-class Scored:
-    r"""A metric over examples and its jackknife pseudo-values.
-
-    Args:
-        score (`float`):
-            The metric \(\theta\) over all \(n\) examples.
-        values (`np.ndarray` of shape `(count,)`):
-            \(n \theta - (n - 1) \theta_{-i}\), where \(\theta_{-i}\) leaves out example \(i\). For a mean they are
-            the averaged terms. Their standard error is the jackknife standard error; the differences between two
-            models' values give the paired one.
-    """
-
-    score: float
-    values: NDArray[np.float64]
-
-    @property
-    def standard_error(self) -> float:
-        """Sample standard error of the score."""
-        return standard_error(self.values)
-
-
-def standard_error(values: NDArray[np.float64]) -> float:
-    r"""Sample standard deviation of `values` over \(\sqrt{n}\)."""
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
-
-
-def score_classes(metric: str, predictions: NDArray[np.int64], targets: NDArray[np.int64]) -> Scored:
+def score_classes(metric: str | ModuleMetric, predictions: NDArray[np.int64], targets: NDArray[np.int64]) -> Scored:
     r"""Score predicted classes against gold classes.
 
     `"accuracy"` is the fraction of matches. `"macro_f1"` is the unweighted mean F1 over the classes that occur in
     `targets`, so that two models average over the same classes; a class never predicted counts 0.
 
     Args:
-        metric (`str`):
-            `"accuracy"` or `"macro_f1"`.
+        metric (`str` or `ModuleMetric`):
+            `"accuracy"`, `"macro_f1"`, or a module of evaluate, which gets the classes as numbers.
         predictions (`np.ndarray` of shape `(count,)`):
             Predicted classes.
         targets (`np.ndarray` of shape `(count,)`):
@@ -70,12 +46,21 @@ def score_classes(metric: str, predictions: NDArray[np.int64], targets: NDArray[
 
     ```
     """
+    if isinstance(metric, ModuleMetric):
+        return score_by_module(metric, predictions.tolist(), targets.tolist())
     if metric == "accuracy":
         matches = (predictions == targets).astype(np.float64)
         return Scored(float(matches.mean()), matches)
     if metric == "macro_f1":
         return _score_macro_f1(predictions, targets)
     raise ValueError(f"`metric` must be one of {', '.join(CLASS_METRICS)}, got {metric!r}.")
+
+
+def majority_class_score(metric: str | ModuleMetric, targets: NDArray[np.int64]) -> float:
+    """Score the constant prediction of the most frequent gold class; NaN if a module of evaluate gives no number."""
+    if isinstance(metric, ModuleMetric):
+        return module_score(metric, most_frequent(targets).tolist(), targets.tolist())
+    return score_classes(metric, most_frequent(targets), targets).score
 
 
 def most_frequent(targets: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -91,8 +76,7 @@ def _score_macro_f1(predictions: NDArray[np.int64], targets: NDArray[np.int64]) 
     doubled, total = 2 * predicted * gold, predicted + gold
     score = _mean_ratio(doubled.sum(axis=0), total.sum(axis=0))
     left_out = _mean_ratio(doubled.sum(axis=0) - doubled, total.sum(axis=0) - total)
-    count = len(targets)
-    return Scored(float(score), count * score - (count - 1) * left_out)
+    return jackknifed(score, left_out)
 
 
 def _mean_ratio(numerator: NDArray[np.int64], denominator: NDArray[np.int64]) -> Any:

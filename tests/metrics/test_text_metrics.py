@@ -7,12 +7,12 @@ import random
 import numpy as np
 import pytest
 
-from optimum_sieve.tasks.text_metrics import (
+from optimum_sieve.metrics.identity import metric_name
+from optimum_sieve.metrics.text_metrics import (
     TEXT_METRICS,
     items,
     last_number,
     majority_text_score,
-    metric_name,
     normalize_text,
     score_texts,
 )

@@ -1,4 +1,4 @@
-r"""Metrics of generated answers with the contribution of each example. Plain numpy.
+r"""Metrics of generated answers with the contribution of each example. Plain numpy, unless a module of evaluate scores.
 
 Texts are normalized as in the SQuAD evaluation (Rajpurkar et al., 2016): lower case, single spaces, no punctuation or
 articles.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import string
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -18,27 +18,24 @@ import numpy as np
 
 from optimum_sieve._messages import shown
 
-from .metrics import Scored
-from .spec import normal
+from .module_metric import ModuleMetric
+from .module_scores import module_score, score_by_module
+from .scored import Scored, jackknifed
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from numpy.typing import NDArray
 
+    from .identity import Metric
 
-# Name of a metric, or a function of an answer and the accepted answers.
-Metric = str | Callable[[str, Sequence[str]], float]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 # A minus sign after a word, a number or a bracket is a subtraction.
 _NUMBER = re.compile(r"((?<![\w)])-)?\$?(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
-
-
-def metric_name(metric: Metric) -> str:
-    """Return the metric's name for reports."""
-    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
 
 
 def normalize_text(text: str) -> str:
@@ -52,7 +49,7 @@ def normalize_text(text: str) -> str:
 
     ```
     """
-    return " ".join(_ARTICLES.sub(" ", normal(text).lower().translate(_PUNCTUATION)).split())
+    return " ".join(_ARTICLES.sub(" ", _normal(text).lower().translate(_PUNCTUATION)).split())
 
 
 def last_number(text: str) -> Decimal | None:
@@ -96,7 +93,7 @@ def items(text: str, separators: str = "\n") -> Counter[str]:
     texts = [
         json.dumps(item, sort_keys=True, ensure_ascii=False) if isinstance(item, dict) else item for item in parsed
     ]
-    cleaned = [" ".join(normal(str(item)).lower().split()).rstrip(".,; ") for item in texts]
+    cleaned = [" ".join(_normal(str(item)).lower().split()).rstrip(".,; ") for item in texts]
     kept = [item for item in cleaned if item]
     return Counter() if kept == ["none"] else Counter(kept)
 
@@ -116,16 +113,16 @@ def score_texts(metric: Metric, texts: Sequence[str], answers: Sequence[Sequence
     pseudo-values.
 
     Args:
-        metric (`str` or `Callable`):
-            One of the above, or a function of a text and its accepted answers that returns a number; the score is the
-            mean.
+        metric (`str`, `ModuleMetric` or `Callable`):
+            One of the above; a module of evaluate; or a function of a text and its accepted answers that returns a
+            number, whose mean is the score.
         texts (`Sequence[str]`):
             Generated texts.
         answers (`Sequence[Sequence[str]]`):
             Accepted answers of each example, at least one.
 
     Returns:
-        [`Scored`][optimum_sieve.tasks.metrics.Scored]: The score and each example's value.
+        [`Scored`][optimum_sieve.metrics.scored.Scored]: The score and each example's value.
 
     Raises:
         ValueError: If `metric` is unknown or does not return a finite number.
@@ -138,6 +135,8 @@ def score_texts(metric: Metric, texts: Sequence[str], answers: Sequence[Sequence
 
     ```
     """
+    if isinstance(metric, ModuleMetric):
+        return score_by_module(metric, texts, answers)
     if metric == "entity_f1":
         return _score_entities(texts, answers)
     if isinstance(metric, str):
@@ -169,7 +168,13 @@ def majority_text_score(metric: Metric, answers: Sequence[Sequence[str]]) -> flo
     firsts = [accepted[0] for accepted in answers]
     most = Counter(map(normalize_text, firsts)).most_common(1)[0][0]
     constant = next(text for text in firsts if normalize_text(text) == most)
+    if isinstance(metric, ModuleMetric):
+        return module_score(metric, [constant] * len(answers), answers)
     return score_texts(metric, [constant] * len(answers), answers).score
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def _exact_match(text: str, answer: str) -> float:
@@ -181,7 +186,7 @@ def _word_f1(text: str, answer: str) -> float:
 
 
 def _rouge_l(text: str, answer: str) -> float:
-    words, gold = (re.findall(r"[^\W_]+", normal(raw).lower()) for raw in (text, answer))
+    words, gold = (re.findall(r"[^\W_]+", _normal(raw).lower()) for raw in (text, answer))
     if not words and not gold:
         return 1.0
     lengths = np.zeros(len(gold) + 1, dtype=np.int64)
@@ -223,7 +228,7 @@ def _score_entities(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> S
     doubled = np.array([2 * (predicted & gold).total() for predicted, gold in pairs])
     total = np.array([predicted.total() + gold.total() for predicted, gold in pairs])
     score, left_out = _ratio(doubled.sum(), total.sum()), _ratio(doubled.sum() - doubled, total.sum() - total)
-    return Scored(float(score), len(pairs) * score - (len(pairs) - 1) * left_out)
+    return jackknifed(float(score), left_out)
 
 
 def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from optimum_sieve.tasks.metrics import most_frequent, score_classes
+from optimum_sieve.metrics.class_metrics import most_frequent, score_classes
 
 
 def random_classes(rng: np.random.Generator, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
