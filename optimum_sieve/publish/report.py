@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.run.files import replacing
 
+from .sections import answers_section
+from .trials import trial_lines, verdict_lines
+
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +25,8 @@ REPORT_NAME = "sieve_report.json"
 DIGEST_KEY = "weights_sha256"
 # Keys of what holds for the weights of the pruned model alone.
 _MEASURED = (
-    *("pruned", "paired_difference", "difference_to_tuned", "agreement", "kl", "healing", "largest_coefficient"),
-    DIGEST_KEY,
+    *("pruned", "paired_difference", "difference_to_tuned", "agreement", "kl", "answers", "healing"),
+    *("largest_coefficient", DIGEST_KEY),
 )
 _VERSIONED = ("optimum-sieve", "torch", "transformers", "optimum", "accelerate", "datasets", "numpy", "safetensors")
 
@@ -73,6 +76,7 @@ def task_block(
         "metric": scored[0].metric,
         "count": scored[0].count,
         "majority_score": float(scored[0].majority_score),
+        "examples_sha256": scored[0].fingerprint,
     }
     for name, evaluation in (("dense", dense), ("tuned", tuned), ("pruned", pruned)):
         if evaluation is not None:
@@ -88,6 +92,9 @@ def task_block(
         report["agreement"] = float(closest.agreement)
         if closest.kl is not None:
             report["kl"] = float(closest.kl)
+    before = tuned or dense
+    if before is not None and pruned is not None:
+        report["answers"] = answers_section(before, pruned)
     if references is not None:
         report["references"] = references
     return report
@@ -107,6 +114,7 @@ def build_report(
     vocabulary: dict[str, Any] | None = None,
     latency: dict[str, float] | None = None,
     label_offsets: list[dict[str, Any]] | None = None,
+    sections: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the content of `sieve_report.json` as JSON values; keys of missing arguments are left out.
 
@@ -129,6 +137,7 @@ def build_report(
             Total seconds of all targets for one row under `"dense"` and `"pruned"`, each layer measured alone and
             eager, as for `latency_target`.
         label_offsets (`list[dict]`, *optional*): `candidates` and their `offsets` in the pruned model's scores.
+        sections (`dict[str, Any]`, *optional*): Further keys, of which those with `None` are left out.
     """
     report: dict[str, Any] = dict(tasks[0]) if len(tasks) == 1 else {"tasks": list(tasks)}
     for key, value in (
@@ -143,6 +152,7 @@ def build_report(
         ("vocabulary", vocabulary),
         ("latency", latency),
         ("label_offsets", label_offsets),
+        *(sections or {}).items(),
     ):
         if value is not None:
             report[key] = value
@@ -195,7 +205,8 @@ def format_table(report: dict[str, Any]) -> str:
         "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells)).rstrip()
         for cells in (list(zip(row, widths, strict=True)) for row in zip(*columns, strict=True))
     ]
-    return "\n".join([*map(_title, task_blocks(report)), "", *lines, *_healing_line(report), *_seconds_line(report)])
+    below = [*trial_lines(report), *_healing_line(report), *verdict_lines(report, task_blocks(report))]
+    return "\n".join([*map(_title, task_blocks(report)), "", *lines, *below, *_seconds_line(report)])
 
 
 def task_blocks(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,7 +18,9 @@ from .directory import save_directory
 from .recipe import RECIPE_NAME, recipe_text
 from .report import DIGEST_KEY, build_report, format_table, remove_scores, task_block, task_blocks
 from .saved import save_model
+from .sections import parts_section
 from .task_file import task_files
+from .trials import trial_rows
 
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ def make_result(
     model: PreTrainedModel,
     *,
     scores: Sequence[TaskScores],
-    sizes: tuple[dict[str, int], dict[str, int]],
+    sizes: tuple[dict[str, Any], dict[str, Any]],
     trials: list[dict[str, Any]],
     settings: dict[str, Any],
     seconds: dict[str, float],
@@ -104,6 +106,7 @@ def make_result(
     vocabulary: dict[str, int] | None = None,
     latency: dict[str, float] | None = None,
     label_offsets: list[dict[str, Any]] | None = None,
+    sections: dict[str, Any] | None = None,
 ) -> SieveResult:
     """Turn a factorized model into one of model type `sieve`, in place, and build its report.
 
@@ -122,6 +125,7 @@ def make_result(
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
         latency (`dict[str, float]`, *optional*): Seconds of the targets for one row, if there was a latency target.
         label_offsets (`list[dict]`, *optional*): Offsets that the scores of the pruned model contain.
+        sections (`dict[str, Any]`, *optional*): Further sections of the report, see `publish.sections`.
     """
     named = dict(zip(("before", "after"), sizes, strict=True))
     report = build_report(
@@ -137,6 +141,12 @@ def make_result(
         vocabulary=vocabulary,
         latency=latency,
         label_offsets=label_offsets or None,
+        sections={
+            **(sections or {}),
+            "base_model": base_model,
+            "parts": parts_section(sizes),
+            "trials": trial_rows(trials, settings.get("tolerance")) or None,
+        },
     )
     model = sieve_model(
         model,
