@@ -244,12 +244,13 @@ class SievePruner:
             undo.pop_all()
         return self.result
 
-    def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False) -> Path:
-        """Write model, tokenizer, model card and report; all of them or, after an error, nothing.
+    def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False, with_examples: bool = False) -> Path:
+        """Write model, tokenizer, model card, report and its page; all of them or, after an error, nothing.
 
         Args:
             output_dir (`str | Path`): A new or empty directory.
             overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
+            with_examples (`bool`): Whether `report.html` shows the test examples that both models answer differently.
 
         Returns:
             `Path`: `output_dir`.
@@ -263,15 +264,10 @@ class SievePruner:
         if self.result is None:
             raise RuntimeError("`save_pretrained` must follow `prune`, got a model that is not pruned. Call `prune`.")
         return save_result(
-            self.result,
-            self.tokenizer,
-            Path(output_dir),
-            overwrite=overwrite,
-            base_model=self.base_model,
-            base_revision=self._base_revision(),
-            task_specs=[task.spec for task in self.tasks],
-            work_dir=self._work_dir,
-        )
+            self.result, self.tokenizer, Path(output_dir), overwrite=overwrite, base_model=self.base_model,
+            base_revision=self._base_revision(), task_specs=[task.spec for task in self.tasks],
+            work_dir=self._work_dir, tasks=self.tasks if with_examples else (),
+        )  # fmt: skip
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Push what `save_pretrained` writes to the Hub, in one commit.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .compare import CompareCommand
 from .evaluate import EvaluateCommand
 from .export import ExportCommand
 from .heal import HealCommand
@@ -59,8 +60,13 @@ class SieveCommand(BaseOptimumCLICommand):
         ),
         CommandInfo(
             name="report",
-            help="Show the result of a search as a page and as figures.",
+            help="Write the page of a pruned model, of a run or of a search.",
             subcommand_class=ReportCommand,
+        ),
+        CommandInfo(
+            name="compare",
+            help="Show several pruned models on one page.",
+            subcommand_class=CompareCommand,
         ),
         CommandInfo(
             name="push",

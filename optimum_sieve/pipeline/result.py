@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def measured_dense(run: Run, bases: Bases) -> dict[str, Any]:
     """Return the sizes of the dense model, see `measure_sizes`, and the spectra of its matrices."""
-    energies = {name: basis.energy.detach().cpu().numpy() for name, basis in bases.items()}
+    energies = {target.name: bases[target.name].energy.detach().cpu().numpy() for target in run.targets}
     return {**measure_sizes(run.model, run.targets, run.vocabulary), "spectra": spectra_section(energies)}
 
 

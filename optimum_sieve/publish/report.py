@@ -89,15 +89,10 @@ def task_block(
             report[name] = {"mean": float(compared.mean), "standard_error": float(compared.standard_error)}
     closest = to_tuned or comparison
     if closest is not None:
-        report["agreement"] = float(closest.agreement)
-        if closest.kl is not None:
-            report["kl"] = float(closest.kl)
-    before = tuned or dense
-    if before is not None and pruned is not None:
-        report["answers"] = answers_section(before, pruned)
-    if references is not None:
-        report["references"] = references
-    return report
+        report |= {"agreement": float(closest.agreement), "kl": closest.kl}
+        report["answers"] = answers_section(tuned or dense, pruned)
+    report["references"] = references
+    return {key: value for key, value in report.items() if value is not None}
 
 
 def build_report(

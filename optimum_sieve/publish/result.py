@@ -15,6 +15,7 @@ from optimum_sieve.surgery.apply import largest_coefficient
 
 from .card import PIPELINE_TAGS, base_license, build_card, public_name
 from .directory import save_directory
+from .page.examples import differing
 from .recipe import RECIPE_NAME, recipe_text
 from .report import DIGEST_KEY, build_report, format_table, remove_scores, task_block, task_blocks
 from .saved import save_model
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.run.context import TaskRun
+    from optimum_sieve.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +186,11 @@ def save_result(
     base_revision: str | None,
     task_specs: Sequence[dict[str, Any]],
     work_dir: str | Path | None = None,
+    tasks: Sequence[Task] = (),
 ) -> Path:
-    """Write model, tokenizer, model card and report; all of it or, if anything fails, nothing.
+    """Write model, tokenizer, model card, report and page; all of it or, if anything fails, nothing.
+
+    The page shows the test examples of `tasks` that both models answer differently; without tasks, no text of the data.
 
     Raises:
         FileExistsError: If `output` holds files and `overwrite` is false, or files that are not of a model.
@@ -193,6 +198,7 @@ def save_result(
         OSError: If the disk is full or the directory cannot be written.
     """
     if distributed.is_first():
+        examples = [_differing(*each, tokenizer) for each in zip(result.scores, tasks, strict=True)] if tasks else None
         limited = result.report["settings"].get("memory_limit") is not None
         options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
 
@@ -224,9 +230,15 @@ def save_result(
                     result.report.get("loading"),
                 ),
             },
+            examples=examples,
             overwrite=overwrite,
             needed_bytes=result.report["bytes"]["after"],
             inputs=[("model", base_model), ("work_dir", work_dir)],
         )
     distributed.wait()
     return output
+
+
+def _differing(scores: TaskScores, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    before, name = (scores.dense, "dense") if scores.tuned is None else (scores.tuned, "tuned")
+    return differing(task.name, before, scores.pruned, task.examples("test", tokenizer), name=name)

@@ -47,21 +47,25 @@ def rank_section(matrices: Iterable[tuple[str, int | None, float]]) -> dict[str,
 
     ```
     """
-    cells: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for name, rank, kept in matrices:
-        cells.setdefault(_place(name), []).append((-1 if rank is None else rank, kept))
-    layers, kinds = (list(dict.fromkeys(place[side] for place in cells)) for side in (0, 1))
+    ranks: dict[tuple[str, str], list[int]] = {}
+    kept: dict[tuple[str, str], list[float]] = {}
+    for name, rank, fraction in matrices:
+        place = _place(name)
+        kept.setdefault(place, []).append(fraction)
+        ranks.setdefault(place, []).extend([] if rank is None else [rank])
+    layers, kinds = (list(dict.fromkeys(place[side] for place in kept)) for side in (0, 1))
+    places = [[(layer, kind) for layer in layers] for kind in kinds]
 
-    def table(side: int, digits: int | None) -> list[list[float | None]]:
-        return [
-            [
-                round(float(np.mean([cell[side] for cell in found])), digits) if found else None
-                for found in (cells.get((layer, kind)) for layer in layers)
-            ]
-            for kind in kinds
-        ]
+    def rank_of(place: tuple[str, str]) -> int | None:
+        # Of the experts that have one.
+        return round(float(np.mean(ranks[place]))) if ranks.get(place) else -1 if place in kept else None
 
-    return {"layers": layers, "kinds": kinds, "kept": table(1, 4), "rank": table(0, None)}
+    return {
+        "layers": layers,
+        "kinds": kinds,
+        "kept": [[round(float(np.mean(kept[at])), 4) if at in kept else None for at in row] for row in places],
+        "rank": [[rank_of(at) for at in row] for row in places],
+    }
 
 
 def spectra_section(energies: Mapping[str, NDArray[np.float64]]) -> dict[str, Any] | None:
@@ -90,8 +94,10 @@ def spectra_section(energies: Mapping[str, NDArray[np.float64]]) -> dict[str, An
     }
 
 
-def answers_section(before: Evaluation, pruned: Evaluation) -> dict[str, int]:
+def answers_section(before: Evaluation | None, pruned: Evaluation | None) -> dict[str, int] | None:
     """Count the examples that both models, one of them or neither answer right; of written answers, who is better."""
+    if before is None or pruned is None:
+        return None
     if before.texts:
         better = pruned.values - before.values
         return {"equal": int((better == 0).sum()), "better": int((better > 0).sum()), "worse": int((better < 0).sum())}

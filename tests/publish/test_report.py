@@ -59,7 +59,7 @@ def full_report():
 def test_report_has_the_documented_schema(full_report):
     assert set(full_report) == {
         *("task", "split", "metric", "count", "dense", "pruned", "majority_score", "paired_difference", "agreement"),
-        *("kl", "parameters", "bytes", "seconds", "settings", "versions"),
+        *("kl", "parameters", "bytes", "seconds", "settings", "versions", "answers", "examples_sha256"),
     }
     assert full_report["task"] == "toy"
     assert full_report["split"] == "test"
@@ -81,7 +81,9 @@ def test_report_survives_json(full_report, tmp_path):
 
 def test_what_is_not_known_is_left_out():
     report = build_report([task_block("toy", pruned=make_evaluation(7), split="selection")])
-    assert set(report) == {"task", "split", "metric", "count", "majority_score", "pruned", "versions"}
+    assert set(report) == {
+        *("task", "split", "metric", "count", "majority_score", "examples_sha256", "pruned", "versions"),
+    }
     assert report["split"] == "selection"
     assert size_changes(report) == []
 
