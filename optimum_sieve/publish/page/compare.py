@@ -52,11 +52,8 @@ def read_pruned(directories: Sequence[str | Path]) -> list[Pruned]:
     if len(directories) < 2:
         raise ValueError(f"`directories` must name at least two pruned models, got {len(directories)}. Add another.")
     paths = [Path(directory) for directory in directories]
-    # Two directories may end in the same name.
-    short = [path.resolve().name for path in paths]
-    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
     found: list[Pruned] = []
-    for name, path in zip(names, paths, strict=True):
+    for name, path in zip(_names(paths), paths, strict=True):
         if path.resolve() in [other.path.resolve() for other in found]:
             raise ValueError(f"`directories` must differ, got {cut(str(path))} twice. Name each one once.")
         _check_pruned(path)
@@ -66,6 +63,16 @@ def read_pruned(directories: Sequence[str | Path]) -> list[Pruned]:
                 raise ValueError(f"`{path}` must have scores of the pruned model, got a report without. Evaluate it.")
         found.append(Pruned(clean(name, 60), path, report))
     return found
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest endings of the paths that differ."""
+    whole = [path.resolve() for path in paths]
+    for count in range(1, max(len(path.parts) for path in whole)):
+        names = ["/".join(path.parts[-count:]) for path in whole]
+        if len(set(names)) == len(set(whole)):
+            return names
+    return [str(path) for path in whole]
 
 
 def _check_pruned(path: Path) -> None:

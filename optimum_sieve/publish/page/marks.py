@@ -109,7 +109,7 @@ def cross(x: float, y: float, size: float = 3.0) -> list[Markup]:
 
 def legend(items: Sequence[tuple[Sequence[Markup], str]], width: float) -> tuple[list[Markup], float]:
     """Return the lines of a legend, each item drawn around (0, 0) with its label, and the height of all."""
-    drawn, x, y = [], 8.0, 12.0
+    drawn, x, y = [], 8.0, 14.0
     for swatch, label in items:
         shown = clean(label, int((width - 40) / LETTER))
         room = 34 + LETTER * len(shown)
@@ -123,7 +123,21 @@ def legend(items: Sequence[tuple[Sequence[Markup], str]], width: float) -> tuple
 
 def figure(width: float, height: float, label: str, *children: str, kind: str = "") -> Markup:
     """Return a picture with its description for those who do not see it."""
-    return element(
-        "svg", title(label), *children, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {_value(float(width))} "
-        f"{_value(float(height))}", class_=f"figure {kind}".strip(), role="img", aria_label=clean(label, 300),
-    )  # fmt: skip
+    size = {"width": float(width), "height": float(height)}
+    box = f"0 0 {_value(size['width'])} {_value(size['height'])}"
+    words = {"class_": f"figure {kind}".strip(), "role": "img", "aria_label": clean(label, 300)}
+    return element("svg", title(label), *children, xmlns="http://www.w3.org/2000/svg", viewBox=box, **size, **words)
+
+
+def height_of(picture: Markup) -> float:
+    """Return the height of a picture of [`figure`]."""
+    return float(picture.partition(' height="')[2].partition('"')[0])
+
+
+def below(pictures: Sequence[Markup]) -> tuple[list[Markup], float]:
+    """Place pictures one below the other; return them and their height."""
+    placed, height = [], 0.0
+    for picture in pictures:
+        placed.append(element("g", picture, transform=f"translate(0,{_value(height)})"))
+        height += height_of(picture)
+    return placed, height

@@ -14,7 +14,7 @@ from optimum_sieve.publish.trials import answer, by_task, reference_key, size_na
 
 from .bars import part_bars, part_table, second_bars
 from .curves import draw_losses, draw_spectra, trainings_of
-from .marks import clean, element, figure
+from .marks import below, clean, element, figure
 from .plot import percent
 from .ranks import draw_ranks
 from .render import NARROW, WIDE, render, style
@@ -83,16 +83,11 @@ def card_picture(report: dict[str, Any]) -> str | None:
     """
     if not _has_curve(report):
         return None
-    drawn = [_curve(report, task)(width=WIDE) for task in task_blocks(report)]
-    heights = [float(str(picture).partition('viewBox="0 0 ')[2].partition('"')[0].split()[1]) for picture in drawn]
-    placed = [
-        element("g", picture.replace("<svg ", f'<svg y="{sum(heights[:place]):g}" height="{height:g}" ', 1))
-        for place, (picture, height) in enumerate(zip(drawn, heights, strict=True))
-    ]
+    placed, height = below([_curve(report, task)(width=WIDE) for task in task_blocks(report)])
     look = element("style", Markup("\n{}\n").format(Markup(style("figure.css"))))
     paper = element("rect", width="100%", height="100%", class_="paper")
     label = "Score difference to the dense model against the parameters kept"
-    return f"{figure(WIDE, sum(heights), label, look, paper, *placed, kind='alone')}\n"
+    return f"{figure(WIDE, height, label, look, paper, *placed, kind='alone')}\n"
 
 
 def _both(draw: Callable[..., Markup]) -> dict[str, Markup]:
@@ -117,7 +112,7 @@ def _curve(report: dict[str, Any], task: dict[str, Any]) -> Callable[..., Markup
         return draw_sizes(
             [Group(tuple(sizes_of(report, task)))],
             [] if tolerance is None else [tolerance],
-            metric=task["metric"],
+            metric=f"{clean(task['task'], 40)}: {task['metric']}" if "tasks" in report else task["metric"],
             reference="tuned" if tuned else "dense",
             **look,
         )

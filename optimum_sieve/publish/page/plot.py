@@ -69,11 +69,11 @@ def linear_axis(low: float, high: float, label: str, *, shown: Callable[[float],
 
 
 def log_axis(low: float, high: float, label: str, *, shown: Callable[[float], str] = number) -> Axis:
-    """Return a logarithmic axis with ticks at 1, 2 and 5 times powers of ten, or at fewer where these are many."""
+    """Return a logarithmic axis with ticks at round numbers, at fewer of them where the axis is long."""
     powers = list(range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1))
     wide = max(1, len(powers) // _MOST_TICKS)
     ticks: tuple[float, ...] = ()
-    for factors, each in (((1, 2, 5), 1), ((1,), 1), ((1,), wide)):
+    for factors, each in (((1, 2, 3, 5, 7), 1), ((1, 2, 5), 1), ((1,), 1), ((1,), wide)):
         every = [factor * 10.0**power for power in powers if power % each == 0 for factor in factors]
         ticks = tuple(tick for tick in every if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9))
         if len(ticks) <= _MOST_TICKS + 1:

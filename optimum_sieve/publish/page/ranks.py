@@ -52,7 +52,8 @@ def draw_ranks(ranks: dict[str, Any], *, width: float, kind: str = "") -> Markup
 
 
 def _opacity(kept: float) -> str:
-    return f"{_LEAST + (1 - _LEAST) * min(1.0, max(0.0, kept)):.2f}"
+    # Low fractions, which most matrices have, differ more than high ones.
+    return f"{_LEAST + (1 - _LEAST) * min(1.0, max(0.0, kept)) ** 0.6:.2f}"
 
 
 def short_names(names: Sequence[str]) -> list[str]:

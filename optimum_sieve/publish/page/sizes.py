@@ -111,10 +111,11 @@ def draw_sizes(
     swatches, top = legend(_legend(groups, limits), width)
     height = top + (340.0 if width > 500 else 300.0)
     low, high = _range(every, limits)
+    least = min([size.kept for size in every] + [0.5])
     frame = Frame(
         width, height - top,
-        log_axis(min([size.kept for size in every] + [0.5]) / 1.2, 1.0, "parameters of the matrices kept", shown=percent),
-        linear_axis(low, high, f"{clean(metric, 30)}, difference to the {reference} model", shown=_signed),
+        log_axis(least / 1.2, 1.0, "parameters of the matrices kept", shown=percent),
+        linear_axis(low, high, f"{clean(metric, 80)}, difference to the {reference} model", shown=_signed),
         top=top,
     )  # fmt: skip
     parts = [*swatches, *frame.drawn(), line(frame.left, frame.y(0), frame.right, frame.y(0), "zero")]

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def tiles_of(report: dict[str, Any], tasks: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return label, value and note of the figures that matter most."""
+    """Return label, value, its standard error and a note for each of the figures that matter most."""
     parameters, num_bytes = report.get("parameters", {}), report.get("bytes", {})
     tiles = []
     before, after = parameters.get("targets_before"), parameters.get("targets_after")
     if before:
-        tiles.append(_tile("parameters of the pruned matrices", percent(after / before), f"{after:,} of {before:,}"))
+        tiles.append(_tile("parameters of the matrices kept", percent(after / before), f"{after:,} of {before:,}"))
     if len(tasks) == 1:
         tiles += _score_tiles(tasks[0])
     if num_bytes.get("before") and num_bytes.get("after"):
@@ -36,20 +36,20 @@ def _score_tiles(task: dict[str, Any]) -> list[dict[str, str]]:
     if "pruned" in task:
         side = "tuned" if "tuned" in task else "dense"
         of = f"{side} {task[side]['score']:.3f} ± {task[side]['standard_error']:.3f}" if side in task else ""
-        shown = f"{task['pruned']['score']:.3f} ± {task['pruned']['standard_error']:.3f}"
-        tiles.append(_tile(f"{clean(task['metric'], 30)}, {task['split']} split", shown, of))
+        shown, error = (f"{task['pruned'][key]:.3f}" for key in ("score", "standard_error"))
+        tiles.append(_tile(f"{clean(task['metric'], 30)}, {task['split']} split", shown, of, error))
     if "paired_difference" in task:
         difference = task["paired_difference"]
-        shown = f"{difference['mean']:+.3f} ± {difference['standard_error']:.3f}"
-        tiles.append(_tile("difference to dense, paired", shown, f"{task['count']:,} examples"))
+        shown, error = f"{difference['mean']:+.3f}", f"{difference['standard_error']:.3f}"
+        tiles.append(_tile("difference to dense, paired", shown, f"on {task['count']:,} examples", error))
     if "agreement" in task:
         kl = f"KL {task['kl']:.4f} nats" if "kl" in task else ""
         tiles.append(_tile("same answers", percent(task["agreement"]), kl))
     return tiles
 
 
-def _tile(label: str, value: str, note: str) -> dict[str, str]:
-    return {"label": label, "value": value, "note": note}
+def _tile(label: str, value: str, note: str, error: str = "") -> dict[str, str]:
+    return {"label": label, "value": value, "note": note, "error": error}
 
 
 def verdict_kind(sentence: str) -> str:
