@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .compare import CompareCommand
 from .evaluate import EvaluateCommand
 from .export import ExportCommand
 from .heal import HealCommand
@@ -13,7 +12,7 @@ from .plan import PlanCommand
 from .predict import PredictCommand
 from .prune import PruneCommand
 from .push import PushCommand
-from .report import ReportCommand
+from .report import CompareCommand, ReportCommand
 from .run import RunCommand
 from .search import SearchCommand
 
