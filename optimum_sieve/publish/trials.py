@@ -17,6 +17,8 @@ _STOPS = {
     "refused": "the descent of healed sizes stopped after two sizes in a row were beyond the tolerance",
     "smallest_size": "the descent of healed sizes stopped at the smallest size that is tried, 1 % of the parameters",
 }
+# The model that a test difference is measured from.
+REFERENCES = {"paired_difference": "dense", "difference_to_tuned": "tuned"}
 _TIME_LIMITS = {
     "unhealed": "the bisection of the size without training stopped at the time limit",
     "healed": "the descent of healed sizes stopped before a size that would have ended after the time limit",

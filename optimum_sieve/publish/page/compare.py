@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import cut, shown
 from optimum_sieve.publish.report import REPORT_NAME, task_blocks
+from optimum_sieve.publish.trials import REFERENCES, reference_key
 
 from .bars import bytes_text, seconds_text
 from .load import naming_report, read_report
@@ -154,7 +155,7 @@ def _scored(figures: dict[str, float] | None) -> str:
 
 def _curves(models: Sequence[Pruned], name: str) -> dict[str, Any]:
     """Draw the sizes that all models tried on one task."""
-    groups, limits, metrics = [], [], []
+    groups, limits, metrics, references = [], [], [], []
     for number, model in enumerate(models):
         task = model.task(name)
         if task is None:
@@ -164,8 +165,9 @@ def _curves(models: Sequence[Pruned], name: str) -> dict[str, Any]:
         tolerance = model.report.get("settings", {}).get("tolerance")
         limits += [] if tolerance is None else [tolerance]
         metrics.append(task["metric"])
-    metric = " / ".join(dict.fromkeys(metrics))
+        references.append(REFERENCES[reference_key(model.report, task)])
+    metric, reference = (" / ".join(dict.fromkeys(words)) for words in (metrics, references))
     return {
-        kind: draw_sizes(groups, limits, metric=metric, reference="dense", width=width, kind=kind)
+        kind: draw_sizes(groups, limits, metric=metric, reference=reference, width=width, kind=kind)
         for kind, width in (("wide", WIDE), ("narrow", NARROW))
     }

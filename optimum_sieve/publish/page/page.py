@@ -10,7 +10,15 @@ from markupsafe import Markup
 
 from optimum_sieve.publish.report import task_blocks
 from optimum_sieve.publish.reproduction import healing_command, reproduction_command, task_files
-from optimum_sieve.publish.trials import answer, by_task, reference_key, size_name, stop_sentences, verdict
+from optimum_sieve.publish.trials import (
+    REFERENCES,
+    answer,
+    by_task,
+    reference_key,
+    size_name,
+    stop_sentences,
+    verdict,
+)
 
 from .bars import part_bars, part_table, second_bars
 from .curves import draw_losses, draw_spectra, trainings_of
@@ -106,14 +114,13 @@ def _filled(ranks: dict[str, Any] | None) -> bool:
 def _curve(report: dict[str, Any], task: dict[str, Any]) -> Callable[..., Markup]:
     """Return what draws the sizes on one task."""
     tolerance = report.get("settings", {}).get("tolerance")
-    tuned = reference_key(report, task) == "difference_to_tuned"
 
     def draw(**look: Any) -> Markup:
         return draw_sizes(
             [Group(tuple(sizes_of(report, task)))],
             [] if tolerance is None else [tolerance],
             metric=f"{clean(task['task'], 40)}: {task['metric']}" if "tasks" in report else task["metric"],
-            reference="tuned" if tuned else "dense",
+            reference=REFERENCES[reference_key(report, task)],
             **look,
         )
 
