@@ -211,7 +211,7 @@ def test_evaluate_scores_a_dense_model_alone(cli, world, tmp_path, split):
     report = json.loads(scores.read_text())
     assert set(report) == {
         *("task", "split", "metric", "count", "majority_score", "dense", "parameters", "bytes"),
-        *("seconds", "versions"),
+        *("seconds", "versions", "examples_sha256"),
     }
     assert report["split"] == split
     assert report["count"] == 30
