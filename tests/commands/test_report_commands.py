@@ -88,7 +88,7 @@ def test_another_file_is_not_replaced(cli: Cli, world: Path, tmp_path: Path) -> 
             "one that cannot be shown (KeyError(",
         ),
         (
-            {"sieve_report.json": '{"versions": {"optimum-sieve": "1"}, "task": "a", "metric": "a", "parts": {"b": 3}}'},
+            {"sieve_report.json": '{"versions": {"optimum-sieve": "1"}, "task": "a", "metric": "", "parts": {"b": 3}}'},
             "one that cannot be shown (",
         ),
     ],
