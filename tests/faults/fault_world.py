@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
