@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from optimum_sieve import SieveConfig, SievePruner
-from optimum_sieve.publish.report import format_table
 
 
 def main(model: str, task: str, output: str, tolerance: str = "0.02") -> None:
@@ -14,7 +13,7 @@ def main(model: str, task: str, output: str, tolerance: str = "0.02") -> None:
     # The work directory stores finished stages: after an interruption, the same command resumes.
     result = pruner.prune(SieveConfig(tolerance=float(tolerance)), work_dir=f"{output}-work")
     pruner.save_pretrained(output)
-    print(format_table(result.report))
+    print(result)
 
 
 if __name__ == "__main__":

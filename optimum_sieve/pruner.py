@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.backbone.experts import separated_view
 from optimum_sieve.backbone.latency import with_latencies
 from optimum_sieve.backbone.loading import load_model
-from optimum_sieve.backbone.sizes import measure_sizes
 from optimum_sieve.backbone.sources import check_name
 from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned, with_answers
@@ -18,7 +17,7 @@ from optimum_sieve.healing.stage import hold_ranks, make_healer
 from optimum_sieve.pipeline.checks import check_model, check_search
 from optimum_sieve.pipeline.prepare import check_inputs, check_vocabulary, plan_run, prepare
 from optimum_sieve.pipeline.ranks import choose_ranks
-from optimum_sieve.pipeline.result import pruned_result
+from optimum_sieve.pipeline.result import measured_dense, pruned_result
 from optimum_sieve.publish.hub import push_folder
 from optimum_sieve.publish.result import SieveResult, save_result
 from optimum_sieve.search.stage import join_search, leading, run_search, wait_for_search
@@ -232,7 +231,7 @@ class SievePruner:
                 run = with_latencies(run)
                 healer = make_healer(run)
                 ranks, trials = choose_ranks(run, bases, healer)
-            dense, sizes = score_test_dense(run), measure_sizes(self.model, run.targets, run.vocabulary)
+            dense, sizes = score_test_dense(run), measured_dense(run, bases)
             undo.callback(hold_ranks(run, bases, ranks, healer))
             del bases
             pruned, offsets = score_test_pruned(run)
@@ -245,12 +244,13 @@ class SievePruner:
             undo.pop_all()
         return self.result
 
-    def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False) -> Path:
-        """Write model, tokenizer, model card and report; all of them or, after an error, nothing.
+    def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False, with_examples: bool = False) -> Path:
+        """Write model, tokenizer, model card, report and its page; all of them or, after an error, nothing.
 
         Args:
             output_dir (`str | Path`): A new or empty directory.
             overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
+            with_examples (`bool`): Whether `report.html` shows the test examples that both models answer differently.
 
         Returns:
             `Path`: `output_dir`.
@@ -264,15 +264,10 @@ class SievePruner:
         if self.result is None:
             raise RuntimeError("`save_pretrained` must follow `prune`, got a model that is not pruned. Call `prune`.")
         return save_result(
-            self.result,
-            self.tokenizer,
-            Path(output_dir),
-            overwrite=overwrite,
-            base_model=self.base_model,
-            base_revision=self._base_revision(),
-            task_specs=[task.spec for task in self.tasks],
-            work_dir=self._work_dir,
-        )
+            self.result, self.tokenizer, Path(output_dir), overwrite=overwrite, base_model=self.base_model,
+            base_revision=self._base_revision(), task_specs=[task.spec for task in self.tasks],
+            work_dir=self._work_dir, tasks=self.tasks if with_examples else (),
+        )  # fmt: skip
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Push what `save_pretrained` writes to the Hub, in one commit.

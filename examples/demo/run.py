@@ -16,7 +16,6 @@ from use import classify, sibling, write
 from optimum_sieve import SieveConfig, SievePruner, Task
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.modeling.layout import copy_parameters
-from optimum_sieve.publish.report import format_table
 
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +35,7 @@ def main() -> None:
     print(pruner.plan(SieveConfig(tolerance=TOLERANCE)).format(), "\n", flush=True)
     result = pruner.prune(SieveConfig(tolerance=TOLERANCE), work_dir=CACHE / "work")
     pruner.save_pretrained(OUTPUT, overwrite=True)
-    print(f"\n{format_table(result.report)}\n")
+    print(f"\n{result}\n")
 
     pruned, tokenizer = AutoModelForCausalLM.from_pretrained(OUTPUT), AutoTokenizer.from_pretrained(OUTPUT)
     same = write(result.model, tokenizer) == write(pruned, tokenizer)

@@ -36,6 +36,7 @@ def search_kept_fraction(
     confidence: float,
     steps: int,
     goes_on: Callable[[], bool] = lambda: True,
+    on_trial: Callable[[Sequence[dict[str, Any]]], object] = lambda trials: None,
 ) -> tuple[float, list[dict[str, Any]]]:
     """Bisect the kept fraction in `steps` steps; return the smallest one within `tolerance`.
 
@@ -53,6 +54,7 @@ def search_kept_fraction(
         confidence (`float`): One-sided confidence, at least 0.5.
         steps (`int`): Number of fractions to try.
         goes_on (`Callable`): Whether there is time for another fraction; asked before every one but the first.
+        on_trial (`Callable`): Receives the records of all trials so far after each one.
 
     Returns:
         `tuple[float, list[dict]]`: The kept fraction and the record of each trial. With several tasks, `"tasks"` holds
@@ -69,13 +71,15 @@ def search_kept_fraction(
         kept = (low + high) / 2
         comparisons = compare_at(kept)
         bounds = {name: comparison.lower_bound(confidence) for name, comparison in comparisons.items()}
-        trials.append(size_trial(kept, comparisons, confidence))
+        accepted = min(bounds.values()) >= -tolerance
+        trials.append({**size_trial(kept, comparisons, confidence), "accepted": accepted})
+        on_trial(trials)
         for name, comparison in comparisons.items():
             logger.info(
                 "Kept %.1f %%, %s: score difference %+.4f +- %.4f, lower bound %+.4f, agreement %.3f.",
                 100 * kept, name, comparison.mean, comparison.standard_error, bounds[name], comparison.agreement,
             )  # fmt: skip
-        low, high = (low, kept) if min(bounds.values()) >= -tolerance else (kept, high)
+        low, high = (low, kept) if accepted else (kept, high)
     if high == 1.0:
         raise ToleranceError(_failure(trials, tolerance), trials)
     return high, trials

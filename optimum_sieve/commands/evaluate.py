@@ -58,7 +58,8 @@ class EvaluateCommand(SieveSubcommand):
         """Score one or two models, print a table and write the JSON file."""
         from optimum_sieve.evaluation.comparison import compare
         from optimum_sieve.metrics.module_metric import ModuleMetric
-        from optimum_sieve.publish.report import build_report, format_table, task_block, write_report
+        from optimum_sieve.publish.report import build_report, task_block, write_report
+        from optimum_sieve.publish.table import format_table
         from optimum_sieve.tasks import Task
 
         if arguments.json:

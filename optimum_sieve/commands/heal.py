@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from optimum_sieve.config.heal import HealConfig
 
-from .base import SieveSubcommand, add_debug, add_task, reserved_output
+from .base import SieveSubcommand, add_debug, add_task, add_with_examples, reserved_output
 from .base.settings import add_heal_settings, heal_settings_from
 
 
@@ -45,6 +45,7 @@ class HealCommand(SieveSubcommand):
         )
         parser.add_argument("--output", metavar="DIR", required=True, help="Directory for the healed model.")
         parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds a model.")
+        add_with_examples(parser)
         parser.add_argument(
             "--work-dir",
             metavar="DIR",
@@ -74,7 +75,6 @@ class HealCommand(SieveSubcommand):
 
     def _heal(self, arguments: Namespace, config: HealConfig) -> None:
         from optimum_sieve.pipeline.heal import heal_pruned
-        from optimum_sieve.publish.report import format_table
         from optimum_sieve.publish.result import save_result
         from optimum_sieve.tasks.several import read_tasks
 
@@ -100,8 +100,9 @@ class HealCommand(SieveSubcommand):
             base_model=arguments.dense,
             base_revision=result.model.config.sieve.get("base_revision"),
             task_specs=[task.spec for task in tasks],
+            tasks=tasks if arguments.with_examples else (),
         )
-        print(format_table(result.report))
+        print(result)
         print(f"\nsaved in {arguments.output}")
 
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import SieveSubcommand, add_source, load_pruner, reserved_output
+from .base import SieveSubcommand, add_source, add_with_examples, load_pruner, reserved_output
 from .base.job import write_job
 from .base.settings import add_settings, settings_from
 
@@ -21,6 +21,7 @@ def add_run(parser: ArgumentParser) -> None:
     """Add the options of the output and the directories of a run."""
     parser.add_argument("--output", metavar="DIR", help="Directory for the pruned model. Not needed with --dry-run.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds a model.")
+    add_with_examples(parser)
     parser.add_argument(
         "--work-dir",
         metavar="DIR",
@@ -86,7 +87,7 @@ class PruneCommand(SieveSubcommand):
         if config.allocation == "genetic" and arguments.work_dir is not None and files:
             write_job(arguments, config)
         result = pruner.prune(config, work_dir=arguments.work_dir, study_storage=arguments.study_storage)
-        pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite)
+        pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite, with_examples=arguments.with_examples)
         if distributed.is_first():
             print(result)
             print(f"\nsaved in {arguments.output}")

@@ -32,6 +32,9 @@ class PushCommand(SieveSubcommand):
             "--create-pr", action="store_true", help="Open a pull request instead of committing to the branch."
         )
         parser.add_argument("--token", help="Hub token (default: HF_TOKEN, or the token stored by `hf auth login`).")
+        parser.add_argument(
+            "--with-examples", action="store_true", help="Push report.html also if it shows examples of the data."
+        )
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:
@@ -46,5 +49,6 @@ class PushCommand(SieveSubcommand):
             commit_message=arguments.commit_message,
             create_pr=arguments.create_pr,
             token=arguments.token,
+            with_examples=arguments.with_examples,
         )
         print(f"pushed to {pushed.pr_url or pushed.commit_url}")

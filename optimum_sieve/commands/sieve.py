@@ -12,7 +12,7 @@ from .plan import PlanCommand
 from .predict import PredictCommand
 from .prune import PruneCommand
 from .push import PushCommand
-from .report import ReportCommand
+from .report import CompareCommand, ReportCommand
 from .run import RunCommand
 from .search import SearchCommand
 
@@ -59,8 +59,13 @@ class SieveCommand(BaseOptimumCLICommand):
         ),
         CommandInfo(
             name="report",
-            help="Show the result of a search as a page and as figures.",
+            help="Write the page of a pruned model, of a run or of a search.",
             subcommand_class=ReportCommand,
+        ),
+        CommandInfo(
+            name="compare",
+            help="Show several pruned models on one page.",
+            subcommand_class=CompareCommand,
         ),
         CommandInfo(
             name="push",

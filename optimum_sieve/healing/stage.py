@@ -70,7 +70,8 @@ class Healer:
         run (`Run`): The run, whose model is dense and whose settings have `heal`.
 
     The attribute `best` is the last size that was accepted, or `None`; `kept_without` is the smallest kept fraction
-    within the tolerance without training, if that was searched and there is one.
+    within the tolerance without training, if that was searched and there is one. `stopped` says why a descent ended:
+    `"refused"`, or what the sizes' iterator gave as its reason; `None` if all given sizes were healed.
     """
 
     def __init__(self, run: Run) -> None:
@@ -78,6 +79,7 @@ class Healer:
         self.config = heal_config(run)
         self.best: HealedSize | None = None
         self.kept_without: float | None = None
+        self.stopped: str | None = None
         self.lessons = make_lessons(run)
         self._dense = {target.name: run.model.get_submodule(target.name) for target in run.targets}
         norms = norm_parameters(run.model) if self.config.train_norms else {}
@@ -132,6 +134,7 @@ class Healer:
                 else:
                     refused += 1
                     if refused == _REFUSALS:
+                        self.stopped = "refused"
                         break
         finally:
             self.restore()

@@ -14,16 +14,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from optimum_sieve.allocation.budget import rank_parameters
 from optimum_sieve.allocation.tolerance import size_trial
 from optimum_sieve.config.heal import LARGEST_HEALED
 from optimum_sieve.evaluation.stage import compare_selection
 from optimum_sieve.healing.lessons import heal_config
-from optimum_sieve.metrics.identity import metric_name
-from optimum_sieve.metrics.module_metric import ModuleMetric
 from optimum_sieve.run import distributed
+
+from .progress import show_trial
 
 
 if TYPE_CHECKING:
@@ -43,7 +41,9 @@ _SMALLEST = 0.01
 _FINE = 0.1
 
 
-def descend_within(run: Run, bases: Bases, healer: Healer, reference: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def descend_within(
+    run: Run, bases: Bases, healer: Healer, reference: Sequence[Evaluation], before: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """Heal falling sizes until two in a row exceed the tolerance; return their records. The model is dense afterwards.
 
     Args:
@@ -52,6 +52,7 @@ def descend_within(run: Run, bases: Bases, healer: Healer, reference: Sequence[E
         healer (`Healer`): Its `kept_without` sets the first size, its `best` size is the result.
         reference (`Sequence[Evaluation]`): Evaluation of the model that the tolerance is measured from on the selection
             split of each task.
+        before (`Sequence[dict]`): Records of the sizes tried without training, for the progress in the work directory.
     """
     config = run.config
     trials: list[dict[str, Any]] = []
@@ -61,11 +62,10 @@ def descend_within(run: Run, bases: Bases, healer: Healer, reference: Sequence[E
         trial = size_trial(size.kept, comparisons, config.confidence)
         accepted = bool(trial["lower_bound"] >= -(config.tolerance or 0.0))
         trials.append({**trial, "healed": True, "accepted": accepted})
-        if run.progress:
-            tqdm.write(_line(trials[-1], run.tasks[0].metric if len(run.tasks) == 1 else "lowest score"))
+        show_trial(run, [*before, *trials], healer)
         return accepted
 
-    healer.descend(bases, _falling_sizes(run, healer.kept_without), accept)
+    healer.descend(bases, _falling_sizes(run, healer), accept)
     return trials
 
 
@@ -79,9 +79,9 @@ def kept_fraction(run: Run, ranks: Ranks) -> float:
     return kept / sum(target.num_parameters for target in run.targets)
 
 
-def _falling_sizes(run: Run, unhealed: float | None) -> Iterator[float]:
-    """Yield the kept fractions to heal; stop before one that would end after the time limit."""
-    config = heal_config(run)
+def _falling_sizes(run: Run, healer: Healer) -> Iterator[float]:
+    """Yield the kept fractions to heal; stop before one that would end after the time limit. Say why in the healer."""
+    config, unhealed = heal_config(run), healer.kept_without
     # From one size above, as the size that holds without training was chosen on the same examples.
     kept = LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed / config.shrink)
     longest = 0.0
@@ -89,18 +89,9 @@ def _falling_sizes(run: Run, unhealed: float | None) -> Iterator[float]:
         started = time.monotonic()
         # Every process must go on or stop with the others.
         if not distributed.agree(run.seconds_left > longest):
+            healer.stopped = "time_limit"
             return
         yield kept
         longest = max(longest, time.monotonic() - started)
         kept *= config.shrink ** (1 if kept > _FINE else 2)
-
-
-def _line(trial: dict[str, Any], metric: object) -> str:
-    """Describe a size for the terminal."""
-    worst = min(trial.get("tasks", {"": trial}).values(), key=lambda each: each["lower_bound"])
-    name = metric_name(metric) if isinstance(metric, str | ModuleMetric) else "score"
-    verdict = "accepted" if trial["accepted"] else "beyond the tolerance"
-    return (
-        f"kept {trial['kept']:6.1%}  {name} {worst['mean']:+.3f} ± {worst['standard_error']:.3f}, at least "
-        f"{worst['lower_bound']:+.3f}, agreement {worst['agreement']:.3f}: {verdict}"
-    )
+    healer.stopped = "smallest_size"

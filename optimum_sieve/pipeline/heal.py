@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from optimum_sieve._messages import shown
 from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.loading import load_model
-from optimum_sieve.backbone.sizes import measure_sizes
+from optimum_sieve.backbone.sizes import matrix_sizes, measure_sizes
 from optimum_sieve.backbone.sources import naming_model, read_config, source_options
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned
@@ -21,6 +21,7 @@ from optimum_sieve.healing.loop import heal
 from optimum_sieve.modeling.conversion import check_pruned
 from optimum_sieve.modeling.label_offsets import KEY
 from optimum_sieve.publish.result import TaskScores, make_result
+from optimum_sieve.publish.sections import rank_section
 from optimum_sieve.run.context import Run
 from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks.several import check_tasks, naming, task_shares
@@ -197,7 +198,7 @@ class _Dense:
 
     lessons: list[Lesson]
     scores: list[Evaluation]
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     fingerprints: list[str]
     shared: dict[str, Any]
@@ -228,6 +229,7 @@ def _make_result(
         run.model,
         scores=[TaskScores.of(*each) for each in zip(run.tasks, dense.scores, after, strict=True)],
         sizes=(dense.sizes, measure_sizes(run.model, run.targets)),
+        sections={"ranks": rank_section(matrix_sizes(run.model, run.targets))},
         trials=[],
         settings=block.get("settings") or {},
         seconds=run.seconds,

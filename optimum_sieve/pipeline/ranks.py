@@ -15,6 +15,7 @@ from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary.stage import vocabulary_part
 
 from .descent import descend_within, kept_fraction
+from .progress import show_trial
 
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
                 _heal_to_ratio(run, bases, ranks, healer)
             else:
                 healer.kept_without = None if ranks is None else kept_fraction(run, ranks)
-                trials += descend_within(run, bases, healer, reference)
+                trials += descend_within(run, bases, healer, reference, before=list(trials))
                 _drop_larger(healer)
         if healer.best is not None:
             return healer.best.ranks([target.name for target in run.targets]), trials
@@ -123,6 +124,7 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
             steps=config.search_steps,
             # Every process must go on or stop with the others.
             goes_on=lambda: distributed.agree(run.seconds_left > 0),
+            on_trial=lambda trials: show_trial(run, trials),
         )
     return allocate_ranks(run, bases, kept), trials
 

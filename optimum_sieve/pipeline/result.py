@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.latency import total_seconds
 from optimum_sieve.backbone.offloading import bring_in
-from optimum_sieve.backbone.sizes import measure_sizes
+from optimum_sieve.backbone.sizes import matrix_sizes, measure_sizes
 from optimum_sieve.publish.card import public_name
 from optimum_sieve.publish.result import TaskScores, make_result
+from optimum_sieve.publish.sections import rank_section, spectra_section
+from optimum_sieve.publish.trials import stop_reasons, trial_rows
+
+from .progress import save_in_work_dir
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from optimum_sieve.allocation.budget import Ranks
+    from optimum_sieve.calibration.rounds import Bases
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.healing.stage import Healer
     from optimum_sieve.publish.result import SieveResult
@@ -25,13 +30,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def measured_dense(run: Run, bases: Bases) -> dict[str, Any]:
+    """Return the sizes of the dense model, see `measure_sizes`, and the spectra of its matrices."""
+    energies = {target.name: bases[target.name].energy.detach().cpu().numpy() for target in run.targets}
+    return {**measure_sizes(run.model, run.targets, run.vocabulary), "spectra": spectra_section(energies)}
+
+
 def pruned_result(
     run: Run,
     dense: Sequence[Evaluation],
     pruned: Sequence[Evaluation],
     offsets: list[dict[str, Any]],
     *,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
     ranks: Ranks,
     trials: list[dict[str, Any]],
     healer: Healer | None,
@@ -46,7 +57,7 @@ def pruned_result(
         dense (`Sequence[Evaluation]`): Evaluation of the dense model, tuned or not, on each task's test split.
         pruned (`Sequence[Evaluation]`): Evaluation of the pruned model.
         offsets (`list[dict]`): Label offsets that its scores contain, for the configuration.
-        sizes (`dict[str, int]`): Sizes of the dense model, see `measure_sizes`.
+        sizes (`dict[str, Any]`): Of the dense model, see [`measured_dense`].
         ranks (`Mapping[str, int | None]`): Ranks of the pruned model.
         trials (`list[dict[str, Any]]`): Trials of the search for the ranks.
         healer (`Healer`, *optional*): Healed the model.
@@ -72,6 +83,11 @@ def pruned_result(
         vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
         latency=None if run.latencies is None else total_seconds(run, ranks),
         label_offsets=offsets,
+        sections={
+            "spectra": sizes["spectra"],
+            "ranks": rank_section(matrix_sizes(run.model, run.targets)),
+            "stopped": _stopped(run, trials, healer) or None,
+        },
     )
     if run.vocabulary is not None and run.vocabulary_trials:
         # The configuration has the sizes alone.
@@ -79,7 +95,13 @@ def pruned_result(
             **run.vocabulary.sizes,
             "trials": [dict(trial) for trial in run.vocabulary_trials],
         }
+    save_in_work_dir(run, result.report)
     return result
+
+
+def _stopped(run: Run, trials: list[dict[str, Any]], healer: Healer | None) -> dict[str, str]:
+    rows = trial_rows(trials, run.config.tolerance)
+    return stop_reasons(rows, run.config.to_dict(), None if healer is None else healer.stopped)
 
 
 def _warn_of_loss_to_tuned(run: Run, tuned: Sequence[Evaluation], pruned: Sequence[Evaluation]) -> None:

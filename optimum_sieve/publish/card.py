@@ -13,8 +13,11 @@ import yaml
 from optimum_sieve.search.genome import split_name
 from optimum_sieve.tasks.template import TaskTemplate
 
-from .report import size_changes, task_blocks
+from .page.page import PICTURE_NAME
+from .report import task_blocks
 from .reproduction import healing_command, reproduction_command, task_files
+from .table import size_changes
+from .trials import answer, decisive, size_name, stop_sentences, verdict, worst
 
 
 if TYPE_CHECKING:
@@ -102,6 +105,10 @@ def build_card(
         base=hub_id or name,
         revision=base_revision if hub_id else None,
         sizes=size_changes(report),
+        picture=PICTURE_NAME,
+        trials=[(size_name(trial), trial, worst(trial), answer(trial)) for trial in decisive(report.get("trials", []))],
+        stops=[f"{sentence[0].upper()}{sentence[1:]}." for sentence in stop_sentences(report)],
+        verdicts=[(task, verdict(report, task)) for task in task_blocks(report)],
         auto_class=_AUTO_CLASSES.get(pipeline_tag, "AutoModel"),
         rank_pattern=rank_pattern,
         grid=grid,

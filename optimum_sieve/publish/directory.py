@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.run.files import whole_directory
 from optimum_sieve.run.outputs import reserved
 
+from .page.load import write_pages
 from .report import REPORT_NAME, write_report
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +28,7 @@ def save_directory(
     *,
     report: dict[str, Any] | None = None,
     files: Callable[[], Mapping[str, str]] = dict,
+    examples: Sequence[dict[str, Any]] | None = None,
     overwrite: bool = False,
     needed_bytes: int = 0,
     inputs: Inputs = (),
@@ -41,9 +43,11 @@ def save_directory(
         tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
         card (`Callable[[], object]`): Makes the model card, whose `str` becomes README.md; called after everything else
             is written.
-        report (`dict[str, Any]`, *optional*): Becomes `sieve_report.json`, with the size of the weights as written.
+        report (`dict[str, Any]`, *optional*): Becomes `sieve_report.json`, with the size of the weights as written, and
+            its page.
         files (`Callable[[], Mapping[str, str]]`): Returns further texts by the name of their file, such as
             `sieve_task.json`; called after the model is written.
+        examples (`Sequence[dict]`, *optional*): Examples for the page alone, see `publish.page.examples`.
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
         needed_bytes (`int`): Bytes that must be free on the disk.
         inputs (`Iterable[tuple[str, str | Path | None]]`): Names of arguments with their paths, from which `output_dir`
@@ -64,6 +68,7 @@ def save_directory(
         if report is not None:
             report["bytes"]["after"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
             write_report(report, partial / REPORT_NAME)
+            write_pages(report, partial, examples)
         for name, text in files().items():
             (partial / name).write_text(text, encoding="utf-8", newline="")
         (partial / "README.md").write_text(str(card()), encoding="utf-8", newline="")

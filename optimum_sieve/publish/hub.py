@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.modeling.block import check_block
+from optimum_sieve.run.contents import PAGE, page_kind
 
+from .page.page import PAGE_NAME, PICTURE_NAME
 from .report import DIGEST_KEY, REPORT_NAME, task_blocks
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 
+logger = logging.getLogger(__name__)
 
 _WEIGHTS = "model*.safetensors*"
 _REMEDIES = {
@@ -34,6 +38,7 @@ def push_folder(
     commit_message: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
+    with_examples: bool = False,
 ) -> CommitInfo:
     """Upload a directory written by `save_pretrained` in one commit; create the repository if it does not exist.
 
@@ -49,6 +54,7 @@ def push_folder(
         commit_message (`str`, *optional*): Default: a message with the task and the size.
         create_pr (`bool`): Whether to open a pull request instead of changing the branch.
         token (`str`, *optional*): Default: `HF_TOKEN`, or the token stored by `hf auth login`.
+        with_examples (`bool`): Whether to upload also a `report.html` that shows examples of the data.
 
     Returns:
         `huggingface_hub.CommitInfo`: With `commit_url`, `oid` and `pr_url`.
@@ -75,7 +81,7 @@ def push_folder(
         # `upload_folder` splits long uploads into several commits: readers would download an incomplete model.
         return api.create_commit(
             name,
-            _operations(folder, [file.rfilename for file in there.siblings or []]),
+            _operations(folder, [file.rfilename for file in there.siblings or []], with_examples=with_examples),
             commit_message=commit_message or default_message(folder),
             revision=revision,
             create_pr=create_pr,
@@ -92,13 +98,26 @@ def push_folder(
         ) from error
 
 
-def _operations(folder: Path, there: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """List the files to add, and the weights of an earlier push to delete."""
+def _is_stale(name: str) -> bool:
+    """Return whether a file of an earlier push is about other weights, unless this push replaces it."""
+    return fnmatch(name, _WEIGHTS) or name in (PAGE_NAME, PICTURE_NAME)
+
+
+def _operations(
+    folder: Path, there: list[str], *, with_examples: bool
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """List the files to add, and the weights and the page of an earlier push to delete."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
     added = {path.relative_to(folder).as_posix(): path for path in files}
-    stale = [name for name in there if "/" not in name and fnmatch(name, _WEIGHTS) and name not in added]
+    if PAGE_NAME in added and not with_examples and page_kind(added[PAGE_NAME]) != PAGE:
+        logger.warning(
+            "%s is not pushed, as it may hold examples of the data. `optimum-cli sieve report %s` makes it again "
+            "without them; `--with-examples` pushes it as it is.", PAGE_NAME, folder,
+        )  # fmt: skip
+        del added[PAGE_NAME]
+    stale = [name for name in there if "/" not in name and _is_stale(name) and name not in added]
     return [
         *(CommitOperationDelete(path_in_repo=name) for name in stale),
         *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in added.items()),

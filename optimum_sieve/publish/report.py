@@ -1,4 +1,4 @@
-"""Report of a run: the content of `sieve_report.json`, and its form on a terminal. Does not import torch."""
+"""Report of a run: the content of `sieve_report.json`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.metrics.scored import EXAMPLES
 from optimum_sieve.run.files import replacing
 
+from .sections import answers_section
+
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +26,8 @@ REPORT_NAME = "sieve_report.json"
 DIGEST_KEY = "weights_sha256"
 # Keys of what holds for the weights of the pruned model alone.
 _MEASURED = (
-    *("pruned", "paired_difference", "difference_to_tuned", "agreement", "kl", "healing", "largest_coefficient"),
-    DIGEST_KEY,
+    *("pruned", "paired_difference", "difference_to_tuned", "agreement", "kl", "answers", "healing"),
+    *("largest_coefficient", DIGEST_KEY),
 )
 _VERSIONED = ("optimum-sieve", "torch", "transformers", "optimum", "accelerate", "datasets", "numpy", "safetensors")
 
@@ -81,12 +83,10 @@ def task_block(
             report[name] = {"mean": float(compared.mean), "standard_error": float(compared.standard_error)}
     closest = to_tuned or comparison
     if closest is not None:
-        report["agreement"] = float(closest.agreement)
-        if closest.kl is not None:
-            report["kl"] = float(closest.kl)
-    if references is not None:
-        report["references"] = references
-    return report
+        report |= {"agreement": float(closest.agreement), "kl": closest.kl}
+        report["answers"] = answers_section(tuned or dense, pruned)
+    report["references"] = references
+    return {key: value for key, value in report.items() if value is not None}
 
 
 def _metric_keys(scored: Sequence[Evaluation]) -> dict[str, Any]:
@@ -95,6 +95,7 @@ def _metric_keys(scored: Sequence[Evaluation]) -> dict[str, Any]:
     keys = {
         "metric": first.metric,
         "count": first.count,
+        "examples_sha256": first.fingerprint,
         "error_method": next((each.error_method for each in scored if each.error_method != EXAMPLES), EXAMPLES),
     }
     # A module of evaluate may be undefined for constant answers.
@@ -117,6 +118,7 @@ def build_report(
     vocabulary: dict[str, Any] | None = None,
     latency: dict[str, float] | None = None,
     label_offsets: list[dict[str, Any]] | None = None,
+    sections: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the content of `sieve_report.json` as JSON values; keys of missing arguments are left out.
 
@@ -139,6 +141,7 @@ def build_report(
             Total seconds of all targets for one row under `"dense"` and `"pruned"`, each layer measured alone and
             eager, as for `latency_target`.
         label_offsets (`list[dict]`, *optional*): `candidates` and their `offsets` in the pruned model's scores.
+        sections (`dict[str, Any]`, *optional*): Further keys, of which those with `None` are left out.
     """
     report: dict[str, Any] = dict(tasks[0]) if len(tasks) == 1 else {"tasks": list(tasks)}
     for key, value in (
@@ -153,6 +156,7 @@ def build_report(
         ("vocabulary", vocabulary),
         ("latency", latency),
         ("label_offsets", label_offsets),
+        *(sections or {}).items(),
     ):
         if value is not None:
             report[key] = value
@@ -177,37 +181,6 @@ def write_report(report: dict[str, Any], path: str | Path) -> None:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def format_table(report: dict[str, Any]) -> str:
-    """Format a report for a terminal: a row per measure, a column per model; missing keys are left out.
-
-    Args:
-        report (`dict[str, Any]`): A report of [`build_report`][optimum_sieve.publish.report.build_report].
-
-    Returns:
-        `str`: Several lines, without a trailing newline.
-
-    Example:
-
-    ```python
-    >>> print(format_table({"task": "toy", "split": "test", "metric": "accuracy", "count": 200,
-    ...                     "majority_score": 0.5, "dense": {"score": 0.8, "standard_error": 0.0283}}))
-    toy: 200 examples of the test split, most frequent answer 0.500
-    <BLANKLINE>
-                      dense
-    accuracy  0.800 ± 0.028
-
-    ```
-    """
-    rows = [row for row in _rows(report) if any(row[1:])]
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells)).rstrip()
-        for cells in (list(zip(row, widths, strict=True)) for row in zip(*columns, strict=True))
-    ]
-    return "\n".join([*map(_title, task_blocks(report)), "", *lines, *_healing_line(report), *_seconds_line(report)])
-
-
 def task_blocks(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the blocks of all tasks in a report, see [`task_block`]."""
     return report.get("tasks") or [report]
@@ -218,83 +191,3 @@ def remove_scores(report: dict[str, Any]) -> None:
     for block in (report, *task_blocks(report)):
         for key in _MEASURED:
             block.pop(key, None)
-
-
-def _title(task: dict[str, Any]) -> str:
-    title = f"{task['task']}: {task['count']:,} examples of the {task['split']} split"
-    if "majority_score" in task:
-        title += f", most frequent answer {task['majority_score']:.3f}"
-    if task.get("error_method", EXAMPLES) != EXAMPLES:
-        title += f", errors by {task['error_method']}"
-    return title + (f", scored against the {task['references']}'s own answers" if "references" in task else "")
-
-
-def size_changes(report: dict[str, Any]) -> list[tuple[str, int, int]]:
-    """List the sizes in a report as (label, before, after), without those known for one model only."""
-    parameters, num_bytes = report.get("parameters", {}), report.get("bytes", {})
-    vocabulary = report.get("vocabulary", {})
-    latency = {name: round(1e6 * seconds) for name, seconds in report.get("latency", {}).items()}
-    pairs = [
-        ("tokens of the vocabulary", vocabulary.get("before"), vocabulary.get("after")),
-        ("parameters of the target matrices", parameters.get("targets_before"), parameters.get("targets_after")),
-        ("parameters of the model", parameters.get("model_before"), parameters.get("model_after")),
-        ("bytes of the weights (safetensors)", num_bytes.get("before"), num_bytes.get("after")),
-        ("microseconds of the target matrices for one row", latency.get("dense"), latency.get("pruned")),
-    ]
-    return [(label, before, after) for label, before, after in pairs if before and after is not None]
-
-
-def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    tasks = task_blocks(report)
-    is_tuned = "tuned" in tasks[0]
-    return [
-        ("", "dense", "tuned", "pruned", *(("to dense", "to tuned") if is_tuned else ("difference", ""))),
-        *(row for task in tasks for row in _task_rows(task, f"{task['task']}: " if len(tasks) > 1 else "")),
-        *_vocabulary_rows(report),
-        *(
-            (label, f"{before:,}", "", f"{after:,}", f"{after / before - 1:+.1%}", "")
-            for label, before, after in size_changes(report)
-        ),
-    ]
-
-
-def _vocabulary_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Show the loss by removed tokens alone, on the selection split, if it was measured."""
-    trials = report.get("vocabulary", {}).get("trials", [])
-    losses = [_with_error(trial) for trial in trials[-1:]]
-    # The tokens are removed from the tuned model.
-    places = [("", loss) if "tuned" in task_blocks(report)[0] else (loss, "") for loss in losses]
-    return [("removed tokens alone (selection split)", "", "", "", *place) for place in places]
-
-
-def _task_rows(task: dict[str, Any], prefix: str) -> list[tuple[str, ...]]:
-    keys = ("dense", "tuned", "pruned", "paired_difference", "difference_to_tuned")
-    names = ("agreement with tuned", "KL to tuned") if "tuned" in task else ("agreement", "KL to dense")
-    values = (f"{task['agreement']:.3f}" if "agreement" in task else "", f"{task['kl']:.4f}" if "kl" in task else "")
-    return [
-        (prefix + task["metric"], *(_with_error(task.get(key)) for key in keys)),
-        *((prefix + name, "", "", value, "", "") for name, value in zip(names, values, strict=True)),
-    ]
-
-
-def _with_error(measure: dict[str, float] | None) -> str:
-    """Format a score, or the mean of a paired difference with its sign, with its standard error."""
-    if measure is None:
-        return ""
-    value = f"{measure['score']:.3f}" if "score" in measure else f"{measure['mean']:+.3f}"
-    return f"{value} ± {measure['standard_error']:.3f}"
-
-
-def _healing_line(report: dict[str, Any]) -> list[str]:
-    """State the size within the tolerance without and with healing, if both were searched."""
-    healing = report.get("healing", {})
-    if "kept_without" not in healing or report.get("settings", {}).get("tolerance") is None:
-        return []
-    without, kept = (f"{x:.1%}" if x is not None else "none" for x in (healing["kept_without"], healing["kept"]))
-    smaller = "smaller " if kept == "none" and without != "none" else ""
-    return ["", f"smallest size within the tolerance: {without} without healing, {kept} {smaller}with it"]
-
-
-def _seconds_line(report: dict[str, Any]) -> list[str]:
-    seconds = report.get("seconds")
-    return ["", "seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())] if seconds else []

@@ -15,10 +15,14 @@ from optimum_sieve.surgery.apply import largest_coefficient
 
 from .card import PIPELINE_TAGS, base_license, build_card, public_name
 from .directory import save_directory
+from .page.examples import differing
 from .recipe import RECIPE_NAME, recipe_text
-from .report import DIGEST_KEY, build_report, format_table, remove_scores, task_block, task_blocks
+from .report import DIGEST_KEY, build_report, remove_scores, task_block, task_blocks
 from .saved import save_model
+from .sections import parts_section
+from .table import format_table
 from .task_file import task_files
+from .trials import trial_rows
 
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.run.context import TaskRun
+    from optimum_sieve.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ def make_result(
     model: PreTrainedModel,
     *,
     scores: Sequence[TaskScores],
-    sizes: tuple[dict[str, int], dict[str, int]],
+    sizes: tuple[dict[str, Any], dict[str, Any]],
     trials: list[dict[str, Any]],
     settings: dict[str, Any],
     seconds: dict[str, float],
@@ -104,6 +109,7 @@ def make_result(
     vocabulary: dict[str, int] | None = None,
     latency: dict[str, float] | None = None,
     label_offsets: list[dict[str, Any]] | None = None,
+    sections: dict[str, Any] | None = None,
 ) -> SieveResult:
     """Turn a factorized model into one of model type `sieve`, in place, and build its report.
 
@@ -122,6 +128,7 @@ def make_result(
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
         latency (`dict[str, float]`, *optional*): Seconds of the targets for one row, if there was a latency target.
         label_offsets (`list[dict]`, *optional*): Offsets that the scores of the pruned model contain.
+        sections (`dict[str, Any]`, *optional*): Further sections of the report, see `publish.sections`.
     """
     named = dict(zip(("before", "after"), sizes, strict=True))
     report = build_report(
@@ -137,6 +144,12 @@ def make_result(
         vocabulary=vocabulary,
         latency=latency,
         label_offsets=label_offsets or None,
+        sections={
+            **(sections or {}),
+            "base_model": base_model,
+            "parts": parts_section(sizes),
+            "trials": trial_rows(trials, settings.get("tolerance")) or None,
+        },
     )
     model = sieve_model(
         model,
@@ -174,8 +187,11 @@ def save_result(
     base_revision: str | None,
     task_specs: Sequence[dict[str, Any]],
     work_dir: str | Path | None = None,
+    tasks: Sequence[Task] = (),
 ) -> Path:
-    """Write model, tokenizer, model card and report; all of it or, if anything fails, nothing.
+    """Write model, tokenizer, model card, report and page; all of it or, if anything fails, nothing.
+
+    The page shows the test examples of `tasks` that both models answer differently; without tasks, no text of the data.
 
     Raises:
         FileExistsError: If `output` holds files and `overwrite` is false, or files that are not of a model.
@@ -183,6 +199,7 @@ def save_result(
         OSError: If the disk is full or the directory cannot be written.
     """
     if distributed.is_first():
+        examples = [_differing(*each, tokenizer) for each in zip(result.scores, tasks, strict=True)] if tasks else None
         limited = result.report["settings"].get("memory_limit") is not None
         options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
 
@@ -214,9 +231,15 @@ def save_result(
                     result.report.get("loading"),
                 ),
             },
+            examples=examples,
             overwrite=overwrite,
             needed_bytes=result.report["bytes"]["after"],
             inputs=[("model", base_model), ("work_dir", work_dir)],
         )
     distributed.wait()
     return output
+
+
+def _differing(scores: TaskScores, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    before, name = (scores.dense, "dense") if scores.tuned is None else (scores.tuned, "tuned")
+    return differing(task.name, before, scores.pruned, task.examples("test", tokenizer), name=name)

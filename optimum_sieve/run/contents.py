@@ -15,15 +15,8 @@ _NAME = "optimum-sieve"
 _CONFIG, _TEMPLATES = "config.json", "additional_chat_templates"
 # Files that `save_pretrained` of a model, its configuration, tokenizer or processor may write, and the exports.
 _MODEL = (
-    *(
-        "README.md",
-        "sieve_report.json",
-        "sieve_task.json",
-        "sieve.yaml",
-        "sieve_config.json",
-        _CONFIG,
-        "generation_config.json",
-    ),
+    *("README.md", "sieve_report.json", "report.html", "sieve_curve.svg", "sieve_task.json", "sieve.yaml"),
+    *("sieve_config.json", _CONFIG, "generation_config.json"),
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json"),
     *("model.onnx", "model.onnx.data", "export.json"),
@@ -44,6 +37,9 @@ _MODEL = (
 )
 _PAGE = ("search.html", "front.png", "progress.png", "levels.png", "prediction.png")
 _LONGEST_LINE = 2**24
+# What the first lines of a page say, so that it is known again: one with examples is not published unasked.
+PAGE, PAGE_WITH_EXAMPLES = "optimum-sieve", "optimum-sieve, with examples"
+_HEAD = 500
 _IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
 
 
@@ -90,6 +86,21 @@ def is_predictions(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(row, dict) and "prediction" in row
+
+
+def page_kind(path: Path) -> str | None:
+    """Return whether a file is a page of this package, as `PAGE` or `PAGE_WITH_EXAMPLES`; `None`: it is neither."""
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(_HEAD)
+    kinds = (PAGE, PAGE_WITH_EXAMPLES)
+    return next((kind for kind in kinds if f'<meta name="generator" content="{kind}">' in head), None)
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page of this package."""
+    return page_kind(path) is not None
 
 
 def _code(directory: Path) -> set[str]:

@@ -16,7 +16,7 @@ from .reservation import ADDED_LENGTH, exclusive
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     Inputs = Iterable[tuple[str, str | Path | None]]
 
@@ -65,13 +65,16 @@ def check_output(output: Path, overwrite: bool, *, needed_bytes: int = 0, inputs
     _check_content(_check_place(output, needed_bytes, inputs), output, overwrite)
 
 
-def check_report_file(file: Path, argument: str, *, inputs: Inputs = ()) -> None:
+def check_report_file(
+    file: Path, argument: str, *, inputs: Inputs = (), known: Callable[[Path], bool] = is_report
+) -> None:
     """Check that a report can be written to `file`: a new one, one of this package, or the standard output.
 
     Args:
         file (`Path`): The file.
         argument (`str`): Its name in error messages.
         inputs (`Iterable[tuple[str, str | Path | None]]`): As of [`reserved`].
+        known (`Callable`): Tells a file that may be replaced, such as a page.
 
     Raises:
         FileExistsError: If it is something that may not be replaced.
@@ -81,7 +84,7 @@ def check_report_file(file: Path, argument: str, *, inputs: Inputs = ()) -> None
     if is_standard_output(file):
         return
     target = _check_file(file, argument, inputs)
-    if target.exists() and target.stat().st_size and not is_report(target):
+    if target.exists() and target.stat().st_size and not known(target):
         raise FileExistsError(
             f"`{argument}` must name a new file or a report to replace, got {cut(str(file))} with another content. "
             "Choose another name."

@@ -117,7 +117,7 @@ def test_another_processor_is_measured_again(
 
 
 def test_the_report_shows_the_time() -> None:
-    from optimum_sieve.publish.report import size_changes
+    from optimum_sieve.publish.table import size_changes
 
     report = {"latency": {"dense": 0.0021, "pruned": 0.0014}}
     assert size_changes(report) == [("microseconds of the target matrices for one row", 2100, 1400)]

@@ -12,6 +12,7 @@ from toy import make_model, make_tokenizer, write_task
 
 from optimum_sieve import SieveConfig
 from optimum_sieve.commands.evaluate import EvaluateCommand
+from optimum_sieve.run.contents import PAGE_WITH_EXAMPLES, page_kind
 
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def fresh_process(*words: str) -> subprocess.CompletedProcess[str]:
     ("words", "status", "shown"),
     [
         (["--help"], 0, "Prune a language model for one task."),
-        (["sieve"], 0, "{prune,run,plan,evaluate,predict,search,heal,report,push,export,merge}"),
+        (["sieve"], 0, "{prune,run,plan,evaluate,predict,search,heal,report,compare,push,export,merge}"),
         (["sieve", "prune", "--help"], 0, "--pruning-ratio"),
         (["sieve", "prune", "--help"], 0, "--help-all also shows the advanced ones"),
         (["sieve", "prune", "--help-all"], 0, "--heal-train-norms"),
@@ -49,6 +50,8 @@ def fresh_process(*words: str) -> subprocess.CompletedProcess[str]:
         (["sieve", "search", "--help"], 0, "--worker"),
         (["sieve", "search", "--work-dir", "w", "--task", "t"], 2, "required: --model (or --worker)"),
         (["sieve", "report", "--help"], 0, "--work-dir"),
+        (["sieve", "report", "gone"], 1, "error: `directory` must hold sieve_report.json"),
+        (["sieve", "compare", "gone", "lost"], 1, "error: `directories` must be those of pruned models, got gone with"),
         (
             ["sieve", "prune", "--model", "m", "--task", "t", "--output", "o", "--seed", "x"],
             2,
@@ -149,8 +152,9 @@ def test_dry_run_shows_the_plan_and_writes_nothing(cli, world):
 def test_prune_then_evaluate(cli, world, tmp_path):
     model, task, output = world / "model", world / "task.json", tmp_path / "pruned"
     prune = ("prune", "--model", model, "--task", task, "--pruning-ratio", "0.4", "--rank-multiple", "1", "--no-heal")
-    status, table, error = cli(*prune, "--output", output, "--work-dir", tmp_path / "work")
+    status, table, error = cli(*prune, "--output", output, "--work-dir", tmp_path / "work", "--with-examples")
     assert status == 0, error
+    assert page_kind(output / "report.html") == PAGE_WITH_EXAMPLES
     report = json.loads((output / "sieve_report.json").read_text())
     assert report["settings"] == SieveConfig(pruning_ratio=0.4, rank_multiple=1, heal=None, tune=None).to_dict()
     assert report["parameters"]["targets_after"] <= 0.6 * report["parameters"]["targets_before"]
@@ -164,7 +168,8 @@ def test_prune_then_evaluate(cli, world, tmp_path):
     )
     assert status == 0, error
     again = json.loads(scores.read_text())
-    for key in ("task", "split", "metric", "count", "majority_score", "dense", "pruned", "agreement"):
+    blocks = ("task", "split", "metric", "count", "majority_score", "examples_sha256", "dense", "pruned", "agreement")
+    for key in (*blocks, "answers"):
         assert again[key] == report[key]
     assert again["paired_difference"] == report["paired_difference"]
     assert again["kl"] == pytest.approx(report["kl"], abs=1e-6)
@@ -206,7 +211,7 @@ def test_evaluate_scores_a_dense_model_alone(cli, world, tmp_path, split):
     report = json.loads(scores.read_text())
     assert set(report) == {
         *("task", "split", "metric", "count", "majority_score", "dense", "parameters", "bytes"),
-        *("seconds", "versions", "error_method"),
+        *("seconds", "versions", "error_method", "examples_sha256"),
     }
     assert report["split"] == split
     assert report["count"] == 30

@@ -142,7 +142,7 @@ def test_the_prune_command_heals_unless_it_is_told_not_to(
     sizes = re.search(r"smallest size within the tolerance: (.+)% without healing, (.+)% with it", shown)
     assert sizes is not None
     assert float(sizes[2]) < float(sizes[1]) < 26
-    assert re.search(rf"^kept +{re.escape(sizes[2])}%  accuracy .*: accepted$", shown, flags=re.MULTILINE)
+    assert re.search(rf"^kept +{re.escape(sizes[2])}% healed  accuracy .*: accepted$", shown, flags=re.MULTILINE)
 
     assert run(*words, "--pruning-ratio", 0.6, "--no-heal", "--output", tmp_path / "unhealed") == 0
     report = json.loads((tmp_path / "unhealed" / "sieve_report.json").read_text())

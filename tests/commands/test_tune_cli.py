@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from toy import make_model, make_tokenizer, parity_rows, write_task
 
-from optimum_sieve.publish.report import format_table
+from optimum_sieve.publish.table import format_table
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 from toy import parity_rows, task_spec, write_rows
 from two_tasks import SIZE, TOKENIZER, learn_both, make_tasks
 
-from optimum_sieve.publish.report import format_table
+from optimum_sieve.publish.table import format_table
 
 
 if TYPE_CHECKING:

@@ -192,6 +192,10 @@ def _timeless(path: Path) -> bytes:
         # A file that was cut off is no JSON.
         with suppress(ValueError):
             return json.dumps(_without_times(json.loads(content))).encode()
+    if path.suffix == ".html":
+        # A resumed run has no time for stages that it took from the work directory.
+        content = re.sub(rb"<h2>Time by stage</h2>.*?(?=<h2>)", b"", content, flags=re.DOTALL)
+        return re.sub(rb"<b>([\d.]+ s|\d+ min \d+ s|\d+ h \d+ min)</b>", b"", content)
     return content
 
 

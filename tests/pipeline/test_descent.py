@@ -20,6 +20,8 @@ from optimum_sieve.healing import stage
 from optimum_sieve.healing.loop import heal
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.pipeline import descent, ranks
+from optimum_sieve.publish.page.load import read_report
+from optimum_sieve.publish.page.page import report_page
 
 
 if TYPE_CHECKING:
@@ -317,6 +319,7 @@ def test_the_descent_ends_before_a_size_that_would_exceed_the_time_limit(
     trials = healed_trials(result)
     assert [trial["accepted"] for trial in trials][:sizes] == [True] * sizes
     assert len(trials) == sizes + 2 * (limit is None)
+    assert result.report["stopped"] == {"unhealed": "search_steps", "healed": "time_limit" if limit else "refused"}
     assert result.report["healing"]["kept"] == trials[sizes - 1]["kept"]
     assert trials[sizes - 1]["kept"] - 0.02 < kept_of(result) <= trials[sizes - 1]["kept"]
 
@@ -343,6 +346,7 @@ def test_no_size_is_healed_where_the_time_is_over(
     monkeypatch.setattr(stage, "heal", None)
     result = pruner.prune(SieveConfig(**WITHIN, time_limit=1e-9), **QUIET)
     assert healed_trials(result) == []
+    assert result.report["stopped"] == {"unhealed": "time_limit", "healed": "time_limit"}
     assert result.report["healing"]["kept"] is None
     assert kept_of(result) == pytest.approx(result.report["healing"]["kept_without"])
 
@@ -354,7 +358,35 @@ def test_sizes_are_printed_as_they_are_scored(
     script(monkeypatch, descent, [True, False, False])
     pruner.prune(SieveConfig(**WITHIN), progress=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept ")]
-    assert len(lines) == 3
-    assert "accuracy +0.000 ± 0.000" in lines[0]
-    assert lines[0].endswith(": accepted")
-    assert all(line.endswith(": beyond the tolerance") for line in lines[1:])
+    assert [line.split()[2] for line in lines] == ["pruned"] * 2 + ["healed"] * 3
+    assert "accuracy +0.000 ± 0.000" in lines[2]
+    assert [line.rpartition(": ")[2] for line in lines] == ["accepted"] * 3 + ["beyond the tolerance"] * 2
+
+
+def test_a_descent_that_nothing_refuses_ends_at_the_smallest_size(
+    pruner: SievePruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, ranks, [True, True])
+    script(monkeypatch, descent, [True] * 30)
+    result = pruner.prune(SieveConfig(**{**WITHIN, "heal": HealConfig(steps=1, shrink=0.5)}), **QUIET)
+    assert result.report["stopped"] == {"unhealed": "search_steps", "healed": "smallest_size"}
+    assert healed_trials(result)[-1]["kept"] >= 0.01 > healed_trials(result)[-1]["kept"] * 0.5**2
+
+
+def test_the_work_directory_shows_the_sizes_of_a_run_that_was_stopped(
+    pruner: SievePruner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script(monkeypatch, ranks, [True, False])
+    script(monkeypatch, descent, [True, True])
+    with pytest.raises(StopIteration):
+        # The third healed size has no verdict.
+        pruner.prune(SieveConfig(**WITHIN), work_dir=tmp_path, **QUIET)
+    report = read_report(tmp_path)
+    assert report["complete"] is False
+    assert [(trial["healed"], trial["accepted"]) for trial in report["trials"]] == [
+        *((False, True), (False, False), (True, True), (True, True)),
+    ]
+    assert [len(size["losses"]) for size in report["healing"]["sizes"]] == [1, 1]
+    page = report_page(report)
+    assert "The run has not ended" in page
+    assert "4 sizes as a table" in page

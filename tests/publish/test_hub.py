@@ -104,6 +104,28 @@ def test_weights_of_an_earlier_push_do_not_stay(hub, folder, pruner, tmp_path):
     assert head(hub) == content(tmp_path / "again")
 
 
+def test_a_page_with_examples_stays_at_home(hub, folder, pruner, tmp_path, caplog):
+    push_folder(folder, REPO)
+    page = head(hub)["report.html"]
+    # Neither is that of the earlier weights left.
+    again = pruner.save_pretrained(tmp_path / "again", with_examples=True)
+    push_folder(again, REPO)
+    assert head(hub) == {name: file for name, file in content(again).items() if name != "report.html"}
+    assert "report.html is not pushed, as it may hold examples of the data. `optimum-cli sieve report" in caplog.text
+    (again / "report.html").write_text("<html>of someone else</html>")
+    push_folder(again, REPO)
+    assert "report.html" not in head(hub)
+    (again / "report.html").write_bytes(page)
+    push_folder(again, REPO)
+    assert head(hub) == content(again)
+
+
+def test_a_page_with_examples_is_pushed_where_asked_for(hub, pruner, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "model", with_examples=True)
+    push_folder(folder, REPO, with_examples=True)
+    assert head(hub) == content(folder)
+
+
 def test_a_branch_is_made_and_main_stays(hub, folder):
     push_folder(folder, REPO, revision="v1")
     assert head(hub) == {}

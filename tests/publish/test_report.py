@@ -13,12 +13,11 @@ from optimum_sieve.modeling import fingerprint
 from optimum_sieve.publish import report
 from optimum_sieve.publish.report import (
     build_report,
-    format_table,
     remove_scores,
-    size_changes,
     task_block,
     write_report,
 )
+from optimum_sieve.publish.table import format_table, size_changes
 
 
 def make_evaluation(correct: int, count: int = 10, metric: str = "accuracy") -> Evaluation:
@@ -60,7 +59,7 @@ def full_report():
 def test_report_has_the_documented_schema(full_report):
     assert set(full_report) == {
         *("task", "split", "metric", "count", "dense", "pruned", "majority_score", "paired_difference", "agreement"),
-        *("kl", "parameters", "bytes", "seconds", "settings", "versions", "error_method"),
+        *("kl", "parameters", "bytes", "seconds", "settings", "versions", "answers", "examples_sha256", "error_method"),
     }
     assert full_report["task"] == "toy"
     assert full_report["split"] == "test"
@@ -82,8 +81,19 @@ def test_report_survives_json(full_report, tmp_path):
 
 def test_what_is_not_known_is_left_out():
     report = build_report([task_block("toy", pruned=make_evaluation(7), split="selection")])
-    keys = {"task", "split", "metric", "count", "error_method", "majority_score", "pruned", "versions"}
-    assert set(report) == keys
+    assert set(report) == {
+        *(
+            "task",
+            "split",
+            "metric",
+            "count",
+            "majority_score",
+            "examples_sha256",
+            "error_method",
+            "pruned",
+            "versions",
+        ),
+    }
     assert report["split"] == "selection"
     assert size_changes(report) == []
 

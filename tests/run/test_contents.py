@@ -10,7 +10,7 @@ from tiny_models import make_pruned_model, make_tiny_model
 from toy import make_tokenizer
 from writers import write_model
 
-from optimum_sieve.run.contents import foreign_entry
+from optimum_sieve.run.contents import PAGE, PAGE_WITH_EXAMPLES, foreign_entry, is_page, page_kind
 
 
 if TYPE_CHECKING:
@@ -27,6 +27,26 @@ def test_a_saved_model_is_known(make: Callable[[str], Any], tmp_path: Path) -> N
     tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "additional_chat_templates" / "tool.jinja").exists()
     assert foreign_entry(tmp_path) is None
+
+
+def test_a_page_next_to_a_model_is_known(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "report.html").write_text("")
+    (tmp_path / "sieve_curve.svg").write_text("")
+    assert foreign_entry(tmp_path) is None
+
+
+def test_a_page_is_told_from_other_files(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert page_kind(page) is None
+    page.write_text("<html>")
+    assert not is_page(page)
+    for kind in (PAGE, PAGE_WITH_EXAMPLES):
+        page.write_text(f'<html><meta name="generator" content="{kind}">')
+        assert page_kind(page) == kind
+    # Not what a text on the page says.
+    page.write_text("<html>" + " " * 600 + f'<meta name="generator" content="{PAGE}">')
+    assert not is_page(page)
 
 
 def test_an_empty_directory_has_nothing_to_keep(tmp_path: Path) -> None:

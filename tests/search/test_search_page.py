@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import re
-import shutil
-import subprocess
 import sys
-import threading
 
 import pytest
+from browser import open_browser
 from search_world import make_world, play, score
 
 from optimum_sieve.run.checksum import sealed
@@ -137,52 +133,10 @@ def test_missing_matplotlib_names_the_extra(found, monkeypatch):
         draw_all(found)
 
 
-class Browser:
-    """Headless Chromium on pages of a folder, served on this machine."""
-
-    FLAGS = (
-        *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,3400"),
-        *("--no-first-run", "--disable-sync", "--disable-component-update", "--disable-background-networking"),
-        # Whatever it asks for on its own, no name but ours is looked up.
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-    )
-
-    def __init__(self, program, folder, profile):
-        self.program, self.profile = program, profile
-        handler = functools.partial(QuietHandler, directory=folder)
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-    def open(self, name, shot):
-        """Open a page; return its DOM and what it asked for."""
-        log, origin = self.profile / "net.json", f"http://127.0.0.1:{self.server.server_port}"
-        words = [self.program, *self.FLAGS, f"--user-data-dir={self.profile}", f"--log-net-log={log}"]
-        words += [f"--screenshot={shot}", "--dump-dom", f"{origin}/{name}"]
-        done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=120)
-        parameters = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-        asked = {p["url"] for p in parameters if str(p.get("initiator", "")).startswith(origin) and "url" in p}
-        return done.stdout, {url for url in asked if not url.endswith("/favicon.ico")}
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def browser(page, tmp_path):
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    browser = Browser(program, page.parent, tmp_path / "profile")
-    yield browser
-    browser.close()
+    with open_browser(page.parent, tmp_path / "profile") as browser:
+        yield browser
 
 
 @pytest.mark.browser

@@ -15,7 +15,7 @@ from vocabulary_world import BAD, GOOD, THINGS, byte_level
 
 from optimum_sieve import SievePruner, compare, evaluate
 from optimum_sieve.allocation.tolerance import ToleranceError
-from optimum_sieve.publish.report import format_table
+from optimum_sieve.publish.table import format_table
 from optimum_sieve.tasks import Task
 from optimum_sieve.vocabulary import stage, task_vocabulary
 from optimum_sieve.vocabulary.closure import needed_tokens

@@ -92,6 +92,15 @@ def add_source(parser: ArgumentParser, *, required: bool = True, several: bool =
     add_debug(parser)
 
 
+def add_with_examples(parser: ArgumentParser) -> None:
+    """Add the option for texts of the data in the page of a model."""
+    parser.add_argument(
+        "--with-examples",
+        action="store_true",
+        help="Show the test examples that both models answer differently in report.html, which is then not pushed.",
+    )
+
+
 def load_pruner(arguments: Namespace, config: SieveConfig | None = None) -> SievePruner:
     """Load the model and the tasks that the options of `add_source` name.
 
