@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from optimum_sieve.search.genome import split_name
+from optimum_sieve.tasks.python_values import only_in_python
 from optimum_sieve.tasks.template import TaskTemplate
 
 from .report import size_changes, task_blocks
@@ -104,7 +105,7 @@ def build_card(
         heal_command=healing_command(hub_id or name, report.get("healing", {}), files),
         settings=_yaml(settings or {}),
         example=_example_row(task_specs[0] if task_specs else {}),
-        task_specs=list(zip(files, map(_yaml, task_specs), strict=False)),
+        task_specs=list(zip(files, map(_yaml, task_specs), map(only_in_python, task_specs), strict=False)),
     )
     return card
 

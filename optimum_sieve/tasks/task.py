@@ -1,11 +1,11 @@
-r"""`Task`: examples, prompt, answers and metric of one narrow task, read from a task file."""
+r"""`Task`: examples, prompt, answers and metric of one narrow task, from a task file or from Python."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -13,58 +13,78 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve._messages import shown
 
 from .choices import Choices
-from .data import NAMES, UNLABELLED, Data
-from .example import Example, Generation, Reference
+from .data import NAMES
+from .example import Example
 from .generate import Generate
 from .labels import LabelScoring
-from .prompts import Prompt, Row
-from .spec import check_keys, normal, plain, read_spec, require
-from .splits import divide
+from .prompts import Prompt
+from .python_values import apart, inferred_kind
+from .reading import Item, read_items, read_seed
+from .spec import check_keys, plain, read_spec, require
 from .text_metrics import Metric, metric_name
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
+    from .example import Generation
 
-Answering = LabelScoring | Choices | Generate
+    # A jinja2 template, or a function of a row's fields.
+    Written = str | Callable[[dict[str, Any]], Any]
+
 
 KINDS: dict[str, type[LabelScoring] | type[Choices] | type[Generate]] = {
     "labels": LabelScoring,
     "choices": Choices,
     "generate": Generate,
 }
-_KEYS = ("name", "kind", "data", "limit", "group", "prompt", "chat", "metric", "seed")
+_KEYS = ("name", "kind", "data", "limit", "group", "prompt", "chat", "chat_template_kwargs", "metric", "seed")
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One row of a split: the texts of its prompt (messages not yet joined) and its reference."""
-
-    texts: tuple[str, ...]
-    reference: Reference
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
     """A narrow task for a model: rows in disjoint splits, a prompt, answers and a metric.
 
-    Create it with [`Task.from_file`] or [`Task.from_dict`]. They read all data and check every row in use, so later
-    stages raise no errors about the data.
+    Create it from Python objects, or with [`Task.from_file`] or [`Task.from_dict`]. All data is read and every row in
+    use checked, so later stages raise no errors about the data.
 
     Args:
-        name (`str`):
-            Name of the task.
-        kind (`str`):
-            Kind of answer: `"labels"`, `"choices"` or `"generate"`.
-        metric (`str` or `Callable`):
-            Name of a metric, or a function.
-        labels (`dict[str, str]`):
-            Maps a label of the data to the text to score; empty for other kinds.
-        spec (`dict[str, Any]`):
-            Contents of the task file as JSON types.
+        data (`Dataset`, `DatasetDict`, `list[dict]` or `dict`): Rows. A `datasets.Dataset` or a list of dictionaries is
+            divided by seed. Of a `DatasetDict`, or a mapping from splits to rows, train serves for calibration,
+            validation for selection and test for test. Or the `data` of a task file.
+        prompt (`str` or `Callable`, *optional*): Template of the model's input, or a function of a row's fields.
+        chat (`list[dict]`, *optional*): Instead of `prompt`: messages with `role` and `content`, which is a template or
+            a function.
+        answer (`str` or `Callable`, *optional*): Template or function of the correct answer.
+        labels (`dict[str, str]`, *optional*): Maps a label of the data to the text to score.
+        choices (`str`, `list` or `Callable`, *optional*): Template or function of the list of an example's choices.
+        max_new_tokens (`int`, *optional*): Maximum number of generated tokens, for written answers.
+        metric (`str` or `Callable`, *optional*): Name of a metric, or a function of an answer and the accepted answers.
+        name (`str`): Name of the task.
+        keys (`Any`): Other keys of a task file, such as `limit`, `stop` or `chat_template_kwargs`.
+
+    Attributes:
+        name (`str`): Name of the task.
+        kind (`str`): Kind of answer: `"labels"`, `"choices"` or `"generate"`. Given by the keys if it is not given.
+        metric (`str` or `Callable`): Name of a metric, or a function.
+        labels (`dict[str, str]`): Maps a label of the data to the text to score; empty for other kinds.
+        spec (`dict[str, Any]`): Contents of the task file as JSON types, see
+            [`only_in_python`][optimum_sieve.tasks.python_values.only_in_python].
+
+    Raises:
+        ValueError: If a key, value or row is invalid; the message names it.
+        TypeError: If a value has the wrong type.
+
+    Example:
+
+    ```python
+    >>> rows = [{"text": f"{number} apples", "label": number % 2} for number in range(40)]
+    >>> task = Task(data=rows, prompt="{{ text }}: even or odd?", answer="{{ label }}", labels={0: " even", 1: " odd"})
+    >>> task.splits
+    {'calibration': 20, 'selection': 10, 'test': 10}
+
+    ```
     """
 
     name: str
@@ -74,7 +94,30 @@ class Task:
     spec: dict[str, Any]
     _prompt: Prompt
     _generation: Generation | None
-    _items: dict[str, tuple[_Item, ...]]
+    _items: dict[str, tuple[Item, ...]]
+
+    def __init__(
+        self,
+        *,
+        data: Any,
+        prompt: Written | None = None,
+        chat: Sequence[Mapping[str, Written]] | None = None,
+        answer: Written | Sequence[Written] | None = None,
+        labels: Mapping[Any, str] | None = None,
+        choices: Written | Sequence[Written] | None = None,
+        max_new_tokens: int | None = None,
+        metric: Metric | None = None,
+        name: str = "task",
+        **keys: Any,
+    ) -> None:
+        spec: dict[str, Any] = {"prompt": prompt, "chat": chat, "answer": answer, "labels": labels, "choices": choices}
+        spec |= {"data": data, "max_new_tokens": max_new_tokens, "name": name, **keys}
+        spec = {key: value for key, value in spec.items() if value is not None}
+        spec.setdefault("kind", inferred_kind(spec))
+        if isinstance(metric, str):
+            spec["metric"] = metric
+        given, stored = apart(spec)
+        self._read(given, stored, Path(), None if isinstance(metric, str) else metric)
 
     @classmethod
     def from_file(cls, path: str | Path, *, metric: Callable[[str, Sequence[str]], float] | None = None) -> Task:
@@ -96,7 +139,8 @@ class Task:
             TypeError: If a value has the wrong type.
         """
         path = Path(path)
-        return cls.from_dict(read_spec(path), path.parent, metric=metric)
+        spec = plain(read_spec(path))
+        return cls.__new__(cls)._read(spec, spec, path.parent, metric)
 
     @classmethod
     def from_dict(
@@ -110,7 +154,7 @@ class Task:
 
         Args:
             spec (`dict[str, Any]`):
-                Contents of a task file.
+                Contents of a task file, which may also hold the rows and functions that [`Task`] takes.
             root (`str` or `Path`):
                 Directory that paths in `spec` are relative to.
             metric (`Callable`, *optional*):
@@ -119,7 +163,10 @@ class Task:
         Returns:
             [`Task`]: The task with its data.
         """
-        spec = plain(spec)
+        return cls.__new__(cls)._read(*apart(spec), Path(root), metric)
+
+    def _read(self, spec: dict[str, Any], stored: dict[str, Any], root: Path, metric: Any) -> Task:
+        """Read the contents of a task, of which `stored` has only JSON types."""
         kind = require(spec, "kind", str, f"one of {', '.join(KINDS)}")
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {shown(kind)}.")
@@ -127,19 +174,16 @@ class Task:
         name = require(spec, "name", str, "a string")
         if not name.strip() or not name.isprintable():
             raise ValueError(f"`name` must be a line of text, which reports show, got {shown(name)}.")
-        _check_metric(spec, metric, KINDS[kind].metrics)
+        for each in (spec, stored):
+            _check_metric(each, metric, KINDS[kind].metrics)
         prompt = Prompt.from_spec(spec)
-        scoring = KINDS[kind].from_spec(spec, prompt, _seed(spec))
-        return cls(
-            name=name,
-            kind=kind,
-            metric=spec.get("metric", scoring.metrics[0]) if metric is None else metric,
-            labels=scoring.labels if isinstance(scoring, LabelScoring) else {},
-            spec=spec,
-            _prompt=prompt,
-            _generation=scoring.generation if isinstance(scoring, Generate) else None,
-            _items=_read_items(spec, Path(root), prompt, scoring),
-        )
+        scoring = KINDS[kind].from_spec(spec, prompt, read_seed(spec))
+        self.name, self.kind, self.spec, self._prompt = name, kind, stored, prompt
+        self.metric = spec.get("metric", scoring.metrics[0]) if metric is None else metric
+        self.labels = scoring.labels if isinstance(scoring, LabelScoring) else {}
+        self._generation = scoring.generation if isinstance(scoring, Generate) else None
+        self._items = read_items(spec, root, prompt, scoring)
+        return self
 
     @property
     def splits(self) -> dict[str, int]:
@@ -180,7 +224,7 @@ class Task:
         self.require_splits(split)
         return [self._example(item, tokenizer) for item in self._items[split]]
 
-    def _example(self, item: _Item, tokenizer: PreTrainedTokenizerBase) -> Example:
+    def _example(self, item: Item, tokenizer: PreTrainedTokenizerBase) -> Example:
         prompt, answer = self._prompt.text(item.texts, tokenizer), item.reference.answer
         if self._generation is not None:
             answer = self._generation.continuation(prompt, answer, tokenizer.eos_token)
@@ -203,27 +247,6 @@ class Task:
             code = _source_code(self.metric)
             content.append([metric_name(self.metric), *([] if code is None else [code])])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read_items(spec: dict[str, Any], root: Path, prompt: Prompt, scoring: Answering) -> dict[str, tuple[_Item, ...]]:
-    """Load the data, divide it and render every row in use."""
-    rendered: dict[tuple[str, int], tuple[str, ...]] = {}
-
-    def texts(row: Row) -> tuple[str, ...]:
-        key = (row.source, row.number)
-        if key not in rendered:
-            # Two prompts count as equal even if their choices appear in different orders, or as other code points.
-            rendered[key] = tuple(map(normal, prompt.render(scoring.shown(row, shuffled=False))))
-        return rendered[key]
-
-    def item(row: Row, answering: Answering) -> _Item:
-        return _Item(prompt.render(scoring.shown(row)), answering.reference(row))
-
-    group, limit, seed = _group(spec), _limit(spec), _seed(spec)
-    data = Data.from_spec(require(spec, "data", dict, "a mapping with `files` or `dataset`"))
-    rows = divide(data, data.load(root), prompt=texts, group=group, limit=limit, seed=seed)
-    kinds = {split: scoring.without_answer() if split == UNLABELLED else scoring for split in rows}
-    return {split: tuple(item(row, kinds[split]) for row in rows[split]) for split in rows}
 
 
 def _check_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...]) -> None:
@@ -273,28 +296,3 @@ def _source_code(function: Any) -> str | None:
     except (OSError, TypeError):
         # It is no function, or was defined without a source file, for example in an interactive session.
         return None
-
-
-def _group(spec: dict[str, Any]) -> str | None:
-    group = spec.get("group")
-    if group is not None and not isinstance(group, str):
-        raise TypeError(f"`group` must be the name of a field, got {shown(group)}.")
-    return group
-
-
-def _limit(spec: dict[str, Any]) -> dict[str, int]:
-    limit = {} if spec.get("limit") is None else spec["limit"]
-    if not isinstance(limit, dict):
-        raise TypeError(f"`limit` must be a mapping from {', '.join(NAMES)} to numbers of rows, got {shown(limit)}.")
-    check_keys(limit, NAMES, "limit")
-    for split, value in limit.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`limit.{split}` must be a whole number of at least 1, got {shown(value)}.")
-    return limit
-
-
-def _seed(spec: dict[str, Any]) -> int:
-    seed = spec.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` must be a whole number of at least 0, got {shown(seed)}.")
-    return seed
