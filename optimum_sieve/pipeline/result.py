@@ -11,6 +11,9 @@ from optimum_sieve.backbone.sizes import measure_sizes
 from optimum_sieve.publish.card import public_name
 from optimum_sieve.publish.result import TaskScores, make_result
 
+from .findings import warn_of_the_majority
+from .ranks import compares
+
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +59,10 @@ def pruned_result(
     """
     bring_in(run.model)
     _warn_of_loss_to_tuned(run, dense, pruned)
+    if not compares(run, healer):
+        # Otherwise the selection split has told.
+        for task, evaluation in zip(run.tasks, dense, strict=True):
+            warn_of_the_majority(task.name, evaluation, "test")
     untuned = [None] * len(run.tasks) if run.tuning is None else run.tuning.dense
     result = make_result(
         run.model,

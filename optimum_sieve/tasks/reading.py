@@ -2,12 +2,16 @@ r"""Read a task's rows: load, divide and render those in use, with the keys that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optimum_sieve._messages import shown
 
+from .choices import Choices
 from .data import NAMES, UNLABELLED, Data
+from .generate import Generate
+from .labels import LabelScoring
+from .prompts import Prompt
 from .spec import check_keys, normal, require
 from .splits import divide
 
@@ -15,13 +19,30 @@ from .splits import divide
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .choices import Choices
-    from .example import Reference
-    from .generate import Generate
-    from .labels import LabelScoring
-    from .prompts import Prompt, Row
+    from .example import Generation, Reference
+    from .templates.template import Row
+    from .text_metrics import Metric
 
-    Answering = LabelScoring | Choices | Generate
+
+class Answering(Protocol):
+    """What gives each row the texts that its prompt shows, and its gold answer."""
+
+    def shown(self, row: Row, *, shuffled: bool = True) -> Row:
+        """Return the row whose prompt is rendered."""
+
+    def reference(self, row: Row) -> Reference:
+        """Return the gold answer."""
+
+    def without_answer(self) -> Answering:
+        """Return this without gold answers."""
+
+
+KINDS: dict[str, type[LabelScoring] | type[Choices] | type[Generate]] = {
+    "labels": LabelScoring,
+    "choices": Choices,
+    "generate": Generate,
+}
+_KEYS = ("name", "kind", "data", "limit", "group", "prompt", "chat", "chat_template_kwargs", "metric", "seed")
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,72 @@ class Item:
 
     texts: tuple[str, ...]
     reference: Reference
+
+
+def read_kind(spec: dict[str, Any]) -> str:
+    """Return the kind of a task after a check of all its keys.
+
+    Raises:
+        ValueError: If it is unknown, or a key is.
+    """
+    kind: str = require(spec, "kind", str, f"one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {shown(kind)}.")
+    check_keys(spec, (*_KEYS, *KINDS[kind].keys), "task")
+    return kind
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a task is made of.
+
+    Args:
+        name (`str`): Name of the task.
+        kind (`str`): Kind of answer.
+        metric (`str` or `Callable`): Metric of the task, unless it has a custom one.
+        prompt (`Prompt`): The prompt.
+        scoring (`Answering`): The answers.
+        spec (`dict[str, Any]`): Keys by which the rows are read: `data`, `limit`, `group` and `seed`.
+        labels (`dict[str, str]`): Maps a label of the data to the text to score; empty for other kinds.
+        generation (`Generation`, *optional*): How answers are written.
+    """
+
+    name: str
+    kind: str
+    metric: Metric
+    prompt: Prompt
+    scoring: Answering
+    spec: dict[str, Any]
+    labels: dict[str, str] = field(default_factory=dict)
+    generation: Generation | None = None
+
+
+def read_parts(spec: dict[str, Any], kind: str) -> Parts:
+    """Read the contents of a task whose kind and metric were checked, but for the rows."""
+    prompt = Prompt.from_spec(spec)
+    scoring = KINDS[kind].from_spec(spec, prompt, read_seed(spec))
+    return Parts(
+        name=read_name(spec),
+        kind=kind,
+        metric=spec.get("metric", scoring.metrics[0]),
+        prompt=prompt,
+        scoring=scoring,
+        spec=spec,
+        labels=scoring.labels if isinstance(scoring, LabelScoring) else {},
+        generation=scoring.generation if isinstance(scoring, Generate) else None,
+    )
+
+
+def read_name(spec: dict[str, Any]) -> str:
+    """Return the name of a task.
+
+    Raises:
+        ValueError: If it is no line of text.
+    """
+    name: str = require(spec, "name", str, "a string")
+    if not name.strip() or not name.isprintable():
+        raise ValueError(f"`name` must be a line of text, which reports show, got {shown(name)}.")
+    return name
 
 
 def read_items(spec: dict[str, Any], root: Path, prompt: Prompt, scoring: Answering) -> dict[str, tuple[Item, ...]]:

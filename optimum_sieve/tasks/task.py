@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import shown
 
-from .choices import Choices
 from .data import NAMES
 from .example import Example
-from .generate import Generate
-from .labels import LabelScoring
-from .prompts import Prompt
+from .harness.scoring import HarnessMetric, read_harness
+from .harness.source import PREFIX
+from .metrics import CLASS_METRICS
 from .python_values import apart, inferred_kind
-from .reading import Item, read_items, read_seed
-from .spec import check_keys, plain, read_spec, require
+from .reading import KINDS, Item, read_items, read_kind, read_parts
+from .spec import plain, read_spec
 from .text_metrics import Metric, metric_name
 
 
@@ -29,18 +28,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from .example import Generation
+    from .example import Generation, Reference
+    from .prompts import Prompt
 
     # A jinja2 template, or a function of a row's fields.
     Written = str | Callable[[dict[str, Any]], Any]
-
-
-KINDS: dict[str, type[LabelScoring] | type[Choices] | type[Generate]] = {
-    "labels": LabelScoring,
-    "choices": Choices,
-    "generate": Generate,
-}
-_KEYS = ("name", "kind", "data", "limit", "group", "prompt", "chat", "chat_template_kwargs", "metric", "seed")
 
 
 class Task:
@@ -120,27 +112,32 @@ class Task:
         self._read(given, stored, Path(), None if isinstance(metric, str) else metric)
 
     @classmethod
-    def from_file(cls, path: str | Path, *, metric: Callable[[str, Sequence[str]], float] | None = None) -> Task:
+    def from_file(
+        cls,
+        path: str | Path,
+        *,
+        metric: Callable[[str, Sequence[str]], float] | None = None,
+        trust_remote_code: bool = False,
+    ) -> Task:
         """Read a task file (YAML or JSON). Paths in it are relative to the file.
 
         Args:
-            path (`str` or `Path`):
-                The task file.
-            metric (`Callable`, *optional*):
-                Custom metric that replaces the file's: maps an answer and the accepted answers to a number. The score
-                is the mean over the examples.
-
-        Returns:
-            [`Task`]: The task with its data.
+            path (`str` or `Path`): The task file; or `lm_eval:` and the name of a task of lm-evaluation-harness, or the
+                path of its YAML.
+            metric (`Callable`, *optional*): Custom metric that replaces the file's: maps an answer and the accepted
+                answers to a number. The score is the mean over the examples.
+            trust_remote_code (`bool`): Whether functions that a task of lm-evaluation-harness names may run.
 
         Raises:
             FileNotFoundError: If the task file or a data file does not exist.
             ValueError: If a key, value or row is invalid; the message names it.
             TypeError: If a value has the wrong type.
         """
-        path = Path(path)
-        spec = plain(read_spec(path))
-        return cls.__new__(cls)._read(spec, spec, path.parent, metric)
+        named = str(path).removeprefix(PREFIX)
+        if named != str(path):
+            return cls.from_dict({"lm_eval": named}, metric=metric, trust_remote_code=trust_remote_code)
+        spec = plain(read_spec(Path(path)))
+        return cls.__new__(cls)._read(spec, spec, Path(path).parent, metric, trust_remote_code)
 
     @classmethod
     def from_dict(
@@ -149,40 +146,34 @@ class Task:
         root: str | Path = ".",
         *,
         metric: Callable[[str, Sequence[str]], float] | None = None,
+        trust_remote_code: bool = False,
     ) -> Task:
         """Create a task from the contents of a task file; see [`Task.from_file`].
 
         Args:
-            spec (`dict[str, Any]`):
-                Contents of a task file, which may also hold the rows and functions that [`Task`] takes.
-            root (`str` or `Path`):
-                Directory that paths in `spec` are relative to.
-            metric (`Callable`, *optional*):
-                Custom metric, see [`Task.from_file`].
-
-        Returns:
-            [`Task`]: The task with its data.
+            spec (`dict[str, Any]`): Contents of a task file. It may hold the rows and functions that [`Task`] takes.
+            root (`str` or `Path`): Directory that paths in `spec` are relative to.
+            metric (`Callable`, *optional*): Custom metric, see [`Task.from_file`].
+            trust_remote_code (`bool`): See [`Task.from_file`].
         """
-        return cls.__new__(cls)._read(*apart(spec), Path(root), metric)
+        return cls.__new__(cls)._read(*apart(spec), Path(root), metric, trust_remote_code)
 
-    def _read(self, spec: dict[str, Any], stored: dict[str, Any], root: Path, metric: Any) -> Task:
+    def _read(
+        self, spec: dict[str, Any], stored: dict[str, Any], root: Path, metric: Any, trusted: bool = False
+    ) -> Task:
         """Read the contents of a task, of which `stored` has only JSON types."""
-        kind = require(spec, "kind", str, f"one of {', '.join(KINDS)}")
-        if kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {shown(kind)}.")
-        check_keys(spec, (*_KEYS, *KINDS[kind].keys), "task")
-        name = require(spec, "name", str, "a string")
-        if not name.strip() or not name.isprintable():
-            raise ValueError(f"`name` must be a line of text, which reports show, got {shown(name)}.")
-        for each in (spec, stored):
-            _check_metric(each, metric, KINDS[kind].metrics)
-        prompt = Prompt.from_spec(spec)
-        scoring = KINDS[kind].from_spec(spec, prompt, read_seed(spec))
-        self.name, self.kind, self.spec, self._prompt = name, kind, stored, prompt
-        self.metric = spec.get("metric", scoring.metrics[0]) if metric is None else metric
-        self.labels = scoring.labels if isinstance(scoring, LabelScoring) else {}
-        self._generation = scoring.generation if isinstance(scoring, Generate) else None
-        self._items = read_items(spec, root, prompt, scoring)
+        if "lm_eval" in spec:
+            _check_metric({}, metric, CLASS_METRICS)
+            parts = read_harness(spec, root, trust_remote_code=trusted)
+        else:
+            kind = read_kind(spec)
+            for each in (spec, stored):
+                _check_metric(each, metric, KINDS[kind].metrics)
+            parts = read_parts(spec, kind)
+        self.name, self.kind, self.spec, self._prompt = parts.name, parts.kind, stored, parts.prompt
+        self.metric = parts.metric if metric is None else metric
+        self.labels, self._generation = parts.labels, parts.generation
+        self._items = read_items(parts.spec, root, parts.prompt, parts.scoring)
         return self
 
     @property
@@ -193,7 +184,16 @@ class Task:
     @property
     def labelled(self) -> bool:
         """Whether the data has gold answers, that is, whether the task file has an `answer`."""
-        return bool(self.spec.get("answer"))
+        return bool(self.spec.get("answer") or self.spec.get("lm_eval"))
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the messages of a chat; empty for a prompt of one text."""
+        return self._prompt.roles
+
+    def items(self, split: str) -> list[tuple[tuple[str, ...], Reference]]:
+        """Return the texts of each prompt, or of its messages, and its gold answer."""
+        return [(item.texts, item.reference) for item in self._items[split]]
 
     def require_splits(self, *splits: str) -> None:
         """Raise `ValueError` unless the task has all of `splits`."""
@@ -272,6 +272,8 @@ def metric_source(metric: Metric) -> list[str] | None:
     """
     if isinstance(metric, str):
         return [metric]
+    if isinstance(metric, HarnessMetric):
+        return metric.identity
     if not isinstance(metric, FunctionType) or metric.__name__ == "<lambda>":
         return None
     if metric.__closure__ or metric.__defaults__ or metric.__kwdefaults__:

@@ -10,6 +10,7 @@ from .subcommand import (
     input_paths,
     load_pruner,
     one_line_errors,
+    print_plan,
     reserved_output,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "input_paths",
     "load_pruner",
     "one_line_errors",
+    "print_plan",
     "reserved_output",
 ]
