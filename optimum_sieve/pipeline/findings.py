@@ -92,7 +92,7 @@ def examine(
     """
     split = next(iter(task.splits))
     texts, reference = task.items(split)[0]
-    prompt = "\n".join(f"{role}: {text}" for role, text in zip(task.roles, texts, strict=True)) or texts[0]
+    prompt = "\n".join(f"{role}: {text}" for role, text in zip(task.roles, texts, strict=False)) or texts[0]
     warnings, errors = list(_warnings(task)), list[str]()
     num_tokens, longest = None, _longest_text(task)
     if tokenizer is None:
@@ -102,8 +102,8 @@ def examine(
             first = task.examples(split, tokenizer)[0]
             prompt = first.prompt
             num_tokens = len(_prompt_ids(first, tokenizer))
-            longest, found = _lengths(task, tokenizer, inputs or InputFormat())
             warnings += [*_option_warnings(task, tokenizer), *_space_warnings(task, prompt, tokenizer)]
+            longest, found = _lengths(task, tokenizer, inputs or InputFormat())
             for kind, text in found:
                 (errors if kind == "error" else warnings).append(text)
         except ValueError as error:
