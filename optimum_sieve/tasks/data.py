@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from optimum_sieve._messages import cut, listed, shown
 
@@ -15,10 +16,8 @@ from .spec import check_keys, read_spec
 from .templates.template import Row
 
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-
+# Before the name of a task of lm-evaluation-harness, or the path of its YAML.
+PREFIX = "lm_eval:"
 SPLITS = ("calibration", "selection", "test")
 # Optional: more rows for calibration and healing, without answers.
 UNLABELLED = "unlabelled"
@@ -137,6 +136,8 @@ class Data:
 
 def local_paths(task_file: Path) -> list[Path]:
     """Return a task file and the files, or the directory, of its data. Reading the task reports errors in it."""
+    if str(task_file).startswith(PREFIX):
+        return [Path(str(task_file).removeprefix(PREFIX))]
     try:
         data = Data.from_spec(read_spec(task_file)["data"])
     except (OSError, ValueError, TypeError, KeyError, RuntimeError):

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import shown
 
-from .data import NAMES
+from .data import NAMES, PREFIX
 from .example import Example
 from .harness.scoring import HarnessMetric, read_harness
-from .harness.source import PREFIX
 from .metrics import CLASS_METRICS
 from .python_values import apart, inferred_kind
 from .reading import KINDS, Item, read_items, read_kind, read_parts

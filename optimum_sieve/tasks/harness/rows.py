@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import cut
 
+from ..data import PREFIX
 from ..example import Reference
 from ..rows.memory import MemoryRows
-from .source import FEWSHOT_SEED, PREFIX, UnmappedError, sandboxed
+from .source import FEWSHOT_SEED, UnmappedError, sandboxed
 
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ import yaml
 
 from optimum_sieve._messages import cut, listed, shown
 
+from ..data import PREFIX
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-PREFIX = "lm_eval:"
 # Their metrics that can be mapped, by their type of output.
 METRICS = {
     "multiple_choice": ("acc", "acc_norm", "acc_bytes"),
