@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from optimum_sieve.search.genome import split_name
-from optimum_sieve.tasks.python_values import only_in_python
 from optimum_sieve.tasks.template import TaskTemplate
+from optimum_sieve.tasks.templates.python_values import not_applicable, only_in_python
 
 from .report import size_changes, task_blocks
 from .reproduction import healing_command, reproduction_command, task_files
@@ -105,6 +105,7 @@ def build_card(
         heal_command=healing_command(hub_id or name, report.get("healing", {}), files),
         settings=_yaml(settings or {}),
         example=_example_row(task_specs[0] if task_specs else {}),
+        applicable=not any(map(not_applicable, task_specs)),
         task_specs=list(zip(files, map(_yaml, task_specs), map(only_in_python, task_specs), strict=False)),
     )
     return card

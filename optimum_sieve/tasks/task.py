@@ -16,9 +16,9 @@ from .data import NAMES, PREFIX
 from .example import Example
 from .harness.scoring import HarnessMetric, read_harness
 from .metrics import CLASS_METRICS
-from .python_values import apart, inferred_kind
 from .reading import KINDS, Item, read_items, read_kind, read_parts
 from .spec import plain, read_spec
+from .templates.python_values import apart, inferred_kind
 from .text_metrics import Metric, metric_name
 
 
@@ -61,7 +61,7 @@ class Task:
         metric (`str` or `Callable`): Name of a metric, or a function.
         labels (`dict[str, str]`): Maps a label of the data to the text to score; empty for other kinds.
         spec (`dict[str, Any]`): Contents of the task file as JSON types, see
-            [`only_in_python`][optimum_sieve.tasks.python_values.only_in_python].
+            [`only_in_python`][optimum_sieve.tasks.templates.python_values.only_in_python].
 
     Raises:
         ValueError: If a key, value or row is invalid; the message names it.
@@ -169,7 +169,8 @@ class Task:
             for each in (spec, stored):
                 _check_metric(each, metric, KINDS[kind].metrics)
             parts = read_parts(spec, kind)
-        self.name, self.kind, self.spec, self._prompt = parts.name, parts.kind, stored, parts.prompt
+        self.name, self.kind, self._prompt = parts.name, parts.kind, parts.prompt
+        self.spec = {**stored, "name": parts.name}
         self.metric = parts.metric if metric is None else metric
         self.labels, self._generation = parts.labels, parts.generation
         self._items = read_items(parts.spec, root, parts.prompt, parts.scoring)

@@ -364,7 +364,10 @@ def test_a_model_is_pruned_for_a_task_of_theirs(world: Path, tmp_path: Path) -> 
     task = Task.from_dict({"lm_eval": str(path), "limit": {"calibration": 30, "selection": 20, "test": 20}})
     pruner = SievePruner.from_pretrained(world / "model", task=task)
     pruner.prune(unhealed(pruning_ratio=0.3, rounds=1), work_dir=tmp_path / "work", progress=False)
-    card = (pruner.save_pretrained(tmp_path / "out") / "README.md").read_text()
+    directory = pruner.save_pretrained(tmp_path / "out")
+    card = (directory / "README.md").read_text()
+    (stored,) = json.loads((directory / "sieve_task.json").read_text())["tasks"]
+    assert stored["not_stored"] == "lm-evaluation-harness makes its prompts"
     assert f"lm_eval: {path}" in card
     assert "exact_match" in card
     # The metric has a name by which results are stored, unlike other objects.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 from toy import load_task, make_model, make_tokenizer, parity_rows, prompts, task_spec, unhealed
+from transformers import pipeline
 
 from optimum_sieve import SievePruner, Task
-from optimum_sieve.tasks.python_values import only_in_python
 from optimum_sieve.tasks.rows.memory import splits_of
+from optimum_sieve.tasks.templates.python_values import only_in_python
 
 
 SPLITS = ("calibration", "selection", "test")
@@ -139,10 +141,24 @@ def test_a_model_is_pruned_for_it_and_its_card_says_so(tmp_path):
     task = Task(data=Dataset.from_list(parity_rows(60)), **{**TEMPLATES, "prompt": ask})
     pruner = SievePruner.from_pretrained(make_model(), tokenizer=make_tokenizer(), task=task)
     pruner.prune(unhealed(pruning_ratio=0.5, rounds=1), progress=False)
-    card = (pruner.save_pretrained(tmp_path / "pruned") / "README.md").read_text()
-    assert (
-        "`prompt` was the function ask, `data` was 60 rows in memory. The command needs a task with the same." in card
-    )
+    directory = pruner.save_pretrained(tmp_path / "pruned")
+    card = (directory / "README.md").read_text()
+    assert "`prompt` was the function ask, `data` was 60 rows in memory. The command needs a task with" in card
+    assert "Its task was made in Python, and `sieve_task.json` does not hold its prompt." in card
+    assert 'pipeline("sieve"' not in card
+    (stored,) = json.loads((directory / "sieve_task.json").read_text())["tasks"]
+    assert stored.keys() == {"name", "not_stored", "results"}
+    with pytest.raises(ValueError, match=r"`task_file` must be given .*, got none: `prompt` was the function ask\."):
+        pipeline("sieve", model=str(directory))
+
+
+def test_a_task_whose_answer_alone_is_a_function_is_applied_to_new_rows(tmp_path):
+    task = Task(data=parity_rows(60), **{**TEMPLATES, "answer": lambda row: row["label"]})
+    pruner = SievePruner.from_pretrained(make_model(), tokenizer=make_tokenizer(), task=task)
+    pruner.prune(unhealed(pruning_ratio=0.5, rounds=1), progress=False)
+    directory = pruner.save_pretrained(tmp_path / "pruned")
+    assert 'pipeline("sieve"' in (directory / "README.md").read_text()
+    assert pipeline("sieve", model=str(directory))("7 51")["prediction"] in ("odd", "even")
 
 
 def wrong(row: dict[str, Any]) -> Any:

@@ -60,7 +60,8 @@ def add_debug(parser: ArgumentParser) -> None:
 
 def add_task(parser: ArgumentParser, *, required: bool = True, several: bool = True, default: str = "") -> None:
     """Add the `--task` option; it can be repeated if the command accepts several tasks. `default` ends its help."""
-    text = ("Task file, YAML or JSON." if default else "Task file, YAML or JSON, or lm_eval:NAME.") + (" Repeat for each additional task." * several) + default
+    text = "Task file, YAML or JSON" + ("." if default else ", or lm_eval:NAME.")
+    text += " Repeat for each additional task." * several + default
     action = "append" if several else "store"
     parser.add_argument("--task", required=required, action=action, metavar="FILE", help=text)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .rows.memory import in_memory
-from .spec import plain
-from .templates.function import described, wrapped
+from ..rows.memory import in_memory
+from ..spec import plain
+from .function import described, wrapped
 
 
 if TYPE_CHECKING:
@@ -70,6 +70,23 @@ def only_in_python(stored: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(data, dict) and isinstance(data.get("rows"), dict):
         found["data"] = f"{sum(data['rows'].values()):,} rows in memory"
     return found
+
+
+def not_applicable(stored: Mapping[str, Any]) -> str | None:
+    """Return why a task cannot be applied to new rows from `Task.spec` alone; `None` if it can.
+
+    Example:
+
+    ```python
+    >>> not_applicable({"prompt": {"function": "ask"}, "data": {"rows": {"data": 20}}})
+    '`prompt` was the function ask'
+
+    ```
+    """
+    if "lm_eval" in stored:
+        return "lm-evaluation-harness makes its prompts"
+    found = only_in_python(stored)
+    return ", ".join(f"`{key}` was {found[key]}" for key in ("prompt", "chat", "choices") if key in found) or None
 
 
 def _functions(value: Any) -> list[str]:
