@@ -137,7 +137,8 @@ class Data:
 def local_paths(task_file: Path) -> list[Path]:
     """Return a task file and the files, or the directory, of its data. Reading the task reports errors in it."""
     if str(task_file).startswith(PREFIX):
-        return [Path(str(task_file).removeprefix(PREFIX))]
+        path = Path(str(task_file).removeprefix(PREFIX))
+        return [path] if path.is_file() else []
     try:
         data = Data.from_spec(read_spec(task_file)["data"])
     except (OSError, ValueError, TypeError, KeyError, RuntimeError):

@@ -15,6 +15,7 @@ import yaml
 from toy import make_model, make_tokenizer, parity_rows, unhealed, write_rows
 
 from optimum_sieve import SievePruner, Task, evaluate
+from optimum_sieve.tasks.harness import rows
 from optimum_sieve.tasks.task import metric_source
 
 
@@ -23,7 +24,6 @@ lm_eval = pytest.importorskip("lm_eval")
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SPLITS = ("train", "validation", "test")
 CHOICES = {
     "output_type": "multiple_choice",
     "doc_to_text": "Number: {{text}} Parity:",
@@ -63,11 +63,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("harness")
     make_model().save_pretrained(directory / "model")
     make_tokenizer().save_pretrained(directory / "model")
-    rows = parity_rows(260)
-    for number, row in enumerate(rows):
+    made = parity_rows(260)
+    for number, row in enumerate(made):
         # Half of the answers are what the model writes.
         row["written"] = written(row["text"]) if number % 2 else row["label"]
-    for name, part in (("train", rows[:100]), ("validation", rows[100:160]), ("test", rows[160:])):
+    for name, part in (("train", made[:100]), ("validation", made[100:160]), ("test", made[160:])):
         write_rows(directory / f"{name}.jsonl", part)
     return directory
 
@@ -110,29 +110,35 @@ def ours(world: Path, task: Task) -> float:
     return scored.score
 
 
-@pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize(
-    ("name", "config"),
+    ("name", "shots", "config"),
     [
-        ("plain", CHOICES),
-        ("lengths", {"doc_to_choice": ["odd", "even very very"], "doc_to_target": "{{['odd', 'even'].index(label)}}"}),
+        ("plain", 0, {}),
+        ("examples", 2, {}),
+        (
+            "lengths",
+            1,
+            {"doc_to_choice": ["odd", "even very very"], "doc_to_target": "{{['odd', 'even'].index(label)}}"},
+        ),
         (
             "bytes",
+            0,
             {
                 "metric_list": [{"metric": "acc_bytes"}],
                 "doc_to_choice": "{{['odd', 'even ?']}}",
                 "doc_to_target": "{{0 if label == 'odd' else 1}}",
             },
         ),
-        ("space", {"doc_to_text": "Number: {{text}} Parity: ", "target_delimiter": ""}),
+        ("space", 2, {"doc_to_text": "Number: {{text}} Parity: ", "target_delimiter": ""}),
         (
             "instruction",
+            2,
             {"description": "Number : ", "fewshot_delimiter": " ? ", "fewshot_config": {"sampler": "first_n"}},
         ),
     ],
 )
-def test_multiple_choice(world: Path, name: str, config: dict[str, Any], shots: int) -> None:
-    path = write_harness(world, f"{name}_{shots}", **{**CHOICES, **config}, num_fewshot=shots)
+def test_multiple_choice(world: Path, name: str, shots: int, config: dict[str, Any]) -> None:
+    path = write_harness(world, name, **{**CHOICES, **config}, num_fewshot=shots)
     scores, requests = theirs(world, path)
     found = []
     for entry in config.get("metric_list", [{"metric": "acc"}, {"metric": "acc_norm"}]):
@@ -193,10 +199,9 @@ def test_the_most_likely_continuation(world: Path, shots: int) -> None:
 
 
 def test_few_shot_examples_are_never_the_row_itself_or_of_the_test_split(world: Path) -> None:
-    rows = {name: [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()] for name in SPLITS}
     path = write_harness(world, "many_shots", **CHOICES, num_fewshot=3)
     task = Task.from_file(f"lm_eval:{path}")
-    test = {row["text"] for row in rows["test"]}
+    test = {json.loads(line)["text"] for line in (world / "test.jsonl").read_text().splitlines()}
     for split in task.splits:
         for example in task.examples(split, make_tokenizer()):
             *shown, last = re.findall(r"Number: ([\d ]+) Parity:", example.prompt)
@@ -233,9 +238,18 @@ def test_splits_fractions_and_limits(world: Path) -> None:
     assert Task.from_dict({"lm_eval": str(path), "data": data}).splits == {"calibration": 60, "test": 100}
 
 
+def test_a_part_of_large_splits_is_drawn_by_seed(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_MOST_DOCUMENTS", 30)
+    path = str(write_harness(world, "large", **CHOICES))
+    tasks = [Task.from_dict({"lm_eval": path, "seed": seed}) for seed in (0, 0, 1)]
+    assert tasks[0].splits == {"calibration": 30, "selection": 30, "test": 100}
+    prompts = [{example.prompt for example in task.examples("calibration", make_tokenizer())} for task in tasks]
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
 def test_rows_of_two_splits_are_left_out_of_those_that_are_not_scored(world: Path, tmp_path: Path, caplog: Any) -> None:
-    rows = parity_rows(60)
-    for name, part in (("train", rows[:40]), ("validation", rows[30:50]), ("test", rows[35:])):
+    made = parity_rows(60)
+    for name, part in (("train", made[:40]), ("validation", made[30:50]), ("test", made[35:])):
         write_rows(tmp_path / f"{name}.jsonl", part)
     with caplog.at_level(logging.WARNING):
         task = Task.from_file(f"lm_eval:{write_harness(tmp_path, 'shared', **CHOICES)}")
@@ -246,8 +260,8 @@ def test_rows_of_two_splits_are_left_out_of_those_that_are_not_scored(world: Pat
 
 
 def test_rows_without_a_right_answer_are_left_out_and_counted(tmp_path: Path, caplog: Any) -> None:
-    rows = [{**row, "label": "neither" if number < 7 else row["label"]} for number, row in enumerate(parity_rows(100))]
-    for name, part in (("train", rows[7:50]), ("validation", rows[50:70]), ("test", [*rows[:7], *rows[70:]])):
+    made = [{**row, "label": "neither" if number < 7 else row["label"]} for number, row in enumerate(parity_rows(100))]
+    for name, part in (("train", made[7:50]), ("validation", made[50:70]), ("test", [*made[:7], *made[70:]])):
         write_rows(tmp_path / f"{name}.jsonl", part)
     with caplog.at_level(logging.WARNING):
         task = Task.from_file(f"lm_eval:{write_harness(tmp_path, 'wrong', **CHOICES)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from optimum_sieve._messages import cut
 
 from ..data import PREFIX
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# More rows than calibration and selection use.
+_MOST_DOCUMENTS = 20_000
 # The lengths by which the package divides the log-likelihoods.
 _LENGTHS = {"acc_norm": len, "acc_bytes": lambda text: len(text.encode())}
 
 
-def make_rows(source: Source, num_fewshot: int | None) -> MemoryRows:
+def make_rows(source: Source, num_fewshot: int | None, seed: int) -> MemoryRows:
     """Return the rows of each split of a task: `prompt`, `question` (the prompt without examples) and `reference`.
+
+    Of a large split that is not scored, a part is drawn by `seed`.
 
     Raises:
         ValueError: If the few-shot examples come from the rows to score, or a row cannot be mapped.
@@ -46,7 +52,8 @@ def make_rows(source: Source, num_fewshot: int | None) -> MemoryRows:
     seen: set[str] = set()
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in order:
-        made = _rows(source, name, documents[name], shots, own_examples=name == scored)
+        used = documents[name] if name == scored else _part(documents[name], seed)
+        made = _rows(source, name, used, shots, own_examples=name == scored)
         rows[name] = [row for row in made if row["question"] not in seen]
         if len(rows[name]) < len(made):
             logger.warning(
@@ -66,6 +73,12 @@ def _documents(task: Any) -> dict[str, Any]:
     if task.has_test_docs():
         found["test"] = task.test_docs()
     return found
+
+
+def _part(documents: Any, seed: int) -> list[Any]:
+    """Return at most so many documents that rendering takes a minute, drawn at random but in their order."""
+    chosen = np.random.default_rng(seed).permutation(len(documents))[:_MOST_DOCUMENTS]
+    return [documents[int(index)] for index in sorted(chosen)]
 
 
 def _split_names(task: Any) -> dict[str, str | None]:

@@ -9,7 +9,7 @@ from optimum_sieve._messages import shown
 
 from ..example import Generation, Reference
 from ..prompts import Prompt, RowTemplate
-from ..reading import Parts, read_name
+from ..reading import Parts, read_name, read_seed
 from ..rows.memory import splits_of
 from ..spec import check_keys, optional, require
 from .rows import make_rows
@@ -107,7 +107,7 @@ def read_harness(spec: dict[str, Any], root: Path, *, trust_remote_code: bool) -
         filter_name=optional(spec, "filter", str, "the name of a list of filters", None),
         trust_remote_code=trust_remote_code,
     )
-    rows = make_rows(source, shots)
+    rows = make_rows(source, shots, read_seed(spec))
     kind = source.task.OUTPUT_TYPE
     written = kind != "multiple_choice"
     return Parts(
