@@ -59,11 +59,11 @@ def write_answers(
     batch_size: int,
     seed: int | None = None,
     on_batch: Callable[[int], object] = lambda count: None,
+    to_score: bool = True,
 ) -> list[Written]:
     """Generate the answer to every example, in order.
 
     Decoding is greedy; the model's own sampling and penalty settings are ignored. Prompts are tokenized as for scoring.
-    Where tokens are scored, the gold answer counts as written if each of its tokens is the most likely one.
 
     Args:
         model (`torch.nn.Module`): A generative model of transformers.
@@ -73,6 +73,8 @@ def write_answers(
         seed (`int`, *optional*): Sample from the model's distribution, seeded by this and the example's index. Default:
             greedy decoding.
         on_batch (`Callable`): Called after each batch with its number of examples.
+        to_score (`bool`): Where a task scores tokens, return the gold answer if each of its tokens is the most likely
+            one, else an empty text; false to write freely.
 
     Raises:
         ValueError: If the model is a classifier, a prompt leaves no room for an answer, or `batch_size` is below 1.
@@ -83,7 +85,7 @@ def write_answers(
     prompts = _checked_prompts(examples, tokenizer, inputs)
     generation = examples[0].generation
     assert generation is not None
-    if generation.scored == "tokens" and seed is None:
+    if generation.scored == "tokens" and to_score:
         batches = make_batches(examples, tokenizer, batch_size=batch_size, candidates=False, inputs=inputs)
         likely = most_likely(model, batches, len(examples), on_batch)
         return [

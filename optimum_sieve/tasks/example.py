@@ -32,7 +32,7 @@ class Generation:
         stop strings, `end_of_text` follows. Where tokens are scored, nothing is added.
         """
         if self.scored == "tokens":
-            return answer
+            return answer or end_of_text or ""
         space = " " if self.scored == "text" and answer and not prompt[-1:].isspace() else ""
         return space + answer + ((self.stop[0] if self.stop else end_of_text or "") if ended else "")
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from toy import make_model, make_tokenizer, parity_rows, unhealed, write_rows
 
-from optimum_sieve import SievePruner, Task, evaluate
+from optimum_sieve import HealConfig, SievePruner, Task, evaluate
 from optimum_sieve.tasks.harness import rows
 from optimum_sieve.tasks.task import metric_source
 
@@ -36,6 +36,14 @@ WRITTEN = {
     "doc_to_target": "{{written}}",
     "generation_kwargs": {"until": ["?", "user"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 5},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+CONTINUED = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "Number: {{text}} Parity:",
+    "doc_to_target": "{{' ' + written.split()[0] if written.split() else ' odd'}}",
+    "metric_list": [{"metric": "perplexity"}, {"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
 
 
@@ -182,13 +190,7 @@ def test_written_answers(world: Path, name: str, changes: dict[str, Any], filter
 
 @pytest.mark.parametrize("shots", [0, 1])
 def test_the_most_likely_continuation(world: Path, shots: int) -> None:
-    config = {
-        "output_type": "loglikelihood",
-        "doc_to_text": "Number: {{text}} Parity:",
-        "doc_to_target": "{{' ' + written.split()[0] if written.split() else ' odd'}}",
-        "metric_list": [{"metric": "perplexity"}, {"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    path = write_harness(world, f"continuation_{shots}", **config, num_fewshot=shots, fewshot_delimiter=" ")
+    path = write_harness(world, f"continuation_{shots}", **CONTINUED, num_fewshot=shots, fewshot_delimiter=" ")
     scores, requests = theirs(world, path)
     task = Task.from_file(f"lm_eval:{path}")
     score = ours(world, task)
@@ -373,20 +375,24 @@ def test_tasks_of_the_package_are_found_by_name() -> None:
         Task.from_file("lm_eval:hellaswag")
 
 
-def test_a_model_is_pruned_for_a_task_of_theirs(world: Path, tmp_path: Path) -> None:
-    path = write_harness(world, "pruned_for", **WRITTEN)
+@pytest.mark.parametrize("config", [CHOICES, WRITTEN, CONTINUED], ids=["choices", "written", "continued"])
+def test_a_model_is_pruned_for_a_task_of_theirs(world: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    path = write_harness(world, "pruned_for", **config)
     task = Task.from_dict({"lm_eval": str(path), "limit": {"calibration": 30, "selection": 20, "test": 20}})
     pruner = SievePruner.from_pretrained(world / "model", task=task)
-    pruner.prune(unhealed(pruning_ratio=0.3, rounds=1), work_dir=tmp_path / "work", progress=False)
+    config = unhealed(pruning_ratio=0.3, rounds=1, heal=HealConfig(steps=2))
+    pruner.prune(config, work_dir=tmp_path / "work", progress=False)
     directory = pruner.save_pretrained(tmp_path / "out")
     card = (directory / "README.md").read_text()
     (stored,) = json.loads((directory / "sieve_task.json").read_text())["tasks"]
     assert stored["not_stored"] == "lm-evaluation-harness makes its prompts"
     assert f"lm_eval: {path}" in card
-    assert "exact_match" in card
-    # The metric has a name by which results are stored, unlike other objects.
-    name, settings = metric_source(task.metric)
-    assert re.fullmatch(r"lm_eval \S+ exact_match", name)
-    assert "take_first" in settings
     assert list((tmp_path / "work").glob("evaluation-*"))
     assert task.fingerprint() == Task.from_dict(task.spec).fingerprint()
+
+
+def test_results_are_stored_under_what_their_metric_is(world: Path) -> None:
+    path = write_harness(world, "stored", **WRITTEN)
+    name, settings = metric_source(Task.from_file(f"lm_eval:{path}").metric)
+    assert re.fullmatch(r"lm_eval \S+ exact_match", name)
+    assert "take_first" in settings
