@@ -15,6 +15,7 @@ import yaml
 from toy import make_model, make_tokenizer, parity_rows, unhealed, write_rows
 
 from optimum_sieve import HealConfig, SievePruner, Task, evaluate
+from optimum_sieve.publish.recipe import Recipe, located
 from optimum_sieve.tasks.harness import rows
 from optimum_sieve.tasks.task import metric_source
 
@@ -366,6 +367,7 @@ def test_errors_of_the_task_file(world: Path, changes: dict[str, Any], message: 
 def test_tasks_of_the_package_are_found_by_name() -> None:
     from optimum_sieve.tasks.harness.source import _yaml_path
 
+    assert located("lm_eval:arc_easy", Path("somewhere")) == "lm_eval:arc_easy"
     path = _yaml_path("arc_easy", Path())
     assert yaml.safe_load(path.read_text())["task"] == "arc_easy"
     # Its data is on the Hub, which no test reaches.
@@ -387,6 +389,8 @@ def test_a_model_is_pruned_for_a_task_of_theirs(world: Path, tmp_path: Path, con
     (stored,) = json.loads((directory / "sieve_task.json").read_text())["tasks"]
     assert stored["not_stored"] == "lm-evaluation-harness makes its prompts"
     assert f"lm_eval: {path}" in card
+    (again,) = Recipe.from_file(directory / "sieve.yaml").read_tasks(tmp_path)
+    assert again.fingerprint() == task.fingerprint()
     assert list((tmp_path / "work").glob("evaluation-*"))
     assert task.fingerprint() == Task.from_dict(task.spec).fingerprint()
 

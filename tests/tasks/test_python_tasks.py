@@ -12,6 +12,7 @@ from toy import load_task, make_model, make_tokenizer, parity_rows, prompts, tas
 from transformers import pipeline
 
 from optimum_sieve import SievePruner, Task
+from optimum_sieve.publish.recipe import Recipe
 from optimum_sieve.tasks.rows.memory import splits_of
 from optimum_sieve.tasks.templates.python_values import only_in_python
 
@@ -148,6 +149,13 @@ def test_a_model_is_pruned_for_it_and_its_card_says_so(tmp_path):
     assert 'pipeline("sieve"' not in card
     (stored,) = json.loads((directory / "sieve_task.json").read_text())["tasks"]
     assert stored.keys() == {"name", "not_stored", "results"}
+    assert "# It cannot: a task was made in Python. `prompt` was the function ask, `data` was 60 rows in memory." in (
+        (directory / "sieve.yaml").read_text()
+    )
+    with pytest.raises(
+        ValueError, match="`tasks` must be tasks that a file can hold, got one made in Python: `prompt` was"
+    ):
+        Recipe.from_file(directory / "sieve.yaml").read_tasks(directory)
     with pytest.raises(ValueError, match=r"`task_file` must be given .*, got none: `prompt` was the function ask\."):
         pipeline("sieve", model=str(directory))
 
