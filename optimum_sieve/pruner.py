@@ -104,7 +104,7 @@ class SievePruner:
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Default: the model's.
             dtype (`str | torch.dtype`, *optional*): For example `"bfloat16"`. Default: as the checkpoint was saved.
             device (`str | torch.device`, *optional*): Device to compute on. Default: the GPU if there is one.
-            trust_remote_code (`bool`): Whether to run code that is saved with the model.
+            trust_remote_code (`bool`): Whether to run code that is saved with the model or named by an `lm_eval` task.
             gguf_file (`str`, *optional*): Name of a GGUF file in the model's repository or directory.
             revision (`str`, *optional*): Revision on the Hub.
             offload_dir (`str | Path`, *optional*): Keep the weights of the model's blocks on disk until they are used:
@@ -116,7 +116,7 @@ class SievePruner:
             ValueError: If the task file is invalid; the message names the error.
             OSError: If the model cannot be loaded.
         """
-        tasks = read_tasks(task)
+        tasks = read_tasks(task, trust_remote_code=trust_remote_code)
         check_tasks(tasks)
         loaded, its_tokenizer, name = load_model(
             model,

@@ -58,13 +58,14 @@ class EvaluateCommand(SieveSubcommand):
         """Score one or two models, print a table and write the JSON file."""
         from optimum_sieve.evaluation.comparison import compare
         from optimum_sieve.metrics.module_metric import ModuleMetric
+        from optimum_sieve.pipeline.findings import warn_of_the_majority
         from optimum_sieve.publish.report import build_report, task_block, write_report
         from optimum_sieve.publish.table import format_table
-        from optimum_sieve.tasks import Task
+        from optimum_sieve.tasks.several import read_tasks
 
         if arguments.json:
             check_report_file(Path(arguments.json), "--json", inputs=input_paths(arguments))
-        task = Task.from_file(arguments.task)
+        (task,) = read_tasks(arguments.task, trust_remote_code=arguments.trust_remote_code)
         task.require_splits(arguments.split)
         if isinstance(task.metric, ModuleMetric):
             from optimum_sieve.metrics.module_scores import check_module
@@ -82,6 +83,8 @@ class EvaluateCommand(SieveSubcommand):
             dense = _score(arguments.compare_to, task, arguments, is_reference=True)
             scored = {"dense": dense, "pruned": _score(arguments.model, task, arguments, dense.examples)}
         evaluations = {side: model.evaluation for side, model in scored.items()}
+        if "dense" in evaluations:
+            warn_of_the_majority(task.name, evaluations["dense"], arguments.split)
         block = task_block(
             task.name,
             evaluations.get("dense"),

@@ -78,7 +78,7 @@ class HealCommand(SieveSubcommand):
         from optimum_sieve.publish.result import save_result
         from optimum_sieve.tasks.several import read_tasks
 
-        tasks = read_tasks(arguments.task)
+        tasks = read_tasks(arguments.task, trust_remote_code=arguments.trust_remote_code)
         result, tokenizer = heal_pruned(
             arguments.model,
             arguments.dense,

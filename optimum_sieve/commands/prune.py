@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import SieveSubcommand, add_source, add_with_examples, load_pruner, reserved_output
+from .base import SieveSubcommand, add_source, add_with_examples, load_pruner, print_plan, reserved_output
 from .base.job import write_job
 from .base.settings import add_settings, settings_from
 
@@ -35,7 +35,8 @@ def add_run(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="Show the layers to prune, their sizes and the memory needed, and exit.",
+        help="Show the first prompt and what may be wrong with the task, the layers to prune, their sizes and the "
+        "memory needed, and exit.",
     )
 
 
@@ -81,7 +82,7 @@ class PruneCommand(SieveSubcommand):
             check_output(Path(arguments.output), arguments.overwrite, needed_bytes=tensor_bytes(pruner.model))
         if arguments.dry_run:
             if distributed.is_first():
-                print(pruner.plan(config).format())
+                print_plan(pruner, config)
             return
         files = all(isinstance(task, str) for task in arguments.task)
         if config.allocation == "genetic" and arguments.work_dir is not None and files:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.publish.recipe import RECIPE_NAME, Recipe
+from optimum_sieve.publish.recipe import RECIPE_NAME, Recipe, located
 
 from .base import add_debug, reserved_output
 from .prune import PruneCommand, add_run
@@ -55,7 +55,7 @@ class RunCommand(PruneCommand):
         for name in ("revision", "dtype", "gguf_file"):
             setattr(arguments, name, recipe.loading.get(name))
         # The rows are read once, but the output must be apart from all files.
-        arguments.task = [str(path.parent / task) for task in recipe.tasks if isinstance(task, str)]
+        arguments.task = [located(task, path.parent) for task in recipe.tasks if isinstance(task, str)]
         with nullcontext() if arguments.output is None else reserved_output(arguments):
-            arguments.task = recipe.read_tasks(path.parent, data_dir, trust_code=arguments.trust_remote_code)
+            arguments.task = recipe.read_tasks(path.parent, data_dir, trust_remote_code=arguments.trust_remote_code)
             self.prune(arguments, config)

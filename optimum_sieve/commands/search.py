@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from optimum_sieve.run.outputs import check_directory
 
-from .base import SieveSubcommand, add_source, load_pruner
+from .base import SieveSubcommand, add_source, load_pruner, print_plan
 from .base.job import read_job, write_job
 from .base.settings import add_settings, settings_from
 
@@ -53,6 +53,11 @@ class SearchCommand(SieveSubcommand):
             help="Number of matrices whose rank is lowered, one at a time, to find bottlenecks (default: %(default)s).",
         )
         parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="Show the first prompt and what may be wrong with the task, and the memory needed, and exit.",
+        )
+        parser.add_argument(
             "--config",
             metavar="FILE",
             help="YAML or JSON file of settings; options take precedence.",
@@ -69,6 +74,9 @@ class SearchCommand(SieveSubcommand):
         check_search(config)
 
         pruner = load_pruner(arguments)
+        if arguments.dry_run:
+            print_plan(pruner, config)
+            return
         storage = {"work_dir": arguments.work_dir, "study_storage": arguments.study_storage}
         if arguments.worker:
             count = pruner.join_search(config, **storage)

@@ -15,6 +15,7 @@ from .push import PushCommand
 from .report import CompareCommand, ReportCommand
 from .run import RunCommand
 from .search import SearchCommand
+from .tasks.command import TasksCommand
 
 
 class SieveCommand(BaseOptimumCLICommand):
@@ -46,6 +47,11 @@ class SieveCommand(BaseOptimumCLICommand):
             name="predict",
             help="Answer the rows of a file with a pruned model.",
             subcommand_class=PredictCommand,
+        ),
+        CommandInfo(
+            name="tasks",
+            help="Check a task file and its data, without a model or with its tokenizer.",
+            subcommand_class=TasksCommand,
         ),
         CommandInfo(
             name="search",

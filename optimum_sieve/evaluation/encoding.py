@@ -185,8 +185,7 @@ def _continuations(example: Example, candidates: bool) -> tuple[str, ...]:
 
 
 def _weights(example: Example) -> list[float] | None:
-    lengths = [max(len(text.strip()), 1) for text in example.candidates]
-    return [1 / length for length in lengths] if example.normalized else None
+    return [1 / divisor for divisor in example.divisors] or None
 
 
 def _whole_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from transformers import (
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
 
-from .batches import input_device
+from .batches import input_device, make_batches
 from .encoding import answer_lengths, encode_prompts
+from .likelihoods import most_likely
 from .token_ids import padding_id
 
 
@@ -44,7 +45,7 @@ _MODEL_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forc
 
 @dataclass(frozen=True)
 class Written:
-    """A generated answer: its stripped `text` and whether it `ended` before the token limit."""
+    """A generated answer: its `text`, stripped unless it is scored as written, and whether it `ended` in time."""
 
     text: str
     ended: bool
@@ -58,6 +59,7 @@ def write_answers(
     batch_size: int,
     seed: int | None = None,
     on_batch: Callable[[int], object] = lambda count: None,
+    to_score: bool = True,
 ) -> list[Written]:
     """Generate the answer to every example, in order.
 
@@ -71,6 +73,8 @@ def write_answers(
         seed (`int`, *optional*): Sample from the model's distribution, seeded by this and the example's index. Default:
             greedy decoding.
         on_batch (`Callable`): Called after each batch with its number of examples.
+        to_score (`bool`): Where a task scores tokens, return the gold answer if each of its tokens is the most likely
+            one, else an empty text; false to write freely.
 
     Raises:
         ValueError: If the model is a classifier, a prompt leaves no room for an answer, or `batch_size` is below 1.
@@ -81,6 +85,13 @@ def write_answers(
     prompts = _checked_prompts(examples, tokenizer, inputs)
     generation = examples[0].generation
     assert generation is not None
+    if generation.scored == "tokens" and to_score:
+        batches = make_batches(examples, tokenizer, batch_size=batch_size, candidates=False, inputs=inputs)
+        likely = most_likely(model, batches, len(examples), on_batch)
+        return [
+            Written(example.answer if right else "", ended=True)
+            for example, right in zip(examples, likely, strict=True)
+        ]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     written: dict[int, Written] = {}
     with evaluating(model), _plain_settings(model, tokenizer, generation, inputs) as ends:
@@ -162,7 +173,10 @@ class _Writer:
                 [_StopTexts(self.tokenizer, stops, begin, len(rows))] if stops else []
             ),
         )
-        return [_read(ids, self.tokenizer, stops, self.ends) for ids in sequences[:, begin:].tolist()]
+        written = [_read(ids, self.tokenizer, stops, self.ends) for ids in sequences[:, begin:].tolist()]
+        return (
+            written if self.generation.scored != "text" else [replace(each, text=each.text.strip()) for each in written]
+        )
 
 
 def _read(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], ends: set[int]) -> Written:
@@ -170,7 +184,7 @@ def _read(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: tuple[str, 
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     text = _decode(tokenizer, ids[:end])
     cut = min((position for stop in stops if (position := text.find(stop)) >= 0), default=None)
-    return Written(text[:cut].strip(), ended=end is not None or cut is not None)
+    return Written(text[:cut], ended=end is not None or cut is not None)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -48,7 +48,8 @@ def label_by_model(
     """
     with tqdm(total=len(examples), desc="labels by the model", unit="example", disable=not progress) as bar:
         if examples[0].generation is not None:
-            written = write_answers(model, examples, tokenizer, batch_size=batch_size, seed=seed, on_batch=bar.update)
+            options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "on_batch": bar.update}
+            written = write_answers(model, examples, tokenizer, to_score=False, **options)
             return [_with_text(*pair, tokenizer) for pair in zip(examples, written, strict=True)]
         batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
         scores = candidate_scores(model, batches, examples, bar.update)

@@ -10,7 +10,7 @@ import torch
 
 from optimum_sieve.backbone.modes import evaluating
 
-from .batches import input_device, log_likelihoods
+from .batches import input_device, log_likelihoods, site_logits
 from .prefix import prefill, repeated, without_prefix
 
 
@@ -27,6 +27,29 @@ if TYPE_CHECKING:
 
 # Steps of `fit_offsets`, and the change of an offset, in nats, below which it ends.
 _OFFSET_STEPS, _OFFSET_ERROR = 100, 1e-6
+
+
+def most_likely(
+    model: nn.Module, batches: Sequence[Batch], count: int, on_batch: Callable[[int], object] = lambda count: None
+) -> NDArray[np.bool_]:
+    """Return for each of `count` examples whether every token of its answer is the most likely one after those before.
+
+    Args:
+        model (`torch.nn.Module`): The model; runs in evaluation mode without gradients.
+        batches (`Sequence[Batch]`): Batches of the examples' answers, made with `candidates=False`.
+        count (`int`): Number of examples.
+        on_batch (`Callable`): Called after each batch with its number of examples.
+    """
+    likely = np.ones(count, dtype=np.bool_)
+    device = input_device(model)
+    with evaluating(model):
+        for batch in batches:
+            best = site_logits(model, batch.to(device)).argmax(dim=-1).cpu()
+            site, token, example = batch.reads.unbind(dim=1)
+            wrong = set(example[best[site] != token].tolist())
+            likely[[batch.indices[number] for number in wrong]] = False
+            on_batch(batch.num_examples)
+    return likely
 
 
 def candidate_scores(

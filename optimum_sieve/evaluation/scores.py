@@ -275,7 +275,7 @@ def _fingerprint(examples: Sequence[Example]) -> str:
     content = [
         [
             *(example.prompt, example.candidates, example.target),
-            *(["normalized"] if example.normalized else []),
+            *(["normalized"] if example.normalized is True else [example.normalized] if example.normalized else []),
             *([example.accepted, astuple(example.generation)] if example.generation else []),
         ]
         for example in examples

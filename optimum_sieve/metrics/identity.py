@@ -37,6 +37,10 @@ def metric_source(metric: Metric) -> list[str] | None:
         return [metric]
     if isinstance(metric, ModuleMetric):
         return metric.source
+    identity = getattr(metric, "identity", None)
+    if isinstance(identity, list):
+        # A metric of another library that says what it depends on.
+        return identity
     if not isinstance(metric, FunctionType) or metric.__name__ == "<lambda>":
         return None
     if metric.__closure__ or metric.__defaults__ or metric.__kwdefaults__:

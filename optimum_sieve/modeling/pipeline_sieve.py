@@ -275,6 +275,10 @@ def choose_task(tasks: Sequence[dict[str, Any]], name: str | None) -> dict[str, 
     if len(chosen) != 1:
         known = ", ".join(repr(task.get("name")) for task in tasks)
         raise ValueError(f"`task_name` must be one of {known}, got {name!r}.")
+    if "not_stored" in chosen[0]:
+        raise ValueError(
+            f"`task_file` must be given for a task that {TASK_NAME} cannot hold, got none: {chosen[0]['not_stored']}."
+        )
     return chosen[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation.stage import allocate_ranks
@@ -15,6 +14,7 @@ from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary.stage import vocabulary_part
 
 from .descent import descend_within, kept_fraction
+from .findings import warn_of_the_majority
 from .progress import show_trial
 
 
@@ -26,10 +26,7 @@ if TYPE_CHECKING:
     from optimum_sieve.evaluation.comparison import Comparison
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.healing.stage import Healer
-    from optimum_sieve.run.context import Run, TaskRun
-
-
-logger = logging.getLogger(__name__)
+    from optimum_sieve.run.context import Run
 
 
 def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[Ranks, list[dict[str, Any]]]:
@@ -49,10 +46,10 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
     Raises:
         ToleranceError: If no size is within the tolerance; names the part of a reduced vocabulary in the loss.
     """
-    # A genetic search that is not healed compares with the dense model by itself.
-    compares = run.config.tolerance is not None and (run.config.allocation != "genetic" or healer is not None)
     with run.timed("ranks"):
-        reference = score_reference(run) if compares else []
+        reference = score_reference(run) if compares(run, healer) else []
+    for task, evaluation in zip(run.tasks, reference, strict=False):
+        warn_of_the_majority(task.name, evaluation, "selection")
     ranks, trials, failure = _without_healing(run, bases, reference)
     if healer is not None:
         with run.timed("healing"):
@@ -102,8 +99,6 @@ def _heal_to_ratio(run: Run, bases: Bases, ranks: Ranks | None, healer: Healer) 
 def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tuple[Ranks, list[dict[str, Any]]]:
     """Bisect the kept fraction; return the ranks of the smallest size within the tolerance, and all sizes tried."""
     config = run.config
-    for task, evaluation in zip(run.tasks, reference, strict=True):
-        warn_of_the_majority(task, evaluation)
     by_block = run.by_block and all(task.selection[0].generation is None for task in run.tasks)
     with LiveRanks(run.model, bases) as live:
 
@@ -129,11 +124,9 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
     return allocate_ranks(run, bases, kept), trials
 
 
-def warn_of_the_majority(task: TaskRun, dense: Evaluation) -> None:
-    """Warn if the dense model is no better on a task than always giving the most frequent answer."""
-    if dense.score <= dense.majority_score:
-        logger.warning(
-            "The dense model scores %.4f on the selection split of %r, always giving the most frequent answer %.4f: "
-            "there is nothing to lose, and any size may pass. Improve the prompt, or use another model.",
-            dense.score, task.name, dense.majority_score,
-        )  # fmt: skip
+def compares(run: Run, healer: Healer | None) -> bool:
+    """Whether the ranks are chosen by the dense model's score on the selection split.
+
+    A genetic search that is not healed compares with the dense model by itself.
+    """
+    return run.config.tolerance is not None and (run.config.allocation != "genetic" or healer is not None)

@@ -13,7 +13,9 @@ from optimum_sieve.publish.result import TaskScores, make_result
 from optimum_sieve.publish.sections import rank_section, spectra_section
 from optimum_sieve.publish.trials import stop_reasons, trial_rows
 
+from .findings import warn_of_the_majority
 from .progress import save_in_work_dir
+from .ranks import compares
 
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ def pruned_result(
     """
     bring_in(run.model)
     _warn_of_loss_to_tuned(run, dense, pruned)
+    if not compares(run, healer):
+        # Otherwise the selection split has told.
+        for task, evaluation in zip(run.tasks, dense, strict=True):
+            warn_of_the_majority(task.name, evaluation, "test")
     untuned = [None] * len(run.tasks) if run.tuning is None else run.tuning.dense
     result = make_result(
         run.model,

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from optimum_sieve._messages import cut, listed, shown
 from optimum_sieve.run.workdir import content_key
-from optimum_sieve.tasks.files import read_file
+from optimum_sieve.tasks.rows.files import read_file
 
 
 if TYPE_CHECKING:

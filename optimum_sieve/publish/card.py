@@ -12,6 +12,7 @@ import yaml
 
 from optimum_sieve.search.genome import split_name
 from optimum_sieve.tasks.template import TaskTemplate
+from optimum_sieve.tasks.templates.python_values import not_applicable, only_in_python
 
 from .page.page import PICTURE_NAME
 from .report import task_blocks
@@ -119,7 +120,8 @@ def build_card(
         heal_command=healing_command(hub_id or name, report.get("healing", {}), files),
         settings=_yaml(settings or {}),
         example=_example_row(task_specs[0] if task_specs else {}),
-        task_specs=list(zip(files, map(_yaml, task_specs), strict=False)),
+        applicable=not any(map(not_applicable, task_specs)),
+        task_specs=list(zip(files, map(_yaml, task_specs), map(only_in_python, task_specs), strict=False)),
     )
     return card
 

@@ -12,7 +12,9 @@ import yaml
 from optimum_sieve._messages import shown
 from optimum_sieve.config.files import read_mapping
 from optimum_sieve.config.sieve import SieveConfig
+from optimum_sieve.tasks.data import PREFIX
 from optimum_sieve.tasks.task import Task
+from optimum_sieve.tasks.templates.python_values import only_in_python
 
 
 if TYPE_CHECKING:
@@ -78,21 +80,29 @@ class Recipe:
         """
         return SieveConfig.from_dict(self.settings)
 
-    def read_tasks(self, directory: Path, data_dir: Path | None = None, *, trust_code: bool = False) -> list[Task]:
+    def read_tasks(
+        self, directory: Path, data_dir: Path | None = None, *, trust_remote_code: bool = False
+    ) -> list[Task]:
         """Read the tasks with their rows.
 
         Args:
             directory (`Path`): Directory of the recipe, which task files are relative to.
             data_dir (`Path`, *optional*): Directory of the rows of tasks whose content is in the recipe. Default: that
                 of the recipe.
-            trust_code (`bool`): Whether metrics that are modules of the evaluate library may be run. The recipe may be
-                somebody else's.
+            trust_remote_code (`bool`): Whether code that the tasks name may run, see
+                [`Task.from_file`][optimum_sieve.tasks.task.Task.from_file]. The recipe may be somebody else's.
+
+        Raises:
+            ValueError: If a task was made in Python, with what no recipe can hold, or is invalid.
         """
+        for task in self.tasks:
+            if found := _only_in_python(task):
+                raise ValueError(f"`tasks` must be tasks that a file can hold, got one made in Python: {found}.")
         root = directory if data_dir is None else data_dir
         return [
-            Task.from_file(directory / task, trust_code=trust_code)
+            Task.from_file(located(task, directory), trust_remote_code=trust_remote_code)
             if isinstance(task, str)
-            else Task.from_dict(task, root, trust_code=trust_code)
+            else Task.from_dict(task, root, trust_remote_code=trust_remote_code)
             for task in self.tasks
         ]
 
@@ -130,7 +140,24 @@ def recipe_text(
         "tasks": [dict(spec) for spec in specs],
         "settings": changed,
     }
-    return _HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    made = "".join(
+        f"# It cannot: a task was made in Python. {found}.\n" for spec in specs if (found := _only_in_python(spec))
+    )
+    return _HEADER + made + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _only_in_python(spec: str | Mapping[str, Any]) -> str:
+    """Say what a recipe does not hold of a task; empty if nothing."""
+    found = {} if isinstance(spec, str) else only_in_python(spec)
+    return ", ".join(f"`{key}` was {value}" for key, value in found.items())
+
+
+def located(task: str, directory: Path) -> str:
+    """Return a task file's path, relative to `directory`, or the name of a task of lm-evaluation-harness."""
+    path = directory / task.removeprefix(PREFIX)
+    if not task.startswith(PREFIX):
+        return str(path)
+    return f"{PREFIX}{path}" if path.is_file() else task
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.metrics.module_metric import public_spec
+from optimum_sieve.tasks.templates.python_values import not_applicable, only_in_python
 
 from .report import task_blocks
 
@@ -34,12 +35,16 @@ def task_files(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> di
 
     Returns:
         `dict[str, str]`: JSON with `format_version` and `tasks`, each the keys of its task file and its `results`:
-            metric, split, number of examples, and the scores with their standard errors.
+            metric, split, number of examples, and the scores with their standard errors. Instead of keys that no file
+            can hold, `not_stored` says why the task cannot be applied to new rows.
     """
     blocks = {block["task"]: block for block in task_blocks(report)}
     tasks = []
     for spec in specs:
-        kept = {key: value for key, value in spec.items() if key not in _LEFT_OUT}
+        reason = not_applicable(spec)
+        kept = {key: value for key, value in spec.items() if key not in _LEFT_OUT and key not in only_in_python(spec)}
+        if reason is not None:
+            kept = {"name": spec["name"], "not_stored": reason}
         if isinstance(kept.get("metric"), dict):
             kept["metric"] = public_spec(kept["metric"])
         block = blocks.get(spec["name"], {})

@@ -13,10 +13,12 @@ from optimum_sieve._messages import listed, shown
 from .example import Reference
 from .prompts import Row, RowTemplate, require_fields
 from .spec import normal, optional
+from .templates.function import TEMPLATE, row_template
 
 
 if TYPE_CHECKING:
     from .prompts import Prompt
+    from .templates.function import Template
 
 
 # Names that `prompt` and `candidate` may use in addition to the fields of the data.
@@ -33,8 +35,8 @@ class Choices:
     keys: ClassVar[tuple[str, ...]] = ("choices", "answer", "candidate", "shuffle", "normalize")
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
-    choices: tuple[RowTemplate, ...]
-    answer: RowTemplate | None
+    choices: tuple[Template, ...]
+    answer: Template | None
     candidate: RowTemplate
     shuffle: bool
     normalize: bool
@@ -50,11 +52,13 @@ class Choices:
         """
         texts = spec.get("choices")
         meaning = 'a template of a list, such as "{{ choices }}", or a list of templates, one per choice'
-        if isinstance(texts, str):
+        if isinstance(texts, TEMPLATE):
             texts = [texts]
-        elif not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        elif not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, TEMPLATE) for text in texts):
             raise TypeError(f"`choices` must be {meaning}, got {shown(texts)}.")
-        answer = optional(spec, "answer", str, "a template of the right choice's index (from 0), letter or text", None)
+        answer = optional(
+            spec, "answer", TEMPLATE, "a template of the right choice's index (from 0), letter or text", None
+        )
         # After most chat templates, an answer begins without a space.
         default = "{{ letter }}" if prompt.roles else " {{ letter }}"
         candidate = RowTemplate("candidate", optional(spec, "candidate", str, "a template", default))
@@ -69,11 +73,11 @@ class Choices:
                 "`prompt` must show the choices when letters are scored, got neither `{{ lettered_choices }}` nor "
                 '`{{ choices }}`. Add one, or score the texts: `candidate: " {{ choice }}"`.'
             )
-        gold = None if answer is None else RowTemplate("answer", answer)
+        gold = None if answer is None else row_template("answer", answer)
         if gold is not None:
             require_fields("answer", (gold,))
         return cls(
-            choices=tuple(RowTemplate("choices", text) for text in texts),
+            choices=tuple(row_template("choices", text) for text in texts),
             answer=gold,
             candidate=candidate,
             shuffle=optional(spec, "shuffle", bool, "true or false", False),

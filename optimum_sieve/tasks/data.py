@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from optimum_sieve._messages import cut, listed, shown
 
-from .files import read_file
-from .prompts import Row
+from .rows.files import read_file
+from .rows.memory import MemoryRows
 from .spec import check_keys, read_spec
+from .templates.template import Row
 
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-
+# Before the name of a task of lm-evaluation-harness, or the path of its YAML.
+PREFIX = "lm_eval:"
 SPLITS = ("calibration", "selection", "test")
 # Optional: more rows for calibration and healing, without answers.
 UNLABELLED = "unlabelled"
@@ -32,6 +32,7 @@ _MOST_ENTRIES = 10_000
 _MOST_HIDDEN_ENTRIES = 100_000
 _FILE_KEYS = ("files", "fractions")
 _DATASET_KEYS = ("dataset", "name", "revision", "split", "splits", "fractions")
+_MEMORY_KEYS = ("rows", "splits", "fractions")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Data:
             Configuration of the dataset.
         revision (`str`, *optional*):
             Revision of the dataset on the Hub.
+        rows (`MemoryRows`, *optional*):
+            Rows of each source in memory, instead of files or a dataset.
     """
 
     sources: dict[str, str]
@@ -56,6 +59,7 @@ class Data:
     dataset: str | None = None
     name: str | None = None
     revision: str | None = None
+    rows: MemoryRows | None = None
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Data:
@@ -65,6 +69,8 @@ class Data:
             ValueError: If a key or value is invalid.
             TypeError: If a value has the wrong type.
         """
+        if "rows" in spec:
+            return cls._in_memory(spec)
         if ("files" in spec) == ("dataset" in spec):
             check_keys(spec, (*_FILE_KEYS, *_DATASET_KEYS), "data")
             got = "both" if "files" in spec else "neither"
@@ -83,6 +89,23 @@ class Data:
             raise ValueError("`data.dataset` must be a Hub id or a directory, got none.")
         return cls(sources, _fractions(spec.get("fractions"), sources), **dataset)
 
+    @classmethod
+    def _in_memory(cls, spec: dict[str, Any]) -> Data:
+        check_keys(spec, _MEMORY_KEYS, "data")
+        rows = spec["rows"]
+        if not isinstance(rows, MemoryRows):
+            raise ValueError(
+                f"`data.rows` must be given in Python, got {shown(rows)} in a task file. Name `files` or a `dataset`, "
+                "or make the task by `Task(data=rows, ...)`."
+            )
+        sources = _sources(spec["splits"], "data.splits")
+        unknown = [source for source in sources.values() if source not in rows]
+        if unknown:
+            raise ValueError(
+                f"`data.splits` must name the sources of the rows, {listed(rows)}, got {shown(unknown[0])}."
+            )
+        return cls(sources, _fractions(spec.get("fractions"), sources), rows=rows)
+
     def sharing(self, source: str) -> list[str]:
         """Return the splits taken from `source`."""
         return [split for split in NAMES if self.sources.get(split) == source]
@@ -97,7 +120,9 @@ class Data:
         return {source: self._load(source, root) for source in dict.fromkeys(self.sources.values())}
 
     def _load(self, source: str, root: Path) -> list[Row]:
-        if self.dataset is None:
+        if self.rows is not None:
+            label, rows = source, self.rows[source]
+        elif self.dataset is None:
             label, rows = source, read_file(source, root)
         else:
             label, rows = (
@@ -111,6 +136,9 @@ class Data:
 
 def local_paths(task_file: Path) -> list[Path]:
     """Return a task file and the files, or the directory, of its data. Reading the task reports errors in it."""
+    if str(task_file).startswith(PREFIX):
+        path = Path(str(task_file).removeprefix(PREFIX))
+        return [path] if path.is_file() else []
     try:
         data = Data.from_spec(read_spec(task_file)["data"])
     except (OSError, ValueError, TypeError, KeyError, RuntimeError):

@@ -3,6 +3,7 @@ r"""`Example`: one row of a task as text; `Reference`: its gold answer; `Generat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,18 +15,25 @@ class Generation:
             Maximum number of tokens to generate.
         stop (`tuple[str, ...]`):
             Stop strings; the answer ends before the first one that occurs.
+        scored (`str`):
+            What the metric receives: `"text"`, without surrounding white space; `"text as written"`, with it; or
+            `"tokens"`, the gold answer if each of its tokens is the most likely one after those before, else another
+            text. In the latter two, gold answers are continuations of the prompt as they are.
     """
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    scored: Literal["text", "text as written", "tokens"] = "text"
 
     def continuation(self, prompt: str, answer: str, end_of_text: str | None, *, ended: bool = True) -> str:
         """Return `answer` as the model would generate it after `prompt`.
 
         A space comes first unless the prompt ends with whitespace. If `ended`, the first stop string follows; without
-        stop strings, `end_of_text` follows.
+        stop strings, `end_of_text` follows. Where tokens are scored, nothing is added.
         """
-        space = " " if answer and not prompt[-1:].isspace() else ""
+        if self.scored == "tokens":
+            return answer or end_of_text or ""
+        space = " " if self.scored == "text" and answer and not prompt[-1:].isspace() else ""
         return space + answer + ((self.stop[0] if self.stop else end_of_text or "") if ended else "")
 
 
@@ -42,8 +50,8 @@ class Example:
             Texts whose log-likelihoods are compared; empty for generation.
         target (`int`, *optional*):
             Index of the gold candidate.
-        normalized (`bool`):
-            Whether to divide each candidate's log-likelihood by its number of characters, stripped.
+        normalized (`bool` or `tuple[int, ...]`):
+            Whether to divide each candidate's log-likelihood by its number of characters, stripped; or the divisors.
         accepted (`tuple[str, ...]`):
             Accepted answers for generation.
         generation ([`Generation`], *optional*):
@@ -56,10 +64,17 @@ class Example:
     answer: str
     candidates: tuple[str, ...] = ()
     target: int | None = None
-    normalized: bool = False
+    normalized: bool | tuple[int, ...] = False
     accepted: tuple[str, ...] = ()
     generation: Generation | None = None
     add_special_tokens: bool = True
+
+    @property
+    def divisors(self) -> tuple[int, ...]:
+        """Divisors of the candidates' log-likelihoods; empty if they are compared as they are."""
+        if isinstance(self.normalized, tuple):
+            return self.normalized
+        return tuple(max(len(text.strip()), 1) for text in self.candidates) if self.normalized else ()
 
 
 @dataclass(frozen=True)
@@ -73,8 +88,8 @@ class Reference:
             Texts to score; empty for generation.
         target (`int`, *optional*):
             Index of the gold candidate.
-        normalized (`bool`):
-            Whether to divide a candidate's log-likelihood by its number of characters.
+        normalized (`bool` or `tuple[int, ...]`):
+            Whether to divide a candidate's log-likelihood by its number of characters; or the divisors.
         accepted (`tuple[str, ...]`):
             Accepted answers for generation.
     """
@@ -82,5 +97,5 @@ class Reference:
     answer: str
     candidates: tuple[str, ...] = ()
     target: int | None = None
-    normalized: bool = False
+    normalized: bool | tuple[int, ...] = False
     accepted: tuple[str, ...] = ()

@@ -9,11 +9,13 @@ from optimum_sieve._messages import shown
 from optimum_sieve.metrics.text_metrics import LIST_METRICS, TEXT_METRICS, last_number
 
 from .example import Generation, Reference
-from .prompts import Row, RowTemplate, require_fields
+from .prompts import Row, require_fields
+from .templates.function import TEMPLATE, row_template
 
 
 if TYPE_CHECKING:
     from .prompts import Prompt
+    from .templates.function import Template
 
 
 _MOST_TOKENS = 1_000_000
@@ -26,7 +28,7 @@ class Generate:
     keys: ClassVar[tuple[str, ...]] = ("answer", "stop", "max_new_tokens")
     metrics: ClassVar[tuple[str, ...]] = TEXT_METRICS
 
-    answers: tuple[RowTemplate, ...]
+    answers: tuple[Template, ...]
     generation: Generation
     metric: Any
 
@@ -38,7 +40,8 @@ class Generate:
             ValueError: If a key is missing or out of range.
             TypeError: If a value has the wrong type.
         """
-        answers, stop, max_new_tokens = _strings(spec, "answer"), _strings(spec, "stop"), spec.get("max_new_tokens")
+        answers, stop = _strings(spec, "answer", TEMPLATE), _strings(spec, "stop", str)
+        max_new_tokens = spec.get("max_new_tokens")
         if "" in stop:
             raise ValueError(f"`stop` must not hold empty strings, got {shown(stop)}.")
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -48,7 +51,7 @@ class Generate:
             )
         if max_new_tokens > _MOST_TOKENS:
             raise ValueError(f"`max_new_tokens` must be at most {_MOST_TOKENS:,}, got {max_new_tokens:,}.")
-        templates = tuple(RowTemplate("answer", answer) for answer in answers)
+        templates = tuple(row_template("answer", answer) for answer in answers)
         if templates:
             require_fields("answer", templates)
         return cls(
@@ -98,10 +101,10 @@ class Generate:
         return Reference(accepted[0], accepted=tuple(accepted))
 
 
-def _strings(spec: dict[str, Any], key: str) -> list[str]:
+def _strings(spec: dict[str, Any], key: str, kinds: Any) -> list[Any]:
     """Return a string or a list of strings as a list."""
     value = spec.get(key)
-    strings = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+    strings = [] if value is None else [value] if isinstance(value, kinds) else value
+    if not isinstance(strings, list) or not all(isinstance(string, kinds) for string in strings):
         raise TypeError(f"`{key}` must be a string or a list of strings, got {shown(value)}. Put it in quotes.")
     return strings

@@ -10,12 +10,14 @@ from optimum_sieve._messages import listed, shown
 from optimum_sieve.metrics.class_metrics import CLASS_METRICS
 
 from .example import Reference
-from .prompts import Row, RowTemplate, require_fields
+from .prompts import Row, require_fields
 from .spec import normal, optional, require
+from .templates.function import TEMPLATE, row_template
 
 
 if TYPE_CHECKING:
     from .prompts import Prompt
+    from .templates.function import Template
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class LabelScoring:
     keys: ClassVar[tuple[str, ...]] = ("answer", "labels")
     metrics: ClassVar[tuple[str, ...]] = CLASS_METRICS
 
-    answer: RowTemplate | None
+    answer: Template | None
     labels: dict[str, str]
 
     @classmethod
@@ -37,7 +39,7 @@ class LabelScoring:
             TypeError: If a value has the wrong type.
         """
         labels = require(spec, "labels", dict, "a mapping from each label of the data to the text to score")
-        answer = optional(spec, "answer", str, "a template that renders to one of the labels", None)
+        answer = optional(spec, "answer", TEMPLATE, "a template that renders to one of the labels", None)
         if len(labels) < 2:
             raise ValueError(f"`labels` must name at least two labels, got {shown(list(labels))}.")
         for label, text in labels.items():
@@ -48,7 +50,7 @@ class LabelScoring:
         for what, texts in (("texts", labels.values()), ("names", labels)):
             if len({normal(text) for text in texts}) < len(labels):
                 raise ValueError(f"`labels` must have distinct {what}, got {shown(list(texts))}.")
-        template = None if answer is None else RowTemplate("answer", answer)
+        template = None if answer is None else row_template("answer", answer)
         if template is not None:
             require_fields("answer", (template,))
         return cls(template, labels)

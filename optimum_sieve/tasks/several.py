@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
-def read_tasks(sources: Any) -> tuple[Task, ...]:
+def read_tasks(sources: Any, *, trust_remote_code: bool = False) -> tuple[Task, ...]:
     """Return the tasks of one source or several: paths of task files, their contents, or tasks.
+
+    Args:
+        sources (`Any`): The source, or a sequence of them.
+        trust_remote_code (`bool`): Whether functions of an lm-evaluation-harness task may run.
 
     Raises:
         FileNotFoundError: If a task file or its data does not exist.
@@ -24,11 +28,11 @@ def read_tasks(sources: Any) -> tuple[Task, ...]:
     """
     sources = [sources] if isinstance(sources, str | Path | dict | Task) else list(sources)
     if len(sources) == 1:
-        return (_read_task(sources[0]),)
+        return (_read_task(sources[0], trust_remote_code),)
     tasks = []
     for number, source in enumerate(sources, start=1):
         try:
-            tasks.append(_read_task(source))
+            tasks.append(_read_task(source, trust_remote_code))
         except (ValueError, TypeError) as error:
             name = source.get("name", number) if isinstance(source, dict) else source
             error_type = TypeError if isinstance(error, TypeError) else ValueError
@@ -36,10 +40,12 @@ def read_tasks(sources: Any) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def _read_task(source: str | Path | dict[str, Any] | Task) -> Task:
-    if isinstance(source, dict):
-        return Task.from_dict(source)
-    return source if isinstance(source, Task) else Task.from_file(source)
+def _read_task(source: str | Path | dict[str, Any] | Task, trust_remote_code: bool) -> Task:
+    if isinstance(source, Task):
+        return source
+    read: Any = Task.from_dict if isinstance(source, dict) else Task.from_file
+    task: Task = read(source, trust_remote_code=trust_remote_code)
+    return task
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

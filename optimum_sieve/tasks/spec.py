@@ -20,6 +20,8 @@ from optimum_sieve._messages import closest, cut, listed, shown
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    Kind = type | tuple[type, ...]
+
 
 # A task file names its data and holds none of it.
 _MOST_BYTES = 2**20
@@ -171,7 +173,7 @@ def check_keys(mapping: Mapping[str, Any], known: Collection[str], where: str) -
             )
 
 
-def require(spec: Mapping[str, Any], key: str, kind: type, meaning: str) -> Any:
+def require(spec: Mapping[str, Any], key: str, kind: Kind, meaning: str) -> Any:
     """Return `spec[key]`; raise `ValueError` if it is missing and `TypeError` if it is not a `kind`."""
     if spec.get(key) is None:
         raise ValueError(f"`{key}` must be given in the task file: {meaning}.")
@@ -180,7 +182,7 @@ def require(spec: Mapping[str, Any], key: str, kind: type, meaning: str) -> Any:
     return spec[key]
 
 
-def optional(spec: Mapping[str, Any], key: str, kind: type, meaning: str, default: Any) -> Any:
+def optional(spec: Mapping[str, Any], key: str, kind: Kind, meaning: str, default: Any) -> Any:
     """Return `spec[key]`, or `default` if it is missing; raise `TypeError` if it is not a `kind`."""
     return default if spec.get(key) is None else require(spec, key, kind, meaning)
 

@@ -14,7 +14,7 @@ from .data import NAMES, Data
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
 
-    from .prompts import Row
+    from .templates.template import Row
 
 
 _Item = TypeVar("_Item")

@@ -1,69 +1,81 @@
-r"""`Task`: examples, prompt, answers and metric of one narrow task, read from a task file."""
+r"""`Task`: examples, prompt, answers and metric of one narrow task, from a task file or from Python."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import shown
+from optimum_sieve.metrics.class_metrics import CLASS_METRICS
 from optimum_sieve.metrics.identity import Metric, metric_name, source_code
 from optimum_sieve.metrics.module_metric import ModuleMetric
 
-from .choices import Choices
-from .data import NAMES, UNLABELLED, Data
-from .example import Example, Generation, Reference
-from .generate import Generate
-from .labels import LabelScoring
-from .prompts import Prompt, Row
-from .spec import check_keys, normal, plain, read_spec, require
-from .splits import divide
+from .data import NAMES, PREFIX
+from .example import Example
+from .harness.scoring import read_harness
+from .reading import KINDS, Item, read_items, read_kind, read_parts
+from .spec import plain, read_spec
+from .templates.python_values import apart, inferred_kind
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
+    from .example import Generation, Reference
+    from .prompts import Prompt
 
-Answering = LabelScoring | Choices | Generate
-
-KINDS: dict[str, type[LabelScoring] | type[Choices] | type[Generate]] = {
-    "labels": LabelScoring,
-    "choices": Choices,
-    "generate": Generate,
-}
-_KEYS = ("name", "kind", "data", "limit", "group", "prompt", "chat", "metric", "seed")
+    # A jinja2 template, or a function of a row's fields.
+    Written = str | Callable[[dict[str, Any]], Any]
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One row of a split: the texts of its prompt (messages not yet joined) and its reference."""
-
-    texts: tuple[str, ...]
-    reference: Reference
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
     """A narrow task for a model: rows in disjoint splits, a prompt, answers and a metric.
 
-    Create it with [`Task.from_file`] or [`Task.from_dict`]. They read all data and check every row in use, so later
-    stages raise no errors about the data.
+    Create it from Python objects, or with [`Task.from_file`] or [`Task.from_dict`]. All data is read and every row in
+    use checked, so later stages raise no errors about the data.
 
     Args:
-        name (`str`):
-            Name of the task.
-        kind (`str`):
-            Kind of answer: `"labels"`, `"choices"` or `"generate"`.
-        metric (`str`, `ModuleMetric` or `Callable`):
-            Name of a metric, a module of the evaluate library, or a function.
-        labels (`dict[str, str]`):
-            Maps a label of the data to the text to score; empty for other kinds.
-        spec (`dict[str, Any]`):
-            Contents of the task file as JSON types.
+        data (`Dataset`, `DatasetDict`, `list[dict]` or `dict`): Rows. A `datasets.Dataset` or a list of dictionaries is
+            divided by seed. Of a `DatasetDict`, or a mapping from splits to rows, train serves for calibration,
+            validation for selection and test for test. Or the `data` of a task file.
+        prompt (`str` or `Callable`, *optional*): Template of the model's input, or a function of a row's fields.
+        chat (`list[dict]`, *optional*): Instead of `prompt`: messages with `role` and `content`, which is a template or
+            a function.
+        answer (`str` or `Callable`, *optional*): Template or function of the correct answer.
+        labels (`dict[str, str]`, *optional*): Maps a label of the data to the text to score.
+        choices (`str`, `list` or `Callable`, *optional*): Template or function of the list of an example's choices.
+        max_new_tokens (`int`, *optional*): Maximum number of generated tokens, for written answers.
+        metric (`str`, `dict` or `Callable`, *optional*): Name of a metric, `{"evaluate": name}` for a module of the
+            evaluate library, or a function of an answer and the accepted answers.
+        name (`str`): Name of the task.
+        keys (`Any`): Other keys of a task file, such as `limit`, `stop` or `chat_template_kwargs`.
+
+    Attributes:
+        name (`str`): Name of the task.
+        kind (`str`): Kind of answer: `"labels"`, `"choices"` or `"generate"`. Given by the keys if it is not given.
+        metric (`str`, `ModuleMetric` or `Callable`): Name of a metric, a module of the evaluate library, or a function.
+        labels (`dict[str, str]`): Maps a label of the data to the text to score; empty for other kinds.
+        spec (`dict[str, Any]`): Contents of the task file as JSON types, see
+            [`only_in_python`][optimum_sieve.tasks.templates.python_values.only_in_python].
+
+    Raises:
+        ValueError: If a key, value or row is invalid; the message names it.
+        TypeError: If a value has the wrong type.
+
+    Example:
+
+    ```python
+    >>> rows = [{"text": f"{number} apples", "label": number % 2} for number in range(40)]
+    >>> task = Task(data=rows, prompt="{{ text }}: even or odd?", answer="{{ label }}", labels={0: " even", 1: " odd"})
+    >>> task.splits
+    {'calibration': 20, 'selection': 10, 'test': 10}
+
+    ```
     """
 
     name: str
@@ -73,7 +85,30 @@ class Task:
     spec: dict[str, Any]
     _prompt: Prompt
     _generation: Generation | None
-    _items: dict[str, tuple[_Item, ...]]
+    _items: dict[str, tuple[Item, ...]]
+
+    def __init__(
+        self,
+        *,
+        data: Any,
+        prompt: Written | None = None,
+        chat: Sequence[Mapping[str, Written]] | None = None,
+        answer: Written | Sequence[Written] | None = None,
+        labels: Mapping[Any, str] | None = None,
+        choices: Written | Sequence[Written] | None = None,
+        max_new_tokens: int | None = None,
+        metric: Metric | dict[str, Any] | None = None,
+        name: str = "task",
+        **keys: Any,
+    ) -> None:
+        spec: dict[str, Any] = {"prompt": prompt, "chat": chat, "answer": answer, "labels": labels, "choices": choices}
+        spec |= {"data": data, "max_new_tokens": max_new_tokens, "name": name, **keys}
+        spec = {key: value for key, value in spec.items() if value is not None}
+        spec.setdefault("kind", inferred_kind(spec))
+        if isinstance(metric, str | dict):
+            spec["metric"] = metric
+        given, stored = apart(spec)
+        self._read(given, stored, Path(), None if isinstance(metric, str | dict) else metric)
 
     @classmethod
     def from_file(
@@ -81,30 +116,30 @@ class Task:
         path: str | Path,
         *,
         metric: Callable[[str, Sequence[str]], float] | ModuleMetric | None = None,
-        trust_code: bool = True,
+        trust_remote_code: bool | None = None,
     ) -> Task:
         """Read a task file (YAML or JSON). Paths in it are relative to the file.
 
         Args:
-            path (`str` or `Path`):
-                The task file.
-            metric (`Callable` or `ModuleMetric`, *optional*):
-                Custom metric that replaces the file's: maps an answer and the accepted answers to a number, whose mean
-                over the examples is the score. Or a module of the evaluate library.
-            trust_code (`bool`):
-                Whether the file may name code to run, which is a module of the evaluate library under `metric`. Set it
-                to `False` for a file that came with a model: the task is read, and scoring with its module is an error.
-
-        Returns:
-            [`Task`]: The task with its data.
+            path (`str` or `Path`): The task file; or `lm_eval:` and the name of a task of lm-evaluation-harness, or the
+                path of its YAML.
+            metric (`Callable` or `ModuleMetric`, *optional*): Custom metric that replaces the file's: maps an answer
+                and the accepted answers to a number, whose mean over the examples is the score. Or a module of the
+                evaluate library.
+            trust_remote_code (`bool`, *optional*): Whether code that the task names may run: functions of a task of
+                lm-evaluation-harness, and a module of evaluate under `metric`. Default: modules may, functions not.
+                `False` is for files of others: the task is read, and scoring with its module is an error.
 
         Raises:
             FileNotFoundError: If the task file or a data file does not exist.
             ValueError: If a key, value or row is invalid; the message names it.
             TypeError: If a value has the wrong type.
         """
-        path = Path(path)
-        return cls.from_dict(read_spec(path), path.parent, metric=metric, trust_code=trust_code)
+        named = str(path).removeprefix(PREFIX)
+        if named != str(path):
+            return cls.from_dict({"lm_eval": named}, metric=metric, trust_remote_code=trust_remote_code)
+        spec = plain(read_spec(Path(path)))
+        return cls.__new__(cls)._read(spec, spec, Path(path).parent, metric, trust_remote_code)
 
     @classmethod
     def from_dict(
@@ -113,44 +148,36 @@ class Task:
         root: str | Path = ".",
         *,
         metric: Callable[[str, Sequence[str]], float] | ModuleMetric | None = None,
-        trust_code: bool = True,
+        trust_remote_code: bool | None = None,
     ) -> Task:
         """Create a task from the contents of a task file; see [`Task.from_file`].
 
         Args:
-            spec (`dict[str, Any]`):
-                Contents of a task file.
-            root (`str` or `Path`):
-                Directory that paths in `spec` are relative to.
-            metric (`Callable` or `ModuleMetric`, *optional*):
-                Custom metric, see [`Task.from_file`].
-            trust_code (`bool`):
-                Whether `spec` may name code to run, see [`Task.from_file`].
-
-        Returns:
-            [`Task`]: The task with its data.
+            spec (`dict[str, Any]`): Contents of a task file. It may hold the rows and functions that [`Task`] takes.
+            root (`str` or `Path`): Directory that paths in `spec` are relative to.
+            metric (`Callable`, *optional*): Custom metric, see [`Task.from_file`].
+            trust_remote_code (`bool`): See [`Task.from_file`].
         """
-        spec = plain(spec)
-        kind = require(spec, "kind", str, f"one of {', '.join(KINDS)}")
-        if kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {shown(kind)}.")
-        check_keys(spec, (*_KEYS, *KINDS[kind].keys), "task")
-        name = require(spec, "name", str, "a string")
-        if not name.strip() or not name.isprintable():
-            raise ValueError(f"`name` must be a line of text, which reports show, got {shown(name)}.")
-        scored_by = _read_metric(spec, metric, KINDS[kind].metrics, Path(root), trust_code=trust_code)
-        prompt = Prompt.from_spec(spec)
-        scoring = KINDS[kind].from_spec(spec, prompt, _seed(spec))
-        return cls(
-            name=name,
-            kind=kind,
-            metric=scored_by,
-            labels=scoring.labels if isinstance(scoring, LabelScoring) else {},
-            spec=spec,
-            _prompt=prompt,
-            _generation=scoring.generation if isinstance(scoring, Generate) else None,
-            _items=_read_items(spec, Path(root), prompt, scoring),
-        )
+        return cls.__new__(cls)._read(*apart(spec), Path(root), metric, trust_remote_code)
+
+    def _read(
+        self, spec: dict[str, Any], stored: dict[str, Any], root: Path, metric: Any, trusted: bool | None = None
+    ) -> Task:
+        """Read the contents of a task, of which `stored` has only JSON types."""
+        if "lm_eval" in spec:
+            scored_by = None if metric is None else _read_metric({}, metric, CLASS_METRICS, root, trusted)
+            parts = read_harness(spec, root, trust_remote_code=bool(trusted))
+        else:
+            kind = read_kind(spec)
+            for each in (spec, stored):
+                scored_by = _read_metric(each, metric, KINDS[kind].metrics, root, trusted)
+            parts = read_parts(spec, kind)
+        self.name, self.kind, self._prompt = parts.name, parts.kind, parts.prompt
+        self.spec = {**stored, "name": parts.name}
+        self.metric = parts.metric if scored_by is None else scored_by
+        self.labels, self._generation = parts.labels, parts.generation
+        self._items = read_items(parts.spec, root, parts.prompt, parts.scoring)
+        return self
 
     @property
     def splits(self) -> dict[str, int]:
@@ -160,7 +187,16 @@ class Task:
     @property
     def labelled(self) -> bool:
         """Whether the data has gold answers, that is, whether the task file has an `answer`."""
-        return bool(self.spec.get("answer"))
+        return bool(self.spec.get("answer") or self.spec.get("lm_eval"))
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the messages of a chat; empty for a prompt of one text."""
+        return self._prompt.roles
+
+    def items(self, split: str) -> list[tuple[tuple[str, ...], Reference]]:
+        """Return the texts of each prompt, or of its messages, and its gold answer."""
+        return [(item.texts, item.reference) for item in self._items[split]]
 
     def require_splits(self, *splits: str) -> None:
         """Raise `ValueError` unless the task has all of `splits`."""
@@ -191,7 +227,7 @@ class Task:
         self.require_splits(split)
         return [self._example(item, tokenizer) for item in self._items[split]]
 
-    def _example(self, item: _Item, tokenizer: PreTrainedTokenizerBase) -> Example:
+    def _example(self, item: Item, tokenizer: PreTrainedTokenizerBase) -> Example:
         prompt, answer = self._prompt.text(item.texts, tokenizer), item.reference.answer
         if self._generation is not None:
             answer = self._generation.continuation(prompt, answer, tokenizer.eos_token)
@@ -207,39 +243,16 @@ class Task:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the task file's contents, every row in use and the metric's source code, if it has any."""
+        """SHA-256 of the task file's contents, every row in use and a custom metric's source code, if any."""
         items = {split: [[item.texts, astuple(item.reference)] for item in rows] for split, rows in self._items.items()}
         content: list[Any] = [self.spec, items]
-        if isinstance(self.metric, ModuleMetric):
-            content.append(self.metric.source)
-        elif not isinstance(self.metric, str):
+        if not isinstance(self.metric, str):
             code = source_code(self.metric)
             content.append([metric_name(self.metric), *([] if code is None else [code])])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_items(spec: dict[str, Any], root: Path, prompt: Prompt, scoring: Answering) -> dict[str, tuple[_Item, ...]]:
-    """Load the data, divide it and render every row in use."""
-    rendered: dict[tuple[str, int], tuple[str, ...]] = {}
-
-    def texts(row: Row) -> tuple[str, ...]:
-        key = (row.source, row.number)
-        if key not in rendered:
-            # Two prompts count as equal even if their choices appear in different orders, or as other code points.
-            rendered[key] = tuple(map(normal, prompt.render(scoring.shown(row, shuffled=False))))
-        return rendered[key]
-
-    def item(row: Row, answering: Answering) -> _Item:
-        return _Item(prompt.render(scoring.shown(row)), answering.reference(row))
-
-    group, limit, seed = _group(spec), _limit(spec), _seed(spec)
-    data = Data.from_spec(require(spec, "data", dict, "a mapping with `files` or `dataset`"))
-    rows = divide(data, data.load(root), prompt=texts, group=group, limit=limit, seed=seed)
-    kinds = {split: scoring.without_answer() if split == UNLABELLED else scoring for split in rows}
-    return {split: tuple(item(row, kinds[split]) for row in rows[split]) for split in rows}
-
-
-def _read_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...], root: Path, *, trust_code: bool) -> Metric:
+def _read_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...], root: Path, trusted: bool | None) -> Metric:
     """Return the metric; a custom one replaces that of `spec`."""
     if metric is not None:
         if not callable(metric) and not isinstance(metric, ModuleMetric):
@@ -249,35 +262,10 @@ def _read_metric(spec: dict[str, Any], metric: Any, known: tuple[str, ...], root
         return custom
     named = spec.get("metric", known[0])
     if isinstance(named, dict):
-        return ModuleMetric.from_spec(named, root, trusted=trust_code)
+        return ModuleMetric.from_spec(named, root, trusted=trusted is not False)
     if named not in known:
         raise ValueError(
             f"`metric` must be one of {', '.join(known)}, got {shown(named)}. Pass a custom metric in Python: "
             "`Task.from_file(path, metric=function)`, or name a module of evaluate: `metric: {evaluate: name}`."
         )
     return str(named)
-
-
-def _group(spec: dict[str, Any]) -> str | None:
-    group = spec.get("group")
-    if group is not None and not isinstance(group, str):
-        raise TypeError(f"`group` must be the name of a field, got {shown(group)}.")
-    return group
-
-
-def _limit(spec: dict[str, Any]) -> dict[str, int]:
-    limit = {} if spec.get("limit") is None else spec["limit"]
-    if not isinstance(limit, dict):
-        raise TypeError(f"`limit` must be a mapping from {', '.join(NAMES)} to numbers of rows, got {shown(limit)}.")
-    check_keys(limit, NAMES, "limit")
-    for split, value in limit.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`limit.{split}` must be a whole number of at least 1, got {shown(value)}.")
-    return limit
-
-
-def _seed(spec: dict[str, Any]) -> int:
-    seed = spec.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` must be a whole number of at least 0, got {shown(seed)}.")
-    return seed

@@ -9,15 +9,16 @@ from optimum_sieve._messages import shown
 
 from .choices import Choices
 from .labels import LabelScoring
-from .prompts import Prompt, Row
+from .prompts import Prompt
+from .reading import KINDS
 from .spec import plain, require
-from .task import KINDS
+from .templates.template import Row
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .task import Answering
+    from .reading import Answering
 
 # What a prompt may use of the choices of a row.
 _MADE = {"choices", "lettered_choices"}

@@ -76,7 +76,7 @@ def test_reading_a_task_runs_no_code(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     write_module(tmp_path, "accuracy", ACCURACY, imports=f"open({str(marker)!r}, 'w').close()")
     path = write_task(tmp_path, metric={"evaluate": "./accuracy.py"})
-    task, untrusted = Task.from_file(path), Task.from_file(path, trust_code=False)
+    task, untrusted = Task.from_file(path), Task.from_file(path, trust_remote_code=False)
     examples = untrusted.examples("test", make_tokenizer())
     with pytest.raises(ValueError, match=r"`metric` must not be code that came with a model"):
         evaluate(make_model(), examples, make_tokenizer(), metric=untrusted.metric, batch_size=8)

@@ -12,7 +12,7 @@ from toy import load_task, parity_rows, prompts, task_spec, write_rows
 
 from optimum_sieve.tasks import Task
 from optimum_sieve.tasks.prompts import Row, RowTemplate
-from optimum_sieve.tasks.sandbox import BUDGET
+from optimum_sieve.tasks.templates.sandbox import BUDGET
 
 
 if TYPE_CHECKING:

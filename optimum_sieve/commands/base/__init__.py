@@ -11,6 +11,7 @@ from .subcommand import (
     input_paths,
     load_pruner,
     one_line_errors,
+    print_plan,
     reserved_output,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "input_paths",
     "load_pruner",
     "one_line_errors",
+    "print_plan",
     "reserved_output",
 ]

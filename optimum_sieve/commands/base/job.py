@@ -37,8 +37,11 @@ def write_job(arguments: Namespace, config: SieveConfig) -> None:
 
 
 def _absolute(name: str) -> str:
-    """Return an absolute path, as a worker may start in another directory; Hub ids stay as they are."""
-    return str(Path(name).resolve()) if os.path.exists(name) else name
+    """Return an absolute path, as a worker may start in another directory; Hub ids and names stay as they are."""
+    from optimum_sieve.tasks.data import PREFIX
+
+    path = name.removeprefix(PREFIX)
+    return f"{name[: len(name) - len(path)]}{Path(path).resolve()}" if os.path.exists(path) else name
 
 
 def read_job(arguments: Namespace) -> SieveConfig:

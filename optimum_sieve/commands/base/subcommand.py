@@ -60,7 +60,8 @@ def add_debug(parser: ArgumentParser) -> None:
 
 def add_task(parser: ArgumentParser, *, required: bool = True, several: bool = True, default: str = "") -> None:
     """Add the `--task` option; it can be repeated if the command accepts several tasks. `default` ends its help."""
-    text = "Task file, YAML or JSON." + (" Repeat for each additional task." * several) + default
+    text = "Task file, YAML or JSON" + ("." if default else ", or lm_eval:NAME.")
+    text += " Repeat for each additional task." * several + default
     action = "append" if several else "store"
     parser.add_argument("--task", required=required, action=action, metavar="FILE", help=text)
 
@@ -125,6 +126,19 @@ def load_pruner(arguments: Namespace, config: SieveConfig | None = None) -> Siev
         revision=arguments.revision,
         offload_dir=(arguments.work_dir or tempfile.gettempdir()) if offload else None,
     )
+
+
+def print_plan(pruner: SievePruner, config: SieveConfig) -> None:
+    """Print what the tasks' examples look like, what may be wrong with them, and the plan of a run.
+
+    Raises:
+        ValueError: If a run would end with an error; the findings are printed before.
+    """
+    from optimum_sieve.backbone.kinds import input_format
+    from optimum_sieve.pipeline.findings import examine_all
+
+    print(examine_all(pruner.tasks, pruner.tokenizer, input_format(pruner.model)), end="\n\n", flush=True)
+    print(pruner.plan(config).format())
 
 
 def reserved_output(arguments: Namespace) -> AbstractContextManager[None]:
