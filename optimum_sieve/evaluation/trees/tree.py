@@ -1,0 +1,129 @@
+"""Turn the rows of an example into a tree of tokens, and divide an example with many. Does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from optimum_sieve.evaluation.encoding import EncodedExample
+
+
+def merge_prefixes(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Drop every sequence that is a prefix of another; return the rest and the index there of each sequence."""
+    kept: list[list[int]] = []
+    owners = [0] * len(sequences)
+    previous: list[int] | None = None
+    # In descending order, a sequence directly follows a sequence that it is a prefix of, if any.
+    for i in sorted(range(len(sequences)), key=lambda i: sequences[i], reverse=True):
+        if previous is None or previous[: len(sequences[i])] != sequences[i]:
+            kept.append(sequences[i])
+        owners[i] = len(kept) - 1
+        previous = sequences[i]
+    return kept, owners
+
+
+def as_tree(example: EncodedExample) -> EncodedExample:
+    """Return the example as one row, in which tokens that several of its rows begin with occur once.
+
+    The row is the tree of all rows in depth-first order. Token `i` continues token `j` if `j <= i < ends[j]`; its
+    position in the text is `depths[i]`. An example of one row is returned as it is.
+
+    Example:
+
+    ```python
+    >>> from optimum_sieve.evaluation.encoding import EncodedExample
+    >>> rows = [[5, 6, 9], [5, 6, 8, 3], [5, 6, 8, 2]]
+    >>> tree = as_tree(EncodedExample(0, rows, [(0, 2, 4, 0), (1, 3, 4, 1)], 2, shadowed=False))
+    >>> tree.rows, tree.depths, tree.ends
+    ([[5, 6, 9, 8, 3, 2]], [0, 1, 2, 2, 3, 3], [6, 6, 3, 6, 5, 6])
+    >>> tree.reads
+    [(0, 2, 4, 0), (0, 4, 4, 1)]
+
+    ```
+    """
+    if len(example.rows) == 1:
+        return example
+    tokens: list[int] = []
+    depths: list[int] = []
+    ends: list[int] = []
+    places: list[list[int]] = []
+    path: list[int] = []
+    before: Sequence[int] = ()
+    # Rows are sorted, so each begins like the one before it as far as like any earlier one.
+    for row in example.rows:
+        shared = _shared(before, row)
+        for node in path[shared:]:
+            ends[node] = len(tokens)
+        path = [*path[:shared], *range(len(tokens), len(tokens) + len(row) - shared)]
+        tokens += row[shared:]
+        depths += range(shared, len(row))
+        ends += [0] * (len(row) - shared)
+        places.append(path)
+        before = row
+    for node in path:
+        ends[node] = len(tokens)
+    reads = [(0, places[row][position], token, candidate) for row, position, token, candidate in example.reads]
+    return replace(example, rows=[tokens], reads=reads, depths=depths, ends=ends)
+
+
+def tree_tokens(rows: Iterable[Sequence[int]]) -> int:
+    """Return the number of distinct tokens of sorted rows: those of their tree.
+
+    Example:
+
+    ```python
+    >>> tree_tokens([[5, 6, 9], [5, 6, 8, 3], [5, 6, 8, 2]])
+    6
+
+    ```
+    """
+    count = 0
+    before: Sequence[int] = ()
+    for row in rows:
+        count += len(row) - _shared(before, row)
+        before = row
+    return count
+
+
+def prompt_length(example: EncodedExample) -> int:
+    """Return the number of tokens before the first one that is scored."""
+    return 1 + min(position for _, position, _, _ in example.reads)
+
+
+def divided(example: EncodedExample, batch_size: int, *, trees: bool) -> list[EncodedExample]:
+    """Divide an example into parts with some of its candidates, none larger than `batch_size` of its rows.
+
+    Args:
+        example (`EncodedExample`): The example, not a tree.
+        batch_size (`int`): Maximum rows or, for trees, maximum tokens in longest rows of the example.
+        trees (`bool`): Whether each part will be made a tree.
+    """
+    limit = batch_size * example.length if trees else batch_size
+    parts: list[list[int]] = [[]]
+    size = 0
+    for number, row in enumerate(example.rows):
+        own = len(row) if trees else 1
+        added = own - (_shared(example.rows[number - 1], row) if trees and parts[-1] else 0)
+        if parts[-1] and size + added > limit:
+            parts.append([])
+            size, added = 0, own
+        parts[-1].append(number)
+        size += added
+    return [example] if len(parts) == 1 else [_part(example, part) for part in parts]
+
+
+def _part(example: EncodedExample, numbers: Sequence[int]) -> EncodedExample:
+    """Return the example with only the rows of these numbers."""
+    places = {number: place for place, number in enumerate(numbers)}
+    reads = [(places[row], *rest) for row, *rest in example.reads if row in places]
+    return replace(example, rows=[example.rows[number] for number in numbers], reads=reads)  # type: ignore[arg-type]
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the length of the common beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
