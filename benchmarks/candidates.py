@@ -5,11 +5,10 @@
     python benchmarks/candidates.py --task banking.yaml              # and the labels of a task of your own
 
 The prompts are those of the task's test split. Labels are made of random words that are one token each, `--labels` of
-them with `--tokens` words; a row for every pair of both, and one for the task's own labels. CPU seconds of this process,
-which are fair on a busy machine as far as its memory is not the limit. All ratios are to two labels of one token in the
-same run. `distinct` is the least that has to be computed: the tokens of the prompt, and of all labels but their last
-ones, those that several labels begin with once; the ratio of its row is what the time should be at best, if every token
-costs the same.
+them with `--tokens` words; a row for every pair of both, and one for the task's own labels. Times are CPU seconds of
+this process, so that other processes change them little. All ratios are to two labels of one token in the same run.
+`distinct` is the least that has to be computed, in tokens an example: those of the prompt, and of all labels but their
+last ones, those that several labels begin with once.
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ def main(words: Sequence[str] | None = None) -> None:
         found = measure(model, tokenizer, examples, options)
         first = first or found
         ratios = {f"{key}_ratio": value / first[key] for key, value in found.items()}
-        print(f"{name:>8}  " + "  ".join(f"{key} {value:,.2f} ({value / first[key]:.2f}x)" for key, value in found.items()),
-              flush=True)  # fmt: skip
+        columns = (f"{key} {value:,.2f} ({value / first[key]:.2f}x)" for key, value in found.items())
+        print(f"{name:>8}  {'  '.join(columns)}", flush=True)
         append_json(options.json, {"case": name, "labels": len(examples[0].candidates), **found, **ratios})
 
 

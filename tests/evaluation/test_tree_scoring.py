@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from candidate_models import NAMES, PROMPTS, ROWS, TREES, make_any, named
 from toy import make_model, make_tokenizer
 
@@ -20,9 +21,11 @@ from optimum_sieve.backbone.training import training_only
 from optimum_sieve.calibration.collect import visit_tokens
 from optimum_sieve.calibration.losses import fisher_root
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches, tokens_fingerprint
+from optimum_sieve.evaluation.blockwise import evaluate_by_block
 from optimum_sieve.evaluation.encoding import encode_examples
 from optimum_sieve.evaluation.likelihoods import candidate_scores
 from optimum_sieve.evaluation.prefix import shared_prefix
+from optimum_sieve.evaluation.scores import evaluate
 from optimum_sieve.evaluation.trees import arrangement, probe
 from optimum_sieve.evaluation.trees.probe import takes_cache, takes_trees
 from optimum_sieve.run.spool import Spool
@@ -230,6 +233,18 @@ def test_a_model_is_tried_once_and_left_as_it_was() -> None:
     assert not model.lm_head.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_model_whose_blocks_are_offloaded_is_tried_too() -> None:
+    model, examples = make_model(), named()
+    expected = evaluate(model, examples, TOKENIZER, metric="accuracy", batch_size=8, progress=False)
+    cpu_offload(model)
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    options: dict[str, Any] = {"metric": "accuracy", "batch_size": 8, "progress": False}
+    found = [each(model, examples, TOKENIZER, **options) for each in (evaluate, evaluate_by_block)]
+    assert takes_trees(model, longest=30, largest=60)
+    for evaluation in found:
+        np.testing.assert_allclose(evaluation.log_probs, expected.log_probs, atol=1e-5)
 
 
 def test_what_is_no_language_model_of_transformers_keeps_rows() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -68,13 +70,23 @@ def test_parts_hold_every_candidate_once_and_no_more_than_they_may(seed: int, ba
     assert sorted(candidate for some in candidates for candidate in some) == list(range(example.num_candidates))
     assert {part.index for part in parts} == {example.index}
     texts = [(part.rows[row][: position + 1], *rest) for part in parts for row, position, *rest in part.reads]
-    assert sorted(texts) == sorted(
-        (example.rows[row][: position + 1], *rest) for row, position, *rest in example.reads
-    )
+    assert sorted(texts) == sorted((example.rows[row][: position + 1], *rest) for row, position, *rest in example.reads)
     for part in parts:
         tokens = len(as_tree(part).rows[0]) if trees else len(part.rows)
         assert tokens <= (batch_size * example.length if trees else batch_size)
     assert divided(example, 1000, trees=trees) == [example]
+
+
+def test_a_large_tree_has_no_more_attention_scores_than_rows() -> None:
+    example = random_example(0, prompt=600, candidates=60)
+    more = [[*example.rows[0][:600], 10 + i, *range(20)] for i in range(100)]
+    example = replace(example, rows=sorted(more, reverse=True), reads=[(i, 620, 3, i) for i in range(100)])
+    parts = [as_tree(part) for part in divided(example, 16, trees=True)]
+    lengths = [part.length for part in parts]
+    assert len(parts) > 1
+    assert max(lengths) ** 2 <= 16 * example.length**2
+    # Half of what the tokens alone would allow.
+    assert max(lengths) > 0.9 * 4 * example.length
 
 
 def test_trees_with_a_long_prompt_are_divided_less_often_than_rows() -> None:

@@ -27,7 +27,8 @@ _MAMBA = {**_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "
 TREES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{name: ARCHITECTURES[name] for name in ("llama", "qwen3", "gemma2", "gpt2", "opt", "gpt_neox", "cohere2")},
     **{name: ARCHITECTURES[name] for name in ("mixtral", "qwen3_moe", "falcon")},
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_WINDOW,
+               "layer_types": ["sliding_attention", "full_attention"]}),
     "mistral": ("MistralForCausalLM", "MistralConfig", _WINDOW),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "llama4": (

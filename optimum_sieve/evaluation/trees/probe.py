@@ -110,9 +110,7 @@ def _holds(
     return known[key]
 
 
-def _try(
-    model: nn.Module, name: str, size: tuple[int, int], read: Callable[[nn.Module, _Texts], torch.Tensor]
-) -> bool:
+def _try(model: nn.Module, name: str, size: tuple[int, int], read: Callable[[nn.Module, _Texts], torch.Tensor]) -> bool:
     texts = _random_texts(model, *size)
     if texts is None:
         return False

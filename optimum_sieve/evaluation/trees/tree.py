@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from optimum_sieve.evaluation.encoding import EncodedExample
+
+
+# Up to so many tokens, the scores of attention take less memory than the other activations.
+_SHORT_TREE = 1024
 
 
 def merge_prefixes(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
@@ -99,10 +104,13 @@ def divided(example: EncodedExample, batch_size: int, *, trees: bool) -> list[En
 
     Args:
         example (`EncodedExample`): The example, not a tree.
-        batch_size (`int`): Maximum rows or, for trees, maximum tokens in longest rows of the example.
-        trees (`bool`): Whether each part will be made a tree.
+        batch_size (`int`): Maximum rows.
+        trees (`bool`): Whether each part will be made a tree, of at most the tokens of those rows. In long rows the
+            scores of attention count most, which are quadratic: a tree has no more of them either.
     """
-    limit = batch_size * example.length if trees else batch_size
+    limit = batch_size
+    if trees:
+        limit = min(batch_size * example.length, max(_SHORT_TREE, math.isqrt(batch_size) * example.length))
     parts: list[list[int]] = [[]]
     size = 0
     for number, row in enumerate(example.rows):
