@@ -116,7 +116,11 @@ def labelled(examples: Sequence[Example], labels: Sequence[str]) -> list[Example
 def make_labels(tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
     """Return distinct labels of `length` words that are one token each."""
     words = sorted({text for index in range(len(tokenizer)) if (text := tokenizer.decode([index])).strip().isalpha()})
-    words = [word for word in words if word.startswith(" ") and word.islower() and len(word) > 3]
+    words = [word for word in words if word.islower() and len(word) > 3]
+    # Some tokenizers keep no spaces.
+    words = [word for word in words if word.startswith(" ")] or [f" {word}" for word in words]
+    if count > len(words) ** length:
+        raise ValueError(f"`labels` must be at most {len(words) ** length} for this tokenizer, got {count}. Lower it.")
     generator, labels = np.random.default_rng(seed), dict.fromkeys(())
     while len(labels) < count:
         label = "".join(generator.choice(words, length))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from optimum_sieve.evaluation.prefix import LEAST_TOKENS
 
 from .probe import takes_cache, takes_trees
-from .tree import as_tree, divided, prompt_length, tree_tokens
+from .tree import as_tree, divided, prompt_length, tree_limit, tree_tokens
 
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def arranged(
     branching = [example for example in examples if len(example.rows) > 1]
     if not branching:
         return list(examples)
-    trees = model is not None and can_be_trees(branching, model)
+    trees = model is not None and can_be_trees(branching, model, divide_at)
     if divide_at is None:
         return [as_tree(example) for example in examples] if trees else list(examples)
     parts = [part for example in examples for part in divided(example, divide_at, trees=trees)]
@@ -53,12 +53,15 @@ def arranged(
     return [replace(part, alone=part.index in own) for part in parts]
 
 
-def can_be_trees(branching: Sequence[EncodedExample], model: nn.Module) -> bool:
+def can_be_trees(branching: Sequence[EncodedExample], model: nn.Module, divide_at: int | None = None) -> bool:
     """Return whether `model` reads these examples, each of several rows, as trees; it may run for a trial."""
     if any(example.source is not None for example in branching):
         return False
-    largest = max(tree_tokens(example.rows) for example in branching)
-    return takes_trees(model, longest=_longest(branching), largest=largest)
+    sizes = [tree_tokens(example.rows) for example in branching]
+    if divide_at is not None:
+        limits = (tree_limit(example.length, divide_at) for example in branching)
+        sizes = [min(pair) for pair in zip(sizes, limits, strict=True)]
+    return takes_trees(model, longest=_longest(branching), largest=max(sizes))
 
 
 def _longest(examples: Sequence[EncodedExample]) -> int:

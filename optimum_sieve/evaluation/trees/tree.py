@@ -99,18 +99,24 @@ def prompt_length(example: EncodedExample) -> int:
     return 1 + min(position for _, position, _, _ in example.reads)
 
 
+def tree_limit(length: int, batch_size: int) -> int:
+    """Return the most tokens of a tree that takes no more memory than `batch_size` rows of this length.
+
+    It has no more tokens than the rows. In long ones the scores of attention count most, which are quadratic: it has no
+    more of them either.
+    """
+    return min(batch_size * length, max(_SHORT_TREE, math.isqrt(batch_size) * length))
+
+
 def divided(example: EncodedExample, batch_size: int, *, trees: bool) -> list[EncodedExample]:
     """Divide an example into parts with some of its candidates, none larger than `batch_size` of its rows.
 
     Args:
         example (`EncodedExample`): The example, not a tree.
         batch_size (`int`): Maximum rows.
-        trees (`bool`): Whether each part will be made a tree, of at most the tokens of those rows. In long rows the
-            scores of attention count most, which are quadratic: a tree has no more of them either.
+        trees (`bool`): Whether each part will be made a tree, of at most [`tree_limit`] tokens.
     """
-    limit = batch_size
-    if trees:
-        limit = min(batch_size * example.length, max(_SHORT_TREE, math.isqrt(batch_size) * example.length))
+    limit = tree_limit(example.length, batch_size) if trees else batch_size
     parts: list[list[int]] = [[]]
     size = 0
     for number, row in enumerate(example.rows):
