@@ -62,7 +62,7 @@ class Batch:
         weights (`torch.Tensor` of shape `(num_examples, max_candidates)`, *optional*):
             Factor on each candidate's log-likelihood.
         depths, ends (`torch.Tensor` of shape `(rows, length)`, *optional*):
-            Of rows that are trees of tokens, see [`as_tree`][optimum_sieve.evaluation.trees.tree.as_tree]; of all
+            Of rows that are trees of tokens, see [`Tree`][optimum_sieve.evaluation.trees.tree.Tree]; of all
             tokens, also those that a cache holds.
         alone (`bool`):
             Whether all rows are of one example, whose prompt should be computed once.

@@ -46,7 +46,7 @@ class EncodedExample:
         weights (`list[float]`, *optional*):
             Factor on each candidate's log-likelihood.
         depths, ends (`list[int]`, *optional*):
-            Of a row that is a tree of tokens, see [`as_tree`][optimum_sieve.evaluation.trees.tree.as_tree].
+            Of a row that is a tree of tokens, see [`Tree`][optimum_sieve.evaluation.trees.tree.Tree].
         alone (`bool`):
             Whether its rows are not put into a batch with others, so that their prompt can be computed once.
     """

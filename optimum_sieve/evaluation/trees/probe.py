@@ -17,11 +17,10 @@ import torch
 
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
-from optimum_sieve.evaluation.encoding import EncodedExample
 from optimum_sieve.evaluation.prefix import prefill, repeated
 
 from .masks import text_config, tree_inputs
-from .tree import as_tree
+from .tree import tree_of
 
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ _BRANCHES, _IDS = 4, 4096
 # Largest error relative to the effect of the prompt: float32 rounds by 1e-6, half precision by some percent.
 _EXACT, _HALF = 1e-3, 0.1
 
-_found: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, dict[Hashable, dict[tuple[int, int], bool]]] = WeakKeyDictionary()
 
 
 def takes_trees(model: nn.Module, *, longest: int, largest: int) -> bool:
@@ -69,14 +68,10 @@ def takes_cache(model: nn.Module, *, longest: int, largest: int = 0) -> bool:
 
 @dataclass(frozen=True)
 class _Texts:
-    """A prompt and its continuations (ids), sorted like the rows of an [`EncodedExample`]; all of one length."""
+    """A prompt, and sorted rows of one length that continue it, as token ids."""
 
     prompt: list[int]
     rows: list[list[int]]
-
-    def encoded(self) -> EncodedExample:
-        reads = [(row, len(ids) - 1, 0, row) for row, ids in enumerate(self.rows)]
-        return EncodedExample(0, self.rows, reads, len(self.rows), shadowed=False)
 
 
 def _sizes(model: nn.Module, longest: int, largest: int) -> list[tuple[int, int]]:
@@ -101,13 +96,16 @@ def _round_up(length: int) -> int:
 def _holds(
     model: nn.Module, name: str, size: tuple[int, int], read: Callable[[nn.Module, _Texts], torch.Tensor]
 ) -> bool:
-    """Return whether an arrangement gives the predictions of plain rows; remembered for each model and size."""
-    known = _found.setdefault(model, {})
-    config = text_config(model)
-    key = (name, size, getattr(config, "_attn_implementation", None), _dtype(model))
-    if key not in known:
-        known[key] = _try(model, name, size, read)
-    return known[key]
+    """Return whether an arrangement gives the predictions of plain rows; remembered for each model."""
+    kind = (name, getattr(text_config(model), "_attn_implementation", None), _dtype(model))
+    known = _found.setdefault(model, {}).setdefault(kind, {})
+    for tried, held in known.items():
+        # What holds for a size holds for smaller ones.
+        smaller, larger = (size, tried) if held else (tried, size)
+        if all(one <= other for one, other in zip(smaller, larger, strict=True)):
+            return held
+    known[size] = _try(model, name, size, read)
+    return known[size]
 
 
 def _try(model: nn.Module, name: str, size: tuple[int, int], read: Callable[[nn.Module, _Texts], torch.Tensor]) -> bool:
@@ -197,16 +195,11 @@ def _prefilled(model: nn.Module, texts: _Texts) -> Any:
 
 
 def _tree_tensors(model: nn.Module, texts: _Texts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
-    """Return ids, depths and ends of a padded tree (two rows, length), and the places of its first and last leaf."""
-    tree = as_tree(texts.encoded())
-    (tokens,) = tree.rows
-    assert tree.depths is not None
-    assert tree.ends is not None
-    length = len(tokens)
-    # One more token, which pads the row.
-    ids, depths, ends = ([*tokens, tokens[0]], [*tree.depths, 0], [*tree.ends, length + 1])
-    leaves = [tree.reads[0][1], tree.reads[-1][1]]
-    return _tensor(model, [ids]), _tensor(model, [depths]), _tensor(model, [ends]), leaves
+    """Return ids, depths and ends of a padded tree, each (1, length), and the places of its first and last leaf."""
+    tree = tree_of(texts.rows)
+    padding = (tree.tokens[0], 0, len(tree.tokens) + 1)
+    ids, depths, ends = (_tensor(model, [[*each, pad]]) for each, pad in zip(tree[:3], padding, strict=True))
+    return ids, depths, ends, [tree.places[0][-1], tree.places[-1][-1]]
 
 
 def _tensor(model: nn.Module, rows: list[list[int]]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 
 if TYPE_CHECKING:
@@ -31,48 +31,64 @@ def merge_prefixes(sequences: list[list[int]]) -> tuple[list[list[int]], list[in
     return kept, owners
 
 
-def as_tree(example: EncodedExample) -> EncodedExample:
-    """Return the example as one row, in which tokens that several of its rows begin with occur once.
+class Tree(NamedTuple):
+    """Rows as one row in which tokens that several begin with occur once, in depth-first order.
 
-    The row is the tree of all rows in depth-first order. Token `i` continues token `j` if `j <= i < ends[j]`; its
-    position in the text is `depths[i]`. An example of one row is returned as it is.
+    Token `i` continues token `j` if `j <= i < ends[j]`.
+
+    Args:
+        tokens (`list[int]`): The token ids.
+        depths (`list[int]`): Position of each token in its text.
+        ends (`list[int]`): Place after the last token that continues each token.
+        places (`list[list[int]]`): For each of the rows, the place of each of its tokens.
+    """
+
+    tokens: list[int]
+    depths: list[int]
+    ends: list[int]
+    places: list[list[int]]
+
+
+def tree_of(rows: Iterable[Sequence[int]]) -> Tree:
+    """Return the tree of sorted rows.
 
     Example:
 
     ```python
-    >>> from optimum_sieve.evaluation.encoding import EncodedExample
-    >>> rows = [[5, 6, 9], [5, 6, 8, 3], [5, 6, 8, 2]]
-    >>> tree = as_tree(EncodedExample(0, rows, [(0, 2, 4, 0), (1, 3, 4, 1)], 2, shadowed=False))
-    >>> tree.rows, tree.depths, tree.ends
-    ([[5, 6, 9, 8, 3, 2]], [0, 1, 2, 2, 3, 3], [6, 6, 3, 6, 5, 6])
-    >>> tree.reads
-    [(0, 2, 4, 0), (0, 4, 4, 1)]
+    >>> tree = tree_of([[5, 6, 9], [5, 6, 8, 3], [5, 6, 8, 2]])
+    >>> tree.tokens, tree.depths, tree.ends
+    ([5, 6, 9, 8, 3, 2], [0, 1, 2, 2, 3, 3], [6, 6, 3, 6, 5, 6])
+    >>> tree.places
+    [[0, 1, 2], [0, 1, 3, 4], [0, 1, 3, 5]]
 
     ```
     """
-    if len(example.rows) == 1:
-        return example
-    tokens: list[int] = []
-    depths: list[int] = []
-    ends: list[int] = []
-    places: list[list[int]] = []
+    tree = Tree([], [], [], [])
     path: list[int] = []
     before: Sequence[int] = ()
-    # Rows are sorted, so each begins like the one before it as far as like any earlier one.
-    for row in example.rows:
-        shared = _shared(before, row)
+    # Each row begins like the one before it as far as like any earlier one.
+    for row in rows:
+        shared, count = _shared(before, row), len(tree.tokens)
         for node in path[shared:]:
-            ends[node] = len(tokens)
-        path = [*path[:shared], *range(len(tokens), len(tokens) + len(row) - shared)]
-        tokens += row[shared:]
-        depths += range(shared, len(row))
-        ends += [0] * (len(row) - shared)
-        places.append(path)
+            tree.ends[node] = count
+        path = [*path[:shared], *range(count, count + len(row) - shared)]
+        tree.tokens.extend(row[shared:])
+        tree.depths.extend(range(shared, len(row)))
+        tree.ends.extend([0] * (len(row) - shared))
+        tree.places.append(path)
         before = row
     for node in path:
-        ends[node] = len(tokens)
-    reads = [(0, places[row][position], token, candidate) for row, position, token, candidate in example.reads]
-    return replace(example, rows=[tokens], reads=reads, depths=depths, ends=ends)
+        tree.ends[node] = len(tree.tokens)
+    return tree
+
+
+def as_tree(example: EncodedExample) -> EncodedExample:
+    """Return the example with the tree of its rows as its only row; one of one row is returned as it is."""
+    if len(example.rows) == 1:
+        return example
+    tree = tree_of(example.rows)
+    reads = [(0, tree.places[row][position], token, candidate) for row, position, token, candidate in example.reads]
+    return replace(example, rows=[tree.tokens], reads=reads, depths=tree.depths, ends=tree.ends)
 
 
 def tree_tokens(rows: Iterable[Sequence[int]]) -> int:
