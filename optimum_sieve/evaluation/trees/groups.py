@@ -40,8 +40,13 @@ class _Size(NamedTuple):
     reads: int = 0
 
     def joined(self, other: _Size) -> _Size:
-        longest = (max(pair) for pair in ((self.length, other.length), (self.text_length, other.text_length)))
-        return _Size(self.rows + other.rows, *longest, self.sites + other.sites, max(self.reads, other.reads))
+        return _Size(
+            rows=self.rows + other.rows,
+            length=max(self.length, other.length),
+            text_length=max(self.text_length, other.text_length),
+            sites=self.sites + other.sites,
+            reads=max(self.reads, other.reads),
+        )
 
     def fits(self, batch_size: int) -> bool:
         tokens, most = self.rows * self.length, batch_size * self.text_length
