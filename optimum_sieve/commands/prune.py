@@ -35,7 +35,7 @@ def add_run(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="Show the layers to prune, their sizes and the memory needed, and exit.",
+        help="Show the layers to prune, their sizes, what labels cost and the memory needed, and exit.",
     )
 
 
