@@ -133,12 +133,11 @@ class SievePruner:
         return cls(loaded, its_tokenizer, tasks, base_model=name, loading=loading)
 
     def plan(self, config: SieveConfig) -> PrunePlan:
-        """Return what `prune` would do, from shapes alone; a reduced vocabulary is tried on one example."""
+        """Return what `prune` would do, mostly from shapes; a reduced vocabulary and trees of candidates are tried."""
         self._check_is_dense()
-        view = separated_view(self.model)
-        targets = check_inputs(view, self.tokenizer, self.tasks, config)
+        targets = check_inputs(separated_view(self.model), self.tokenizer, self.tasks, config)
         vocabulary = check_vocabulary(self.model, self.tokenizer, self.tasks, config)
-        return plan_run(view, self.tokenizer, self.tasks, targets, vocabulary, config)
+        return plan_run(self.model, self.tokenizer, self.tasks, targets, vocabulary, config)
 
     def search(
         self,

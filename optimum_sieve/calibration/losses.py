@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.evaluation.batches import Batch, log_likelihoods, make_batches, site_logits
 from optimum_sieve.evaluation.head import prompt_positions
 
@@ -157,8 +156,7 @@ def calibration_batches(run: Run, examples: Sequence[Example]) -> tuple[list[Bat
     """Return the batches of a task's calibration examples, for all processes together, and their loss."""
     config = run.config
     loss, by_candidate = calibration_loss(config.loss, examples, config.seed, temperature=config.fisher_temperature)
-    inputs = input_format(run.model)
     batches = make_batches(
-        examples, run.tokenizer, batch_size=config.batch_size, candidates=by_candidate, inputs=inputs
+        examples, run.tokenizer, batch_size=config.batch_size, candidates=by_candidate, model=run.model
     )
     return batches, loss

@@ -35,8 +35,8 @@ def add_run(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="Show the first prompt and what may be wrong with the task, the layers to prune, their sizes and the "
-        "memory needed, and exit.",
+        help="Show the first prompt and what may be wrong with the task, the layers to prune, their sizes, what labels "
+        "cost and the memory needed, and exit.",
     )
 
 

@@ -78,8 +78,8 @@ class SieveConfig(SavedSettings):
         exclude_modules (`tuple[str, ...]`):
             `fnmatch` patterns of linear layers to keep dense.
         batch_size (`int`):
-            Rows per forward pass. An example has one row, or one per label if a label has several tokens; its rows
-            always share a batch.
+            Rows per forward pass. An example has one row, in which labels of several tokens follow the prompt as a
+            tree and count as further rows by their tokens; models that do not take that have one row per label.
         memory_limit (`int` or `str`, *optional*):
             Memory for the model and all intermediate results, such as `"24GB"` or `"700MB"`; accelerator memory if the
             run uses one. If the run needs more, only one transformer block is in memory at a time and the rest stays on

@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from optimum_sieve.backbone.kinds import InputFormat, Kind
+from optimum_sieve.backbone.kinds import InputFormat, Kind, input_format
 
 from .encoding import EncodedExample, encode_examples
 from .head import head_at
 from .token_ids import check_token_ids, padding_id
+from .trees.arrangement import arranged
+from .trees.groups import grouped
+from .trees.masks import tree_inputs
+from .trees.tensors import padded, padded_trees, padded_weights, present
 
 
 if TYPE_CHECKING:
@@ -57,6 +61,11 @@ class Batch:
             1 for tokens, 0 for padding.
         weights (`torch.Tensor` of shape `(num_examples, max_candidates)`, *optional*):
             Factor on each candidate's log-likelihood.
+        depths, ends (`torch.Tensor` of shape `(rows, length)`, *optional*):
+            Of rows that are trees of tokens, see [`Tree`][optimum_sieve.evaluation.trees.tree.Tree]; of all
+            tokens, also those that a cache holds.
+        alone (`bool`):
+            Whether all rows are of one example, whose prompt should be computed once.
     """
 
     input_ids: torch.Tensor
@@ -69,6 +78,9 @@ class Batch:
     decoder_input_ids: torch.Tensor | None = None
     decoder_attention_mask: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    depths: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    alone: bool = False
 
     @property
     def masks(self) -> tuple[torch.Tensor, ...]:
@@ -100,7 +112,9 @@ def make_batches(
     *,
     batch_size: int,
     candidates: bool = True,
-    inputs: InputFormat = InputFormat(),  # noqa: B008 - immutable
+    inputs: InputFormat | None = None,
+    model: nn.Module | None = None,
+    divide: bool = False,
 ) -> list[Batch]:
     """Tokenize `examples` into batches of similar length, longest first.
 
@@ -114,15 +128,21 @@ def make_batches(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer, not modified. It needs no padding token.
         batch_size (`int`):
-            Maximum rows per forward pass. An example's candidates stay together, so an example with more rows forms a
-            larger batch.
+            Maximum rows per forward pass, or tokens in that many texts if the candidates of an example form a tree. An
+            example's candidates stay together, so one with more forms a larger batch, unless `divide` is set.
         candidates (`bool`):
             Score every candidate of each example; `False`: only the gold answer.
-        inputs ([`InputFormat`][optimum_sieve.backbone.kinds.InputFormat]):
-            The model's kind and context length.
+        inputs ([`InputFormat`][optimum_sieve.backbone.kinds.InputFormat], *optional*):
+            The model's kind and context length. Default: those of `model`.
+        model (`torch.nn.Module`, *optional*):
+            The model. If a trial shows that it takes them, an example's candidates form one row, in which the prompt
+            occurs once. Default: a row for each candidate.
+        divide (`bool`):
+            Whether an example with many candidates may be divided among batches: for
+            [`candidate_scores`][optimum_sieve.evaluation.likelihoods.candidate_scores], not for a loss.
 
     Returns:
-        `list[Batch]`: Batches on the CPU; each example is in exactly one.
+        `list[Batch]`: Batches on the CPU; each example is in exactly one, unless it is divided.
 
     Raises:
         ValueError: If `batch_size` is not positive, an example has nothing to score, no context or two identically
@@ -130,21 +150,15 @@ def make_batches(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    inputs = inputs or (InputFormat() if model is None else input_format(model))
     rows = encode(examples, tokenizer, candidates=candidates, inputs=inputs)
+    rows = arranged(rows, model, batch_size if divide else None)
     return pack(rows, batch_size=batch_size, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind)
 
 
 def pack(rows: Sequence[EncodedExample], *, batch_size: int, pad_id: int, kind: Kind) -> list[Batch]:
     """Group encoded examples into batches as [`make_batches`] does, padded with `pad_id`."""
-    batches: list[list[EncodedExample]] = []
-    filled = batch_size
-    for row in sorted(rows, key=lambda row: -row.length):
-        if filled + len(row.rows) > batch_size:
-            batches.append([])
-            filled = 0
-        batches[-1].append(row)
-        filled += len(row.rows)
-    return [_collate(batch, pad_id, kind) for batch in batches]
+    return [_collate(group, pad_id, kind) for group in grouped(rows, batch_size)]
 
 
 def encode(
@@ -184,7 +198,11 @@ def check_examples(
 def tokens_fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat) -> str:
     """Return the SHA-256 of the examples' token ids, which depend on the tokenizer and its chat template."""
     encoded = encode(examples, tokenizer, candidates=bool(examples[0].candidates), inputs=inputs)
-    rows = [[row.rows, row.reads, *([row.source] if row.source else [])] for row in encoded]
+    # Results on several rows differ from those of versions that computed the prompt for each.
+    rows = [
+        [row.rows, row.reads, *([row.source] if row.source else []), *(["tree"] if len(row.rows) > 1 else [])]
+        for row in encoded
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -225,6 +243,8 @@ def site_logits(model: nn.Module, batch: Batch, past: Cache | None = None) -> to
         arguments |= {"use_cache": past is not None}
     if past is not None:
         arguments["past_key_values"] = past
+    if batch.depths is not None and batch.ends is not None:
+        arguments |= tree_inputs(model, batch.depths, batch.ends, batch.input_ids.shape[1], past)
     scored = batch.input_ids
     if batch.decoder_input_ids is not None:
         scored = batch.decoder_input_ids
@@ -257,33 +277,20 @@ def _collate(batch: list[EncodedExample], pad_id: int, kind: Kind) -> Batch:
             reads.append((site, token, number * width + candidate))
         rows += example.rows
     sources = [example.source for example in batch for _ in example.rows if example.source is not None]
-    inputs = _padded(sources or rows, pad_id)
+    inputs = padded(sources or rows, pad_id)
     # A layer's token count identifies encoder or decoder tokens (see `Batch.masks`), so the lengths must differ.
-    decoder = _padded(rows, pad_id, other_than=inputs[0].shape[1]) if sources else (None, None)
+    decoder = padded(rows, pad_id, other_than=inputs[0].shape[1]) if sources else (None, None)
     return Batch(
         input_ids=inputs[0],
         attention_mask=inputs[1],
         sites=torch.tensor(list(sites)),
         reads=torch.tensor(reads),
-        present=torch.tensor([[c < example.num_candidates for c in range(width)] for example in batch]),
+        present=present(batch, width),
         indices=tuple(example.index for example in batch),
         kind=kind,
         decoder_input_ids=decoder[0],
         decoder_attention_mask=decoder[1],
-        weights=_weights(batch, width),
+        weights=padded_weights(batch, width),
+        alone=batch[0].alone,
+        **padded_trees(batch, inputs[0].shape[1]),
     )
-
-
-def _weights(batch: list[EncodedExample], width: int) -> torch.Tensor | None:
-    if not any(example.weights for example in batch):
-        return None
-    unpadded = [example.weights or [1.0] * example.num_candidates for example in batch]
-    return torch.tensor([[*weights, *[1.0] * (width - len(weights))] for weights in unpadded])
-
-
-def _padded(rows: list[list[int]], pad_id: int, other_than: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return padded token ids and attention mask, both (rows, length), with a length other than `other_than`."""
-    length = max(len(row) for row in rows)
-    length += length == other_than
-    ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])
-    return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])

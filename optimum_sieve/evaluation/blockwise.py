@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from optimum_sieve.backbone.blockwise import BlockRun, find_blocks
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.run.scratch import Scratch
 from optimum_sieve.run.spool import Spool
@@ -74,7 +73,7 @@ def evaluate_by_block(
         ValueError: If an example cannot be scored, or the model returns values that are not finite.
     """
     check_scorable(examples, metric)
-    batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
+    batches = make_batches(examples, tokenizer, batch_size=batch_size, model=model, divide=True)
     blocks = find_blocks(model)
     with Scratch(directory, "states") as spool, evaluating(model):
         run = BlockRun(model, blocks, batches, log_likelihoods, device=input_device(model), spool=Spool(spool))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .token_ids import check_token_ids
+from .trees.tree import merge_prefixes
 
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class EncodedExample:
             Input of the encoder; the rows are then inputs of the decoder.
         weights (`list[float]`, *optional*):
             Factor on each candidate's log-likelihood.
+        depths, ends (`list[int]`, *optional*):
+            Of a row that is a tree of tokens, see [`Tree`][optimum_sieve.evaluation.trees.tree.Tree].
+        alone (`bool`):
+            Whether its rows are not put into a batch with others, so that their prompt can be computed once.
     """
 
     index: int
@@ -53,11 +58,19 @@ class EncodedExample:
     shadowed: bool
     source: list[int] | None = None
     weights: list[float] | None = None
+    depths: list[int] | None = None
+    ends: list[int] | None = None
+    alone: bool = False
 
     @property
     def length(self) -> int:
         """Length of the longest input in tokens."""
         return max(len(row) for row in [*self.rows, self.source or []])
+
+    @property
+    def text_length(self) -> int:
+        """Length of the longest text in tokens; `length` may be that of a tree of several texts."""
+        return self.length if self.depths is None else max(self.depths) + 1
 
 
 def encode_examples(
@@ -226,28 +239,14 @@ def _encode_row(index: int, example: Example, prompt: list[int], wholes: list[li
             f"{', '.join(map(repr, example.candidates))}. Choose other texts."
         )
     # The last token of a continuation is predicted but not an input, so the row ends before it.
-    rows, owners = _merge_prefixes([whole[:-1] for whole in wholes])
+    rows, owners = merge_prefixes([whole[:-1] for whole in wholes])
     reads = [
         (owner, position - 1, whole[position], candidate)
         for candidate, (owner, whole) in enumerate(zip(owners, wholes, strict=True))
         for position in range(context, len(whole))
     ]
-    shadowed = len(_merge_prefixes(wholes)[0]) < len(wholes)
+    shadowed = len(merge_prefixes(wholes)[0]) < len(wholes)
     return EncodedExample(index, rows, reads, len(wholes), shadowed)
-
-
-def _merge_prefixes(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Drop every sequence that is a prefix of another; return the rest and the index there of each sequence."""
-    kept: list[list[int]] = []
-    owners = [0] * len(sequences)
-    previous: list[int] | None = None
-    # In descending order, a sequence directly follows a sequence that it is a prefix of, if any.
-    for i in sorted(range(len(sequences)), key=lambda i: sequences[i], reverse=True):
-        if previous is None or previous[: len(sequences[i])] != sequences[i]:
-            kept.append(sequences[i])
-        owners[i] = len(kept) - 1
-        previous = sequences[i]
-    return kept, owners
 
 
 def _common_prefix(sequences: list[list[int]]) -> int:

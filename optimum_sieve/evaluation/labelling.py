@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from optimum_sieve.backbone.kinds import input_format
-
 from .batches import make_batches
 from .generation import write_answers
 from .likelihoods import candidate_scores
@@ -51,7 +49,7 @@ def label_by_model(
             options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "on_batch": bar.update}
             written = write_answers(model, examples, tokenizer, to_score=False, **options)
             return [_with_text(*pair, tokenizer) for pair in zip(examples, written, strict=True)]
-        batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
+        batches = make_batches(examples, tokenizer, batch_size=batch_size, model=model, divide=True)
         scores = candidate_scores(model, batches, examples, bar.update)
     if seed is not None:
         # Gumbel-max trick: the argmax of scores plus Gumbel noise is a sample from their softmax.

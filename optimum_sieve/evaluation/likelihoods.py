@@ -11,7 +11,8 @@ import torch
 from optimum_sieve.backbone.modes import evaluating
 
 from .batches import input_device, log_likelihoods, site_logits
-from .prefix import prefill, repeated, without_prefix
+from .prefix import prefill, repeated, shared_prefix, without_prefix
+from .trees.probe import takes_cache
 
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from torch import nn
+    from transformers import DynamicCache
 
     from optimum_sieve.tasks import Example
 
@@ -77,15 +79,46 @@ def candidate_scores(
     """
     device = input_device(model)
     with evaluating(model):
-        cache = prefill(model, batches[0].to(device), prefix) if prefix else None
+        reader = _Reader(model, batches, prefix)
+        return gather_scores(batches, (reader.read(batch.to(device)) for batch in batches), examples, on_batch)
 
-        def read(batch: Batch) -> torch.Tensor:
-            if cache is None:
-                return log_likelihoods(model, batch)
-            past = repeated(cache, batch.input_ids.shape[0])
-            return log_likelihoods(model, without_prefix(batch, prefix), past)
 
-        return gather_scores(batches, (read(batch.to(device)) for batch in batches), examples, on_batch)
+class _Reader:
+    """Read batches after cached keys and values: of a prefix of all rows, and of the prompt of one example's rows.
+
+    Args:
+        model (`torch.nn.Module`): The model, in evaluation mode without gradients.
+        batches (`Sequence[Batch]`): The batches.
+        prefix (`int`): Length of the prefix of all rows; 0 without one.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], prefix: int) -> None:
+        self._model, self._prefix = model, prefix
+        self._cache: DynamicCache | None = None
+        self._prompt: tuple[list[int], DynamicCache | None] = ([], None)
+        if prefix:
+            length = max(int(batch.attention_mask.sum(dim=1).max()) for batch in batches)
+            largest = max((length for batch in batches if batch.ends is not None), default=0)
+            if takes_cache(model, longest=length, largest=largest):
+                self._cache = prefill(model, batches[0].input_ids[:1, :prefix].to(input_device(model)))
+
+    def read(self, batch: Batch) -> torch.Tensor:
+        cache, length = self._cache_of(batch)
+        if cache is None:
+            return log_likelihoods(self._model, batch)
+        past = repeated(cache, batch.input_ids.shape[0])
+        return log_likelihoods(self._model, without_prefix(batch, length), past)
+
+    def _cache_of(self, batch: Batch) -> tuple[DynamicCache | None, int]:
+        before = self._prefix if self._cache is not None else 0
+        length = shared_prefix([batch]) if batch.alone else 0
+        if length <= before:
+            return self._cache, before
+        prompt = batch.input_ids[:1, :length]
+        # The parts of a divided example follow each other.
+        if self._prompt[0] != prompt.tolist()[0]:
+            self._prompt = (prompt.tolist()[0], prefill(self._model, prompt[:, before:], self._cache))
+        return self._prompt[1], length
 
 
 def fit_offsets(log_probs: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -156,10 +189,13 @@ def gather_scores(
         ValueError: If the model returned values that are not finite.
     """
     scores = np.full((len(examples), max(len(example.candidates) for example in examples)), -np.inf)
+    seen: set[int] = set()
     for batch, batch_sums in zip(batches, sums, strict=True):
-        batch_scores = batch_sums.double().cpu().numpy()
-        scores[list(batch.indices), : batch_scores.shape[1]] = batch_scores
-        on_batch(batch.num_examples)
+        rows, candidates = batch.present.cpu().numpy().nonzero()
+        scores[np.array(batch.indices)[rows], candidates] = batch_sums.double().cpu().numpy()[rows, candidates]
+        # An example may be divided among batches.
+        on_batch(len(set(batch.indices) - seen))
+        seen.update(batch.indices)
     present = np.array([[c < len(example.candidates) for c in range(scores.shape[1])] for example in examples])
     check_finite((np.isfinite(scores) | ~present).all(axis=1))
     return scores

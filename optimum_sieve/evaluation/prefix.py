@@ -39,10 +39,19 @@ def shared_prefix(batches: Sequence[Batch]) -> int:
     return length if length >= LEAST_TOKENS else 0
 
 
-def prefill(model: nn.Module, batch: Batch, length: int) -> DynamicCache | None:
-    """Return the model's cache of the first `length` tokens, or `None` if it does not use a `DynamicCache`."""
-    ids = batch.input_ids[:1, :length]
-    outputs: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+def prefill(model: nn.Module, ids: torch.Tensor, past: DynamicCache | None = None) -> DynamicCache | None:
+    """Return the model's cache of a row of tokens, or `None` if it does not use a `DynamicCache`.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        ids (`torch.Tensor` of shape `(1, length)`): The tokens after those of `past`.
+        past (`DynamicCache`, *optional*): Cache of the tokens before them, not modified.
+    """
+    arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": True}
+    if past is not None:
+        mask = torch.ones(1, past.get_seq_length() + ids.shape[1], dtype=torch.long, device=ids.device)
+        arguments |= {"past_key_values": repeated(past, 1), "attention_mask": mask}
+    outputs: Any = model(input_ids=ids, **arguments)
     cache = getattr(outputs, "past_key_values", None)
     return cache if type(cache) is DynamicCache else None
 
@@ -55,7 +64,7 @@ def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
 
 
 def without_prefix(batch: Batch, length: int) -> Batch:
-    """Return the batch without its first `length` tokens; its attention mask still covers them."""
+    """Return the batch without its first `length` tokens; its masks and trees still cover them."""
     sites = batch.sites.clone()
     sites[:, 1] -= length
     return replace(batch, input_ids=batch.input_ids[:, length:], sites=sites)

@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.metrics.examples import check_metric, score_candidates, score_written, targets_of
 from optimum_sieve.metrics.identity import metric_name
 from optimum_sieve.metrics.module_metric import ModuleMetric
@@ -203,7 +202,7 @@ def evaluate(
         with bar:
             written = write_answers(model, examples, tokenizer, batch_size=batch_size, on_batch=bar.update)
             return evaluation_of_texts([answer.text for answer in written], examples, metric)
-    batches = make_batches(examples, tokenizer, batch_size=batch_size, inputs=input_format(model))
+    batches = make_batches(examples, tokenizer, batch_size=batch_size, model=model, divide=True)
     with bar:
         scores = candidate_scores(model, batches, examples, bar.update)
     return evaluation_of(scores + stored_offsets(model, examples), examples, metric)

@@ -218,7 +218,9 @@ def teach(
     )
     tensors = work.load(_STAGE, key)
     if tensors is None:
-        batches = make_batches(examples, tokenizer, batch_size=batch_size, candidates=by_candidate, inputs=inputs)
+        batches = make_batches(
+            examples, tokenizer, batch_size=batch_size, candidates=by_candidate, model=model, divide=by_candidate
+        )
         with tqdm(total=len(examples), desc="dense model", unit="example", disable=not progress) as bar:
             tensors = (
                 _by_candidate(model, batches, examples, bar)

@@ -13,10 +13,12 @@ from optimum_sieve.backbone.offloading import holds_offloaded
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.losses import PROMPT_SITES
 from optimum_sieve.config.sieve import SieveConfig
-from optimum_sieve.evaluation.batches import make_batches
+from optimum_sieve.evaluation.batches import encode, make_batches
 from optimum_sieve.evaluation.stage import examples_fingerprint
+from optimum_sieve.evaluation.trees.arrangement import can_be_trees
 from optimum_sieve.metrics.identity import require_metric_sources
 from optimum_sieve.modeling.experts import separate_experts
+from optimum_sieve.plan.candidates import describe_candidates
 from optimum_sieve.plan.certainty import warn_of_few_examples
 from optimum_sieve.plan.healing import settle_training
 from optimum_sieve.plan.memory import BatchSizes
@@ -136,10 +138,10 @@ def prepare(
     vocabulary = check_vocabulary(model, tokenizer, tasks, config)
     # A plan tokenizes all examples, so it is made only if needed.
     limited = config.memory_limit is not None or holds_offloaded(model)
-    plan_of = partial(plan_run, view, tokenizer, tasks, targets, vocabulary)
+    plan_of = partial(plan_run, model, tokenizer, tasks, targets, vocabulary)
     labelled = all(task.labelled for task in tasks)
     config = settle_training(config, plan_of, labelled=labelled, limited=limited)
-    by_block = limited and plan_run(view, tokenizer, tasks, targets, vocabulary, config).blocks is not None
+    by_block = limited and plan_of(config).blocks is not None
     warn_of_few_examples({task.name: task.splits for task in tasks}, config)
     work = WorkDir.temporary() if work_dir is None and by_block else WorkDir(work_dir)
     runs = task_runs(model, tokenizer, tasks, config)
@@ -175,9 +177,11 @@ def plan_run(
     """
     splits = {task.name: task.splits for task in tasks}
     batch = batch_sizes(model, tokenizer, tasks, config)
+    view = separated_view(model)
+    candidates = candidate_costs(model, tokenizer, tasks)
 
     def plan_of(settled: SieveConfig) -> PrunePlan:
-        return make_plan(model, targets, settled, splits, batch, vocabulary)
+        return make_plan(view, targets, settled, splits, batch, vocabulary, candidates)
 
     return plan_of(settle_training(config, plan_of, labelled=all(task.labelled for task in tasks)))
 
@@ -186,14 +190,20 @@ def batch_sizes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
 ) -> BatchSizes:
     """Measure the batches of all splits of all tasks."""
-    inputs, vocabulary = input_format(model), getattr(model.config.get_text_config(), "vocab_size", 0)
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
     sizes = []
     for task in tasks:
         written = task.kind == "generate"
         for split in (name for name in task.splits if not written or name in INPUTS):
             examples = task.examples(split, tokenizer)
             batches = make_batches(
-                examples, tokenizer, batch_size=config.batch_size, candidates=not written, inputs=inputs
+                examples,
+                tokenizer,
+                batch_size=config.batch_size,
+                candidates=not written,
+                model=model,
+                # A loss needs all candidates of an example, a score does not.
+                divide=split not in INPUTS,
             )
             size = BatchSizes.of(batches, vocabulary)
             # Calibration on written answers also needs logits of the prompts.
@@ -204,6 +214,21 @@ def batch_sizes(
         logits=max(size.logits for size in sizes),
         states=max(size.states for size in sizes),
     )
+
+
+def candidate_costs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
+) -> dict[str, str]:
+    """Say for each task what the candidates of its calibration examples cost; nothing where they have no tokens."""
+    inputs = input_format(model)
+    costs = {}
+    for task in tasks:
+        if task.kind == "generate" or inputs.kind == "classification":
+            continue
+        rows = encode(task.examples("calibration", tokenizer), tokenizer, candidates=True, inputs=inputs)
+        branching = [row for row in rows if len(row.rows) > 1]
+        costs[task.name] = describe_candidates(rows, trees=not branching or can_be_trees(branching, model))
+    return costs
 
 
 def task_runs(

@@ -75,6 +75,7 @@ class PrunePlan:
         library_bytes (`int`): Additional CPU memory of Python and its libraries.
         certainty (`dict[str, str]`): What tolerance the selection examples of each task can show, as text; empty
             without a `tolerance`.
+        candidates (`dict[str, str]`): What the candidates of each task cost, as text; empty where they have no tokens.
         blocks (`BlockPlan`, *optional*): Sizes of a run that holds one block at a time, if the model is offloaded or
             the whole run exceeds the `memory_limit`.
     """
@@ -97,6 +98,7 @@ class PrunePlan:
     vocabulary: dict[str, int] | None = None
     library_bytes: int = _LIBRARY_BYTES
     certainty: dict[str, str] = field(default_factory=dict)
+    candidates: dict[str, str] = field(default_factory=dict)
     blocks: BlockPlan | None = None
 
     @property
@@ -124,6 +126,7 @@ class PrunePlan:
             + (f", about {_size(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
             *self._memory_lines(),
             *_task_lines("examples", {name: _counts(splits) for name, splits in self.examples.items()}),
+            *_task_lines("candidates", self.candidates),
             *_task_lines("tolerance that shows", self.certainty),
         ]
         if self.vocabulary is not None:
@@ -159,6 +162,7 @@ def make_plan(
     splits: Mapping[str, dict[str, int]],
     batch: BatchSizes,
     vocabulary: TaskVocabulary | None = None,
+    candidates: Mapping[str, str] | None = None,
 ) -> PrunePlan:
     """Compute the plan of a run. A model without weights counts as one with offloaded blocks.
 
@@ -169,6 +173,7 @@ def make_plan(
         splits (`Mapping[str, dict[str, int]]`): Number of examples in each split of each task.
         batch (`BatchSizes`): Sizes of the batches of all examples.
         vocabulary (`TaskVocabulary`, *optional*): Vocabulary of the calibration splits.
+        candidates (`Mapping[str, str]`, *optional*): What the candidates of each task cost, as text.
 
     Raises:
         ValueError: If the `memory_limit` is too low; the message gives the lowest one.
@@ -196,6 +201,7 @@ def make_plan(
         healing=describe_healing(config),
         vocabulary=None if vocabulary is None else vocabulary.sizes,
         certainty=describe_certainty(splits, config),
+        candidates=dict(candidates or {}),
         library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if _computes_in_half_on_cpu(model, targets) else 0),
     )
     return replace(plan, blocks=_plan_blocks(plan, model, targets, config, batch))

@@ -65,7 +65,7 @@ class SievePipeline(pipeline_sieve.SievePipeline):
     def scores(self, rows: Sequence[RenderedRow], batch_size: int) -> list[Any]:
         """Return the log-likelihoods (candidates,) of each row, with label offsets, as `evaluate` computes them."""
         examples = self._examples(rows)
-        batches = make_batches(examples, self.tokenizer, batch_size=batch_size, inputs=input_format(self.model))
+        batches = make_batches(examples, self.tokenizer, batch_size=batch_size, model=self.model, divide=True)
         scores = candidate_scores(self.model, batches, examples)
         offsets = [pipeline_sieve.label_offsets(self.model, self.spec, row.candidates) for row in rows]
         return [each[: len(added)] + added for each, added in zip(scores, offsets, strict=True)]

@@ -18,6 +18,7 @@ from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import loss_scale
 from optimum_sieve.evaluation.batches import encode, input_device, pack
 from optimum_sieve.evaluation.token_ids import padding_id
+from optimum_sieve.evaluation.trees.arrangement import arranged
 
 from .optimizer import ParameterTraining
 from .sampling import interleaved, schedule, step_examples
@@ -115,7 +116,8 @@ class Trainer:
         self.kind, self.model, self.config, self.seed, self.work, self.key = kind, model, config, seed, work, key
         self._parts, self._steps_before = parts, steps_before
         inputs = input_format(model)
-        self._rows = [encode(part.examples, tokenizer, candidates=part.by_candidate, inputs=inputs) for part in parts]
+        encoded = (encode(part.examples, tokenizer, candidates=part.by_candidate, inputs=inputs) for part in parts)
+        self._rows = [arranged(rows, model) for rows in encoded]
         self._lengths = [[row.length for row in rows] for rows in self._rows]
         self._order = interleaved([part.weight for part in parts], (steps_before + config.steps) * config.batch_size)
         self._pack = partial(pack, batch_size=rows_per_pass, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optimum_sieve.backbone.fingerprint import tokenizer_fingerprint
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.evaluation.batches import input_device, make_batches, site_logits
 from optimum_sieve.evaluation.encoding import encode_texts
@@ -142,9 +141,7 @@ def _check_logits(model: PreTrainedModel, vocabulary: TaskVocabulary, example: E
     rows, device = vocabulary.rows, input_device(model)
 
     def logits(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        (batch,) = make_batches(
-            [example], tokenizer, batch_size=1, candidates=bool(example.candidates), inputs=input_format(model)
-        )
+        (batch,) = make_batches([example], tokenizer, batch_size=1, candidates=bool(example.candidates), model=model)
         with evaluating(model):
             return site_logits(model, batch.to(device))
 

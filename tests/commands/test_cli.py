@@ -148,6 +148,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(cli, world):
     )
     assert status == 0
     assert "matrices to prune" in output
+    assert "candidates             2 of 1 token: " in output
     assert sorted(world.rglob("*")) == before
 
 

@@ -11,6 +11,7 @@ from toy import load_task, make_model, make_tokenizer, parity_rows
 from optimum_sieve.evaluation.batches import Batch, make_batches
 from optimum_sieve.evaluation.likelihoods import candidate_scores
 from optimum_sieve.evaluation.prefix import LEAST_TOKENS, shared_prefix
+from optimum_sieve.evaluation.trees.probe import takes_cache
 from optimum_sieve.search.scoring.by_likelihood import CandidateScorer
 from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.tasks import Example
@@ -55,8 +56,11 @@ def test_prefix_ends_before_what_is_needed_and_pays():
 def test_a_scorer_computes_a_shared_prefix_once(tmp_path):
     task = load_task(tmp_path, parity_rows(160), prompt=INSTRUCTIONS + "Number: {{ text }} Parity:")
     examples = task.examples("selection", make_tokenizer())[:20]
+    whole = make_batches(examples, make_tokenizer(), batch_size=5)
     lengths = []
     model = make_model()
+    # Whether the model takes a cache is tried before.
+    assert takes_cache(model, longest=max(batch.input_ids.shape[1] for batch in whole))
     model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape), with_kwargs=True
     )
@@ -64,7 +68,6 @@ def test_a_scorer_computes_a_shared_prefix_once(tmp_path):
         scorer = CandidateScorer(live, examples, [10, 20], make_tokenizer(), metric="accuracy", batch_size=5)
         *_, outcome = scorer.slices({})
     assert outcome.kl == pytest.approx(0, abs=1e-9)
-    whole = make_batches(examples, make_tokenizer(), batch_size=5)
     shared = shared_prefix(whole)
     assert shared >= LEAST_TOKENS
     # Two slices, scored for the dense model and for the candidate: a row of the prefix, then two batches without it.

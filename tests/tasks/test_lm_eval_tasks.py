@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lm_eval
 import pytest
 import torch
 import yaml
@@ -19,8 +20,6 @@ from optimum_sieve.publish.recipe import Recipe, located
 from optimum_sieve.tasks.harness import rows
 from optimum_sieve.tasks.task import metric_source
 
-
-lm_eval = pytest.importorskip("lm_eval")
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

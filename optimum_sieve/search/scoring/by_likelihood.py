@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.evaluation.batches import log_likelihoods, make_batches
 from optimum_sieve.evaluation.comparison import compare, expected_rises
 from optimum_sieve.evaluation.likelihoods import candidate_scores
@@ -34,7 +33,12 @@ class CandidateScorer(Scorer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._prefix = shared_prefix([batch for batches in self._batches for batch in batches])
+        # Those of a loss hold whole examples.
+        self._scored = [
+            make_batches(part, self._tokenizer, batch_size=self._batch_size, model=self._live.model, divide=True)
+            for part in self._parts
+        ]
+        self._prefix = shared_prefix([batch for batches in self._scored for batch in batches])
         self._width = max(len(example.candidates) for example in self._known)
         self._dense: NDArray[np.float64] = np.zeros((0, self._width))
         self._labels: NDArray[np.float64] = np.zeros((0, self._width))
@@ -47,15 +51,15 @@ class CandidateScorer(Scorer):
 
     def _score_dense(self) -> NDArray[np.float64]:
         if self._vocabulary is None:
-            return np.concatenate([self._score(number) for number in range(len(self._batches))])
+            return np.concatenate([self._score(number) for number in range(len(self._scored))])
         model = self._live.model
         with self._vocabulary.undone() as tokenizer:
-            batches = make_batches(self._known, tokenizer, batch_size=self._batch_size, inputs=input_format(model))
+            batches = make_batches(self._known, tokenizer, batch_size=self._batch_size, model=model, divide=True)
             return candidate_scores(model, batches, self._known)
 
     def _score(self, number: int) -> NDArray[np.float64]:
         """Return the log-likelihood of every candidate of a part (count, candidates), `-inf` for a missing one."""
-        scores = candidate_scores(self._live.model, self._batches[number], self._parts[number], prefix=self._prefix)
+        scores = candidate_scores(self._live.model, self._scored[number], self._parts[number], prefix=self._prefix)
         return np.pad(scores, ((0, 0), (0, self._width - scores.shape[1])), constant_values=-np.inf)
 
     def _outcome(self, scores: list[NDArray[np.float64]], *, complete: bool) -> Outcome:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.calibration.collect import direction_gradients
 from optimum_sieve.evaluation.batches import input_device, make_batches
 from optimum_sieve.evaluation.scores import check_scorable
@@ -74,9 +73,8 @@ class Scorer(ABC):
         # The last part holds the calibration examples.
         parts = [self._known[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
         self._parts = [part for part in parts if part]
-        inputs = input_format(live.model)
         self._batches = [
-            make_batches(part, tokenizer, batch_size=batch_size, candidates=self.by_candidate, inputs=inputs)
+            make_batches(part, tokenizer, batch_size=batch_size, candidates=self.by_candidate, model=live.model)
             for part in self._parts
         ]
 

@@ -1,0 +1,59 @@
+"""Group encoded examples into batches of bounded size. Does not import torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optimum_sieve.evaluation.encoding import EncodedExample
+
+
+def grouped(examples: Sequence[EncodedExample], batch_size: int) -> list[list[EncodedExample]]:
+    """Group examples of similar length, longest first.
+
+    A group of several examples has at most the tokens, padding included, and the predictions of `batch_size` rows, each
+    as long as the group's longest text and with as many predictions as its longest candidate.
+    """
+    groups: list[list[EncodedExample]] = []
+    size = _Size()
+    for example in sorted(examples, key=lambda example: -example.length):
+        joined = size.joined(_size(example))
+        if not groups or example.alone or groups[-1][-1].alone or not joined.fits(batch_size):
+            groups.append([])
+            joined = _size(example)
+        groups[-1].append(example)
+        size = joined
+    return groups
+
+
+class _Size(NamedTuple):
+    """Rows of a group and their length, length of its longest text, all its predictions, and those of a candidate."""
+
+    rows: int = 0
+    length: int = 0
+    text_length: int = 0
+    sites: int = 0
+    reads: int = 0
+
+    def joined(self, other: _Size) -> _Size:
+        return _Size(
+            rows=self.rows + other.rows,
+            length=max(self.length, other.length),
+            text_length=max(self.text_length, other.text_length),
+            sites=self.sites + other.sites,
+            reads=max(self.reads, other.reads),
+        )
+
+    def fits(self, batch_size: int) -> bool:
+        tokens, most = self.rows * self.length, batch_size * self.text_length
+        return tokens <= most and self.sites <= batch_size * self.reads
+
+
+def _size(example: EncodedExample) -> _Size:
+    sites = {(row, position) for row, position, _, _ in example.reads}
+    reads = Counter(candidate for _, _, _, candidate in example.reads)
+    return _Size(len(example.rows), example.length, example.text_length, len(sites), max(reads.values()))
