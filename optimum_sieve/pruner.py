@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from optimum_sieve.pipeline.ranks import choose_ranks
 from optimum_sieve.pipeline.result import measured_dense, pruned_result
 from optimum_sieve.publish.hub import push_folder
 from optimum_sieve.publish.result import SieveResult, save_result
+from optimum_sieve.run.events import check_trackers, observing
 from optimum_sieve.search.stage import join_search, leading, run_search, wait_for_search
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import check_tasks, read_tasks
@@ -28,7 +30,7 @@ from optimum_sieve.vocabulary.stage import reduce_vocabulary, reduced_vocabulary
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
     from huggingface_hub import CommitInfo
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.plan.plan import PrunePlan
     from optimum_sieve.run.context import Run
+    from optimum_sieve.run.events import Callback
 
     from .tasks import Task
 
@@ -54,12 +57,6 @@ class SievePruner:
 
     Raises:
         ValueError: If the model is already pruned, neither generates nor classifies, or two tasks have the same name.
-
-    Example:
-
-        pruner = SievePruner.from_pretrained("base-model", task="task.yaml")
-        result = pruner.prune(SieveConfig(tolerance=0.02))
-        pruner.save_pretrained("out")
     """
 
     def __init__(
@@ -81,6 +78,8 @@ class SievePruner:
         self.loading = loading
         self.result: SieveResult | None = None
         self._work_dir: str | Path | None = None
+        # Loads the dense model again, for a second run.
+        self._load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]] | None = None
 
     @classmethod
     def from_pretrained(
@@ -118,23 +117,20 @@ class SievePruner:
         """
         tasks = read_tasks(task, trust_remote_code=trust_remote_code)
         check_tasks(tasks)
-        loaded, its_tokenizer, name = load_model(
-            model,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            gguf_file=gguf_file,
-            revision=revision,
-            offload_dir=offload_dir,
-        )
+        load = partial(
+            load_model, model, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+            gguf_file=gguf_file, revision=revision, offload_dir=offload_dir,
+        )  # fmt: skip
+        loaded, its_tokenizer, name = load()
         options = {"dtype": dtype and str(dtype).removeprefix("torch."), "gguf_file": gguf_file, "revision": revision}
         loading = {key: value for key, value in options.items() if value}
-        return cls(loaded, its_tokenizer, tasks, base_model=name, loading=loading)
+        pruner = cls(loaded, its_tokenizer, tasks, base_model=name, loading=loading)
+        pruner._load = load if isinstance(model, str | Path) else None
+        return pruner
 
     def plan(self, config: SieveConfig) -> PrunePlan:
         """Return what `prune` would do, mostly from shapes; a reduced vocabulary and trees of candidates are tried."""
-        self._check_is_dense()
+        self._ensure_dense()
         targets = check_inputs(separated_view(self.model), self.tokenizer, self.tasks, config)
         vocabulary = check_vocabulary(self.model, self.tokenizer, self.tasks, config)
         return plan_run(self.model, self.tokenizer, self.tasks, targets, vocabulary, config)
@@ -185,7 +181,7 @@ class SievePruner:
             return join_search(run, calibrate(run, must_exist=True))
 
     def _prepare(self, config: SieveConfig, **options: Any) -> Run:
-        self._check_is_dense()
+        self._ensure_dense()
         return prepare(self.model, self.tokenizer, self.tasks, config, **options)
 
     def prune(
@@ -194,19 +190,25 @@ class SievePruner:
         *,
         work_dir: str | Path | None = None,
         study_storage: str | None = None,
+        report_to: str | Sequence[str] | None = None,
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> SieveResult:
         """Prune the model in place and score it and the dense model on the test split.
 
         The stages: tuning if the settings ask for it, moments on the calibration split, factor bases, ranks (searched
         on the selection split), pruning, healing if the settings ask for it, and scores on the test split, which
-        influence nothing. With several tasks the moments are summed and the tolerance holds on each task.
+        influence nothing. With several tasks the moments are summed and the tolerance holds on each task. A second call
+        loads the dense model again and, with a work directory, goes on from what the first one stored.
 
         Args:
             config (`SieveConfig`): The settings.
             work_dir (`str | Path`, *optional*): Stores finished stages, so that a killed run, or one with other
                 settings, does not repeat them. Default: nothing is stored.
             study_storage (`str`, *optional*): URL of the Optuna storage of a genetic search, which workers can join.
+            report_to (`str` or `Sequence[str]`, *optional*): Trackers of accelerate that log losses, sizes and
+                candidates, such as `"tensorboard"` or `"wandb"`.
+            callbacks (`Sequence[Callable]`): Called with the stage, the step and the figures by name, as they arise.
             progress (`bool`): Whether to show progress bars.
 
         Returns:
@@ -214,12 +216,14 @@ class SievePruner:
 
         Raises:
             ValueError: If the settings, the model or the data break a rule; before any long work if possible.
-            RuntimeError: If the model was pruned before.
+            RuntimeError: If a model that was passed loaded was pruned before.
             ToleranceError: If no size is within the tolerance; a `RuntimeError`. The model is dense then.
         """
         self._work_dir = work_dir
+        check_trackers(report_to)
         run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
-        with ExitStack() as undo:
+        observed = observing(report_to, callbacks, name=self.base_model, settings=config, directory=work_dir)
+        with observed, ExitStack() as undo:
             with leading(run):
                 run = tune_dense(with_answers(run, *SPLITS))
                 undo.callback(restore_untuned, run)
@@ -244,15 +248,12 @@ class SievePruner:
         return self.result
 
     def save_pretrained(self, output_dir: str | Path, *, overwrite: bool = False, with_examples: bool = False) -> Path:
-        """Write model, tokenizer, model card, report and its page; all of them or, after an error, nothing.
+        """Write model, tokenizer, model card, report and its page; all or, after an error, nothing. Return the path.
 
         Args:
             output_dir (`str | Path`): A new or empty directory.
             overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
             with_examples (`bool`): Whether `report.html` shows the test examples that both models answer differently.
-
-        Returns:
-            `Path`: `output_dir`.
 
         Raises:
             RuntimeError: If nothing was pruned yet.
@@ -269,16 +270,12 @@ class SievePruner:
         )  # fmt: skip
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Push what `save_pretrained` writes to the Hub, in one commit.
+        """Push what `save_pretrained` writes to the Hub, in one commit; raise `RuntimeError` if nothing was pruned yet.
 
         Args:
             repo_id (`str`): Such as `"user/name"`.
-            options: `private`, `revision`, `commit_message`, `create_pr` and `token`; see
-                [`push_folder`][optimum_sieve.publish.hub.push_folder].
-
-        Raises:
-            RuntimeError: If nothing was pruned yet.
-            HfHubHTTPError: If the Hub refuses; an `OSError`.
+            options: Of [`push_folder`][optimum_sieve.publish.hub.push_folder], which names the errors: `private`,
+                `revision`, `commit_message`, `create_pr` and `token`.
         """
         if self.result is None:
             raise RuntimeError("`push_to_hub` must follow `prune`, got a model that is not pruned. Call `prune`.")
@@ -289,6 +286,14 @@ class SievePruner:
         """Return the commit of a dense model from the Hub."""
         return getattr(self.model.config, "_commit_hash", None)
 
-    def _check_is_dense(self) -> None:
-        if self.result is not None:
-            raise RuntimeError("`prune` must be called once per pruner, got a second call. Load the dense model again.")
+    def _ensure_dense(self) -> None:
+        """Load the dense model again if it was pruned, so that other settings can be tried with the same pruner."""
+        if self.result is None:
+            return
+        if self._load is None:
+            raise RuntimeError(
+                "`prune` must be called once per pruner of a loaded model, got a second call. Make the pruner with "
+                "`SievePruner.from_pretrained(name)`, which loads the dense model again."
+            )
+        self.model, self.tokenizer, _ = self._load()
+        self.result = None

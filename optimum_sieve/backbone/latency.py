@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from optimum_sieve.allocation.budget import rank_choices
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.run import distributed
+from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.run.workdir import content_key
 
 from .offloading import execution_device
@@ -67,7 +67,7 @@ def measure_latencies(run: Run) -> dict[str, np.ndarray]:
     )  # fmt: skip
     stored = run.work.load("latencies", key)
     if stored is None:
-        bar = tqdm(distinct, "latency", unit="shape", disable=not (run.progress and distributed.is_first()))
+        bar = progress_bar(distinct, "latency", unit="shape", progress=run.progress and distributed.is_first())
         measured = [_measure_shape(shape, storage, multiple, weight.dtype, device) for shape in bar]
         # Ranks depend on the latencies, so all processes must use the same.
         agreed = distributed.agree(measured)

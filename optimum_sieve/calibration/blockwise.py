@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
 from optimum_sieve.backbone.blockwise import BlockRun, check_blocks, find_blocks
 from optimum_sieve.backbone.hooks import Watch
 from optimum_sieve.backbone.modes import frozen
@@ -19,6 +17,7 @@ from optimum_sieve.factorization.closed_form import FactorBasis, factorize
 from optimum_sieve.factorization.moments import check_finite, empty_moments
 from optimum_sieve.factorization.stored import StoredBasis
 from optimum_sieve.run import distributed
+from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.run.scratch import Scratch
 from optimum_sieve.run.spool import Spool
 from optimum_sieve.run.workdir import flatten
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from tqdm.auto import tqdm
 
     from optimum_sieve.evaluation.batches import Batch
     from optimum_sieve.factorization.moments import Moments
@@ -109,7 +109,7 @@ class BlockRound(Round):
 
     def _bar(self, steps: int) -> tqdm:
         description = "moments" if self.run.config.projection == "joint" else "moments and factors"
-        return tqdm(total=steps, desc=description, unit="block", disable=not self.run.progress)
+        return progress_bar(total=steps, desc=description, unit="block", progress=self.run.progress)
 
     def _start_all(self, gold: Sequence[Sequence[Example]], directory: Path) -> list[BlockRun[Batch]]:
         """Begin a pass over the examples of every task; `svd` looks at no example."""

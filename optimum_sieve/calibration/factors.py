@@ -6,10 +6,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from optimum_sieve.factorization.closed_form import FactorBasis
 from optimum_sieve.run import distributed
+from optimum_sieve.run.bars import progress_bar
 
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def factor_together(
     """Factor every weight (out, in) in one of the processes; return all bases in every process."""
     bases: dict[str, FactorBasis] = {}
     names = list(weights)
-    for name in tqdm(distributed.share(names), desc="factors", unit="matrix", disable=not progress):
+    for name in progress_bar(distributed.share(names), desc="factors", unit="matrix", progress=progress):
         bases[name] = factor(name, weights[name])
     if distributed.num_processes() > 1:
         for number, name in enumerate(names):

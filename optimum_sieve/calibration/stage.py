@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from optimum_sieve.allocation.allocators import predicted_loss
 from optimum_sieve.allocation.stage import allocate_ranks, loss_curves
@@ -18,6 +17,7 @@ from optimum_sieve.factorization.closed_form import FactorBasis, factorize
 from optimum_sieve.factorization.learned import learn_adapter
 from optimum_sieve.factorization.moments import Moments, weighted_sum
 from optimum_sieve.run import distributed
+from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.run.workdir import flatten, on_device, unflatten
 from optimum_sieve.surgery.apply import truncated
 
@@ -184,7 +184,7 @@ def _collect(
     batches, loss = calibration_batches(run, examples)
     device = input_device(run.model)
     description = f"moments, round {step.number}" + (f", {task.name}" if len(run.tasks) > 1 else "")
-    with tqdm(distributed.share(batches), desc=description, unit="batch", disable=not run.progress) as bar:
+    with progress_bar(distributed.share(batches), desc=description, unit="batch", progress=run.progress) as bar:
         moments = collect_moments(
             run.model,
             run.targets,

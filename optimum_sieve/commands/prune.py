@@ -33,6 +33,12 @@ def add_run(parser: ArgumentParser) -> None:
         help="URL of the Optuna storage of a genetic search; workers can join it (default: a file in --work-dir).",
     )
     parser.add_argument(
+        "--report-to",
+        metavar="NAME",
+        nargs="+",
+        help="Trackers that log losses and sizes: tensorboard, wandb, trackio and others of accelerate.",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="Show the first prompt and what may be wrong with the task, the layers to prune, their sizes, what labels "
@@ -87,7 +93,8 @@ class PruneCommand(SieveSubcommand):
         files = all(isinstance(task, str) for task in arguments.task)
         if config.allocation == "genetic" and arguments.work_dir is not None and files:
             write_job(arguments, config)
-        result = pruner.prune(config, work_dir=arguments.work_dir, study_storage=arguments.study_storage)
+        places = {name: getattr(arguments, name) for name in ("work_dir", "study_storage", "report_to")}
+        result = pruner.prune(config, **places)
         pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite, with_examples=arguments.with_examples)
         if distributed.is_first():
             print(result)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
 from optimum_sieve.backbone.blockwise import BlockRun, find_blocks
 from optimum_sieve.backbone.modes import evaluating
+from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.run.scratch import Scratch
 from optimum_sieve.run.spool import Spool
 from optimum_sieve.surgery.apply import truncated
@@ -77,7 +76,7 @@ def evaluate_by_block(
     blocks = find_blocks(model)
     with Scratch(directory, "states") as spool, evaluating(model):
         run = BlockRun(model, blocks, batches, log_likelihoods, device=input_device(model), spool=Spool(spool))
-        for index, block in enumerate(tqdm(blocks, desc=description or None, unit="block", disable=not progress)):
+        for index, block in enumerate(progress_bar(blocks, desc=description or None, unit="block", progress=progress)):
             with block_held(model, block, bases or {}, ranks or {}):
                 run.forward(index, keep_inputs=False)
         return evaluation_of(gather_scores(batches, run.outputs(), examples), examples, metric)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
+
+from optimum_sieve.run.bars import progress_bar
 
 from .batches import make_batches
 from .generation import write_answers
@@ -44,7 +45,7 @@ def label_by_model(
             index. Default: the most likely candidate, or greedy decoding.
         progress (`bool`): Show a progress bar.
     """
-    with tqdm(total=len(examples), desc="labels by the model", unit="example", disable=not progress) as bar:
+    with progress_bar(total=len(examples), desc="labels by the model", unit="example", progress=progress) as bar:
         if examples[0].generation is not None:
             options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "on_batch": bar.update}
             written = write_answers(model, examples, tokenizer, to_score=False, **options)

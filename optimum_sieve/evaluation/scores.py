@@ -13,7 +13,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
-from tqdm.auto import tqdm
 
 from optimum_sieve.metrics.examples import check_metric, score_candidates, score_written, targets_of
 from optimum_sieve.metrics.identity import metric_name
@@ -22,6 +21,7 @@ from optimum_sieve.metrics.scored import EXAMPLES, JACKKNIFE
 from optimum_sieve.metrics.text_metrics import normalize_text
 from optimum_sieve.modeling.conversion import require_model
 from optimum_sieve.modeling.label_offsets import stored_offsets
+from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.run.checksum import check_file, is_sealed, seal_file, unsealed_metadata
 from optimum_sieve.run.files import replacing
 
@@ -197,7 +197,7 @@ def evaluate(
     """
     _check_model(model)
     check_scorable(examples, metric)
-    bar = tqdm(total=len(examples), desc=description or None, unit="example", disable=not progress)
+    bar = progress_bar(total=len(examples), desc=description or None, unit="example", progress=progress)
     if examples[0].generation is not None:
         with bar:
             written = write_answers(model, examples, tokenizer, batch_size=batch_size, on_batch=bar.update)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from optimum_sieve.backbone import fingerprint
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
+from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.run.workdir import WorkDir, content_key
 
 from .batches import input_device, log_likelihoods, make_batches, site_logits, tokens_fingerprint
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
+    from tqdm.auto import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.tasks import Example
@@ -221,7 +222,7 @@ def teach(
         batches = make_batches(
             examples, tokenizer, batch_size=batch_size, candidates=by_candidate, model=model, divide=by_candidate
         )
-        with tqdm(total=len(examples), desc="dense model", unit="example", disable=not progress) as bar:
+        with progress_bar(total=len(examples), desc="dense model", unit="example", progress=progress) as bar:
             tensors = (
                 _by_candidate(model, batches, examples, bar)
                 if by_candidate

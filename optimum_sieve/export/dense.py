@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from optimum_sieve.backbone.kinds import model_kind
@@ -21,6 +20,7 @@ from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
 from optimum_sieve.publish.saved import save_model
 from optimum_sieve.publish.task_file import inherited_files
+from optimum_sieve.run.bars import progress_bar
 
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def export_dense(model: PreTrainedModel, *, progress: bool = False) -> PreTraine
     base_class, config = _base_class(model), base_config(model)
     empty = _fit_biases(base_class, config, layers)
     dense_modules = dict(empty.named_modules())
-    for name, layer in tqdm(layers.items(), desc="dense", unit="matrix", disable=not progress):
+    for name, layer in progress_bar(layers.items(), desc="dense", unit="matrix", progress=progress):
         # Separate experts have no modules in the base architecture.
         dense = dense_modules.get(name) or nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         model.set_submodule(name, _filled(dense, layer))

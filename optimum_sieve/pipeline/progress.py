@@ -12,6 +12,8 @@ from optimum_sieve.publish.card import public_name
 from optimum_sieve.publish.report import REPORT_NAME, versions, write_report
 from optimum_sieve.publish.trials import trial_rows
 from optimum_sieve.run import distributed
+from optimum_sieve.run.bars import bars_are_shown
+from optimum_sieve.run.events import emit
 
 
 if TYPE_CHECKING:
@@ -30,8 +32,11 @@ def show_trial(run: Run, trials: Sequence[dict[str, Any]], healer: Healer | None
             [`size_trial`][optimum_sieve.allocation.tolerance.size_trial].
         healer (`Healer`, *optional*): Has healed the last one.
     """
-    if run.progress:
+    if run.progress and bars_are_shown():
         tqdm.write(trial_line(trials[-1], run.tasks[0].metric if len(run.tasks) == 1 else "lowest score"))
+    worst = min(trials[-1].get("tasks", {"": trials[-1]}).values(), key=lambda each: each["lower_bound"])
+    figures = {key: worst[key] for key in ("mean", "standard_error", "lower_bound", "agreement")}
+    emit("sizes", len(trials), kept=trials[-1]["kept"], accepted=float(trials[-1]["accepted"]), **figures)
     blocks = [{"task": task.name, "metric": metric_name(task.metric), "split": "test"} for task in run.tasks]
     report: dict[str, Any] = {
         **(blocks[0] if len(blocks) == 1 else {"tasks": blocks}),

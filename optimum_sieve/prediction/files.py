@@ -10,9 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from optimum_sieve._messages import cut, listed, shown
+from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.tasks.rows.files import read_file
 
@@ -115,8 +114,8 @@ def write_predictions(
     counts: Counter[str] = Counter(_kept_answers(partial))
     with (
         partial.open("a", encoding="utf-8", newline="") as file,
-        tqdm(
-            total=None if known is None else len(known), initial=done, desc="predict", unit="row", disable=not progress
+        progress_bar(
+            total=None if known is None else len(known), initial=done, desc="predict", unit="row", progress=progress
         ) as bar,
     ):
         try:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from optimum_sieve.allocation.tolerance import ToleranceError
+from optimum_sieve.run.bars import progress_bar
+from optimum_sieve.run.events import emit
 from optimum_sieve.run.signals import Terminated, uninterrupted
 
 from .bottlenecks import bottleneck_candidates
@@ -25,6 +26,8 @@ from .worker import POLL_SECONDS, score_one
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import ModuleType
+
+    from tqdm.auto import tqdm
 
     from .genome import Genome, SearchSpace
     from .presets import SearchPreset
@@ -189,7 +192,9 @@ def lead(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
     study.reopen()
     search.ending, search.shares = study.ending, study.shares
     is_ended_by_hand = False
-    with tqdm(desc="search", unit="candidate", disable=not progress) as bar:
+    # At most: it may end early, and the best ones are then confirmed.
+    total = search.preset.population_size * search.preset.generations
+    with progress_bar(total=total, desc="search", unit="candidate", progress=progress) as bar:
         while True:
             try:
                 if (scored := _advance(search, study, scorers, bar)) is not None:
@@ -270,7 +275,9 @@ def _show(bar: tqdm, search: Search, scored: Sequence[Candidate]) -> None:
     dropped = sum(not candidate.is_complete for candidate in searched)
     texts: dict[str, object] = {"generation": max((c.generation for c in searched), default=0), "dropped": dropped}
     if len(searched) > dropped:
-        texts["best kept"] = f"{search.space.kept(search.best(scored).genome):.1%}"
+        kept = search.space.kept(search.best(scored).genome)
+        texts["best kept"] = f"{kept:.1%}"
+        emit("search", len(scored), kept=kept, dropped=dropped)
     if tested:
         texts["confirmation"] = f"step {len(tested)}"
     bar.set_postfix(texts, refresh=True)

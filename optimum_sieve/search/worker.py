@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
+from optimum_sieve.run.bars import progress_bar
 
 from .candidate import SEARCH
 
@@ -27,7 +27,7 @@ def work(search: Search, study: SearchStudy, scorers: Mapping[str, JointScorer],
     Raises:
         RuntimeError: If the leader died and was not started again for a minute.
     """
-    with tqdm(desc="worker", unit="candidate", disable=not progress) as bar:
+    with progress_bar(desc="worker", unit="candidate", progress=progress) as bar:
         count, check_leader = 0, study.watch()
         while not study.is_over:
             if score_one(search, study, scorers):

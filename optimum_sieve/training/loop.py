@@ -147,7 +147,7 @@ class Trainer:
             take_steps(
                 self.training, self.config.steps, self._step,
                 lambda: self._save(self.kind.state, self._optimizer.state()),
-                name=self.kind.name, progress=progress,
+                name=self.kind.name, progress=progress, steps_before=self._steps_before,
             )  # fmt: skip
         self._save(self.kind.result, self._optimizer.values())
         self.work.remove(self.kind.state, self.key)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate import PartialState
-from tqdm.auto import tqdm
+
+from optimum_sieve.run.bars import progress_bar
+from optimum_sieve.run.events import emit
 
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def take_steps(
     *,
     name: str,
     progress: bool,
+    steps_before: int = 0,
 ) -> None:
     """Take the remaining steps of a training and record them in its figures.
 
@@ -58,17 +61,19 @@ def take_steps(
         save (`Callable`): Saves the state; called every `SAVE_STEPS` steps but the last.
         name (`str`): Label of the progress bar.
         progress (`bool`): Whether the first process shows a progress bar.
+        steps_before (`int`): Steps of earlier trainings, which callbacks and trackers count.
     """
     losses: list[float] = []
     started = time.perf_counter()
-    hidden = not (progress and PartialState().is_main_process)
-    with tqdm(total=steps, initial=training.steps, desc=name, unit="step", disable=hidden) as bar:
+    shown = progress and PartialState().is_main_process
+    with progress_bar(total=steps, initial=training.steps, desc=name, unit="step", progress=shown) as bar:
         while training.steps < steps:
             losses.append(take())
             bar.update()
             if training.steps % SAVE_STEPS and training.steps < steps:
                 continue
             training.losses.append(float(np.mean(losses)))
+            emit(name, steps_before + training.steps, loss=training.losses[-1])
             bar.set_postfix(loss=f"{training.losses[-1]:.4f}")
             losses.clear()
             now = time.perf_counter()

@@ -388,3 +388,22 @@ def test_overwrite_replaces_the_directory_as_a_whole(pruner, tmp_path):
     pruner.save_pretrained(tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "model-00002-of-00002.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_prune_loads_the_dense_model_again_and_uses_what_was_stored(task, learned, tmp_path, monkeypatch):
+    learned.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    pruner = SievePruner.from_pretrained(tmp_path / "dense", task=task)
+    options = {"work_dir": tmp_path / "work", **QUIET}
+    # The moments of one round do not depend on the size.
+    first, other = (unhealed(pruning_ratio=ratio, rank_multiple=1, rounds=1) for ratio in (0.5, 0.3))
+    first = pruner.prune(first, **options)
+    monkeypatch.setattr(calibration_stage, "collect_moments", None)
+    second = pruner.prune(other, **options)
+    sizes = [result.report["parameters"]["targets_after"] for result in (first, second)]
+    assert sizes[0] < sizes[1]
+    assert pruner.result is second
+    assert pruner.model is second.model
+    alone = SievePruner.from_pretrained(tmp_path / "dense", task=task)
+    expected = alone.prune(other, **options)
+    assert expected.report["pruned"] == second.report["pruned"]

@@ -41,6 +41,10 @@ class SieveSubcommand(BaseOptimumCLICommand):
         """Run the subcommand; print an error as one line, or with its traceback under `--debug`."""
         with one_line_errors(debug=self.args.debug):
             _check_words(self.args)
+            if self.args.quiet:
+                from optimum_sieve.run.bars import hide_bars
+
+                hide_bars()
             self.execute(self.args)
             sys.stdout.flush()
 
@@ -54,7 +58,8 @@ def _check_words(arguments: Namespace) -> None:
 
 
 def add_debug(parser: ArgumentParser) -> None:
-    """Add the option that `SieveSubcommand.run` reads."""
+    """Add the options that `SieveSubcommand.run` reads."""
+    parser.add_argument("--quiet", action="store_true", help="Show no progress bars, and no line for each size tried.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks of errors.")
 
 

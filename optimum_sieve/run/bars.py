@@ -1,0 +1,39 @@
+"""Progress bars that obey `TQDM_DISABLE` and transformers' `disable_progress_bar()`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+_OFF = ("", "0", "false", "no", "off")
+
+
+def progress_bar(*arguments: Any, progress: bool, **options: Any) -> tqdm:
+    """Make a bar of tqdm, which is hidden unless `progress` is set and no library-wide switch hides it.
+
+    Args:
+        arguments: Of tqdm.
+        progress (`bool`): Whether to show it.
+        options: Of tqdm.
+    """
+    return tqdm(*arguments, disable=not (progress and bars_are_shown()), **options)
+
+
+def bars_are_shown() -> bool:
+    """Return whether neither the environment nor transformers hides progress bars."""
+    if os.environ.get("TQDM_DISABLE", "").strip().lower() not in _OFF:
+        return False
+    logging = sys.modules.get("transformers.utils.logging")
+    return logging is None or bool(logging.is_progress_bar_enabled())
+
+
+def hide_bars() -> None:
+    """Hide the bars of this process and of the libraries that it uses, as `--quiet` does."""
+    os.environ["TQDM_DISABLE"] = "1"
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
