@@ -63,6 +63,7 @@ class PredictCommand(SieveSubcommand):
             print_predictions,
             read_rows,
             summary,
+            unanswered,
             write_predictions,
         )  # fmt: skip
 
@@ -74,8 +75,12 @@ class PredictCommand(SieveSubcommand):
             output = check_predictions_file(Path(arguments.output), "--output", arguments.overwrite, inputs=inputs)
         rows = read_rows(arguments.input)
         pipeline = _load_pipeline(arguments)
+        checked = unanswered(rows, pipeline.spec["kind"])
         if isinstance(rows, list):
+            rows = list(checked)
             pipeline.check(rows)
+        else:
+            rows = checked
         start, chunk = time.monotonic(), _BATCHES * arguments.batch_size
         if output is None:
             print_predictions(rows, pipeline, chunk)

@@ -90,9 +90,14 @@ class PruneCommand(SieveSubcommand):
             if distributed.is_first():
                 print_plan(pruner, config)
             return
-        files = all(isinstance(task, str) for task in arguments.task)
-        if config.allocation == "genetic" and arguments.work_dir is not None and files:
-            write_job(arguments, config)
+        if config.allocation == "genetic" and arguments.work_dir is not None:
+            if all(isinstance(task, str) for task in arguments.task):
+                write_job(arguments, config)
+            elif arguments.study_storage is not None:
+                raise ValueError(
+                    "`--study-storage` must go with task files, which workers read, got a recipe. Name the task files "
+                    "in `optimum-cli sieve prune`."
+                )
         places = {name: getattr(arguments, name) for name in ("work_dir", "study_storage", "report_to")}
         result = pruner.prune(config, **places)
         pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite, with_examples=arguments.with_examples)

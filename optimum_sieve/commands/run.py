@@ -51,9 +51,14 @@ class RunCommand(PruneCommand):
         recipe = Recipe.from_file(path)
         config = recipe.config()
         data_dir = None if arguments.data_dir is None else Path(arguments.data_dir)
-        arguments.model = arguments.model or recipe.model
+        if (arguments.model or recipe.model) is None:
+            raise ValueError(f"`--model` must be given for a recipe without a `model`, got {path}.")
+        # The revision and the file are those of the recipe's model.
+        kept = ("dtype",) if arguments.model else ("revision", "dtype", "gguf_file")
         for name in ("revision", "dtype", "gguf_file"):
-            setattr(arguments, name, recipe.loading.get(name))
+            setattr(arguments, name, recipe.loading.get(name) if name in kept else None)
+        beside = path.parent / (recipe.model or "")
+        arguments.model = arguments.model or (str(beside) if beside.is_dir() else recipe.model)
         # The rows are read once, but the output must be apart from all files.
         arguments.task = [located(task, path.parent) for task in recipe.tasks if isinstance(task, str)]
         with nullcontext() if arguments.output is None else reserved_output(arguments):

@@ -168,7 +168,7 @@ class SievePipeline(Pipeline):
             if kind == "labels":
                 names, candidates = tuple(self.spec["labels"]), tuple(self.spec["labels"].values())
             elif kind == "choices":
-                names = tuple(str(value) for template in self._choices for value in template.values(named))
+                names = tuple(choice_texts(value for template in self._choices for value in template.values(named)))
                 pairs = list(zip(ascii_uppercase, names, strict=False))
                 shown = {"choices": list(names), "lettered_choices": "\n".join(f"{a}. {text}" for a, text in pairs)}
                 candidates = tuple(self._candidate.render({**named, "letter": a, "choice": text}) for a, text in pairs)
@@ -207,6 +207,15 @@ class SievePipeline(Pipeline):
         stop = self.spec.get("stop") or []
         stops = [stop] if isinstance(stop, str) else stop
         return written_texts(self.model, self.tokenizer, rows, batch_size, stops, self.spec["max_new_tokens"])
+
+
+def choice_texts(values: Iterable[Any]) -> list[str]:
+    """Return the choices of a row as texts; raise `ValueError` unless they are 2 to 26 distinct ones, none missing."""
+    given = list(values)
+    texts = list(map(str, given))
+    if None in given or not 2 <= len(texts) <= len(ascii_uppercase) or len(set(texts)) < len(texts):
+        raise ValueError(f"choices must be 2 to {len(ascii_uppercase)} distinct texts, none missing, got {texts[:30]}")
+    return texts
 
 
 def pipeline_entry(config: Any) -> dict[str, Any]:
@@ -280,11 +289,6 @@ def choose_task(tasks: Sequence[dict[str, Any]], name: str | None) -> dict[str, 
             f"`task_file` must be given for a task that {TASK_NAME} cannot hold, got none: {chosen[0]['not_stored']}."
         )
     return chosen[0]
-
-
-def without_results(task: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys that a task file may have."""
-    return {key: value for key, value in task.items() if key not in ("results", "label_offsets")}
 
 
 def label_offsets(model: Any, task: dict[str, Any], candidates: Sequence[str]) -> list[float]:

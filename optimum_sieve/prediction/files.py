@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import cut, listed, shown
 from optimum_sieve.run.bars import progress_bar
+from optimum_sieve.run.reservation import exclusive
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.tasks.rows.files import read_file
 
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 STANDARD = "-"
-# Keys that predictions add to a row.
-ADDED = ("prediction", "probabilities", "index")
+# Keys that predictions add to a row, those of choices last.
+ADDED = ("prediction", "probabilities")
+ADDED_TO_CHOICES = (*ADDED, "index")
 # Of the summary.
 _MOST_ANSWERS = 12
 
@@ -31,7 +34,7 @@ def read_rows(source: str) -> Iterable[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it is malformed or empty, or its rows hold a prediction already.
+        ValueError: If it is malformed or empty.
     """
     if source == STANDARD:
         return _standard_input()
@@ -41,8 +44,6 @@ def read_rows(source: str) -> Iterable[dict[str, Any]]:
         raise type(error)(str(error).replace("`data.files`", "`--input`")) from error
     if not rows:
         raise ValueError(f"`--input` must have rows, got none in {cut(source)}.")
-    for number, row in enumerate(rows, start=1):
-        _check_row(row, number)
     return rows
 
 
@@ -56,17 +57,24 @@ def _standard_input() -> Iterator[dict[str, Any]]:
             raise ValueError(f"`--input` must hold one JSON object in each line, got line {number}: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"`--input` must hold one JSON object in each line, got {shown(row)} in line {number}.")
-        _check_row(row, number)
         yield row
 
 
-def _check_row(row: dict[str, Any], number: int) -> None:
-    present = [name for name in ADDED if name in row]
-    if present:
-        raise ValueError(
-            f"`--input` must have rows without the fields that predictions add, got {listed(present)} in row {number}. "
-            "Rename them."
-        )
+def unanswered(rows: Iterable[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
+    """Yield rows, after a check that none has a field that predictions of a kind of task add.
+
+    Raises:
+        ValueError: If one has; the message names it.
+    """
+    added = ADDED_TO_CHOICES if kind == "choices" else ADDED
+    for number, row in enumerate(rows, start=1):
+        present = [name for name in added if name in row]
+        if present:
+            raise ValueError(
+                f"`--input` must have rows without the fields that predictions add, got {listed(present)} in row "
+                f"{number}. Rename them."
+            )
+        yield row
 
 
 def print_predictions(
@@ -104,9 +112,21 @@ def write_predictions(
         `dict[str, int]`: How often each prediction occurs.
 
     Raises:
-        OSError: If the disk is full. What was written before stays and is used again.
+        OSError: If the disk is full, or another command writes the file. What was written before stays and is used
+            again.
     """
-    partial = partial_file(output, key)
+    with exclusive(output):
+        return _write(rows, predict, output, partial_file(output, key), chunk, progress)
+
+
+def _write(
+    rows: Iterable[dict[str, Any]],
+    predict: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    output: Path,
+    partial: Path,
+    chunk: int,
+    progress: bool,
+) -> dict[str, int]:
     known = rows if isinstance(rows, list) else None
     done = 0 if known is None else _complete_lines(partial)
     if known is None:
@@ -156,8 +176,16 @@ def _answered(
 
 
 def _line(row: dict[str, Any]) -> str:
-    # Parquet has values, such as dates, that JSON has not.
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    # Parquet has values that JSON has not: dates become texts, missing numbers null.
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _complete_lines(partial: Path) -> int:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+# What `sieve_task.json` has besides the keys of a task file.
+_ADDED = ("results", "label_offsets")
+
+
 class SievePipeline(pipeline_sieve.SievePipeline):
     """The same pipeline with the package's own code: sandboxed templates with bounds, `evaluate`'s batches.
 
@@ -41,7 +45,7 @@ class SievePipeline(pipeline_sieve.SievePipeline):
     @cached_property
     def template(self) -> TaskTemplate:
         """The task's prompt and answers."""
-        return TaskTemplate.from_spec(pipeline_sieve.without_results(self.spec))
+        return TaskTemplate.from_spec({key: value for key, value in self.spec.items() if key not in _ADDED})
 
     def render(self, row: dict[str, Any], number: int) -> RenderedRow:
         """Render one row with the rules of task files."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from optimum_sieve.search.genome import split_name
-from optimum_sieve.tasks.template import TaskTemplate
-from optimum_sieve.tasks.templates.python_values import not_applicable, only_in_python
+from optimum_sieve.tasks.templates.python_values import only_in_python
 
 from .page.page import PICTURE_NAME
 from .report import task_blocks
 from .reproduction import healing_command, reproduction_command, task_files
 from .table import size_changes
+from .task_file import pipeline_usage
 from .trials import answer, decisive, size_name, stop_sentences, verdict, worst
 
 
@@ -91,20 +90,20 @@ def build_card(
     """
     from huggingface_hub import ModelCard
 
-    hub_id = _hub_id(base_model)
+    on_hub = hub_id(base_model)
     name = Path(base_model).name if base_model else "model"
     settings = report.get("settings")
     storages = Counter(entry["storage"] for entry in rank_pattern.values()).most_common()
     grid = _rank_grid(rank_pattern)
     files = task_files(len(task_blocks(report)))
     card: ModelCard = ModelCard.from_template(
-        _card_data(report, hub_id, f"{name}-sieve", pipeline_tag, license_id),
+        _card_data(report, on_hub, f"{name}-sieve", pipeline_tag, license_id),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         report=report,
         tasks=task_blocks(report),
         name=name,
-        base=hub_id or name,
-        revision=base_revision if hub_id else None,
+        base=on_hub or name,
+        revision=base_revision if on_hub else None,
         sizes=size_changes(report),
         picture=PICTURE_NAME,
         trials=[(size_name(trial), trial, worst(trial), answer(trial)) for trial in decisive(report.get("trials", []))],
@@ -116,11 +115,10 @@ def build_card(
         kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
         storage=storages[0][0] if storages else None,
         mixed_storage=len(storages) > 1,
-        command=reproduction_command(hub_id or name, settings, report.get("loading"), files) if settings else None,
-        heal_command=healing_command(hub_id or name, report.get("healing", {}), files),
+        command=reproduction_command(on_hub or name, settings, report.get("loading"), files) if settings else None,
+        heal_command=healing_command(on_hub or name, report.get("healing", {}), files),
         settings=_yaml(settings or {}),
-        example=_example_row(task_specs[0] if task_specs else {}),
-        applicable=not any(map(not_applicable, task_specs)),
+        usage=pipeline_usage(task_specs),
         task_specs=list(zip(files, map(_yaml, task_specs), map(only_in_python, task_specs), strict=False)),
     )
     return card
@@ -206,10 +204,10 @@ def base_license(base_model: str | None) -> str | None:
 
 def public_name(base_model: str | None) -> str | None:
     """Return the Hub id or the last part of a path, as local paths must not be published."""
-    return _hub_id(base_model) or (Path(base_model).name if base_model else None)
+    return hub_id(base_model) or (Path(base_model).name if base_model else None)
 
 
-def _hub_id(base_model: str | None) -> str | None:
+def hub_id(base_model: str | None) -> str | None:
     """Return `base_model` if it can be a Hub id, else `None`."""
     if not base_model or Path(base_model).exists() or not _REPO_ID.fullmatch(base_model):
         return None
@@ -256,17 +254,6 @@ def _eval_result(task: dict[str, Any], key: str, pipeline_tag: str) -> EvalResul
         metric_config=metric.get("config"),
         metric_args=metric.get("args"),
     )
-
-
-def _example_row(spec: dict[str, Any]) -> str:
-    """Return what the pipeline is called with, as Python: a text, or a mapping if the prompt has several fields."""
-    try:
-        fields = TaskTemplate.from_spec(spec).fields
-    except (ValueError, TypeError):
-        # A card can be built without the task.
-        fields = ()
-    text = "..."
-    return json.dumps(text if len(fields) < 2 else dict.fromkeys(fields, text), ensure_ascii=False)
 
 
 def _hub_metric(task: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from optimum_sieve._messages import shown
-from optimum_sieve.config.files import read_mapping
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.tasks.data import PREFIX
+from optimum_sieve.tasks.spec import read_spec
 from optimum_sieve.tasks.task import Task
 from optimum_sieve.tasks.templates.python_values import only_in_python
 
@@ -34,13 +35,13 @@ class Recipe:
     """What a run needs besides the rows.
 
     Args:
-        model (`str`): Hub id or path of the dense model.
+        model (`str`, *optional*): Hub id of the dense model, or its path from the recipe.
         loading (`dict[str, str]`): `revision`, `dtype` and `gguf_file`, as far as they were given.
         tasks (`list[str | dict]`): Task files, relative to the recipe, or their content.
         settings (`dict[str, Any]`): Settings of `SieveConfig`; those left out have their defaults.
     """
 
-    model: str
+    model: str | None
     tasks: list[str | dict[str, Any]]
     settings: dict[str, Any]
     loading: dict[str, str] = field(default_factory=dict)
@@ -53,14 +54,15 @@ class Recipe:
             FileNotFoundError: If there is no such file.
             ValueError: If a key is missing, unknown or of another type; the message names it.
         """
-        values = read_mapping(Path(path), "recipe", "YAML or JSON file of a recipe")
+        # As task files are read, which it may hold: `yes` is a text.
+        values = read_spec(Path(path), "recipe", "file of a recipe")
         unknown = [key for key in values if key not in _KEYS]
         if unknown:
             known = ", ".join(_KEYS)
             raise ValueError(f"`recipe` must have no keys but {known}, got {shown(unknown[0])} in {path}.")
         tasks = values.get("tasks")
         for key, kind, meaning in (
-            ("model", str, "a Hub id or directory"),
+            ("model", str | None, "a Hub id or directory"),
             ("tasks", list, "a list of task files or their contents"),
             ("settings", dict, "a mapping of settings, such as `tolerance: 0.02`"),
         ):
@@ -70,7 +72,7 @@ class Recipe:
         if not tasks or not all(isinstance(task, str | dict) for task in tasks):
             raise ValueError(f"`tasks` must be a list of task files or their contents, got {shown(tasks)} in {path}.")
         loading = {key: str(values[key]) for key in _LOADING if values.get(key) is not None}
-        return cls(model=values["model"], tasks=tasks, settings=values["settings"], loading=loading)
+        return cls(model=values.get("model"), tasks=tasks, settings=_numbers(values["settings"]), loading=loading)
 
     def config(self) -> SieveConfig:
         """Make the settings.
@@ -107,13 +109,52 @@ class Recipe:
         ]
 
 
+def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with numbers such as `5e-4`, which YAML 1.1 reads as text."""
+    return {
+        key: _numbers(value) if isinstance(value, dict) else float(value) if _is_number(value) else value
+        for key, value in settings.items()
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) is not None
+
+
+def recipe_files(
+    report: Mapping[str, Any],
+    specs: Sequence[Mapping[str, Any]],
+    *,
+    base_model: str | None,
+    revision: str | None,
+) -> dict[str, str]:
+    """Return `sieve.yaml` and its content; nothing for a model that was healed after it had been pruned.
+
+    Args:
+        report (`Mapping[str, Any]`): Report of the run.
+        specs (`Sequence[Mapping[str, Any]]`): Content of each task file.
+        base_model (`str`, *optional*): Hub id of the dense model.
+        revision (`str`, *optional*): Its commit.
+    """
+    if "settings" in report.get("healing", {}):
+        # Two commands made it, which its card shows.
+        return {}
+    loading = dict(report.get("loading") or {})
+    if base_model is not None and revision is not None:
+        loading["revision"] = revision
+    return {RECIPE_NAME: recipe_text(base_model, specs, report["settings"], loading)}
+
+
 def recipe_text(
-    model: str, specs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], loading: Mapping[str, str] | None
+    model: str | None,
+    specs: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    loading: Mapping[str, str] | None,
 ) -> str:
     """Return the content of `sieve.yaml`; settings with their default values are left out.
 
     Args:
-        model (`str`): Hub id, or name, of the dense model.
+        model (`str`, *optional*): Hub id of the dense model; none if it was in a directory.
         specs (`Sequence[Mapping[str, Any]]`): Content of each task file.
         settings (`Mapping[str, Any]`): `SieveConfig.to_dict()` of the run.
         loading (`Mapping[str, str]`, *optional*): Options that loaded the model.

@@ -13,15 +13,15 @@ from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.run import distributed
 from optimum_sieve.surgery.apply import largest_coefficient
 
-from .card import PIPELINE_TAGS, base_license, build_card, public_name
+from .card import PIPELINE_TAGS, base_license, build_card, hub_id
 from .directory import save_directory
 from .page.examples import differing
-from .recipe import RECIPE_NAME, recipe_text
+from .recipe import recipe_files
 from .report import DIGEST_KEY, build_report, remove_scores, task_block, task_blocks
 from .saved import save_model
 from .sections import parts_section
 from .table import format_table
-from .task_file import task_files
+from .task_file import public_task, task_files
 from .trials import trial_rows
 
 
@@ -203,6 +203,8 @@ def save_result(
         limited = result.report["settings"].get("memory_limit") is not None
         options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
 
+        specs = [public_task(spec) for spec in task_specs]
+
         def write_model(directory: Path) -> None:
             save_model(result.model, directory, **options)
             if DIGEST_KEY not in result.model.config.sieve["results"]:
@@ -217,19 +219,14 @@ def save_result(
                 read_rank_pattern(result.model),
                 base_model=base_model,
                 base_revision=base_revision,
-                task_specs=task_specs,
+                task_specs=specs,
                 pipeline_tag=PIPELINE_TAGS[model_kind(result.model)],
                 license_id=base_license(base_model),
             ),
             report=result.report,
             files=lambda: {
-                **task_files(task_specs, result.report),
-                RECIPE_NAME: recipe_text(
-                    public_name(base_model) or "model",
-                    task_specs,
-                    result.report["settings"],
-                    result.report.get("loading"),
-                ),
+                **task_files(specs, result.report),
+                **recipe_files(result.report, specs, base_model=hub_id(base_model), revision=base_revision),
             },
             examples=examples,
             overwrite=overwrite,

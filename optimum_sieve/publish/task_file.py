@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.metrics.module_metric import public_spec
+from optimum_sieve.tasks.template import TaskTemplate
 from optimum_sieve.tasks.templates.python_values import not_applicable, only_in_python
 
 from .report import task_blocks
@@ -24,6 +25,31 @@ _RESULTS = (
     *("split", "metric", "count", "error_method", "majority_score", "dense", "tuned", "pruned", "paired_difference"),
     *("difference_to_tuned", "agreement", "references"),
 )
+
+
+def public_task(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a task file without the directories of absolute paths, which must not be published.
+
+    Args:
+        spec (`Mapping[str, Any]`): `Task.spec`. Paths are in `data`, `lm_eval` and a `metric` that is a local module.
+    """
+    public = dict(spec)
+    if isinstance(public.get("metric"), dict):
+        public["metric"] = public_spec(public["metric"])
+    if isinstance(public.get("lm_eval"), str):
+        public["lm_eval"] = _without_directory(public["lm_eval"])
+    if isinstance(public.get("data"), dict):
+        public["data"] = {
+            key: _without_directory(value) if key in ("files", "dataset") else value
+            for key, value in public["data"].items()
+        }
+    return public
+
+
+def _without_directory(path: Any) -> Any:
+    if isinstance(path, dict):
+        return {key: _without_directory(each) for key, each in path.items()}
+    return Path(path).name if isinstance(path, str) and Path(path).is_absolute() else path
 
 
 def task_files(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> dict[str, str]:
@@ -45,11 +71,25 @@ def task_files(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> di
         kept = {key: value for key, value in spec.items() if key not in _LEFT_OUT and key not in only_in_python(spec)}
         if reason is not None:
             kept = {"name": spec["name"], "not_stored": reason}
-        if isinstance(kept.get("metric"), dict):
-            kept["metric"] = public_spec(kept["metric"])
         block = blocks.get(spec["name"], {})
         tasks.append({**kept, "results": {key: block[key] for key in _RESULTS if key in block}})
     return _files({"format_version": TASK_VERSION, "tasks": tasks})
+
+
+def pipeline_usage(specs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return how the pipeline is called, as Python: `row` and, of several tasks, `name`; or the `reason` why not."""
+    reasons = {spec.get("name", ""): reason for spec in specs if (reason := not_applicable(spec)) is not None}
+    applied = [spec for spec in specs if spec.get("name", "") not in reasons]
+    if specs and not applied:
+        return {"reason": "; ".join(reasons.values())}
+    try:
+        fields = TaskTemplate.from_spec(applied[0]).fields if applied else ()
+    except (ValueError, TypeError):
+        # A card can be built without the whole task.
+        fields = ()
+    text = "..."
+    row = json.dumps(text if len(fields) < 2 else dict.fromkeys(fields, text), ensure_ascii=False)
+    return {"row": row, "name": applied[0]["name"] if len(specs) > 1 else None}
 
 
 def inherited_files(

@@ -13,7 +13,8 @@ _FIGURES = ("mean", "standard_error", "lower_bound", "agreement", "kl", "count")
 _CANDIDATE, _CONFIRMED = "search", "confirm"
 _STOPS = {
     "search_steps": "the bisection of the size without training took all {search_steps} steps",
-    "genetic_search": "the genetic search ended with its confirmation on fresh examples",
+    "genetic_search": "the genetic search ended",
+    "confirmed": "the genetic search ended with its confirmation on fresh examples",
     "refused": "the descent of healed sizes stopped after two sizes in a row were beyond the tolerance",
     "smallest_size": "the descent of healed sizes stopped at the smallest size that is tried, 1 % of the parameters",
 }
@@ -53,7 +54,7 @@ def trial_rows(trials: Sequence[dict[str, Any]], tolerance: float | None) -> lis
         if part is not None:
             row["part"] = part
         if part != _CANDIDATE and tolerance is not None:
-            row["accepted"] = bool(trial["lower_bound"] >= -tolerance)
+            row["accepted"] = bool(trial.get("accepted", trial["lower_bound"] >= -tolerance))
         rows.append(row)
     return rows
 
@@ -69,8 +70,8 @@ def stop_reasons(
         healed (`str`, *optional*): Reason of the descent, see `Healer.stopped`.
     """
     reasons = {}
-    if any("part" in trial for trial in trials):
-        reasons["unhealed"] = "genetic_search"
+    if parts := {trial["part"] for trial in trials if "part" in trial}:
+        reasons["unhealed"] = "confirmed" if _CONFIRMED in parts else "genetic_search"
     elif settings.get("tolerance") is not None and trials:
         tried = sum(not trial["healed"] for trial in trials)
         reasons["unhealed"] = "search_steps" if tried >= settings["search_steps"] else "time_limit"

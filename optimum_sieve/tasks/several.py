@@ -20,7 +20,8 @@ def read_tasks(sources: Any, *, trust_remote_code: bool = False) -> tuple[Task, 
 
     Args:
         sources (`Any`): The source, or a sequence of them.
-        trust_remote_code (`bool`): Whether functions of an lm-evaluation-harness task may run.
+        trust_remote_code (`bool`): Whether functions of an lm-evaluation-harness task may run. Modules of evaluate that
+            a task names are run either way.
 
     Raises:
         FileNotFoundError: If a task file or its data does not exist.
@@ -44,7 +45,7 @@ def _read_task(source: str | Path | dict[str, Any] | Task, trust_remote_code: bo
     if isinstance(source, Task):
         return source
     read: Any = Task.from_dict if isinstance(source, dict) else Task.from_file
-    task: Task = read(source, trust_remote_code=trust_remote_code)
+    task: Task = read(source, trust_remote_code=trust_remote_code or None)
     return task
 
 

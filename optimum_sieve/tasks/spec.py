@@ -63,8 +63,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_spec(path: Path) -> dict[str, Any]:
-    """Read the task file at `path`: JSON if it ends in `.json`, else YAML.
+def read_spec(path: Path, argument: str = "task", what: str = "task file") -> dict[str, Any]:
+    """Read the task file at `path`, or another file like it: JSON if it ends in `.json`, else YAML.
+
+    Args:
+        path (`Path`): The file.
+        argument (`str`): Its name in error messages.
+        what (`str`): What it must be.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -73,7 +78,7 @@ def read_spec(path: Path) -> dict[str, Any]:
     file = cut(str(path))
     # A pipe can be read only once, and a device may never end.
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"`task` must be an existing task file (YAML or JSON), not a pipe, got {file}.")
+        raise FileNotFoundError(f"`{argument}` must be an existing {what} (YAML or JSON), not a pipe, got {file}.")
     try:
         size = path.stat().st_size
         if size > _MOST_BYTES:
@@ -86,9 +91,9 @@ def read_spec(path: Path) -> dict[str, Any]:
     # PyYAML raises the errors of every type that a tag can name.
     except Exception as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else cut(str(error), 400)
-        raise ValueError(f"`task` must be a valid YAML or JSON file, got an error in {file}: {reason}") from error
+        raise ValueError(f"`{argument}` must be a valid YAML or JSON file, got an error in {file}: {reason}") from error
     if not isinstance(spec, dict):
-        raise ValueError(f"`task` must hold a mapping of keys, got {type(spec).__name__} in {file}.")
+        raise ValueError(f"`{argument}` must hold a mapping of keys, got {type(spec).__name__} in {file}.")
     return spec
 
 

@@ -243,10 +243,12 @@ class Task:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the task file's contents, every row in use and a custom metric's source code, if any."""
+        """SHA-256 of the task file's contents, every row in use and the metric's source code, if it has any."""
         items = {split: [[item.texts, astuple(item.reference)] for item in rows] for split, rows in self._items.items()}
         content: list[Any] = [self.spec, items]
-        if not isinstance(self.metric, str):
+        if isinstance(self.metric, ModuleMetric):
+            content.append(self.metric.source)
+        elif not isinstance(self.metric, str):
             code = source_code(self.metric)
             content.append([metric_name(self.metric), *([] if code is None else [code])])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve._messages import shown
-
 from .choices import Choices
 from .labels import LabelScoring
 from .prompts import Prompt
-from .reading import KINDS
-from .spec import plain, require
+from .reading import KINDS, read_kind
+from .spec import plain
 from .templates.template import Row
 
 
@@ -46,12 +44,8 @@ class TaskTemplate:
             ValueError: If a key is missing or invalid.
             TypeError: If a value has the wrong type.
         """
-        spec = {**plain(dict(spec)), "shuffle": False}
-        kind = require(spec, "kind", str, f"one of {', '.join(KINDS)}")
-        if kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {shown(kind)}.")
-        if kind != "choices":
-            del spec["shuffle"]
+        spec = {key: value for key, value in plain(dict(spec)).items() if key != "shuffle"}
+        kind = read_kind(spec)
         prompt = Prompt.from_spec(spec)
         scoring = KINDS[kind].from_spec(spec, prompt, 0).without_answer()
         names = set().union(*(template.names for template in prompt.templates))

@@ -10,7 +10,8 @@ import yaml
 from safetensors.torch import load_file
 from toy import make_model, make_tokenizer, task_spec, write_task
 
-from optimum_sieve.publish.recipe import Recipe
+from optimum_sieve import SieveConfig
+from optimum_sieve.publish.recipe import Recipe, recipe_files, recipe_text
 
 
 if TYPE_CHECKING:
@@ -34,13 +35,15 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_recipe_of_a_pruned_model_repeats_it(world: Path, cli: Cli) -> None:
     assert cli("prune", "--model", "dense", "--task", "task.json", "--output", "first", *SETTINGS)[0] == 0
     recipe = yaml.safe_load((world / "first" / "sieve.yaml").read_text())
-    # The model was a directory: its name is all that is published.
-    assert recipe["model"] == "dense"
+    # The model was a directory, which is not published.
+    assert recipe["model"] is None
     assert recipe["settings"] == {
         **{"heal": None, "pruning_ratio": 0.3, "rank_multiple": 1, "rounds": 1, "seed": 3, "tune": None},
     }
     assert recipe["tasks"] == [task_spec()]
-    status, out, err = cli("run", "first/sieve.yaml", "--data-dir", ".", "--output", "second")
+    words = ("run", "first/sieve.yaml", "--data-dir", ".", "--output", "second")
+    assert "`--model` must be given for a recipe without a `model`" in cli(*words)[2]
+    status, out, err = cli(*words, "--model", "dense")
     assert status == 0, err
     assert "saved in second" in out
     first, second = (load_file(world / name / "model.safetensors") for name in ("first", "second"))
@@ -50,7 +53,7 @@ def test_the_recipe_of_a_pruned_model_repeats_it(world: Path, cli: Cli) -> None:
 
 def test_a_recipe_names_task_files_beside_it(world: Path, cli: Cli) -> None:
     (world / "my").mkdir()
-    content = {"model": "dense", "tasks": ["../task.json"], "settings": {"pruning_ratio": 0.5, "heal": {"steps": 2}}}
+    content = {"model": "../dense", "tasks": ["../task.json"], "settings": {"pruning_ratio": 0.5, "heal": {"steps": 2}}}
     (world / "my" / "recipe.json").write_text(json.dumps(content))
     status, out, err = cli("run", "my/recipe.json", "--dry-run")
     assert status == 0, err
@@ -60,12 +63,12 @@ def test_a_recipe_names_task_files_beside_it(world: Path, cli: Cli) -> None:
 
 WRONG = {
     "unknown key": ("model: m\ntasks: [t]\nsettings: {}\ntask: t\n", "`recipe` must have no keys but .*, got 'task'"),
-    "no model": ("tasks: [t]\nsettings: {}\n", "`model` must be a Hub id or directory, got None"),
+    "model": ("model: 3\ntasks: [t]\nsettings: {}\n", "`model` must be a Hub id or directory, got 3"),
     "no task": ("model: m\ntasks: []\nsettings: {}\n", "`tasks` must be a list of task files"),
     "tasks": ("model: m\ntasks: t\nsettings: {}\n", "`tasks` must be a list of task files"),
     "settings": ("model: m\ntasks: [t]\nsettings: 1\n", "`settings` must be a mapping of settings"),
-    "no YAML": ("model: [", "`recipe` must be a YAML or JSON file of a recipe, got an error"),
-    "a list": ("[1]", "`recipe` must hold a mapping"),
+    "no YAML": ("model: [", "`recipe` must be a valid YAML or JSON file, got an error"),
+    "a list": ("[1]", "`recipe` must hold a mapping of keys"),
 }
 
 
@@ -84,4 +87,33 @@ def test_settings_of_a_recipe_are_checked_before_the_model_is_loaded(world: Path
     assert "`tolerance` must be at least 0 and below 1" in err
     status, _, err = cli("run", "missing.yaml", "--output", "out")
     assert status == 1
-    assert "`recipe` must be an existing YAML or JSON file of a recipe" in err
+    assert "`recipe` must be an existing file of a recipe (YAML or JSON)" in err
+
+
+def test_the_words_of_a_task_survive_the_recipe(tmp_path: Path) -> None:
+    spec = task_spec(labels={"yes": " odd", "1e5": "1e5", "2020-01-01": " even", "on": "true"})
+    settings = {"pruning_ratio": 0.5, "damping": 5e-05}
+    (tmp_path / "sieve.yaml").write_text(recipe_text("org/base", [spec], settings, {"revision": "abc"}))
+    recipe = Recipe.from_file(tmp_path / "sieve.yaml")
+    assert recipe.tasks == [spec]
+    assert (recipe.model, recipe.loading) == ("org/base", {"revision": "abc"})
+    assert recipe.config() == SieveConfig(**settings)
+    # Written by hand, as YAML 1.2 has it.
+    (tmp_path / "sieve.yaml").write_text("model: m\ntasks: [t]\nsettings: {pruning_ratio: 0.5, damping: 5e-5}\n")
+    assert Recipe.from_file(tmp_path / "sieve.yaml").config().damping == 5e-5
+
+
+def test_a_healed_model_has_no_recipe_of_its_pruning() -> None:
+    report = {"settings": {"pruning_ratio": 0.5}, "healing": {"settings": {"steps": 3}}}
+    assert not recipe_files(report, [task_spec()], base_model="org/base", revision=None)
+    del report["healing"]["settings"]
+    files = recipe_files(report, [task_spec()], base_model="org/base", revision="abc")
+    assert yaml.safe_load(files["sieve.yaml"])["revision"] == "abc"
+
+
+def test_the_output_is_apart_from_the_recipe(world: Path, cli: Cli) -> None:
+    (world / "rows").mkdir()
+    (world / "rows" / "sieve.yaml").write_text("model: m\ntasks: [task.json]\nsettings: {pruning_ratio: 0.5}\n")
+    status, _, err = cli("run", "rows/sieve.yaml", "--output", "rows", "--overwrite")
+    assert status == 1
+    assert "`output_dir` must be apart from `recipe`" in err

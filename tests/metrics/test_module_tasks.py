@@ -22,6 +22,7 @@ from optimum_sieve.evaluation import stage
 from optimum_sieve.evaluation.stage import compare_pruned, score
 from optimum_sieve.metrics import ModuleMetric
 from optimum_sieve.metrics.identity import metric_source
+from optimum_sieve.tasks.several import read_tasks
 
 
 if TYPE_CHECKING:
@@ -83,6 +84,20 @@ def test_reading_a_task_runs_no_code(tmp_path: Path) -> None:
     assert not marker.exists()
     evaluate(make_model(), examples, make_tokenizer(), metric=task.metric, batch_size=8, progress=False)
     assert marker.exists()
+
+
+def test_a_module_that_the_users_task_file_names_is_run(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    write_module(tmp_path, "accuracy", ACCURACY)
+    path = write_task(tmp_path, metric={"evaluate": "./accuracy.py"})
+    assert read_tasks(path)[0].metric == Task.from_file(path).metric
+    make_model().save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    status, out, err = cli("evaluate", "--model", tmp_path / "dense", "--task", path)
+    assert status == 0, err
+    assert "accuracy" in out
+    assert cli("tasks", "check", path)[0] == 0
+    path = write_task(tmp_path, metric={"evaluate": "./missing.py"})
+    assert "missing.py" in "".join(cli("tasks", "check", path)[1:])
 
 
 def test_the_code_is_part_of_a_tasks_identity(tmp_path: Path) -> None:

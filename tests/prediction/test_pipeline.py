@@ -235,3 +235,19 @@ def test_newer_files_and_lost_heads_are_refused(tmp_path: Path) -> None:
         pipeline("sieve", model=str(tmp_path / "dense"), device=-1, task_file=spec)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
     assert pipeline("sieve", model=model, tokenizer=make_tokenizer(), device=-1, task_file=spec)("7")["prediction"]
+
+
+@pytest.mark.parametrize("implementation", CLASSES)
+@pytest.mark.parametrize("choices", [["1"], [str(n) for n in range(27)], ["1", None, "2"], ["1", "1"]])
+def test_choices_that_cannot_be_told_apart_are_refused(implementation: str, choices: list[Any]) -> None:
+    spec = task_spec(**{**CHOICES, "choices": "{{ texts }}", "candidate": " {{ choice }}"})
+    given: dict[str, Any] = {"model": make_model(), "tokenizer": make_tokenizer(), "task": "sieve", "device": -1}
+    pipe = CLASSES[implementation](**given, task_file=as_file(spec))
+    with pytest.raises(ValueError, match=r"choices|missing"):
+        pipe({"text": "1", "texts": choices})
+
+
+def test_a_key_that_no_task_has_is_named() -> None:
+    given: dict[str, Any] = {"model": make_model(), "tokenizer": make_tokenizer(), "task": "sieve", "device": -1}
+    with pytest.raises(ValueError, match=r"got 'answr'\. Did you mean `answer`"):
+        SievePipeline(**given, task_file={**task_spec(), "answr": "{{ label }}"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import pipeline
 
 from optimum_sieve import SievePruner, Task
 from optimum_sieve.prediction import SievePipeline
-from optimum_sieve.prediction.files import partial_file, read_rows, write_predictions
+from optimum_sieve.prediction.files import partial_file, read_rows, unanswered, write_predictions
 
 
 if TYPE_CHECKING:
@@ -179,3 +181,41 @@ def test_missing_and_damaged_inputs_name_the_option(tmp_path: Path, monkeypatch:
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         with pytest.raises(ValueError, match="`--input` must hold one JSON object in each line"):
             list(read_rows("-"))
+
+
+def test_two_commands_do_not_write_one_file(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom optimum_sieve.run.reservation import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(output)], **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(OSError, match=r"out\.jsonl"):
+            write_predictions([{"text": "a"}], lambda rows: rows, output, key="k", chunk=1, progress=False)
+        other.communicate("")
+    assert not output.exists()
+    assert write_predictions(
+        [{"text": "a"}], lambda rows: [{"prediction": "x"}], output, key="k", chunk=1, progress=False
+    ) == {"x": 1}
+
+
+def test_fields_that_this_kind_of_task_does_not_add_are_kept(pruned: Path, tmp_path: Path, cli: Cli) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"text": "7", "index": 3}, {"text": "8", "index": 4}])
+    status, out, err = cli("predict", "--model", pruned, "--input", tmp_path / "rows.jsonl", "--output", "-")
+    assert status == 0, err
+    assert [row["index"] for row in lines(out)] == [3, 4]
+    with pytest.raises(ValueError, match="got index in row 1"):
+        list(unanswered([{"text": "7", "index": 3}], "choices"))
+
+
+def test_missing_numbers_are_null(tmp_path: Path) -> None:
+    rows = [{"text": "a", "score": float("nan"), "more": [float("inf"), 1.5]}]
+    write_predictions(
+        rows, lambda some: [{"prediction": "x"}], tmp_path / "out.jsonl", key="k", chunk=1, progress=False
+    )
+    assert lines((tmp_path / "out.jsonl").read_text())[0] == {
+        **{"text": "a", "score": None, "more": [None, 1.5], "prediction": "x"},
+    }

@@ -12,7 +12,7 @@ from toy import make_model, make_tokenizer, parity_rows, task_spec, unhealed, wr
 from transformers import AutoModelForCausalLM, pipeline
 
 from optimum_sieve import SievePruner, Task
-from optimum_sieve.publish.task_file import inherited_files, task_files
+from optimum_sieve.publish.task_file import inherited_files, public_task, task_files
 
 
 if TYPE_CHECKING:
@@ -81,3 +81,16 @@ def test_scores_of_several_tasks_go_to_their_tasks() -> None:
     files = task_files([task_spec(name="two"), task_spec(name="one")], {"tasks": blocks})
     content = json.loads(files["sieve_task.json"])
     assert [task["results"]["count"] for task in content["tasks"]] == [2, 1]
+
+
+def test_absolute_paths_are_not_published() -> None:
+    spec = task_spec(
+        data={"files": {"calibration": "/home/alice/rows.jsonl", "test": "sub/rows.jsonl"}},
+        metric={"evaluate": "/home/alice/my_metric", "key": "score"},
+    )
+    other = {"name": "other", "lm_eval": "/home/alice/task.yaml", "data": {"dataset": "/home/alice/data"}}
+    public = [public_task(each) for each in (spec, other)]
+    assert "alice" not in json.dumps(public)
+    assert public[0]["data"] == {"files": {"calibration": "rows.jsonl", "test": "sub/rows.jsonl"}}
+    assert public[1]["lm_eval"] == "task.yaml"
+    assert "alice" in json.dumps([spec, other])

@@ -49,7 +49,8 @@ def test_rows_of_a_genetic_search_leave_out_what_was_dropped() -> None:
     ]
     rows = trial_rows(search, 0.02)
     assert [(row["part"], row.get("accepted")) for row in rows] == [("search", None), ("confirm", True)]
-    assert stop_reasons(rows, SETTINGS) == {"unhealed": "genetic_search"}
+    assert stop_reasons(rows, SETTINGS) == {"unhealed": "confirmed"}
+    assert stop_reasons(rows[:1], SETTINGS) == {"unhealed": "genetic_search"}
     lines = [line for line in trial_lines({"trials": rows, "settings": SETTINGS}) if "kept" in line]
     assert [line.split()[0] for line in lines] == ["confirm"]
 

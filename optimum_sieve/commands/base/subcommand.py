@@ -93,7 +93,9 @@ def add_source(parser: ArgumentParser, *, required: bool = True, several: bool =
     parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
     parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file to load from the model repository.")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Run modeling code from the model's repository."
+        "--trust-remote-code",
+        action="store_true",
+        help="Run modeling code from the model's repository, and functions that a task of lm-evaluation-harness names.",
     )
     add_debug(parser)
 
@@ -171,7 +173,8 @@ def input_paths(arguments: Namespace) -> Iterator[tuple[str, str | Path]]:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     files = given.get("task", [])
     tasks = [path for file in ([files] if isinstance(files, str) else files) for path in local_paths(Path(file))]
-    named = [(name, given.get(name)) for name in ("model", "dense", "compare_to", "adapter", "config")]
+    read = ("model", "dense", "compare_to", "adapter", "config", "recipe")
+    named = [(name, given.get(name)) for name in read]
     if "gguf_file" in given:
         named.append(("gguf_file", os.path.join(given.get("dense", given["model"]), given["gguf_file"])))
     # The `dense` of an export is a flag.

@@ -47,11 +47,11 @@ def report_page(report: dict[str, Any], examples: Sequence[dict[str, Any]] | Non
             [`differing`][optimum_sieve.publish.page.examples.differing]. Such a page must not be published.
 
     Raises:
-        ValueError: If the report is not one of this package; see [`checked`][optimum_sieve.publish.page.load.checked].
+        ValueError: If the report is not one of this package.
     """
     report = json.loads(json.dumps(report, sort_keys=True))
     tasks, settings = task_blocks(report), report.get("settings", {})
-    scored = [task for task in tasks if {"count", "majority_score"} <= task.keys()]
+    scored = [task for task in tasks if "count" in task]
     return render(
         "report.html",
         with_examples=examples is not None,
