@@ -248,6 +248,8 @@ class Task:
         content: list[Any] = [self.spec, items]
         if isinstance(self.metric, ModuleMetric):
             content.append(self.metric.source)
+        elif isinstance(identity := getattr(self.metric, "identity", None), list):
+            content.append(identity)
         elif not isinstance(self.metric, str):
             code = source_code(self.metric)
             content.append([metric_name(self.metric), *([] if code is None else [code])])

@@ -89,7 +89,7 @@ def test_reading_a_task_runs_no_code(tmp_path: Path) -> None:
 def test_a_module_that_the_users_task_file_names_is_run(tmp_path: Path, cli: Callable[..., Any]) -> None:
     write_module(tmp_path, "accuracy", ACCURACY)
     path = write_task(tmp_path, metric={"evaluate": "./accuracy.py"})
-    assert read_tasks(path)[0].metric == Task.from_file(path).metric
+    assert read_tasks(path)[0].metric.source == Task.from_file(path).metric.source
     make_model().save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     status, out, err = cli("evaluate", "--model", tmp_path / "dense", "--task", path)

@@ -16,9 +16,9 @@ import yaml
 from toy import make_model, make_tokenizer, parity_rows, unhealed, write_rows
 
 from optimum_sieve import HealConfig, SievePruner, Task, evaluate
+from optimum_sieve.metrics.identity import metric_source
 from optimum_sieve.publish.recipe import Recipe, located
 from optimum_sieve.tasks.harness import rows
-from optimum_sieve.tasks.task import metric_source
 
 
 if TYPE_CHECKING:
@@ -387,9 +387,12 @@ def test_a_model_is_pruned_for_a_task_of_theirs(world: Path, tmp_path: Path, con
     card = (directory / "README.md").read_text()
     (stored,) = json.loads((directory / "sieve_task.json").read_text())["tasks"]
     assert stored["not_stored"] == "lm-evaluation-harness makes its prompts"
-    assert f"lm_eval: {path}" in card
-    (again,) = Recipe.from_file(directory / "sieve.yaml").read_tasks(tmp_path)
-    assert again.fingerprint() == task.fingerprint()
+    # Its directory is not published.
+    assert f"lm_eval: {path.name}" in card
+    (again,) = Recipe.from_file(directory / "sieve.yaml").read_tasks(tmp_path, path.parent)
+    tokenizer = pruner.tokenizer
+    assert again.splits == task.splits
+    assert all(again.examples(split, tokenizer) == task.examples(split, tokenizer) for split in task.splits)
     assert list((tmp_path / "work").glob("evaluation-*"))
     assert task.fingerprint() == Task.from_dict(task.spec).fingerprint()
 

@@ -145,7 +145,7 @@ def test_a_model_is_pruned_for_it_and_its_card_says_so(tmp_path):
     directory = pruner.save_pretrained(tmp_path / "pruned")
     card = (directory / "README.md").read_text()
     assert "`prompt` was the function ask, `data` was 60 rows in memory. The command needs a task with" in card
-    assert "Its task was made in Python, and `sieve_task.json` does not hold its prompt." in card
+    assert "`sieve_task.json` does not hold the prompt: " in card
     assert 'pipeline("sieve"' not in card
     (stored,) = json.loads((directory / "sieve_task.json").read_text())["tasks"]
     assert stored.keys() == {"name", "not_stored", "results"}
