@@ -125,8 +125,9 @@ def test_a_model_pruned_for_both_does_both(dense: PreTrainedModel, tasks: tuple[
 
 def test_the_heavier_task_is_kept_better(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:
     found = []
+    # At larger sizes both divergences are rounding.
     for weights in ((20, 1), (1, 20)):
-        config = unhealed(**{**HALF, "pruning_ratio": 0.8}, task_weights=weights)
+        config = unhealed(**{**HALF, "pruning_ratio": 0.85}, task_weights=weights)
         found.append([own["kl"] for own in make_pruner(dense, *tasks).prune(config, **QUIET).report["tasks"]])
     (first_heavy, first_light), (second_light, second_heavy) = found
     assert first_heavy < second_light
