@@ -220,7 +220,7 @@ def choice_texts(values: Iterable[Any]) -> list[str]:
 
 def pipeline_entry(config: Any) -> dict[str, Any]:
     """Return what `pipeline("sieve", trust_remote_code=True)` reads from the configuration of a pruned model."""
-    is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
+    is_classifier = "ForSequenceClassification" in str(config.architectures)
     served: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     served = AutoModelForSequenceClassification if is_classifier else served
     return {"impl": f"{Path(__file__).stem}.{SievePipeline.__name__}", "pt": [served.__name__], "type": "text"}
@@ -238,10 +238,10 @@ def register_pipeline(name: str) -> None:
 
 def _check_head(model: Any) -> None:
     """Refuse a classifier that was loaded as a language model, with a head of random weights."""
-    names = getattr(model.config, "architectures", None) or []
-    if any("ForSequenceClassification" in name for name in names) and not is_classifier(model):
+    names = str(getattr(model.config, "architectures", None))
+    if "ForSequenceClassification" in names and not is_classifier(model):
         raise ValueError(
-            f"`model` must have its own head, got the classifier {names[0]} loaded as {type(model).__name__}. Load it "
+            f"`model` must have its own head, got the classifier {names} loaded as {type(model).__name__}. Load it "
             "with `AutoModelForSequenceClassification` and pass the model and its tokenizer."
         )
 

@@ -163,7 +163,7 @@ def recipe_text(
 
     ```python
     >>> text = recipe_text("org/base", [{"name": "toy"}], {"pruning_ratio": 0.5, "seed": 0}, None)
-    >>> print(text[text.index("model") :])
+    >>> print(text[text.index("model: ") :])
     model: org/base
     tasks:
     - name: toy

@@ -32,7 +32,9 @@ def test_the_least_fraction_within_the_tolerance(edge: float) -> None:
     assert edge <= kept < edge + 2**-8
     assert len(trials) == 8
     assert kept == min(trial["kept"] for trial in trials if trial["lower_bound"] >= -0.02)
-    assert set(trials[0]) == {"kept", "lower_bound", "mean", "standard_error", "agreement", "kl", "count"}
+    assert set(trials[0]) == {
+        *("kept", "lower_bound", "mean", "standard_error", "agreement", "kl", "count", "accepted"),
+    }
 
 
 def test_a_loss_hidden_by_noise_is_not_accepted() -> None:

@@ -98,7 +98,8 @@ class World:
         """Return the options of a subcommand."""
         sieve = _subparsers(self._parser)["sieve"]
         actions = _subparsers(sieve)[command]._actions
-        return {action.option_strings[0]: action for action in actions if action.dest not in ("help", "help_all")}
+        named = (action for action in actions if action.option_strings and action.dest not in ("help", "help_all"))
+        return {action.option_strings[0]: action for action in named}
 
     def inputs(self) -> dict[str, bytes]:
         """Return the contents of all files that a user would miss."""

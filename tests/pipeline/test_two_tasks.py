@@ -202,13 +202,13 @@ def test_report_card_and_configuration_have_a_row_for_each_task(
     report = json.loads((directory / "sieve_report.json").read_text())
     assert set(report) == {
         *("tasks", "parameters", "bytes", "seconds", "settings", "versions", "largest_coefficient"),
-        "weights_sha256",
+        *("weights_sha256", "base_model", "ranks", "spectra", "parts"),
     }
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     for task, own in zip(tasks, report["tasks"], strict=True):
         assert set(own) == {
             *("task", "split", "metric", "count", "majority_score", "dense", "pruned", "paired_difference"),
-            *("agreement", "kl", "error_method"),
+            *("agreement", "kl", "error_method", "answers", "examples_sha256"),
         }
         assert own["pruned"]["score"] == score(loaded, task).score
         assert own["dense"]["score"] == score(dense, task).score

@@ -86,7 +86,7 @@ def seconds_text(seconds: float) -> str:
     Example:
 
     ```python
-    >>> [seconds_text(value) for value in (0.25, 75, 4000)]
+    >>> [seconds_text(value) for value in (0.25, 75, 4020)]
     ['0.2 s', '1 min 15 s', '1 h 7 min']
 
     ```
