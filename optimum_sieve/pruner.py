@@ -220,7 +220,7 @@ class SievePruner:
             ToleranceError: If no size is within the tolerance; a `RuntimeError`. The model is dense then.
         """
         self._work_dir = work_dir
-        check_trackers(report_to)
+        check_trackers(report_to, callbacks)
         run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
         observed = observing(report_to, callbacks, name=self.base_model, settings=config, directory=work_dir)
         with observed, ExitStack() as undo:

@@ -38,5 +38,5 @@ def rows() -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    for row in rows()[:1800]:
+    for row in rows()[:4000]:
         print(json.dumps(row))

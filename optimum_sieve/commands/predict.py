@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Batches that are predicted and written at a time; rows of similar length share a batch.
 _BATCHES = 16
+# Formats that are read and not written.
+_OTHERS = (".csv", ".tsv", ".parquet")
 
 
 class PredictCommand(SieveSubcommand):
@@ -70,6 +72,8 @@ class PredictCommand(SieveSubcommand):
         if arguments.batch_size < 1:
             raise ValueError(f"`--batch-size` must be at least 1, got {arguments.batch_size}.")
         output = None
+        if Path(arguments.output).suffix.lower() in (*_OTHERS, ".json"):
+            raise ValueError(f"`--output` must be a file of JSON lines, such as answers.jsonl, got {arguments.output}.")
         if arguments.output != STANDARD:
             inputs = [*input_paths(arguments), ("input", arguments.input)]
             output = check_predictions_file(Path(arguments.output), "--output", arguments.overwrite, inputs=inputs)
@@ -78,14 +82,16 @@ class PredictCommand(SieveSubcommand):
         checked = unanswered(rows, pipeline.spec["kind"])
         if isinstance(rows, list):
             rows = list(checked)
-            pipeline.check(rows)
+            prompts = pipeline.check(rows)
         else:
-            rows = checked
+            rows, prompts = checked, None
         start, chunk = time.monotonic(), _BATCHES * arguments.batch_size
         if output is None:
             print_predictions(rows, pipeline, chunk)
             return
-        counts = write_predictions(rows, pipeline, output, key=_key(pipeline, rows), chunk=chunk)
+        counts = write_predictions(
+            rows, pipeline, output, key=_key(pipeline, rows, prompts), chunk=chunk, overwrite=arguments.overwrite
+        )
         # Not on the standard output, which scripts read.
         print(f"{summary(counts)}; {time.monotonic() - start:.1f} s; saved in {arguments.output}", file=sys.stderr)
 
@@ -113,7 +119,7 @@ def _load_pipeline(arguments: Namespace) -> Any:
         raise ValueError(message) from error
 
 
-def _key(pipeline: Any, rows: Iterable[dict[str, Any]]) -> str:
+def _key(pipeline: Any, rows: Iterable[dict[str, Any]], prompts: Any) -> str:
     """Hash what the predictions depend on; rows that come from a stream are not known."""
     from optimum_sieve.backbone.fingerprint import model_key, tokenizer_fingerprint
     from optimum_sieve.run.workdir import content_key
@@ -122,5 +128,6 @@ def _key(pipeline: Any, rows: Iterable[dict[str, Any]]) -> str:
         model=model_key(pipeline.model),
         tokenizer=tokenizer_fingerprint(pipeline.tokenizer),
         task=pipeline.spec,
-        rows=[repr(row) for row in rows] if isinstance(rows, list) else None,
+        # A chat template is no part of the tokenizer's fingerprint, but of every prompt.
+        rows=None if prompts is None else [[repr(row), prompt] for row, prompt in zip(rows, prompts, strict=True)],
     )

@@ -151,7 +151,10 @@ class _ModuleScorer:
                 f"`metric.key` must name a number, got {shown(found)} as {self._metric.key!r} of "
                 f"{self._metric.module!r}. Choose another key, or `args` that give one number."
             )
-        values = np.array(parts, dtype=np.float64)
+        try:
+            values = np.array([float(part) for part in parts], dtype=np.float64)
+        except OverflowError:
+            values = np.full(len(parts), np.inf)
         if finite and not np.isfinite(values).all():
             raise ValueError(
                 f"`metric` must give a finite number, got {values[~np.isfinite(values)][0]} as {self._metric.key!r} of "
@@ -181,7 +184,8 @@ class _ModuleScorer:
             references = [list(accepted) if self._lists else accepted[0] for accepted in references]
         try:
             scores = self._module.compute(predictions=predictions, references=references, **self._args)
-        except Exception as error:
+        # A module that ends the process would end a run without a word.
+        except (Exception, SystemExit) as error:
             # It may still hold these examples, and would add the next ones to them.
             self._module = load_module(self._metric)
             reason = cut(f"{type(error).__name__}: {error}", 400)

@@ -29,14 +29,15 @@ def shared_candidates(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def stored_offsets(model: Any, examples: Sequence[Example]) -> NDArray[np.float64]:
-    """Return the offsets (candidates,) that a model stores for the candidates of `examples`; one 0 for others."""
+    """Return the offsets (count, candidates) that a model stores for the candidates of each example; 0 for others."""
     block = getattr(getattr(model, "config", None), "sieve", None)
-    stored = block.get(KEY) if isinstance(block, dict) else None
-    candidates = list(shared_candidates(examples)) if stored else []
-    for entry in stored or ():
-        if candidates and entry["candidates"] == candidates:
-            return np.array(entry["offsets"], dtype=np.float64)
-    return np.zeros(1)
+    stored = (block.get(KEY) if isinstance(block, dict) else None) or ()
+    offsets = {tuple(entry["candidates"]): entry["offsets"] for entry in stored}
+    added = np.zeros((len(examples), max(len(example.candidates) for example in examples)))
+    for row, example in zip(added, examples, strict=True):
+        if example.candidates in offsets:
+            row[: len(example.candidates)] = offsets[example.candidates]
+    return added
 
 
 def are_offsets(stored: Any) -> bool:

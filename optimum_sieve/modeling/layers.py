@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import re
 from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 Storage = Literal["factors", "pivoted"]
 
 # Names of the children of each storage, in the order in which the input passes through them.
 _CHILDREN: dict[Storage, tuple[str, str]] = {"factors": ("right", "left"), "pivoted": ("pivot", "rest")}
-# Names of the layers that adapters go on.
-FACTOR_NAMES = tuple(chain(*_CHILDREN.values()))
 # Matches the names of the tensors of factorized layers in a checkpoint.
-FACTOR_TENSOR = re.compile(rf"\.(({'|'.join(FACTOR_NAMES)})\.(weight|bias)|row_order)$")
+FACTOR_TENSOR = re.compile(rf"\.(({'|'.join(chain(*_CHILDREN.values()))})\.(weight|bias)|row_order)$")
 
 
 def _linear(
@@ -268,6 +266,16 @@ class FactorizedLinear(nn.Module):
             f"{self!r}\nAdapters go on its factors: `target_modules=optimum_sieve.lora.factor_targets(model)`. "
             "Around the whole matrix: `optimum_sieve.lora.whole_matrix(config)`.\n"
         )
+
+
+def factor_layers(rank_pattern: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the factors in a rank pattern, which adapters go on; those of rank 0 have no elements."""
+    return [
+        f"{name}.{child}"
+        for name, entry in rank_pattern.items()
+        for child in _CHILDREN.get(entry["storage"], ())
+        if entry["rank"]
+    ]
 
 
 def factorized_layers(module: nn.Module) -> Iterator[tuple[str, FactorizedLinear]]:

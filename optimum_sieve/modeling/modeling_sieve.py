@@ -26,7 +26,7 @@ from transformers.models.auto import modeling_auto
 
 from .empty_layers import replace_linears
 from .fingerprint import current_results
-from .layers import FACTOR_NAMES, factorized_layers
+from .layers import factor_layers, factorized_layers
 from .layout import copy_parameters
 from .loading_checks import check_files, check_loaded, removing_stale
 from .pipeline_sieve import pipeline_entry, register_pipeline
@@ -85,7 +85,8 @@ class SieveConfigMixin(_ConfigBase):  # type: ignore[no-untyped-call]
         """Return the content of `config.json`, which names the pipeline that is saved with it."""
         # PEFT calls this and then looks up the model type's default targets.
         if (peft := sys.modules.get("peft.utils.constants")) is not None:
-            peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MODEL_TYPE, list(FACTOR_NAMES))
+            targets = factor_layers(self.sieve["rank_pattern"])
+            peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[MODEL_TYPE] = targets
         return {**super().to_dict(), "custom_pipelines": {MODEL_TYPE: pipeline_entry(self)}}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:

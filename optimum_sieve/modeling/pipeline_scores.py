@@ -6,8 +6,10 @@ Saved with every pruned model. The same rules as `optimum_sieve.evaluation`, in 
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,10 @@ class Template:
 
     @cached_property
     def _expression(self) -> Any:
-        inner = self.source.strip().removeprefix("{{").removesuffix("}}").strip("+-")
-        single = self.source.strip() == "{{" + inner + "}}" and "}}" not in inner
-        return self._environment.compile_expression(inner, undefined_to_none=False) if single else None
+        match = re.fullmatch(r"\s*\{\{[-+]?(.*?)[-+]?\}\}\s*", self.source, re.DOTALL)
+        if match is None or "}}" in match[1]:
+            return None
+        return self._environment.compile_expression(match[1], undefined_to_none=False)
 
     @property
     def names(self) -> set[str]:
@@ -82,6 +85,24 @@ def _not_missing(value: Any) -> Any:
     if value is None or value != value:
         raise ValueError("a value is missing")
     return value
+
+
+def choice_texts(values: Iterable[Any]) -> list[str]:
+    """Return the choices of a row as texts; raise `ValueError` unless they are 2 to 26 distinct ones, none missing."""
+    given = list(values)
+    texts = list(map(str, given))
+    if None in given or not 2 <= len(texts) <= len(ascii_uppercase) or len(set(texts)) < len(texts):
+        raise ValueError(f"choices must be 2 to {len(ascii_uppercase)} distinct texts, none missing, got {texts[:30]}")
+    return texts
+
+
+def label_offsets(model: Any, task: dict[str, Any], candidates: Sequence[str]) -> list[float]:
+    """Return the offsets of these candidates, which a pruned model or the task of an exported one stores; else 0."""
+    block = getattr(model.config, "sieve", None) or task
+    for entry in block.get("label_offsets") or ():
+        if entry["candidates"] == list(candidates):
+            return [float(offset) for offset in entry["offsets"]]
+    return [0.0] * len(candidates)
 
 
 def softmax(scores: Sequence[float]) -> list[float]:

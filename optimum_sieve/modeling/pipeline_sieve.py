@@ -7,6 +7,7 @@ Where optimum-sieve is installed, `optimum_sieve.prediction.pipeline` computes t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
@@ -19,8 +20,10 @@ from transformers.utils.hub import cached_file
 from .pipeline_scores import (
     RenderedRow,
     Template,
+    choice_texts,
     classifier_scores,
     is_classifier,
+    label_offsets,
     softmax,
     text_scores,
     written_texts,
@@ -79,12 +82,16 @@ class SievePipeline(Pipeline):
         if kwargs:
             raise TypeError(f"`inputs` and `batch_size` must be the only arguments of a call, got {', '.join(kwargs)}.")
         size = batch_size or self._batch_size or _BATCH_SIZE
-        if isinstance(inputs, dict | str):
+        if isinstance(inputs, Mapping | str):
             return self._answers([inputs], size, 1)[0]
         if hasattr(inputs, "columns") and hasattr(inputs, "to_dict"):
             # A table of pandas, which would be read as the names of its columns.
             inputs = inputs.to_dict("records")
-        return self._answers(list(inputs), size, 1) if isinstance(inputs, list | tuple) else self._stream(inputs, size)
+        if isinstance(inputs, list | tuple):
+            return self._answers(list(inputs), size, 1)
+        if not hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__"):
+            self._fields(inputs, 1)
+        return self._stream(inputs, size)
 
     def _stream(self, inputs: Iterable[Any], size: int) -> Iterator[dict[str, Any]]:
         rows, first = iter(inputs), 1
@@ -137,8 +144,8 @@ class SievePipeline(Pipeline):
     def _fields(self, row: Any, number: int) -> dict[str, Any]:
         if isinstance(row, str) and len(self.fields) == 1:
             return {self.fields[0]: row}
-        if isinstance(row, dict):
-            return row
+        if isinstance(row, Mapping):
+            return dict(row)
         wanted = f"a mapping with the fields {', '.join(self.fields)}"
         wanted += " or a text" if len(self.fields) == 1 else ""
         raise TypeError(f"`inputs` must be rows, each {wanted}, got {type(row).__name__} as row {number}.")
@@ -209,15 +216,6 @@ class SievePipeline(Pipeline):
         return written_texts(self.model, self.tokenizer, rows, batch_size, stops, self.spec["max_new_tokens"])
 
 
-def choice_texts(values: Iterable[Any]) -> list[str]:
-    """Return the choices of a row as texts; raise `ValueError` unless they are 2 to 26 distinct ones, none missing."""
-    given = list(values)
-    texts = list(map(str, given))
-    if None in given or not 2 <= len(texts) <= len(ascii_uppercase) or len(set(texts)) < len(texts):
-        raise ValueError(f"choices must be 2 to {len(ascii_uppercase)} distinct texts, none missing, got {texts[:30]}")
-    return texts
-
-
 def pipeline_entry(config: Any) -> dict[str, Any]:
     """Return what `pipeline("sieve", trust_remote_code=True)` reads from the configuration of a pruned model."""
     is_classifier = "ForSequenceClassification" in str(config.architectures)
@@ -263,14 +261,19 @@ def read_tasks(model: Any, task_file: Any) -> list[dict[str, Any]]:
                 "the model was pruned for."
             )
     if not isinstance(content, dict):
-        content = json.loads(Path(task_file).read_text(encoding="utf-8"))
+        try:
+            content = json.loads(Path(task_file).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"`task_file` must be JSON, got an error in {task_file}: {error}") from error
+    tasks = content.get("tasks") if isinstance(content, dict) else None
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, dict) for task in tasks):
+        raise ValueError(f"`task_file` must hold a list of `tasks`, each a mapping, got {str(content)[:200]}.")
     version = content.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= TASK_VERSION or not isinstance(content.get("tasks"), list):
+    if not isinstance(version, int) or not 1 <= version <= TASK_VERSION:
         raise ValueError(
-            f"`task_file` must be of format_version 1 to {TASK_VERSION} with `tasks`, got {version!r}. Newer ones come "
+            f"`task_file` must be of format_version 1 to {TASK_VERSION}, got {version!r}. Newer ones come "
             "with `pip install --upgrade optimum-sieve`."
         )
-    tasks: list[dict[str, Any]] = content["tasks"]
     return tasks
 
 
@@ -289,12 +292,3 @@ def choose_task(tasks: Sequence[dict[str, Any]], name: str | None) -> dict[str, 
             f"`task_file` must be given for a task that {TASK_NAME} cannot hold, got none: {chosen[0]['not_stored']}."
         )
     return chosen[0]
-
-
-def label_offsets(model: Any, task: dict[str, Any], candidates: Sequence[str]) -> list[float]:
-    """Return the offsets of these candidates, which a pruned model or the task of an exported one stores; else 0."""
-    block = getattr(model.config, "sieve", None) or task
-    for entry in block.get("label_offsets") or ():
-        if entry["candidates"] == list(candidates):
-            return [float(offset) for offset in entry["offsets"]]
-    return [0.0] * len(candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import cut, listed, shown
 from optimum_sieve.run.bars import progress_bar
+from optimum_sieve.run.outputs import check_predictions_file
 from optimum_sieve.run.reservation import exclusive
 from optimum_sieve.run.workdir import content_key
 from optimum_sieve.tasks.rows.files import read_file
@@ -25,6 +27,8 @@ STANDARD = "-"
 # Keys that predictions add to a row, those of choices last.
 ADDED = ("prediction", "probabilities")
 ADDED_TO_CHOICES = (*ADDED, "index")
+# Letters of the key in the name of a partial file.
+_KEY_LENGTH = 12
 # Of the summary.
 _MOST_ANSWERS = 12
 
@@ -74,6 +78,11 @@ def unanswered(rows: Iterable[dict[str, Any]], kind: str) -> Iterator[dict[str, 
                 f"`--input` must have rows without the fields that predictions add, got {listed(present)} in row "
                 f"{number}. Rename them."
             )
+        try:
+            _line(row).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"{error}"
+            raise ValueError(f"`--input` must have rows that JSON can hold, got row {number}: {reason}.") from error
         yield row
 
 
@@ -93,6 +102,7 @@ def write_predictions(
     *,
     key: str,
     chunk: int,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, int]:
     """Write the rows with their predictions to a file, which appears once it is complete.
@@ -106,6 +116,7 @@ def write_predictions(
         output (`Path`): The file, in a directory that exists.
         key (`str`): Hash of everything that the predictions depend on.
         chunk (`int`): Rows that are predicted and written at a time.
+        overwrite (`bool`): Whether to replace a file of predictions.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -116,22 +127,30 @@ def write_predictions(
             again.
     """
     with exclusive(output):
-        return _write(rows, predict, output, partial_file(output, key), chunk, progress)
+        partial = partial_file(output, key)
+        counts = _write(rows, predict, partial, chunk, progress)
+        # Another program may have written it meanwhile.
+        check_predictions_file(output, "--output", overwrite)
+        partial.replace(output)
+        # Those of the same file with other rows, or another model.
+        for other in output.parent.glob(f".{glob.escape(output.name)}.{'?' * _KEY_LENGTH}.partial"):
+            other.unlink()
+        return counts
 
 
 def _write(
     rows: Iterable[dict[str, Any]],
     predict: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
-    output: Path,
     partial: Path,
     chunk: int,
     progress: bool,
 ) -> dict[str, int]:
     known = rows if isinstance(rows, list) else None
-    done = 0 if known is None else _complete_lines(partial)
-    if known is None:
+    kept = [] if known is None else _kept_answers(partial)
+    if known is None or len(kept) > len(known):
         partial.unlink(missing_ok=True)
-    counts: Counter[str] = Counter(_kept_answers(partial))
+        kept = []
+    counts, done = Counter(kept), len(kept)
     with (
         partial.open("a", encoding="utf-8", newline="") as file,
         progress_bar(
@@ -150,13 +169,12 @@ def _write(
                 print(f"stopped: the same command goes on after {sum(counts.values()):,} rows", file=sys.stderr)
             raise
         os.fsync(file.fileno())
-    partial.replace(output)
     return dict(counts.most_common())
 
 
 def partial_file(output: Path, key: str) -> Path:
     """Return the file that holds the predictions until they are complete."""
-    return output.with_name(f".{output.name}.{content_key(key=key)[:12]}.partial")
+    return output.with_name(f".{output.name}.{content_key(key=key)[:_KEY_LENGTH]}.partial")
 
 
 def summary(counts: dict[str, int]) -> str:
@@ -164,7 +182,7 @@ def summary(counts: dict[str, int]) -> str:
     total = sum(counts.values())
     named = [f"{cut(name, 40)} {count:,}" for name, count in list(counts.items())[:_MOST_ANSWERS]]
     # Written answers differ from row to row.
-    return f"{total:,} rows" + (f": {', '.join(named)}" if len(counts) <= _MOST_ANSWERS else "")
+    return f"{total:,} row{'s' * (total != 1)}" + (f": {', '.join(named)}" if len(counts) <= _MOST_ANSWERS else "")
 
 
 def _answered(
@@ -188,20 +206,21 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _complete_lines(partial: Path) -> int:
-    """Count the complete lines of a partial file, and remove the rest after the last one."""
+def _kept_answers(partial: Path) -> list[str]:
+    """Return the predictions in a partial file, and remove what follows the last whole line."""
+    answers: list[str] = []
     if not partial.exists():
-        return 0
+        return answers
     with partial.open("r+b") as file:
-        count = end = 0
+        end = 0
         for line in file:
-            if line.endswith(b"\n"):
-                count, end = count + 1, end + len(line)
+            try:
+                answers.append(str(json.loads(line)["prediction"]))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                break
+            if not line.endswith(b"\n"):
+                answers.pop()
+                break
+            end += len(line)
         file.truncate(end)
-    return count
-
-
-def _kept_answers(partial: Path) -> Iterator[str]:
-    if partial.exists():
-        with partial.open(encoding="utf-8") as file:
-            yield from (str(json.loads(line)["prediction"]) for line in file)
+    return answers

@@ -11,7 +11,7 @@ from optimum_sieve.evaluation.batches import check_examples, make_batches
 from optimum_sieve.evaluation.generation import check_generation, write_answers
 from optimum_sieve.evaluation.likelihoods import candidate_scores
 from optimum_sieve.modeling import pipeline_sieve
-from optimum_sieve.modeling.pipeline_scores import RenderedRow
+from optimum_sieve.modeling.pipeline_scores import RenderedRow, label_offsets
 from optimum_sieve.tasks.example import Example
 from optimum_sieve.tasks.generate import Generate
 from optimum_sieve.tasks.spec import read_spec
@@ -53,8 +53,8 @@ class SievePipeline(pipeline_sieve.SievePipeline):
         prompt = self.template.prompt.text(texts, self.tokenizer)
         return RenderedRow(prompt, candidates, names, special=not self.template.prompt.roles)
 
-    def check(self, rows: Sequence[Any]) -> None:
-        """Check that all rows can be answered, before any is.
+    def check(self, rows: Sequence[Any]) -> list[str]:
+        """Check that all rows can be answered, before any is; return their prompts.
 
         Raises:
             TypeError: If a row is neither a mapping nor a text that the task accepts.
@@ -65,13 +65,14 @@ class SievePipeline(pipeline_sieve.SievePipeline):
             check_generation(examples, self.tokenizer, inputs)
         else:
             check_examples(examples, self.tokenizer, inputs=inputs)
+        return [example.prompt for example in examples]
 
     def scores(self, rows: Sequence[RenderedRow], batch_size: int) -> list[Any]:
         """Return the log-likelihoods (candidates,) of each row, with label offsets, as `evaluate` computes them."""
         examples = self._examples(rows)
         batches = make_batches(examples, self.tokenizer, batch_size=batch_size, model=self.model, divide=True)
         scores = candidate_scores(self.model, batches, examples)
-        offsets = [pipeline_sieve.label_offsets(self.model, self.spec, row.candidates) for row in rows]
+        offsets = [label_offsets(self.model, self.spec, row.candidates) for row in rows]
         return [each[: len(added)] + added for each, added in zip(scores, offsets, strict=True)]
 
     def written(self, rows: Sequence[RenderedRow], batch_size: int) -> list[str]:
@@ -92,3 +93,7 @@ class SievePipeline(pipeline_sieve.SievePipeline):
             )
             for row in rows
         ]
+
+
+# Also without a pruned model, whose configuration does the same.
+pipeline_sieve.register_pipeline("sieve")

@@ -26,7 +26,7 @@ _LOADING = ("revision", "dtype", "gguf_file")
 _KEYS = ("model", *_LOADING, "tasks", "settings")
 _HEADER = """\
 # How this model was made. With the rows of the tasks' `data` in DIR, this repeats it:
-#   optimum-cli sieve run sieve.yaml --data-dir DIR --output pruned
+#   optimum-cli sieve run sieve.yaml --data-dir DIR{} --output pruned
 """
 
 
@@ -184,7 +184,8 @@ def recipe_text(
     made = "".join(
         f"# It cannot: a task was made in Python. {found}.\n" for spec in specs if (found := _only_in_python(spec))
     )
-    return _HEADER + made + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    header = _HEADER.format("" if model else " --model DENSE")
+    return header + made + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _only_in_python(spec: str | Mapping[str, Any]) -> str:

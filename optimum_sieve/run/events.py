@@ -79,10 +79,16 @@ def observing(
             yield
 
 
-def check_trackers(report_to: str | Sequence[str] | None) -> None:
-    """Check the names and packages of trackers before any work; see [`observing`] for the errors."""
-    for each in [report_to] if isinstance(report_to, str) else report_to or ():
-        _tracker_class(each)
+def check_trackers(report_to: str | Sequence[str] | None, callbacks: Sequence[Callback] = ()) -> None:
+    """Check the names and packages of trackers, and callbacks, before any work; see [`observing`] for the errors."""
+    names = [report_to] if isinstance(report_to, str) else report_to or ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`report_to` must be the name of a tracker or a list of names, got {report_to!r}.")
+    for name in names:
+        _tracker_class(name)
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"`callbacks` must be functions of stage, step and figures, got {callback!r}.")
 
 
 def _tracker_class(name: str) -> Any:

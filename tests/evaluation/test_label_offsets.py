@@ -130,14 +130,14 @@ def test_the_offsets_of_healed_weights_replace_those_before(task: Task, tmp_path
 def test_only_the_same_candidates_get_them(task: Task) -> None:
     stored = {"label_offsets": [{"candidates": [" even", " odd"], "offsets": [0.5, -0.5]}]}
     model = SimpleNamespace(config=SimpleNamespace(sieve=stored))
-    examples = [replace(example, candidates=(" even", " odd")) for example in split(task, "test")]
-    assert stored_offsets(model, examples).tolist() == [0.5, -0.5]
-    assert stored_offsets(model, [replace(example, candidates=(" odd", " even")) for example in examples]).tolist() == [
-        0
-    ]
-    mixed = [*examples[:1], replace(examples[1], candidates=(" odd", " even"))]
-    assert (shared_candidates(mixed), stored_offsets(model, mixed).tolist()) == ((), [0])
-    assert stored_offsets(object(), examples).tolist() == [0]
+    first, second, third, *_ = split(task, "test")
+    same, others = replace(first, candidates=(" even", " odd")), replace(second, candidates=(" odd", " even"))
+    more = replace(third, candidates=(" even", " odd", " very"))
+    assert stored_offsets(model, [same, others]).tolist() == [[0.5, -0.5], [0, 0]]
+    # Each by its own candidates, as in `predict`.
+    assert stored_offsets(model, [more, same]).tolist() == [[0, 0, 0], [0.5, -0.5, 0]]
+    assert shared_candidates([same, others]) == ()
+    assert stored_offsets(object(), [same]).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,14 @@ def test_adapters_go_exactly_where_the_targets_say() -> None:
 def test_the_default_targets_of_peft_are_the_factors() -> None:
     model = make_pruned_model("llama")
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
-    names = {name.rpartition(".")[2] for name, module in adapted.named_modules() if hasattr(module, "base_layer")}
-    assert names == {"left", "right", "pivot", "rest"}
+    reached = {name for name, module in adapted.named_modules() if hasattr(module, "base_layer")}
+    assert {name.rpartition(".")[2] for name in reached} == {"left", "right", "pivot", "rest"}
+    assert not any(
+        f".{name}." in f".{each}."
+        for name, entry in read_rank_pattern(model).items()
+        if not entry["rank"]
+        for each in reached
+    )
     losses = train(adapted)
     assert losses[-1] < losses[0]
 

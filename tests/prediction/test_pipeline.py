@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -227,7 +230,7 @@ def test_a_task_file_serves_the_dense_model(tmp_path: Path) -> None:
 def test_newer_files_and_lost_heads_are_refused(tmp_path: Path) -> None:
     given: dict[str, Any] = {"model": make_model(), "tokenizer": make_tokenizer(), "task": "sieve", "device": -1}
     with pytest.raises(ValueError, match="pip install --upgrade optimum-sieve"):
-        SievePipeline(**given, task_file={"format_version": 2, "tasks": []})
+        SievePipeline(**given, task_file={"format_version": 2, "tasks": [task_spec()]})
     make_kind("llama-classifier").save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     spec = as_file(task_spec(labels={"odd": "odd", "even": "even"}))
@@ -251,3 +254,42 @@ def test_a_key_that_no_task_has_is_named() -> None:
     given: dict[str, Any] = {"model": make_model(), "tokenizer": make_tokenizer(), "task": "sieve", "device": -1}
     with pytest.raises(ValueError, match=r"got 'answr'\. Did you mean `answer`"):
         SievePipeline(**given, task_file={**task_spec(), "answr": "{{ label }}"})
+
+
+def test_a_dense_model_in_a_new_process(tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text(json.dumps(task_spec()))
+    make_model().save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    code = (
+        "import optimum_sieve.prediction.pipeline\nfrom transformers import pipeline\n"
+        "print(pipeline('sieve', model='dense', device=-1, task_file='task.json')('7')['prediction'])\n"
+    )
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.strip() in ("odd", "even")
+
+
+@pytest.mark.parametrize("wrong", [5, None])
+def test_what_is_no_row_is_refused_at_once(pruned: Path, wrong: Any) -> None:
+    with pytest.raises(TypeError, match="`inputs` must be rows"):
+        pipeline("sieve", model=str(pruned), device=-1)(wrong)
+
+
+def test_any_mapping_is_a_row(pruned: Path) -> None:
+    pipe = pipeline("sieve", model=str(pruned), device=-1)
+    wanted = pipe("7 51 30")
+    assert pipe(MappingProxyType({"text": "7 51 30"})) == wanted
+    rows = datasets.Dataset.from_list([{"text": "7 51 30"}])
+    assert rows.map(lambda row: {"found": pipe(row)["prediction"]})["found"] == [wanted["prediction"]]
+
+
+@pytest.mark.parametrize(
+    "content", [[], "x", None, {"format_version": 1, "tasks": [1]}, {"format_version": 1, "tasks": []}]
+)
+def test_damaged_task_files_are_named(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "sieve_task.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="`task_file` must hold a list of `tasks`"):
+        pipeline_sieve.read_tasks(None, tmp_path / "sieve_task.json")
+    (tmp_path / "sieve_task.json").write_text("{")
+    with pytest.raises(ValueError, match=r"got an error in .*sieve_task\.json"):
+        pipeline_sieve.read_tasks(None, tmp_path / "sieve_task.json")

@@ -118,7 +118,8 @@ def test_other_rows_do_not_resume(tmp_path: Path) -> None:
     counts = write_predictions(rows, answer, output, key="second", chunk=1, progress=False)
     assert counts == {"b": 1, "c": 1}
     assert lines(output.read_text()) == [{"text": "b", "prediction": "b"}, {"text": "c", "prediction": "c"}]
-    assert partial_file(output, "first").exists()
+    # It is of no use once the file is whole.
+    assert not partial_file(output, "first").exists()
 
 
 def test_a_dense_model_with_a_task_file(tmp_path: Path, cli: Cli) -> None:
@@ -168,6 +169,7 @@ def test_nothing_else_is_replaced(pruned: Path, tmp_path: Path, cli: Cli) -> Non
     assert "nothing but predictions" in cli(*words, output, "--overwrite")[2]
     assert output.read_text() == "notes"
     assert "apart from `input`" in cli(*words, tmp_path / "rows.jsonl", "--overwrite")[2]
+    assert "`--output` must be a file of JSON lines" in cli(*words, tmp_path / "out.csv")[2]
     assert "existing, writable directory" in cli(*words, tmp_path / "missing" / "out.jsonl")[2]
 
 
@@ -219,3 +221,62 @@ def test_missing_numbers_are_null(tmp_path: Path) -> None:
     assert lines((tmp_path / "out.jsonl").read_text())[0] == {
         **{"text": "a", "score": None, "more": [None, 1.5], "prediction": "x"},
     }
+
+
+def test_another_chat_template_does_not_resume(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model().save_pretrained(tmp_path / "dense")
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "dense")
+    chat = [{"role": "user", "content": "Number: {{ text }} Parity:"}]
+    (tmp_path / "task.json").write_text(json.dumps(task_spec(prompt=None, chat=chat)))
+    write_rows(tmp_path / "rows.jsonl", TEXTS)
+    words: list[Any] = ["predict", "--model", tmp_path / "dense", "--task", tmp_path / "task.json", "--batch-size", 1]
+    words += ["--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl"]
+    answer, calls = SievePipeline.__call__, []
+
+    def interrupted(self: Any, rows: Any, **options: Any) -> Any:
+        calls.append(len(rows))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answer(self, rows, **options)
+
+    monkeypatch.setattr(SievePipeline, "__call__", interrupted)
+    assert cli(*words)[0] == 130
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant :", "very :")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    assert cli(*words)[0] == 0
+    assert sum(calls[2:]) == len(TEXTS)
+    # What the first command left is gone.
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+
+    def answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        output.write_text("precious")
+        return [{"prediction": "x"} for _ in rows]
+
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        write_predictions([{"text": "a"}], answer, output, key="k", chunk=1, progress=False)
+    assert output.read_text() == "precious"
+
+
+@pytest.mark.parametrize("value", ["\ud800", [[[[]]]]], ids=["surrogate", "deep"])
+def test_rows_that_json_cannot_hold_are_named_before_any_is_answered(value: Any) -> None:
+    if isinstance(value, list):
+        for _ in range(3000):
+            value = [value]
+    with pytest.raises(ValueError, match="got row 2"):
+        list(unanswered([{"text": "1"}, {"text": "1", "other": value}], "labels"))
+
+
+@pytest.mark.parametrize("damage", ["garbage\n", "{}\n", '{"text": "b", "prediction": "b"}\n' * 9])
+def test_a_damaged_partial_file_is_not_used(tmp_path: Path, damage: str) -> None:
+    output = tmp_path / "out.jsonl"
+    partial_file(output, "k").write_text(damage)
+    rows = [{"text": "b"}, {"text": "c"}]
+    write_predictions(
+        rows, lambda some: [{"prediction": row["text"]} for row in some], output, key="k", chunk=1, progress=False
+    )
+    assert [row["prediction"] for row in lines(output.read_text())] == ["b", "c"]

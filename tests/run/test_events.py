@@ -114,6 +114,13 @@ def test_unknown_and_missing_trackers_are_named_before_any_work(
         check_trackers(["wandb"])
 
 
+def test_what_is_no_callback_is_refused_before_any_work(pruner: SievePruner) -> None:
+    with pytest.raises(TypeError, match="`callbacks` must be functions of stage, step and figures, got 5"):
+        pruner.prune(HEALED, callbacks=[5], progress=False)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="`report_to` must be the name of a tracker or a list of names, got 5"):
+        pruner.prune(HEALED, report_to=5, progress=False)  # type: ignore[arg-type]
+
+
 def test_listeners_nest() -> None:
     seen: list[str] = []
     with listening([lambda stage, step, figures: seen.append(f"outer {stage}")]):
