@@ -31,6 +31,12 @@ class PushCommand(SieveSubcommand):
         parser.add_argument(
             "--create-pr", action="store_true", help="Open a pull request instead of committing to the branch."
         )
+        parser.add_argument(
+            "--space", metavar="NAME", help="Also push a Space with a page on which the model can be tried."
+        )
+        parser.add_argument(
+            "--dense", metavar="MODEL", help="With --space: a model on the Hub whose answers the page shows beside."
+        )
         parser.add_argument("--token", help="Hub token (default: HF_TOKEN, or the token stored by `hf auth login`).")
         parser.add_argument(
             "--with-examples", action="store_true", help="Push report.html also if it shows examples of the data."
@@ -40,7 +46,10 @@ class PushCommand(SieveSubcommand):
     def execute(self, arguments: Namespace) -> None:
         """Push."""
         from optimum_sieve.publish.hub import push_folder
+        from optimum_sieve.publish.space import push_space
 
+        if arguments.dense is not None and arguments.space is None:
+            self.parser.error("--dense requires --space")
         pushed = push_folder(
             arguments.model,
             arguments.repo_id,
@@ -52,3 +61,7 @@ class PushCommand(SieveSubcommand):
             with_examples=arguments.with_examples,
         )
         print(f"pushed to {pushed.pr_url or pushed.commit_url}")
+        if arguments.space is not None:
+            options = {"dense": arguments.dense, "private": arguments.private, "token": arguments.token}
+            page = push_space(arguments.repo_id, arguments.space, **options)
+            print(f"page pushed to {page.commit_url}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from .report import DIGEST_KEY, REPORT_NAME, task_blocks
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 
 logger = logging.getLogger(__name__)
@@ -64,15 +67,12 @@ def push_folder(
         HfHubHTTPError: If the Hub refuses; an `OSError`.
         ConnectionError: If the push was interrupted.
     """
-    # The HTTP client of huggingface_hub, which does not wrap its network errors.
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(folder)
     check_folder(folder)
     api = HfApi(token=token, library_name="optimum-sieve")
-    try:
+    with pushing(repo_id):
         # A pull request needs no write access, so the repository must exist.
         name = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
@@ -87,6 +87,22 @@ def push_folder(
             create_pr=create_pr,
             parent_commit=there.sha,
         )
+
+
+@contextmanager
+def pushing(repo_id: str) -> Iterator[None]:
+    """Add remedies to the Hub's refusals, and name the repository in errors of the network.
+
+    Raises:
+        HfHubHTTPError: If the Hub refuses; an `OSError`.
+        ConnectionError: If the push was interrupted.
+    """
+    # The HTTP client of huggingface_hub, which does not wrap its network errors.
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
     except HfHubHTTPError as error:
         error.append_to_message(f" {_REMEDIES.get(error.response.status_code, '')}".rstrip())
         raise
