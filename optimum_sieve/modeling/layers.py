@@ -273,8 +273,9 @@ def factor_layers(rank_pattern: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
         f"{name}.{child}"
         for name, entry in rank_pattern.items()
-        for child in _CHILDREN.get(entry["storage"], ())
-        if entry["rank"]
+        # A damaged entry is refused when the model is built.
+        if isinstance(entry, dict) and entry.get("rank")
+        for child in _CHILDREN.get(entry.get("storage", "factors"), ())
     ]
 
 

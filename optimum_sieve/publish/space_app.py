@@ -41,7 +41,7 @@ def make_page(pruned: Any, dense: Any = None) -> Any:
             kind = gradio.Textbox if spec["kind"] == "generate" else gradio.Label
             shown = [kind(label=f"{name} model") for name in models]
         button.click(answer, inputs=boxes, outputs=shown, api_name="answer")
-        boxes[-1].submit(answer, inputs=boxes, outputs=shown, api_name=False)
+        boxes[-1].submit(answer, inputs=boxes, outputs=shown)
     return page
 
 

@@ -22,7 +22,7 @@ from optimum_sieve.config.tune import TuneConfig
 RUN_OPTIONS = {
     *("help", "model", "task", "dtype", "device", "revision", "gguf_file", "trust_remote_code", "debug"),
     *("output", "overwrite", "work_dir", "study_storage", "dry_run", "config", "help_all", "no_heal", "no_tune"),
-    "with_examples",
+    *("with_examples", "report_to", "quiet"),
 }
 # A value other than the default for each setting but the two stop criteria.
 VALUES = {

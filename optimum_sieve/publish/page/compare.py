@@ -60,8 +60,9 @@ def read_pruned(directories: Sequence[str | Path]) -> list[Pruned]:
         _check_pruned(path)
         report = read_report(path)
         with naming_report(path / REPORT_NAME):
-            if any("pruned" not in task for task in task_blocks(report)):
-                raise ValueError(f"`{path}` must have scores of the pruned model, got a report without. Evaluate it.")
+            scored = all("pruned" in task for task in task_blocks(report))
+        if not scored:
+            raise ValueError(f"`{path}` must have scores of the pruned model, got a report without. Evaluate it.")
         found.append(Pruned(clean(name, 60), path, report))
     return found
 
