@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.run.outputs import check_report_file, is_standard_output
 
-from .base import SieveSubcommand, add_source, input_paths
+from .base import SieveSubcommand, add_batch_size, add_source, input_paths
 
 
 if TYPE_CHECKING:
@@ -46,13 +45,7 @@ class EvaluateCommand(SieveSubcommand):
             metavar="FILE",
             help="Write the results to this file, in the format of sieve_report.json; may be /dev/stdout.",
         )
-        parser.add_argument(
-            "--batch-size",
-            type=int,
-            metavar="N",
-            default=SieveConfig.batch_size,
-            help="Rows per forward pass (default: %(default)s).",
-        )
+        add_batch_size(parser)
 
     def execute(self, arguments: Namespace) -> None:
         """Score one or two models, print a table and write the JSON file."""

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.run.outputs import check_predictions_file
 
-from .base import SieveSubcommand, add_source, input_paths
+from .base import SieveSubcommand, add_batch_size, add_source, input_paths
 
 
 if TYPE_CHECKING:
@@ -50,13 +49,7 @@ class PredictCommand(SieveSubcommand):
             help="JSON lines; - writes them to the standard output. A stopped command goes on where it was.",
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace an --output that holds predictions.")
-        parser.add_argument(
-            "--batch-size",
-            type=int,
-            metavar="N",
-            default=SieveConfig.batch_size,
-            help="Rows per forward pass (default: %(default)s).",
-        )
+        add_batch_size(parser)
 
     def execute(self, arguments: Namespace) -> None:
         """Read the rows, load the model, predict and write."""

@@ -134,7 +134,7 @@ class _ModuleScorer:
         if whole.ndim:
             return Scored(float(whole.mean()), whole)
         with warnings.catch_warnings():
-            # Parts of the examples may lack a class, of which modules warn.
+            # Modules warn of a missing class, and parts of the examples may lack one.
             warnings.simplefilter("ignore")
             values = self._values(float(whole), predictions, references)
             if values is not None:

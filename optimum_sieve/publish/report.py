@@ -141,7 +141,7 @@ def build_report(
             Total seconds of all targets for one row under `"dense"` and `"pruned"`, each layer measured alone and
             eager, as for `latency_target`.
         label_offsets (`list[dict]`, *optional*): `candidates` and their `offsets` in the pruned model's scores.
-        sections (`dict[str, Any]`, *optional*): Further keys, of which those with `None` are left out.
+        sections (`dict[str, Any]`, *optional*): Further keys; those with `None` are left out.
     """
     report: dict[str, Any] = dict(tasks[0]) if len(tasks) == 1 else {"tasks": list(tasks)}
     for key, value in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .subcommand import (
     SieveSubcommand,
+    add_batch_size,
     add_debug,
     add_source,
     add_task,
@@ -18,6 +19,7 @@ from .subcommand import (
 
 __all__ = [
     "SieveSubcommand",
+    "add_batch_size",
     "add_debug",
     "add_source",
     "add_task",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_sieve._messages import cut, shown
+from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.run.signals import Terminated, raised_signals
 
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.pruner import SievePruner
 
 _LONGEST_MESSAGE = 1500
@@ -98,6 +98,17 @@ def add_source(parser: ArgumentParser, *, required: bool = True, several: bool =
         help="Run modeling code from the model's repository, and functions that a task of lm-evaluation-harness names.",
     )
     add_debug(parser)
+
+
+def add_batch_size(parser: ArgumentParser) -> None:
+    """Add the `--batch-size` option of the commands that only score or predict."""
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        default=SieveConfig.batch_size,
+        help="Rows per forward pass (default: %(default)s).",
+    )
 
 
 def add_with_examples(parser: ArgumentParser) -> None:

@@ -99,7 +99,7 @@ def card_picture(report: dict[str, Any]) -> str | None:
 
 
 def _both(draw: Callable[..., Markup]) -> dict[str, Markup]:
-    """Draw a figure for wide and for narrow screens, of which the style shows one."""
+    """Draw a figure for wide and for narrow screens; the style shows one of them."""
     return {"wide": draw(width=WIDE, kind="wide"), "narrow": draw(width=NARROW, kind="narrow")}
 
 

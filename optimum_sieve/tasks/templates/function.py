@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve._messages import cut, shown
 
-from .template import Row, RowTemplate
+from .template import Row, RowTemplate, encodable, listed_texts
 
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class RowFunction:
             raise TypeError(
                 f"`{self.key}` must return a text, got {shown(value)} from {self.source} for {row.place}. Return a str."
             )
-        return _encodable(value, self.key, row)
+        return encodable(value, self.key, row, verb="return")
 
     def value(self, row: Row) -> Any:
         """Return the function's integer or list as it is, any other value as text."""
@@ -64,13 +64,7 @@ class RowFunction:
 
     def texts(self, row: Row) -> list[str]:
         """Return the items of a list as texts, or the one text."""
-        value = self.value(row)
-        items = value if isinstance(value, list) else [value]
-        if any(item is None for item in items):
-            raise ValueError(
-                f"`{self.key}` must not hold a missing value, got {shown(items)} in {row.place}. Drop the row."
-            )
-        return [_encodable(str(item), self.key, row) for item in items]
+        return listed_texts(self.value(row), self.key, row, verb="return")
 
     def _call(self, row: Row) -> Any:
         try:
@@ -115,14 +109,3 @@ def described(value: Any, depth: int = _DEEPEST) -> Any:
 def function_name(function: Any) -> str:
     """Return the name of a function or another callable."""
     return getattr(function, "__qualname__", None) or type(function).__qualname__
-
-
-def _encodable(text: str, key: str, row: Row) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"`{key}` must return valid Unicode, got the lone surrogate {text[error.start]!a} in {row.place}. "
-            "Repair the text."
-        ) from error
-    return text

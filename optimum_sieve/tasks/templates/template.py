@@ -89,7 +89,7 @@ class RowTemplate:
         # A template is a small program: any error it raises is an error in the task file or the row.
         except Exception as error:
             raise ValueError(self._explain(error, row)) from error
-        return self._encodable(text, row)
+        return encodable(text, self.key, row, verb="render to")
 
     def value(self, row: Row) -> Any:
         """Evaluate a template that is a single expression, `"{{ field }}"`; render any other to text.
@@ -108,26 +108,9 @@ class RowTemplate:
                 return value
         return self.render(row)
 
-    def _encodable(self, text: str, row: Row) -> str:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            surrogate = ascii(text[error.start])
-            raise ValueError(
-                f"`{self.key}` must render to valid Unicode, got the lone surrogate {surrogate} in {row.place}. Repair "
-                "the text."
-            ) from error
-        return text
-
     def texts(self, row: Row) -> list[str]:
         """Return the items of a list template as strings, or the one rendered text."""
-        value = self.value(row)
-        items = value if isinstance(value, list) else [value]
-        if any(item is None for item in items):
-            raise ValueError(
-                f"`{self.key}` must not hold a missing value, got {shown(items)} in {row.place}. Drop the row."
-            )
-        return [self._encodable(str(item), row) for item in items]
+        return listed_texts(self.value(row), self.key, row, verb="render to")
 
     @property
     def names(self) -> set[str]:
@@ -181,6 +164,26 @@ class RowTemplate:
         if unicodedata.normalize("NFC", field) == unicodedata.normalize("NFC", unknown):
             return f"The field {field!a} has other Unicode code points than {unknown!a}; copy its name from the data. "
         return f"Did you mean {shown(field)}? "
+
+
+def listed_texts(value: Any, key: str, row: Row, *, verb: str) -> list[str]:
+    """Return the items of a list as texts, or the one text; `verb` says in messages how `key` came to `value`."""
+    items = value if isinstance(value, list) else [value]
+    if any(item is None for item in items):
+        raise ValueError(f"`{key}` must not hold a missing value, got {shown(items)} in {row.place}. Drop the row.")
+    return [encodable(str(item), key, row, verb=verb) for item in items]
+
+
+def encodable(text: str, key: str, row: Row, *, verb: str) -> str:
+    """Return `text`, or raise a `ValueError` if it holds a lone surrogate, which no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{key}` must {verb} valid Unicode, got the lone surrogate {text[error.start]!a} in {row.place}. "
+            "Repair the text."
+        ) from error
+    return text
 
 
 def _is_missing(value: Any) -> bool:
