@@ -32,7 +32,6 @@ from optimum_sieve.modeling.conversion import forget_quantization, sieve_model
 from optimum_sieve.modeling.layout import copy_parameters
 from optimum_sieve.pipeline import heal_pruned
 from optimum_sieve.pipeline.prepare import prepare as prepare_run
-from optimum_sieve.plan.forecast import forecast
 from optimum_sieve.run.files import replacing, whole_directory
 from optimum_sieve.surgery import truncated
 from optimum_sieve.tasks.spec import read_spec

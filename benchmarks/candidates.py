@@ -25,6 +25,7 @@ from bench import append_json, evaluate, find_targets, machine_name, make_parser
 from optimum_sieve import SieveConfig
 from optimum_sieve.calibration.collect import visit_tokens
 from optimum_sieve.calibration.losses import calibration_batches
+from optimum_sieve.calibration.sampled import PAIRS, CalibrationExamples, sampled_examples
 
 
 if TYPE_CHECKING:
@@ -98,10 +99,14 @@ def score(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: i
 
 
 def take_gradients(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int) -> None:
-    """Run the passes of one round of calibration, without its sums."""
-    config = SieveConfig(tolerance=0.02, batch_size=batch_size)
-    run: Any = SimpleNamespace(model=model, tokenizer=tokenizer, config=config)
-    batches, loss = calibration_batches(run, examples)
+    """Run the passes of one round of calibration, without its sums; of many candidates, draw some."""
+    run: Any = SimpleNamespace(
+        model=model, tokenizer=tokenizer, config=SieveConfig(tolerance=0.02, batch_size=batch_size),
+        by_block=False, work=None, model_key="", progress=False,
+    )  # fmt: skip
+    drawn = len(examples[0].candidates) > 2 * PAIRS
+    gold = sampled_examples(run, examples) if drawn else CalibrationExamples(examples)
+    batches, loss = calibration_batches(run, gold)
     visit_tokens(model, [target.name for target in find_targets(model)], batches, loss, lambda *_: None)
 
 

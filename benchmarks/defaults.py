@@ -28,6 +28,7 @@ from bench import append_json, choose_source, machine_name, make_parser, read_ta
 from results.suite import JOBS, ROOT, Places
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, Task, TuneConfig
+from optimum_sieve.plan.forecast import Forecast
 
 
 if TYPE_CHECKING:
@@ -122,13 +123,14 @@ def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> 
     model, gguf_file = arguments.model, arguments.gguf_file
     if model is None:
         model, _, gguf_file = choose_source(None, None)
-    start = time.perf_counter()
     pruner = SievePruner.from_pretrained(model, task=task, dtype=arguments.dtype, gguf_file=gguf_file)
     settings = settings_of(arguments)
     ratio = arguments.pruning_ratio
     stop = {"tolerance": arguments.tolerance} if ratio is None else {"pruning_ratio": ratio}
     config = SieveConfig(**stop, seed=seed, **settings)
     work = None if arguments.work_dir is None else arguments.work_dir / f"{name}-{seed}"
+    planned = Forecast.of(pruner.plan(config), dtype=pruner.model.dtype).seconds
+    start = time.perf_counter()
     result = pruner.prune(config, work_dir=work, progress=False)
     report = result.report
     sizes = report["parameters"]
@@ -147,6 +149,7 @@ def measure(arguments: argparse.Namespace, name: str, task: Task, seed: int) -> 
         "unlabelled": arguments.unlabelled,
         "trials": result.trials,
         "seconds": report["seconds"],
+        "planned_seconds": planned,
         "settings": report["settings"],
         "machine": machine_name(),
     }
@@ -157,11 +160,12 @@ def describe(row: dict[str, Any]) -> str:
     without = "" if row["kept_without"] is None else f" (without healing {row['kept_without']:.3f})"
     score = {key: f"{row[key]['score']:.3f}" for key in ("dense", "tuned", "pruned") if key in row}
     difference = row["paired_difference"]
+    planned = sum(row["planned_seconds"].values()) / 60
     return (
         f"{row['task']}, seed {row['seed']}: kept {row['kept']:.3f}{without}, "
         + ", ".join(f"{key} {value}" for key, value in score.items())
         + f", difference {difference['mean']:+.3f} +- {difference['standard_error']:.3f}, agreement "
-        f"{row['agreement']:.3f}, {row['minutes']:.1f} minutes"
+        f"{row['agreement']:.3f}, {row['minutes']:.1f} minutes, {planned:.1f} planned"
     )
 
 

@@ -7,15 +7,14 @@
 Each run is a process of its own, `optimum-cli sieve prune` on the demo's task. The machine should have no other work,
 as the plan measures its speed. A size is `demo`, the demo's model in float32, or hidden size x blocks of a random Llama
 in bfloat16. Memory is the peak resident size of the process; the planned one includes Python and its libraries. The
-plan covers `moments` and `factors`; `ranks` and `test` score selection and test examples. With several limits, the KL
-divergence from the first result shows that the others are the same.
+plan is that of `sieve plan --task`; the measured time in all also loads, checks and saves the model. With several
+limits, the KL divergence from the first result shows that the others are the same.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,10 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bench import CACHE, choose_source, forecast, load_model, machine_name, make_parser, read_spec, save_model, score
+from bench import CACHE, choose_source, load_model, machine_name, make_parser, read_spec, save_model, score
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from optimum_sieve import SieveConfig, SievePruner, Task, compare
+from optimum_sieve.pipeline.planning import forecast_tasks
 
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     *("model", "limit", "parameters", "memory, planned", "measured", "/ planned", "moments, planned", "measured"),
-    *("factors, planned", "measured", "ranks", "test", "in all"),
+    *("factors, planned", "measured", "test, planned", "measured", "in all, planned", "measured"),
 )
 # Runs in a process of its own: the peak of a child includes the memory that its parent had at the start, and this
 # process holds models.
@@ -96,21 +96,15 @@ def measure(size: str, limit: str, directory: Path, task: Path, arguments: argpa
     """Prune the model in `directory`; return its row and the pruned model."""
     names = ("pruning_ratio", "rounds", "batch_size")
     settings = {name: getattr(arguments, name) for name in names} | ({} if limit == "none" else {"memory_limit": limit})
-    tokens = calibration_tokens(directory / "model", task)
-    expected: dict[str, float] = forecast(
-        directory / "model",
-        SieveConfig(heal=None, **settings),
-        examples=len(tokens),
-        tokens=round(statistics.mean(tokens)),
-        dtype="float32" if size == "demo" else "bfloat16",
-    ).seconds
+    dtype = "float32" if size == "demo" else "bfloat16"
+    expected = forecast_tasks(directory / "model", task, SieveConfig(heal=None, **settings), dtype=dtype).seconds
     run = prune(directory, task, directory / f"out-{limit}", settings)
     report: dict[str, Any] = json.loads((run.output / "sieve_report.json").read_text())
     seconds = report["seconds"]
     columns = [size, limit, f"{report['parameters']['model_before'] / 1e6:,.0f} M"]
     columns += [f"{run.planned / 1e6:,.0f} MB", f"{run.peak / 1e6:,.0f} MB", f"{run.peak / run.planned:.2f}"]
-    columns += [f"{each[stage]:.0f} s" for stage in ("moments", "factors") for each in (expected, seconds)]
-    columns += [*(f"{seconds[stage]:.0f} s" for stage in ("ranks", "test")), f"{run.seconds:.0f} s"]
+    columns += [f"{each[stage]:.0f} s" for stage in ("moments", "factors", "test") for each in (expected, seconds)]
+    columns += [f"{sum(expected.values()):.0f} s", f"{run.seconds:.0f} s"]
     return f"| {' | '.join(columns)} |", run.output
 
 
@@ -170,13 +164,6 @@ def write_model(directory: Path, size: str) -> None:
         model = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     save_model(model, tokenizer, directory, max_shard_size="1GB")
-
-
-def calibration_tokens(model: Path, task: Path) -> list[int]:
-    """Return the number of tokens of each calibration example, without its answers."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    examples = Task.from_file(task).examples("calibration", tokenizer)
-    return [len(tokenizer(example.prompt).input_ids) for example in examples]
 
 
 def divergence(task: Path, first: Path, second: Path) -> float | None:

@@ -16,7 +16,8 @@ from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned, with_answers
 from optimum_sieve.healing.stage import hold_ranks, make_healer
 from optimum_sieve.pipeline.checks import check_model, check_search
-from optimum_sieve.pipeline.prepare import check_inputs, check_vocabulary, plan_run, prepare
+from optimum_sieve.pipeline.planning import plan_run
+from optimum_sieve.pipeline.prepare import check_inputs, check_vocabulary, prepare
 from optimum_sieve.pipeline.ranks import choose_ranks
 from optimum_sieve.pipeline.result import measured_dense, pruned_result
 from optimum_sieve.publish.hub import push_folder

@@ -14,8 +14,12 @@ from optimum_sieve.evaluation.head import prompt_positions
 
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from optimum_sieve.run.context import Run
     from optimum_sieve.tasks import Example
+
+    from .sampled import CalibrationExamples
 
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
@@ -152,10 +156,26 @@ def _token_signs(batch: Batch, width: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(2 * signs - 1)
 
 
-def calibration_batches(run: Run, examples: Sequence[Example]) -> tuple[list[Batch], Loss]:
+def direction_loss(directions: Sequence[NDArray[np.float64]]) -> Loss:
+    r"""Return the function \(\sum_i a_i^\top s_i\) of the candidates' scores \(s_i\) for given coefficients \(a_i\)."""
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        scores = log_likelihoods(model, batch)
+        coefficients = torch.zeros_like(scores)
+        for row, index in enumerate(batch.indices):
+            coefficients[row, : len(directions[index])] = torch.from_numpy(directions[index]).to(scores)
+        return (coefficients * scores.masked_fill(~batch.present.to(scores.device), 0.0)).sum()
+
+    return loss
+
+
+def calibration_batches(run: Run, gold: CalibrationExamples) -> tuple[list[Batch], Loss]:
     """Return the batches of a task's calibration examples, for all processes together, and their loss."""
-    config = run.config
-    loss, by_candidate = calibration_loss(config.loss, examples, config.seed, temperature=config.fisher_temperature)
+    config, examples = run.config, gold.examples
+    if gold.directions is None:
+        loss, by_candidate = calibration_loss(config.loss, examples, config.seed, temperature=config.fisher_temperature)
+    else:
+        loss, by_candidate = direction_loss(gold.directions), True
     batches = make_batches(
         examples, run.tokenizer, batch_size=config.batch_size, candidates=by_candidate, model=run.model
     )

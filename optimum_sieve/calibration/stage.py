@@ -8,6 +8,7 @@ import torch
 
 from optimum_sieve.allocation.allocators import predicted_loss
 from optimum_sieve.allocation.stage import allocate_ranks, loss_curves
+from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.offloading import execution_device
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.evaluation.batches import input_device
@@ -26,6 +27,7 @@ from .collect import collect_moments
 from .factors import factor_together, token_weights
 from .losses import calibration_batches
 from .rounds import Bases, Round
+from .sampled import CalibrationExamples, is_sampled, sampled_examples
 
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.run.context import Run, TaskRun
-    from optimum_sieve.tasks import Example
 
 
 # Largest predicted loss increase, in nats per example, of a model on which a later round takes its moments.
@@ -56,7 +57,7 @@ def calibrate(run: Run, *, must_exist: bool = False) -> Bases:
     Raises:
         ValueError: If bases must exist and do not.
     """
-    gold: list[Sequence[Example]] | None = None
+    gold: list[CalibrationExamples] | None = None
     bases = Bases({}, "")
     for number in range(1, run.config.num_rounds + 1):
         ranks = ranks_in_round(run, bases, number - 1) if number > 1 else {}
@@ -92,7 +93,7 @@ class WholeRound(Round):
             self.key,
         )
 
-    def compute(self, gold: Sequence[Sequence[Example]]) -> Bases:
+    def compute(self, gold: Sequence[CalibrationExamples]) -> Bases:
         """Take the moments, factor every weight and save the bases; return them as they were saved."""
         run = self.run
         weights = {target.name: linear_weight(run.model.get_submodule(target.name)) for target in run.targets}
@@ -111,18 +112,22 @@ class WholeRound(Round):
         return saved
 
 
-def gold_examples(run: Run, task: TaskRun) -> Sequence[Example]:
+def gold_examples(run: Run, task: TaskRun) -> CalibrationExamples:
     """Return a task's calibration and unlabelled examples with the answers that the loss is taken of.
 
-    The model must be dense. It answers the unlabelled ones, and all where `label_source` says so.
+    The model must be dense. It answers the unlabelled ones, and all where `label_source` says so. Of many candidates,
+    some are drawn by their probabilities.
     """
     config, examples = run.config, [*task.calibration, *task.unlabelled]
+    if is_sampled(config, examples, run.tokenizer, input_format(run.model)):
+        return sampled_examples(run, examples)
     # The Fisher information over candidates needs no answer, and `svd` no example.
-    if config.projection == "svd" or (config.loss == "fisher" and examples[0].candidates):
-        return examples
-    if config.label_source == "data":
-        return [*task.calibration, *answer_unlabelled(run, task)]
-    return label_examples(run, examples, config.seed if config.label_source == "sampled" else None)
+    if not (config.projection == "svd" or (config.loss == "fisher" and examples[0].candidates)):
+        if config.label_source == "data":
+            examples = [*task.calibration, *answer_unlabelled(run, task)]
+        else:
+            examples = label_examples(run, examples, config.seed if config.label_source == "sampled" else None)
+    return CalibrationExamples(examples)
 
 
 def kept_in_round(config: SieveConfig, number: int) -> float:
@@ -152,16 +157,18 @@ def ranks_in_round(run: Run, bases: Mapping[str, FactorBasis], number: int) -> R
     return ranks
 
 
-def collect(step: Round, gold: Sequence[Sequence[Example]], weights: Mapping[str, torch.Tensor]) -> dict[str, Moments]:
+def collect(
+    step: Round, gold: Sequence[CalibrationExamples], weights: Mapping[str, torch.Tensor]
+) -> dict[str, Moments]:
     """Return the weighted sum of all tasks' moments of every target; none for the `svd` projection."""
     if step.run.config.projection == "svd":
         return {}
     pairs = zip(step.run.tasks, gold, strict=True)
-    return weighted_sum((task.weight, _moments_of(step, task, examples, weights)) for task, examples in pairs)
+    return weighted_sum((task.weight, _moments_of(step, task, each, weights)) for task, each in pairs)
 
 
 def _moments_of(
-    step: Round, task: TaskRun, examples: Sequence[Example], weights: Mapping[str, torch.Tensor]
+    step: Round, task: TaskRun, gold: CalibrationExamples, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Moments]:
     """Return the moments of every target on one task's calibration examples, from the work directory if stored."""
     work, key = step.run.work, step.moments_key(task)
@@ -171,17 +178,17 @@ def _moments_of(
             name: Moments.from_tensors(on_device(tensors, weights[name].device))
             for name, tensors in unflatten(stored).items()
         }
-    moments = _collect(step, task, examples, weights)
+    moments = _collect(step, task, gold, weights)
     work.save("moments", key, flatten(moments))
     return moments
 
 
 def _collect(
-    step: Round, task: TaskRun, examples: Sequence[Example], weights: Mapping[str, torch.Tensor]
+    step: Round, task: TaskRun, gold: CalibrationExamples, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Moments]:
     """Run the model over one task's calibration examples, with the processes sharing the batches."""
     run = step.run
-    batches, loss = calibration_batches(run, examples)
+    batches, loss = calibration_batches(run, gold)
     device = input_device(run.model)
     description = f"moments, round {step.number}" + (f", {task.name}" if len(run.tasks) > 1 else "")
     with progress_bar(distributed.share(batches), desc=description, unit="batch", progress=run.progress) as bar:
@@ -191,7 +198,7 @@ def _collect(
             (batch.to(device) for batch in bar),
             loss,
             projection=run.config.projection,
-            num_examples=len(examples),
+            num_examples=len(gold.examples),
             weights=weights,
             token_weights=token_weights(run.config, step.before),
         )

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from optimum_sieve.backbone.experts import separated_view
 from optimum_sieve.backbone.fingerprint import model_key
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.offloading import holds_offloaded
 from optimum_sieve.backbone.targets import find_targets
-from optimum_sieve.calibration.losses import PROMPT_SITES
 from optimum_sieve.config.sieve import SieveConfig
-from optimum_sieve.evaluation.batches import encode, make_batches
 from optimum_sieve.evaluation.stage import examples_fingerprint
-from optimum_sieve.evaluation.trees.arrangement import can_be_trees
 from optimum_sieve.metrics.identity import require_metric_sources
 from optimum_sieve.modeling.experts import separate_experts
-from optimum_sieve.plan.candidates import describe_candidates
 from optimum_sieve.plan.certainty import warn_of_few_examples
 from optimum_sieve.plan.healing import settle_training
-from optimum_sieve.plan.memory import BatchSizes
-from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.run import distributed
 from optimum_sieve.run.context import Run, TaskRun
 from optimum_sieve.run.workdir import WorkDir
@@ -30,6 +22,7 @@ from optimum_sieve.tasks.data import INPUTS
 from optimum_sieve.tasks.several import naming, task_shares
 
 from .checks import check_task, check_weights
+from .planning import plan_run
 
 
 if TYPE_CHECKING:
@@ -39,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.backbone.targets import Target
-    from optimum_sieve.plan.plan import PrunePlan
     from optimum_sieve.tasks import Task
     from optimum_sieve.vocabulary import TaskVocabulary
 
@@ -160,75 +152,6 @@ def prepare(
         model_key=model_key(model) if is_stored else "",
         study_storage=study_storage,
     )
-
-
-def plan_run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    targets: list[Target],
-    vocabulary: TaskVocabulary | None,
-    config: SieveConfig,
-) -> PrunePlan:
-    """Plan a run whose inputs were checked.
-
-    Raises:
-        ValueError: If the `memory_limit` is too low; the message gives the lowest one.
-    """
-    splits = {task.name: task.splits for task in tasks}
-    batch = batch_sizes(model, tokenizer, tasks, config)
-    view = separated_view(model)
-    candidates = candidate_costs(model, tokenizer, tasks)
-
-    def plan_of(settled: SieveConfig) -> PrunePlan:
-        return make_plan(view, targets, settled, splits, batch, vocabulary, candidates)
-
-    return plan_of(settle_training(config, plan_of, labelled=all(task.labelled for task in tasks)))
-
-
-def batch_sizes(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
-) -> BatchSizes:
-    """Measure the batches of all splits of all tasks."""
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
-    sizes = []
-    for task in tasks:
-        written = task.kind == "generate"
-        for split in (name for name in task.splits if not written or name in INPUTS):
-            examples = task.examples(split, tokenizer)
-            batches = make_batches(
-                examples,
-                tokenizer,
-                batch_size=config.batch_size,
-                candidates=not written,
-                model=model,
-                # A loss needs all candidates of an example, a score does not.
-                divide=split not in INPUTS,
-            )
-            size = BatchSizes.of(batches, vocabulary)
-            # Calibration on written answers also needs logits of the prompts.
-            prompts = config.batch_size * PROMPT_SITES * vocabulary if written else 0
-            sizes.append(replace(size, logits=size.logits + prompts))
-    return BatchSizes(
-        tokens=max(size.tokens for size in sizes),
-        logits=max(size.logits for size in sizes),
-        states=max(size.states for size in sizes),
-    )
-
-
-def candidate_costs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
-) -> dict[str, str]:
-    """Say for each task what the candidates of its calibration examples cost; nothing where they have no tokens."""
-    inputs = input_format(model)
-    costs = {}
-    for task in tasks:
-        if task.kind == "generate" or inputs.kind == "classification":
-            continue
-        rows = encode(task.examples("calibration", tokenizer), tokenizer, candidates=True, inputs=inputs)
-        branching = [row for row in rows if len(row.rows) > 1]
-        costs[task.name] = describe_candidates(rows, trees=not branching or can_be_trees(branching, model))
-    return costs
 
 
 def task_runs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 
@@ -26,16 +26,21 @@ class Work:
         moments (`float`): Accumulation of the moments, in float32.
         products (`float`): Matrix products of the factorization, in float64.
         eigenvectors (`float`): Eigendecompositions, in float64.
+        stages (`Mapping[str, float]`): Passes of the stages that only score or train, in the model's dtype; see
+            [`count_passes`][optimum_sieve.plan.stages.count_passes].
     """
 
     passes: float
     moments: float
     products: float
     eigenvectors: float
+    stages: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, rates: Mapping[str, float]) -> dict[str, float]:
-        """Return the time of each stage, given operations per second as of `rates_of`."""
+        """Return the time of each stage, as a report names them, given operations per second as of `rates_of`."""
+        seconds = {stage: passes / rates["model"] for stage, passes in self.stages.items()}
         return {
+            **seconds,
             "moments": self.passes / rates["model"] + self.moments / rates["float32"],
             "factors": self.products / rates["float64"] + self.eigenvectors / rates["eigenvectors"],
         }

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sieve.backbone.loading import default_device
+
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,8 +40,13 @@ def rates_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     return {**rates, "eigenvectors": double * _REACHED_BY_EIGENVECTORS}
 
 
+def device_of(name: str) -> torch.device | None:
+    """Return the device of this machine that a model would compute on; `None` for other hardware."""
+    return default_device() if name == "this" else None
+
+
 def _measured(dtype: torch.dtype) -> dict[str, float]:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = default_device()
 
     def product(kind: torch.dtype) -> float:
         matrix = torch.ones(_SIZE, _SIZE, dtype=kind, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.blockwise import find_blocks
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from optimum_sieve.backbone.targets import Target
     from optimum_sieve.config.sieve import SieveConfig
-    from optimum_sieve.evaluation.batches import Batch
 
 _FLOAT32, _FLOAT64 = 4, 8
 # Copies of a layer's inputs and outputs in memory at once: for the backward pass, and in float32 for the moments.
@@ -27,28 +26,47 @@ _LOGIT_COPIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class SplitSizes:
+    """What one pass over the examples of a split computes.
+
+    Args:
+        examples (`int`): Number of examples.
+        tokens (`int`): Tokens in all batches, with padding.
+        logits (`int`): Logits in all batches.
+    """
+
+    examples: int = 0
+    tokens: int = 0
+    logits: int = 0
+
+    def __add__(self, other: SplitSizes) -> SplitSizes:
+        return SplitSizes(
+            examples=self.examples + other.examples,
+            tokens=self.tokens + other.tokens,
+            logits=self.logits + other.logits,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchSizes:
-    """Sizes of the largest of several batches.
+    """Sizes of the largest of several batches, and of all of them.
 
     Args:
         tokens (`int`): Rows times length of the largest batch.
         logits (`int`): Most logits computed for one batch.
-        states (`int`): Total tokens of all batches, with padding.
+        states (`int`): Total tokens of all batches of a split, with padding, of the largest split.
+        splits (`Mapping[str, SplitSizes]`): What one pass over each split of all tasks computes, with all candidates.
+        answers (`SplitSizes`): The same for the calibration split with the gold answers alone.
+        drawn (`SplitSizes`, *optional*): The same for the calibration and unlabelled splits with the candidates that
+            are drawn for the moments; `None` if all are computed.
     """
 
     tokens: int
     logits: int
     states: int
-
-    @classmethod
-    def of(cls, batches: Sequence[Batch], vocabulary_size: int) -> BatchSizes:
-        """Measure batches."""
-        tokens = [batch.input_ids.numel() for batch in batches]
-        return cls(
-            tokens=max(tokens),
-            logits=max(len(batch.sites) for batch in batches) * vocabulary_size,
-            states=sum(tokens),
-        )
+    splits: Mapping[str, SplitSizes] = field(default_factory=dict)
+    answers: SplitSizes = SplitSizes()
+    drawn: SplitSizes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

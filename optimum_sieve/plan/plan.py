@@ -8,22 +8,35 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.backbone.blockwise import find_blocks
 from optimum_sieve.backbone.offloading import execution_device, holds_offloaded
 from optimum_sieve.backbone.sizes import tensor_bytes
+from optimum_sieve.tasks.data import INPUTS
 
 from .certainty import describe_certainty
+from .flops import count_work
 from .healing import describe_healing, heal_bytes
-from .memory import BlockSizes, bases_at_once, basis_bytes, by_block_bytes, moments_bytes, whole_activation_bytes
+from .memory import (
+    BlockSizes,
+    bases_at_once,
+    basis_bytes,
+    by_block_bytes,
+    expert_shares,
+    moments_bytes,
+    whole_activation_bytes,
+)
+from .stages import count_passes
 from .tuning import describe_tuning, tune_bytes
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from optimum_sieve.backbone.targets import Target
     from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.vocabulary import TaskVocabulary
 
+    from .flops import Work
     from .memory import BatchSizes
 
 # CPU memory of a process after importing the libraries and a first computation (measured: 550 MB).
@@ -78,6 +91,8 @@ class PrunePlan:
         candidates (`dict[str, str]`): What the candidates of each task cost, as text; empty where they have no tokens.
         blocks (`BlockPlan`, *optional*): Sizes of a run that holds one block at a time, if the model is offloaded or
             the whole run exceeds the `memory_limit`.
+        rounds (`int`): Rounds of moments, which a work directory keeps with their bases.
+        work (`Work`, *optional*): Operations of the stages.
     """
 
     num_targets: int
@@ -100,6 +115,15 @@ class PrunePlan:
     certainty: dict[str, str] = field(default_factory=dict)
     candidates: dict[str, str] = field(default_factory=dict)
     blocks: BlockPlan | None = None
+    rounds: int = 1
+    work: Work | None = None
+
+    @property
+    def disk_bytes(self) -> int:
+        """Peak bytes of the work directory, without the small files of scores and trained adapters."""
+        if self.blocks is not None:
+            return self.blocks.disk_bytes
+        return self.rounds * (self.moments_bytes + self.bases_bytes)
 
     @property
     def whole_bytes(self) -> int:
@@ -145,13 +169,14 @@ class PrunePlan:
             return [
                 f"{peak}model {_size(self.model_bytes)}, moments {_size(self.moments_bytes)}, factor bases "
                 f"{self.bases_at_once} x {_size(self.bases_bytes)}, activations "
-                f"{_size(self.activation_bytes)}"
+                f"{_size(self.activation_bytes)}",
+                f"disk                   {_size(self.disk_bytes)} in the work directory, if one is given",
             ]
         return [
             f"{peak}one block of {self.blocks.count} at a time; whole model {_size(self.whole_bytes)}; "
             f"Python and its libraries take about {self.library_bytes / 1e6:,.0f} MB more of CPU memory",
             f"passes                 {self.blocks.passes} over the calibration examples, with two forward passes each",
-            f"disk                   {_size(self.blocks.disk_bytes)} in the work directory",
+            f"disk                   {_size(self.disk_bytes)} in the work directory",
         ]
 
 
@@ -163,6 +188,9 @@ def make_plan(
     batch: BatchSizes,
     vocabulary: TaskVocabulary | None = None,
     candidates: Mapping[str, str] | None = None,
+    *,
+    labelled: bool = True,
+    device: torch.device | None = None,
 ) -> PrunePlan:
     """Compute the plan of a run. A model without weights counts as one with offloaded blocks.
 
@@ -174,6 +202,8 @@ def make_plan(
         batch (`BatchSizes`): Sizes of the batches of all examples.
         vocabulary (`TaskVocabulary`, *optional*): Vocabulary of the calibration splits.
         candidates (`Mapping[str, str]`, *optional*): What the candidates of each task cost, as text.
+        labelled (`bool`): Whether the data of every task has gold answers.
+        device (`torch.device`, *optional*): Device that computes. Default: that of the weights.
 
     Raises:
         ValueError: If the `memory_limit` is too low; the message gives the lowest one.
@@ -182,6 +212,7 @@ def make_plan(
     model_bytes = tensor_bytes(model)
     after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
     element = _element_size(model, targets)
+    on_cpu = (device or execution_device(model.get_submodule(targets[0].name))).type == "cpu"
     removed = 0 if vocabulary is None else vocabulary.rows.removed_elements
     plan = PrunePlan(
         num_targets=len(targets),
@@ -196,15 +227,27 @@ def make_plan(
         activation_bytes=whole_activation_bytes(model, targets, batch, element),
         examples=dict(splits),
         heal_bytes=heal_bytes(config, targets, element),
-        tune_bytes=tune_bytes(model, targets, config),
+        tune_bytes=tune_bytes(model, targets, config, on_cpu=on_cpu),
         tuning=describe_tuning(config),
         healing=describe_healing(config),
         vocabulary=None if vocabulary is None else vocabulary.sizes,
         certainty=describe_certainty(splits, config),
         candidates=dict(candidates or {}),
-        library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if _computes_in_half_on_cpu(model, targets) else 0),
+        library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if on_cpu and element == 2 else 0),
     )
-    return replace(plan, blocks=_plan_blocks(plan, model, targets, config, batch))
+    plan = replace(plan, rounds=config.num_rounds, blocks=_plan_blocks(plan, model, targets, config, batch))
+    shares = expert_shares(model, targets)
+    inputs = [batch.splits[split].tokens for split in INPUTS if split in batch.splits]
+    tokens = sum(inputs) if batch.drawn is None else batch.drawn.tokens
+    work = count_work(targets, config, tokens=tokens, by_block=plan.blocks is not None, shares=shares)
+    stages = count_passes(targets, config, batch, width=_head_width(model), labelled=labelled, shares=shares)
+    return replace(plan, work=replace(work, passes=work.passes + stages.pop("moments", 0.0), stages=stages))
+
+
+def _head_width(model: Any) -> int:
+    """Return the inputs of the head over the vocabulary; 0 without one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return 0 if head is None else int(head.weight.shape[-1])
 
 
 def _plan_blocks(
@@ -259,12 +302,6 @@ def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) 
             f"`{refused[0]}` must go with {room}, got {given}: with less, one block of the model is held at a time. "
             "Prune without it; `optimum-cli sieve heal` heals the result."
         )
-
-
-def _computes_in_half_on_cpu(model: nn.Module, targets: Sequence[Target]) -> bool:
-    """Tell whether the targets are in half precision on the CPU; a model without weights may run anywhere."""
-    first = model.get_submodule(targets[0].name)
-    return execution_device(first).type == "cpu" and _element_size(model, targets) == 2
 
 
 def _element_size(model: nn.Module, targets: Sequence[Target]) -> int:

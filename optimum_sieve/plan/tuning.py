@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.backbone.offloading import execution_device
 from optimum_sieve.config.tune import TuneConfig
 
 
@@ -20,13 +19,20 @@ if TYPE_CHECKING:
 _STATE_BYTES = 4 * 4
 
 
-def tune_bytes(model: nn.Module, targets: Sequence[Target], config: SieveConfig) -> int:
-    """Return the bytes that tuning adds to the model: the adapters' state, and the weights before it in CPU memory."""
+def tune_bytes(model: nn.Module, targets: Sequence[Target], config: SieveConfig, *, on_cpu: bool) -> int:
+    """Return the bytes that tuning adds to the model: the adapters' state, and the weights before it in CPU memory.
+
+    Args:
+        model (`torch.nn.Module`): The model, which needs no weights.
+        targets (`Sequence[Target]`): The matrices to prune.
+        config (`SieveConfig`): The settings.
+        on_cpu (`bool`): Whether the model computes there, so that these weights are in the same memory.
+    """
     if not isinstance(config.tune, TuneConfig):
         return 0
     first: Any = model.get_submodule(targets[0].name)
     trained = config.tune.rank * sum(target.in_features + target.out_features for target in targets)
-    copied = sum(target.num_parameters for target in targets) if execution_device(first).type == "cpu" else 0
+    copied = sum(target.num_parameters for target in targets) if on_cpu else 0
     return trained * _STATE_BYTES + copied * int(first.weight.element_size())
 
 

@@ -22,6 +22,7 @@ from optimum_sieve import HealConfig, SieveConfig, SievePruner, compare
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.calibration import stage as calibration_stage
 from optimum_sieve.calibration.collect import collect_moments
+from optimum_sieve.calibration.sampled import CalibrationExamples
 from optimum_sieve.calibration.stage import WholeRound, calibrate, collect
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.evaluation.scores import evaluate
@@ -67,7 +68,7 @@ def setting_of(model: PreTrainedModel, tasks: Any, **settings: Any) -> Run:
 
 def moments_of(run: Run) -> dict[str, Moments]:
     weights = {target.name: linear_weight(run.model.get_submodule(target.name)) for target in run.targets}
-    return collect(WholeRound(run), [task.calibration for task in run.tasks], weights)
+    return collect(WholeRound(run), [CalibrationExamples(task.calibration) for task in run.tasks], weights)
 
 
 def test_the_model_of_these_tests_does_both_tasks(dense: PreTrainedModel, tasks: tuple[Task, Task]) -> None:

@@ -12,15 +12,18 @@ from tiny_models import make_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from toy import load_task, make_tokenizer, unhealed
 
-from optimum_sieve import SievePruner
+from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.commands import plan as command
 from optimum_sieve.factorization.closed_form import factorize
 from optimum_sieve.factorization.moments import accumulate_moments, empty_moments, watches_outputs
+from optimum_sieve.pipeline.planning import forecast_tasks
 from optimum_sieve.plan.fits import must_offload
 from optimum_sieve.plan.flops import count_work
 from optimum_sieve.plan.forecast import forecast
 from optimum_sieve.plan.hardware import HARDWARE, rates_of
+from optimum_sieve.plan.memory import BatchSizes, SplitSizes
+from optimum_sieve.plan.stages import count_passes
 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks" / "configs"
@@ -115,7 +118,7 @@ def test_experts_see_their_share_of_the_tokens() -> None:
         for name in ("llama-3.1-8b", "mixtral-8x7b")
     )
     # Two of eight experts of the same size, in blocks of nearly the same attention.
-    assert 1.5 < mixed.work.passes / dense.work.passes < 2
+    assert 1.5 < mixed.plan.work.passes / dense.plan.work.passes < 2
 
 
 def test_a_limit_makes_it_a_run_by_blocks() -> None:
@@ -124,6 +127,57 @@ def test_a_limit_makes_it_a_run_by_blocks() -> None:
     assert found.plan.blocks is not None
     assert found.plan.peak_bytes < 20e9 < found.plan.whole_bytes
     assert "one block of 32 at a time" in found.format()
+
+
+def test_all_stages_are_what_torch_counts(model: Any) -> None:
+    targets, width = find_targets(model), model.config.hidden_size
+    ids = torch.randint(3, 60, (6, 5))
+    one = SplitSizes(examples=6, tokens=30, logits=6 * model.config.vocab_size)
+    sizes = BatchSizes(tokens=30, logits=one.logits, states=30, splits={"test": one, "selection": one}, answers=one)
+    config = unhealed(pruning_ratio=0.5)
+    ranks = count_passes(targets, unhealed(tolerance=0.1, search_steps=1), sizes, width=width)["ranks"]
+    with torch.no_grad():
+        forward = counted(lambda: model.lm_head(model.model(input_ids=ids).last_hidden_state[:, -1]))
+    dense = count_passes(targets, config, sizes, width=width)["test"] - count_passes(
+        targets, config, BatchSizes(tokens=0, logits=0, states=0), width=width
+    ).get("test", 0.0)
+    # Dense on test; pruned on selection and test, at half of the blocks' work.
+    assert forward < dense < 3 * forward
+    # The reference, and one size.
+    assert forward < 1.05 * ranks < 2 * 1.05 * forward
+
+
+def test_every_long_stage_has_a_time() -> None:
+    model = CONFIGS / "llama-3.1-8b"
+    options: dict[str, Any] = {"examples": (256, 400, 1000), "tokens": 64, "hardware": "h200"}
+    found = forecast(model, SieveConfig(tolerance=0.02), **options)
+    assert list(found.seconds) == ["tuning", "moments", "factors", "ranks", "healing", "test"]
+    assert "if 5 sizes are healed" in found.format()
+    text = found.format()
+    assert f"{2 * (found.plan.moments_bytes + found.plan.bases_bytes) / 1e9:,.1f} GB in the work directory" in text
+    longer = forecast(model, SieveConfig(tolerance=0.02, heal={"steps": 64}), **options)  # type: ignore[arg-type]
+    assert longer.seconds["healing"] > 1.5 * found.seconds["healing"]
+    unhealed_one = forecast(model, unhealed(tolerance=0.02), **options)
+    assert not {"tuning", "healing"} & set(unhealed_one.seconds)
+    assert "are healed" not in unhealed_one.format()
+    genetic = forecast(model, unhealed(tolerance=0.02, allocation="genetic"), **options)
+    assert genetic.seconds["ranks"] > 4 * unhealed_one.seconds["ranks"]
+
+
+def test_a_plan_for_a_task_is_that_of_the_loaded_model(model: Any, tmp_path: Path, run: Any, capsys: Any) -> None:
+    tokenizer = make_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    task = load_task(tmp_path)
+    config = SieveConfig(tolerance=0.1)
+    loaded = SievePruner(model, tokenizer, task).plan(config)
+    assert forecast_tasks(tmp_path, task, config, dtype="float32").plan == loaded
+    file = tmp_path / "task.json"
+    assert run("plan", "--model", tmp_path, "--task", file, "--hardware", "h200", "--tolerance", "0.1") == 0
+    assert loaded.candidates[task.name] in capsys.readouterr().out
+    assert run("plan", "--model", tmp_path, "--task", file, "--tokens", "9") == 2
+    assert "not allowed with argument --task" in capsys.readouterr().err
 
 
 def test_rates_are_measured_here_or_looked_up() -> None:
@@ -142,6 +196,7 @@ def test_the_command_reads_a_configuration_alone(run: Any, capsys: Any, tmp_path
     assert run("plan", "--model", tmp_path, "--hardware", "h200") == 1
     assert "unheard-of" in capsys.readouterr().err
     assert run("plan", "--model", model, "--examples", "0") == 2
+    assert run("plan", "--model", model, "--examples", "1", "2", "3", "4") == 2
 
 
 @pytest.mark.parametrize(

@@ -154,9 +154,10 @@ def print_plan(pruner: SievePruner, config: SieveConfig) -> None:
     """
     from optimum_sieve.backbone.kinds import input_format
     from optimum_sieve.pipeline.findings import examine_all
+    from optimum_sieve.plan.forecast import Forecast
 
     print(examine_all(pruner.tasks, pruner.tokenizer, input_format(pruner.model)), end="\n\n", flush=True)
-    print(pruner.plan(config).format())
+    print(Forecast.of(pruner.plan(config), dtype=pruner.model.dtype).format())
 
 
 def reserved_output(arguments: Namespace) -> AbstractContextManager[None]:

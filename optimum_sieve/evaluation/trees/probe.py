@@ -97,6 +97,9 @@ def _holds(
     model: nn.Module, name: str, size: tuple[int, int], read: Callable[[nn.Module, _Texts], torch.Tensor]
 ) -> bool:
     """Return whether an arrangement gives the predictions of plain rows; remembered for each model."""
+    if all(parameter.is_meta for parameter in model.parameters()):
+        # A plan from a configuration alone, for which nothing can be tried.
+        return True
     kind = (name, getattr(text_config(model), "_attn_implementation", None), _dtype(model))
     known = _found.setdefault(model, {}).setdefault(kind, {})
     for tried, held in known.items():

@@ -1,0 +1,186 @@
+"""Plan the run of a model on tasks: with the loaded model, or from its configuration and tokenizer alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
+
+from optimum_sieve.backbone.experts import separated_view
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.backbone.loading import dtype_of, empty_model, read_dtype
+from optimum_sieve.backbone.sources import naming_model, read_config
+from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.calibration.losses import PROMPT_SITES
+from optimum_sieve.calibration.sampled import is_sampled, typical_draw
+from optimum_sieve.evaluation.batches import encode, make_batches
+from optimum_sieve.evaluation.encoding import encode_prompts
+from optimum_sieve.evaluation.trees.arrangement import can_be_trees
+from optimum_sieve.plan.candidates import describe_candidates
+from optimum_sieve.plan.forecast import Forecast
+from optimum_sieve.plan.hardware import device_of
+from optimum_sieve.plan.healing import settle_training
+from optimum_sieve.plan.memory import BatchSizes, SplitSizes
+from optimum_sieve.plan.plan import make_plan
+from optimum_sieve.tasks.data import INPUTS
+from optimum_sieve.tasks.several import check_tasks, naming, read_tasks
+
+from .checks import check_task
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.backbone.targets import Target
+    from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.evaluation.batches import Batch
+    from optimum_sieve.plan.plan import PrunePlan
+    from optimum_sieve.tasks import Example, Task
+    from optimum_sieve.vocabulary import TaskVocabulary
+
+
+def forecast_tasks(
+    model: str | Path,
+    task: str | Path | dict[str, Any] | Task | Sequence[str | Path | dict[str, Any] | Task],
+    config: SieveConfig,
+    *,
+    hardware: str = "this",
+    dtype: str = "bfloat16",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Forecast:
+    """Predict the cost of a run from a model's configuration and tokenizer; its weights are not read.
+
+    A model is assumed to take the candidates of an example as one tree, which a run tries.
+
+    Args:
+        model (`str | Path`): Hub id or directory of the model.
+        task (`str | Path | dict | Task`): Task file, its content, or a task; or a sequence of those.
+        config (`SieveConfig`): The settings. The vocabulary counts as whole.
+        hardware (`str`): One of `plan.hardware.HARDWARE`, a single device. `"this"` measures this machine.
+        dtype (`str`): Type that the model is loaded in.
+        revision (`str`, *optional*): Revision on the Hub.
+        trust_remote_code (`bool`): Whether to run code that is saved with the model or named by an `lm_eval` task.
+
+    Raises:
+        OSError: If there is no configuration or no tokenizer.
+        ValueError: If a task, an example or the model breaks a rule, or the `memory_limit` is too low.
+    """
+    read_dtype(dtype)
+    tasks = read_tasks(task, trust_remote_code=trust_remote_code)
+    check_tasks(tasks)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    described = read_config(model, **options)
+    with naming_model(model):
+        kind = dtype_of(described, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        empty = empty_model(described)
+    empty.to(dtype=kind)  # type: ignore[call-arg]
+    for each in tasks:
+        with naming(each, tasks):
+            check_task(each, empty, tokenizer)
+    targets = find_targets(separated_view(empty), config.target_modules, config.exclude_modules)
+    plan = plan_run(empty, tokenizer, tasks, targets, None, config, device_of(hardware))
+    return Forecast.of(plan, hardware, kind)
+
+
+def plan_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    targets: list[Target],
+    vocabulary: TaskVocabulary | None,
+    config: SieveConfig,
+    device: torch.device | None = None,
+) -> PrunePlan:
+    """Plan a run whose inputs were checked. It computes on the device of the weights, if no other one is given.
+
+    Raises:
+        ValueError: If the `memory_limit` is too low; the message gives the lowest one.
+    """
+    splits = {task.name: task.splits for task in tasks}
+    batch = batch_sizes(model, tokenizer, tasks, config)
+    view = separated_view(model)
+    candidates = candidate_costs(model, tokenizer, tasks)
+    labelled = all(task.labelled for task in tasks)
+
+    def plan_of(settled: SieveConfig) -> PrunePlan:
+        return make_plan(
+            view, targets, settled, splits, batch, vocabulary, candidates, labelled=labelled, device=device
+        )
+
+    return plan_of(settle_training(config, plan_of, labelled=labelled))
+
+
+def batch_sizes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
+) -> BatchSizes:
+    """Measure the batches of all splits of all tasks."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+    largest, totals = list[tuple[int, int, int]](), defaultdict[str, SplitSizes](SplitSizes)
+    inputs, draws = input_format(model), False
+    for task in tasks:
+        written = task.kind == "generate"
+        for split in task.splits:
+            examples = task.examples(split, tokenizer)
+            batched = partial(make_batches, tokenizer=tokenizer, batch_size=config.batch_size, model=model)
+            if split == "calibration":
+                totals["answers"] += _total(batched(examples, candidates=False), vocabulary)
+            if written and split not in INPUTS:
+                totals[split] += _written(model, tokenizer, examples, vocabulary)
+                continue
+            # A loss needs all candidates of an example, a score does not.
+            batches = batched(examples, candidates=not written, divide=split not in INPUTS)
+            totals[split] += (total := _total(batches, vocabulary))
+            if split in INPUTS:
+                sampled = is_sampled(config, examples, tokenizer, inputs)
+                draws |= sampled
+                totals["drawn"] += _total(batched(typical_draw(examples, config)), vocabulary) if sampled else total
+            # Calibration on written answers also needs logits of the prompts.
+            prompts = config.batch_size * PROMPT_SITES if written else 0
+            logits = (max(len(batch.sites) for batch in batches) + prompts) * vocabulary
+            largest.append((max(batch.input_ids.numel() for batch in batches), logits, total.tokens))
+    tokens, logits, states = (max(each) for each in zip(*largest, strict=True))
+    answers, drawn = totals.pop("answers"), totals.pop("drawn")
+    return BatchSizes(
+        tokens=tokens, logits=logits, states=states, splits=dict(totals), answers=answers,
+        drawn=drawn if draws else None,
+    )  # fmt: skip
+
+
+def _total(batches: Sequence[Batch], vocabulary: int) -> SplitSizes:
+    return SplitSizes(
+        examples=len({index for batch in batches for index in batch.indices}),
+        tokens=sum(batch.input_ids.numel() for batch in batches),
+        logits=sum(len(batch.sites) for batch in batches) * vocabulary,
+    )
+
+
+def _written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], vocabulary: int
+) -> SplitSizes:
+    """Return what writing the answers computes, each as long as it may become."""
+    prompts = sum(map(len, encode_prompts(examples, tokenizer, input_format(model))))
+    written = sum(example.generation.max_new_tokens for example in examples if example.generation is not None)
+    return SplitSizes(examples=len(examples), tokens=prompts + written, logits=written * vocabulary)
+
+
+def candidate_costs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
+) -> dict[str, str]:
+    """Say for each task what the candidates of its calibration examples cost; nothing where they have no tokens."""
+    inputs = input_format(model)
+    costs = {}
+    for task in tasks:
+        if task.kind == "generate" or inputs.kind == "classification":
+            continue
+        rows = encode(task.examples("calibration", tokenizer), tokenizer, candidates=True, inputs=inputs)
+        branching = [row for row in rows if len(row.rows) > 1]
+        costs[task.name] = describe_candidates(rows, trees=not branching or can_be_trees(branching, model))
+    return costs
