@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve._messages import cut, listed
 from optimum_sieve.backbone.kinds import InputFormat
 from optimum_sieve.evaluation.encoding import answer_lengths, encode_examples, encode_prompts, encode_texts
+from optimum_sieve.metrics.examples import load_code
 from optimum_sieve.metrics.identity import metric_name
-from optimum_sieve.metrics.module_metric import ModuleMetric
-from optimum_sieve.metrics.module_scores import check_module
 
 
 if TYPE_CHECKING:
@@ -110,11 +109,10 @@ def examine(
                 (errors if kind == "error" else warnings).append(text)
         except ValueError as error:
             errors.append(str(error))
-    if isinstance(task.metric, ModuleMetric):
-        try:
-            check_module(task.metric, [], texts=task.kind == "generate")
-        except (ValueError, OSError, ImportError) as error:
-            errors.append(str(error))
+    try:
+        load_code(task.metric, written=task.kind == "generate")
+    except (ValueError, OSError, ImportError) as error:
+        errors.append(str(error))
     return TaskFindings(
         title=f"{task.name} ({task.kind}, {metric_name(task.metric)})",
         splits=task.splits,
