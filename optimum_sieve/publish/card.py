@@ -14,7 +14,7 @@ from optimum_sieve.tasks.templates.python_values import only_in_python
 
 from .page.page import PICTURE_NAME
 from .report import task_blocks
-from .reproduction import healing_command, reproduction_command, task_files
+from .reproduction import healing_command, reproduction_command, task_file_names
 from .table import size_changes
 from .task_file import pipeline_usage
 from .trials import answer, decisive, size_name, stop_sentences, verdict, worst
@@ -95,7 +95,7 @@ def build_card(
     settings = report.get("settings")
     storages = Counter(entry["storage"] for entry in rank_pattern.values()).most_common()
     grid = _rank_grid(rank_pattern)
-    files = task_files(len(task_blocks(report)))
+    files = task_file_names(len(task_blocks(report)))
     card: ModelCard = ModelCard.from_template(
         _card_data(report, on_hub, f"{name}-sieve", pipeline_tag, license_id),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
