@@ -51,7 +51,7 @@ class EvaluateCommand(SieveSubcommand):
         """Score one or two models, print a table and write the JSON file."""
         from optimum_sieve.evaluation.comparison import compare
         from optimum_sieve.metrics.examples import load_code
-        from optimum_sieve.pipeline.findings import warn_of_the_majority
+        from optimum_sieve.pipeline.reference import warn_of_the_majority
         from optimum_sieve.publish.report import build_report, task_block, write_report
         from optimum_sieve.publish.table import format_table
         from optimum_sieve.tasks.several import read_tasks

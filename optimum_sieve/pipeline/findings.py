@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -20,12 +19,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.tasks import Example, Task
     from optimum_sieve.tasks.example import Reference
 
-
-logger = logging.getLogger(__name__)
 
 _LONGEST_SHOWN = 2000
 _MOST_CLASSES = 12
@@ -277,13 +273,3 @@ def _cut_answers(
             f"{len(longer):,} of {len(examples):,} gold answers of the {split} split are longer than the {limits[0]:,} "
             f"tokens of `max_new_tokens` and will be cut; the longest has {max(longer):,}. Increase it.",
         )
-
-
-def warn_of_the_majority(task: str, dense: Evaluation, split: str) -> None:
-    """Warn if the dense model is no better on a task than always giving the most frequent answer."""
-    if dense.score <= dense.majority_score:
-        logger.warning(
-            "The dense model scores %.4f on the %s split of %r, always giving the most frequent answer %.4f: there is "
-            "nothing to lose, and any size may pass. Improve the prompt, or use another model.",
-            dense.score, split, task, dense.majority_score,
-        )  # fmt: skip

@@ -14,8 +14,8 @@ from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary.stage import vocabulary_part
 
 from .descent import descend_within, kept_fraction
-from .findings import warn_of_the_majority
 from .progress import show_trial
+from .reference import compares
 
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
         ToleranceError: If no size is within the tolerance; names the part of a reduced vocabulary in the loss.
     """
     with run.timed("ranks"):
-        reference = score_reference(run) if compares(run, healer) else []
-    for task, evaluation in zip(run.tasks, reference, strict=False):
-        warn_of_the_majority(task.name, evaluation, "selection")
+        reference = score_reference(run) if compares(run.config) else ()
     ranks, trials, failure = _without_healing(run, bases, reference)
     if healer is not None:
         with run.timed("healing"):
@@ -122,11 +120,3 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
             on_trial=lambda trials: show_trial(run, trials),
         )
     return allocate_ranks(run, bases, kept), trials
-
-
-def compares(run: Run, healer: Healer | None) -> bool:
-    """Whether the ranks are chosen by the dense model's score on the selection split.
-
-    A genetic search that is not healed compares with the dense model by itself.
-    """
-    return run.config.tolerance is not None and (run.config.allocation != "genetic" or healer is not None)
