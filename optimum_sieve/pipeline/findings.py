@@ -146,7 +146,14 @@ def _class_name(task: Task, reference: Reference) -> str:
 
 
 def _warnings(task: Task) -> Iterator[str]:
-    """Yield what the texts alone show."""
+    """Yield what the rows and texts alone show."""
+    for split, limit in (task.spec.get("limit") or {}).items():
+        count = task.splits.get(split, limit)
+        if count < limit:
+            yield (
+                f"`limit.{split}` asks for {limit:,} rows, but the data has only {count:,} for the {split} split, and "
+                "all are used. Lower the limit, or add rows."
+            )
     if not task.roles or task.roles[-1] == "assistant":
         ends = [texts[-1][-1:] for split in task.splits for texts, _ in task.items(split)]
         spaces = sum(end.isspace() and end not in "\r\n" for end in ends)

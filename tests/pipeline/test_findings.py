@@ -90,6 +90,17 @@ def test_labels_that_no_example_has(tmp_path):
     )
 
 
+def test_a_limit_above_the_number_of_rows(tmp_path):
+    limit = {"calibration": 20, "selection": 11, "test": 1000}
+    task = load_task(tmp_path, parity_rows(40), limit=limit)
+    assert task.splits == {"calibration": 20, "selection": 10, "test": 10}
+    assert examine(task).warnings == tuple(
+        f"`limit.{split}` asks for {asked} rows, but the data has only 10 for the {split} split, and all are used. "
+        "Lower the limit, or add rows."
+        for split, asked in (("selection", "11"), ("test", "1,000"))
+    )
+
+
 def test_options_that_the_chat_template_does_not_read(tmp_path):
     options = {"enable_thinkin": False, "tools": []}
     chat = [{"role": "user", "content": "{{ text }}"}]
