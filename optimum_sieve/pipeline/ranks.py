@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation.stage import allocate_ranks
+from optimum_sieve.allocation.stage import allocate_ranks, kept_fraction
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.stage import compare_selection, score_reference
 from optimum_sieve.run import distributed
@@ -13,7 +14,7 @@ from optimum_sieve.search.stage import run_search
 from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary.stage import vocabulary_part
 
-from .descent import descend_within, kept_fraction
+from .descent import descend_within
 from .progress import show_trial
 from .reference import compares
 
@@ -98,12 +99,20 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
     """Bisect the kept fraction; return the ranks of the smallest size within the tolerance, and all sizes tried."""
     config = run.config
     by_block = run.by_block and all(task.selection[0].generation is None for task in run.tasks)
+
+    @cache
+    def ranks_at(kept: float) -> Ranks:
+        return allocate_ranks(run, bases, kept)
+
+    def really_kept(kept: float) -> float:
+        return kept_fraction(run, ranks_at(kept))
+
     with LiveRanks(run.model, bases) as live:
 
         def compare_at(kept: float) -> dict[str, Comparison]:
-            ranks = allocate_ranks(run, bases, kept)
+            ranks = ranks_at(kept)
             pruned = content_key(bases=bases.key, ranks=ranks)
-            options: dict[str, Any] = {"label": f"kept {kept:.1%}", "pruned": pruned}
+            options: dict[str, Any] = {"label": f"kept {really_kept(kept):.1%}", "pruned": pruned}
             if by_block:
                 options["held"] = (bases, ranks)
             else:
@@ -115,8 +124,9 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
             tolerance=config.tolerance or 0.0,
             confidence=config.confidence,
             steps=config.search_steps,
+            really_kept=really_kept,
             # Every process must go on or stop with the others.
             goes_on=lambda: distributed.agree(run.seconds_left > 0),
             on_trial=lambda trials: show_trial(run, trials),
         )
-    return allocate_ranks(run, bases, kept), trials
+    return ranks_at(kept), trials

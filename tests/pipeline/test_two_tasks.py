@@ -243,7 +243,7 @@ def test_both_tasks_are_healed_by_their_own_losses(
         assert after["kl"] < 0.8 * before["kl"]
     healing = result.report["healing"]
     assert healing["examples"] == sum(task.splits["calibration"] for task in tasks)
-    assert [size["kept"] for size in healing["sizes"]] == HEALED["heal"].sizes_to(1 - FAR["pruning_ratio"])
+    assert [size["asked"] for size in healing["sizes"]] == HEALED["heal"].sizes_to(1 - FAR["pruning_ratio"])
     again = make_pruner(dense, *tasks).prune(config, work_dir=tmp_path / "work", **QUIET)
     assert_same(again.model.state_dict(), result.model.state_dict())
     card = (pruner.save_pretrained(tmp_path / "out") / "README.md").read_text()
@@ -264,7 +264,7 @@ def test_each_size_of_the_descent_is_held_to_every_task(
     # Until two in a row fail, or no size is left.
     failed = [not trial["accepted"] for trial in trials]
     assert not any(a and b for a, b in pairwise(failed[:-1]))
-    assert failed[-2:] == [True, True] or trials[-1]["kept"] < 0.02
+    assert failed[-2:] == [True, True] or trials[-1]["asked"] < 0.02
     for task in tasks:
         against = compare(score(dense, task, "selection"), score(result.model, task, "selection"))
         assert against.mean >= -TWO_TASKS_TOLERANCE
