@@ -13,6 +13,7 @@ from optimum_sieve.search.genome import split_name
 from optimum_sieve.tasks.templates.python_values import only_in_python
 
 from .page.page import PICTURE_NAME
+from .recipe import recipe_command
 from .report import task_blocks
 from .reproduction import healing_command, reproduction_command, task_file_names
 from .table import size_changes
@@ -115,6 +116,7 @@ def build_card(
         kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
         storage=storages[0][0] if storages else None,
         mixed_storage=len(storages) > 1,
+        recipe=recipe_command(report, task_specs, base_model=on_hub) if settings else None,
         command=reproduction_command(on_hub or name, settings, report.get("loading"), files) if settings else None,
         heal_command=healing_command(on_hub or name, report.get("healing", {}), files),
         settings=_yaml(settings or {}),

@@ -291,7 +291,6 @@ def test_a_ratio_is_reached_in_falling_sizes(
     card = (directory / "README.md").read_text()
     assert "trained for 304 steps on 300 calibration examples" in card
     assert "19 falling sizes were trained" in card
-    assert "--heal-steps 16 --heal-learning-rate 0.01" in card
     assert loaded.config.sieve["settings"]["heal"] == config.to_dict()["heal"]
 
 

@@ -26,6 +26,7 @@ from optimum_sieve.calibration.stage import WholeRound, calibrate, collect
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.evaluation.scores import evaluate
 from optimum_sieve.pipeline.prepare import prepare
+from optimum_sieve.publish.recipe import Recipe
 
 
 if TYPE_CHECKING:
@@ -225,9 +226,8 @@ def test_report_card_and_configuration_have_a_row_for_each_task(
     assert len(rows) == 2
     for row, own in zip(rows, result.report["tasks"], strict=True):
         assert f"{own['pruned']['score']:.4f} ± {own['pruned']['standard_error']:.4f}" in row
-    training = "--no-heal --no-tune"
-    command = f"--task task_1.yaml --task task_2.yaml --pruning-ratio 0.5 {training} --rank-multiple 1 --task-weights"
-    assert f"{command} 2.0 1.0" in card.text
+    recipe = Recipe.from_file(directory / "sieve.yaml")
+    assert (recipe.tasks, recipe.config()) == ([task.spec for task in tasks], config)
     specs = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", card.text, flags=re.DOTALL)[1:]]
     assert specs == [task.spec for task in tasks]
     assert "\n\n\n" not in card.text
