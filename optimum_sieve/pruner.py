@@ -19,6 +19,7 @@ from optimum_sieve.pipeline.checks import check_model, check_search
 from optimum_sieve.pipeline.planning import plan_run
 from optimum_sieve.pipeline.prepare import check_inputs, check_vocabulary, prepare
 from optimum_sieve.pipeline.ranks import choose_ranks
+from optimum_sieve.pipeline.reference import prepare_reference
 from optimum_sieve.pipeline.result import measured_dense, pruned_result
 from optimum_sieve.publish.hub import push_folder
 from optimum_sieve.publish.result import SieveResult, save_result
@@ -26,7 +27,7 @@ from optimum_sieve.run.events import check_trackers, observing
 from optimum_sieve.search.stage import join_search, leading, run_search, wait_for_search
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import check_tasks, read_tasks
-from optimum_sieve.tuning.stage import restore_untuned, tune_dense
+from optimum_sieve.tuning.stage import restore_untuned
 from optimum_sieve.vocabulary.stage import reduce_vocabulary, reduced_vocabulary, restore_vocabulary
 
 
@@ -226,7 +227,7 @@ class SievePruner:
         observed = observing(report_to, callbacks, name=self.base_model, settings=config, directory=work_dir)
         with observed, ExitStack() as undo:
             with leading(run):
-                run = tune_dense(with_answers(run, *SPLITS))
+                run = prepare_reference(with_answers(run, *SPLITS))
                 undo.callback(restore_untuned, run)
                 run = reduce_vocabulary(run)
                 undo.callback(restore_vocabulary, run)

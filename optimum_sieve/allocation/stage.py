@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .allocators import LatencyBudget, LossCurve, allocate
+from .budget import rank_parameters
 
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ def loss_curves(run: Run, bases: Mapping[str, FactorBasis]) -> list[LossCurve]:
 
 
 def allocate_ranks(run: Run, bases: Mapping[str, FactorBasis], kept: float) -> Ranks:
-    """Choose a rank for every target (`None` = dense) such that a fraction `kept` of their parameters remains."""
+    """Choose a rank for every target (`None` = dense) such that at most a fraction `kept` of their parameters remains.
+
+    As ranks are multiples of `rank_multiple`, it may be less: see [`kept_fraction`].
+    """
     config = run.config
     total = sum(target.num_parameters for target in run.targets)
     latency = None
@@ -45,3 +49,13 @@ def allocate_ranks(run: Run, bases: Mapping[str, FactorBasis], kept: float) -> R
         multiple=config.rank_multiple,
         latency=latency,
     )
+
+
+def kept_fraction(run: Run, ranks: Ranks) -> float:
+    """Return the fraction of the targets' parameters that `ranks` keep."""
+    kept = 0
+    for target in run.targets:
+        rank = ranks[target.name]
+        shape = (target.out_features, target.in_features)
+        kept += target.num_parameters if rank is None else rank_parameters(rank, *shape, run.config.storage)
+    return kept / sum(target.num_parameters for target in run.targets)

@@ -35,6 +35,7 @@ def search_kept_fraction(
     tolerance: float,
     confidence: float,
     steps: int,
+    really_kept: Callable[[float], float] = lambda asked: asked,
     goes_on: Callable[[], bool] = lambda: True,
     on_trial: Callable[[Sequence[dict[str, Any]]], object] = lambda trials: None,
 ) -> tuple[float, list[dict[str, Any]]]:
@@ -53,6 +54,7 @@ def search_kept_fraction(
         tolerance (`float`): Largest acceptable drop in the metric, in absolute points.
         confidence (`float`): One-sided confidence, at least 0.5.
         steps (`int`): Number of fractions to try.
+        really_kept (`Callable`): Maps a fraction to the one that its ranks keep, which is less as ranks are whole.
         goes_on (`Callable`): Whether there is time for another fraction; asked before every one but the first.
         on_trial (`Callable`): Receives the records of all trials so far after each one.
 
@@ -68,30 +70,36 @@ def search_kept_fraction(
     for step in range(steps):
         if step and not goes_on():
             break
-        kept = (low + high) / 2
-        comparisons = compare_at(kept)
+        asked = (low + high) / 2
+        comparisons, kept = compare_at(asked), really_kept(asked)
         bounds = {name: comparison.lower_bound(confidence) for name, comparison in comparisons.items()}
         accepted = min(bounds.values()) >= -tolerance
-        trials.append({**size_trial(kept, comparisons, confidence), "accepted": accepted})
+        trials.append({**size_trial(kept, comparisons, confidence, asked=asked), "accepted": accepted})
         on_trial(trials)
         for name, comparison in comparisons.items():
             logger.info(
                 "Kept %.1f %%, %s: score difference %+.4f +- %.4f, lower bound %+.4f, agreement %.3f.",
                 100 * kept, name, comparison.mean, comparison.standard_error, bounds[name], comparison.agreement,
             )  # fmt: skip
-        low, high = (low, kept) if accepted else (kept, high)
+        low, high = (low, asked) if accepted else (asked, high)
     if high == 1.0:
         raise ToleranceError(_failure(trials, tolerance), trials)
     return high, trials
 
 
-def size_trial(kept: float, comparisons: Mapping[str, Comparison], confidence: float) -> dict[str, Any]:
-    """Return the record of one kept fraction: flat for one task, nested under `"tasks"` for several."""
+def size_trial(
+    kept: float, comparisons: Mapping[str, Comparison], confidence: float, *, asked: float
+) -> dict[str, Any]:
+    """Return the record of one size: flat for one task, nested under `"tasks"` for several.
+
+    It has both the fraction that the ranks keep and the one that was asked for.
+    """
     bounds = {name: comparison.lower_bound(confidence) for name, comparison in comparisons.items()}
+    size = {"kept": kept, "asked": asked, "lower_bound": min(bounds.values())}
     if len(comparisons) == 1:
-        return {"kept": kept, "lower_bound": min(bounds.values()), **next(iter(comparisons.values())).to_dict()}
+        return {**size, **next(iter(comparisons.values())).to_dict()}
     tasks = {name: {"lower_bound": bounds[name], **comparison.to_dict()} for name, comparison in comparisons.items()}
-    return {"kept": kept, "lower_bound": min(bounds.values()), "tasks": tasks}
+    return {**size, "tasks": tasks}
 
 
 def _failure(trials: list[dict[str, Any]], tolerance: float) -> str:

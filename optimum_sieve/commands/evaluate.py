@@ -50,8 +50,8 @@ class EvaluateCommand(SieveSubcommand):
     def execute(self, arguments: Namespace) -> None:
         """Score one or two models, print a table and write the JSON file."""
         from optimum_sieve.evaluation.comparison import compare
-        from optimum_sieve.metrics.module_metric import ModuleMetric
-        from optimum_sieve.pipeline.findings import warn_of_the_majority
+        from optimum_sieve.metrics.examples import load_code
+        from optimum_sieve.pipeline.reference import warn_of_the_majority
         from optimum_sieve.publish.report import build_report, task_block, write_report
         from optimum_sieve.publish.table import format_table
         from optimum_sieve.tasks.several import read_tasks
@@ -60,10 +60,7 @@ class EvaluateCommand(SieveSubcommand):
             check_report_file(Path(arguments.json), "--json", inputs=input_paths(arguments))
         (task,) = read_tasks(arguments.task, trust_remote_code=arguments.trust_remote_code)
         task.require_splits(arguments.split)
-        if isinstance(task.metric, ModuleMetric):
-            from optimum_sieve.metrics.module_scores import check_module
-
-            check_module(task.metric, [], texts=task.kind == "generate")
+        load_code(task.metric, written=task.kind == "generate")
         if not task.labelled and arguments.compare_to is None:
             raise ValueError(
                 "`answer` must be given in the task file, or `--compare-to` on the command line, got neither. Without "

@@ -75,16 +75,17 @@ class PredictCommand(SieveSubcommand):
         checked = unanswered(rows, pipeline.spec["kind"])
         if isinstance(rows, list):
             rows = list(checked)
-            prompts = pipeline.check(rows)
+            rendered = pipeline.check(rows)
         else:
-            rows, prompts = checked, None
+            rows, rendered = checked, None
         start, chunk = time.monotonic(), _BATCHES * arguments.batch_size
         if output is None:
-            print_predictions(rows, pipeline, chunk)
+            print_predictions(rows, pipeline, chunk, rendered)
             return
         counts = write_predictions(
-            rows, pipeline, output, key=_key(pipeline, rows, prompts), chunk=chunk, overwrite=arguments.overwrite
-        )
+            rows, pipeline, output, key=_key(pipeline, rows, rendered), chunk=chunk, rendered=rendered,
+            overwrite=arguments.overwrite,
+        )  # fmt: skip
         # Not on the standard output, which scripts read.
         print(f"{summary(counts)}; {time.monotonic() - start:.1f} s; saved in {arguments.output}", file=sys.stderr)
 
@@ -112,7 +113,7 @@ def _load_pipeline(arguments: Namespace) -> Any:
         raise ValueError(message) from error
 
 
-def _key(pipeline: Any, rows: Iterable[dict[str, Any]], prompts: Any) -> str:
+def _key(pipeline: Any, rows: Iterable[dict[str, Any]], rendered: Any) -> str:
     """Hash what the predictions depend on; rows that come from a stream are not known."""
     from optimum_sieve.backbone.fingerprint import model_key, tokenizer_fingerprint
     from optimum_sieve.run.workdir import content_key
@@ -122,5 +123,5 @@ def _key(pipeline: Any, rows: Iterable[dict[str, Any]], prompts: Any) -> str:
         tokenizer=tokenizer_fingerprint(pipeline.tokenizer),
         task=pipeline.spec,
         # A chat template is no part of the tokenizer's fingerprint, but of every prompt.
-        rows=None if prompts is None else [[repr(row), prompt] for row, prompt in zip(rows, prompts, strict=True)],
+        rows=None if rendered is None else [[repr(row), made.prompt] for row, made in zip(rows, rendered, strict=True)],
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.base import CommandInfo
 
+from .base import SieveGroup
 from .evaluate import EvaluateCommand
 from .export import ExportCommand
 from .heal import HealCommand
@@ -18,7 +19,7 @@ from .search import SearchCommand
 from .tasks.command import TasksCommand
 
 
-class SieveCommand(BaseOptimumCLICommand):
+class SieveCommand(SieveGroup):
     """Group the subcommands of `optimum-cli sieve`."""
 
     COMMAND = CommandInfo(name="sieve", help="Prune a language model for one task.")

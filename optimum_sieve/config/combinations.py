@@ -21,6 +21,12 @@ def check_combinations(config: SieveConfig) -> None:
         ValueError: If they do; the message names both settings and their values.
         TypeError: If `heal` is not a `HealConfig`, or `tune` not a `TuneConfig`.
     """
+    if (config.tolerance is None) == (config.pruning_ratio is None):
+        raise ValueError(
+            "Exactly one of `tolerance` (largest acceptable drop in the metric, such as 0.02) and `pruning_ratio` "
+            "(fraction of parameters to remove, such as 0.5) must be set, got tolerance="
+            f"{shown(config.tolerance)} and pruning_ratio={shown(config.pruning_ratio)}."
+        )
     _check_allocation(config)
     _check_healing(config)
     _check_tuning(config)

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 CONFIG_NAME = "sieve_config.json"
 # More is no file of settings.
 _MOST_BYTES = 2**20
-
-_Settings = TypeVar("_Settings", bound="SavedSettings")
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,82 +71,61 @@ def read_settings(path: Path, owner: str) -> dict[str, Any]:
     return read_mapping(path, "config", f"YAML or JSON file of {owner} settings")
 
 
-class SavedSettings:
-    """Settings that are saved beside a model, and loaded from a directory or repository, as those of PEFT are."""
+def save_settings(settings: dict[str, Any], directory: Path) -> Path:
+    """Write `sieve_config.json` to a directory, which is made if it does not exist; return the file.
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON types."""
-        raise NotImplementedError
+    Raises:
+        OSError: If the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / CONFIG_NAME
+    # Renamed once it is whole: a full disk leaves an earlier file as it was.
+    with tempfile.TemporaryDirectory(prefix=".", dir=directory) as folder:
+        temporary = Path(folder) / CONFIG_NAME
+        temporary.write_text(_content(settings), encoding="utf-8")
+        temporary.replace(file)
+    return file
 
-    @classmethod
-    def from_dict(cls: type[_Settings], values: dict[str, Any]) -> _Settings:
-        """Make settings from `to_dict`'s output."""
-        raise NotImplementedError
 
-    def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write `sieve_config.json` to a directory, which is made if it does not exist; return the file.
+def load_settings(name: str, revision: str | None, owner: str) -> dict[str, Any]:
+    """Read the settings of `owner` in a directory or Hub repository: those saved alone, or those of a pruned model.
 
-        Raises:
-            OSError: If the directory cannot be written.
-        """
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        file = directory / CONFIG_NAME
-        # Renamed once it is whole: a full disk leaves an earlier file as it was.
-        with tempfile.TemporaryDirectory(prefix=".", dir=directory) as folder:
-            temporary = Path(folder) / CONFIG_NAME
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            temporary.replace(file)
-        return file
+    Raises:
+        ValueError: If there are none.
+        OSError: If the repository cannot be read.
+    """
+    file = _found(name, CONFIG_NAME, revision)
+    if file is not None:
+        return read_settings(file, owner)
+    file = _found(name, "config.json", revision)
+    block = {} if file is None else read_mapping(file, "name_or_path", "pruned model").get("sieve")
+    settings = block.get("settings") if isinstance(block, dict) else None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"`name_or_path` must hold {CONFIG_NAME} or a pruned model, got {cut(name)}. Write one with "
+            "`save_pretrained`."
+        )
+    return settings
 
-    @classmethod
-    def from_pretrained(
-        cls: type[_Settings], name_or_path: str | Path, *, revision: str | None = None, **overrides: Any
-    ) -> _Settings:
-        """Load the settings of a directory or Hub repository: `sieve_config.json`, or those a model was pruned with.
 
-        Args:
-            name_or_path (`str | Path`): The directory, or the Hub id.
-            revision (`str`, *optional*): Revision on the Hub.
-            overrides: Settings that take precedence.
+def push_settings(settings: dict[str, Any], repo_id: str, **options: Any) -> CommitInfo:
+    """Upload `sieve_config.json` to a repository on the Hub, which is created if it does not exist.
 
-        Raises:
-            ValueError: If there are no settings, or they break a rule.
-            OSError: If the repository cannot be read.
-        """
-        name = str(name_or_path)
-        file = _found(name, CONFIG_NAME, revision)
-        if file is not None:
-            return cls.from_dict({**read_settings(file, cls.__name__), **overrides})
-        file = _found(name, "config.json", revision)
-        block = {} if file is None else read_mapping(file, "name_or_path", "pruned model").get("sieve")
-        settings = block.get("settings") if isinstance(block, dict) else None
-        if not isinstance(settings, dict):
-            raise ValueError(
-                f"`name_or_path` must hold {CONFIG_NAME} or a pruned model, got {cut(name)}. Write one with "
-                "`save_pretrained`."
-            )
-        return cls.from_dict({**settings, **overrides})
+    Raises:
+        HfHubHTTPError: If the Hub refuses; an `OSError`.
+    """
+    from huggingface_hub import HfApi
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Upload `sieve_config.json` to a repository, which is created if it does not exist.
+    api = HfApi(token=options.pop("token", None), library_name="optimum-sieve")
+    name = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
+    options.setdefault("commit_message", "Settings of optimum-sieve")
+    content = _content(settings).encode()
+    pushed: CommitInfo = api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=name, **options)
+    return pushed
 
-        Args:
-            repo_id (`str`): Such as `"user/name"`.
-            options: `revision`, `commit_message`, `create_pr` and `token` of `HfApi.upload_file`, and `private` for a
-                new repository.
 
-        Raises:
-            HfHubHTTPError: If the Hub refuses; an `OSError`.
-        """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=options.pop("token", None), library_name="optimum-sieve")
-        name = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
-        content = (json.dumps(self.to_dict(), indent=2) + "\n").encode()
-        options.setdefault("commit_message", "Settings of optimum-sieve")
-        pushed: CommitInfo = api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=name, **options)
-        return pushed
+def _content(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, indent=2) + "\n"
 
 
 def _found(name: str, file: str, revision: str | None) -> Path | None:

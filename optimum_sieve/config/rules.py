@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
+from .validate import MOST, MOST_SEED, check_choice, check_float, check_integer
+
+
+if TYPE_CHECKING:
+    from .sieve import SieveConfig
 
 Projection = Literal["svd", "activation", "joint", "learned"]
 Allocation = Literal["uniform", "energy", "genetic"]
@@ -64,3 +69,20 @@ LEAST_INTEGERS = {
 }
 OPTIONAL = ("tolerance", "pruning_ratio", "latency_target", "population_size", "generations", "vocabulary_size")
 HINTS = {"tolerance": " Write points as a fraction: two points are 0.02."}
+
+
+def check_rules(config: SieveConfig) -> None:
+    """Raise unless each choice and number of `config` follows its rule.
+
+    Raises:
+        ValueError: If one does not; the message names the setting, the rule and the value.
+        TypeError: If a value has the wrong type.
+    """
+    for name, choices in CHOICES.items():
+        check_choice(name, getattr(config, name), choices)
+    for name, (low, high, includes_low) in FLOAT_RANGES.items():
+        if getattr(config, name) is not None or name not in OPTIONAL:
+            check_float(name, getattr(config, name), low, high, includes_low, HINTS.get(name, ""))
+    for name, least in LEAST_INTEGERS.items():
+        if getattr(config, name) is not None or name not in OPTIONAL:
+            check_integer(name, getattr(config, name), least, MOST_SEED if name == "seed" else MOST)

@@ -5,49 +5,22 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from optimum_sieve._messages import shown
-
+from . import rules
 from .combinations import check_combinations
-from .files import SavedSettings, read_settings
+from .files import load_settings, push_settings, read_settings, save_settings
 from .heal import HealConfig
-from .rules import (
-    CHOICES,
-    FLOAT_RANGES,
-    HINTS,
-    LEAST_INTEGERS,
-    OPTIONAL,
-    REMOVED,
-    Allocation,
-    LabelOffsets,
-    LabelSource,
-    Loss,
-    Projection,
-    Reference,
-    SearchPreset,
-    Storage,
-    Vocabulary,
-    Weighting,
-)
 from .tune import TuneConfig
-from .validate import (
-    MOST,
-    MOST_SEED,
-    check_choice,
-    check_float,
-    check_integer,
-    check_known,
-    check_patterns,
-    check_task_weights,
-    drop_removed,
-    parse_bytes,
-    parse_seconds,
-)
+from .validate import check_known, check_patterns, check_task_weights, drop_removed, parse_bytes, parse_seconds
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class SieveConfig(SavedSettings):
+class SieveConfig:
     r"""Settings of one pruning run.
 
     Exactly one of `tolerance` and `pruning_ratio` must be set. The settings from `projection` on are advanced: their
@@ -167,31 +140,31 @@ class SieveConfig(SavedSettings):
     pruning_ratio: float | None = None
     latency_target: float | None = None
     confidence: float = 0.9
-    allocation: Allocation = "energy"
-    label_source: LabelSource = "data"
+    allocation: rules.Allocation = "energy"
+    label_source: rules.LabelSource = "data"
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
     batch_size: int = 16
     memory_limit: str | int | None = None
     seed: int = 0
-    vocabulary: Vocabulary = "whole"
+    vocabulary: rules.Vocabulary = "whole"
     time_limit: str | float | None = None
     heal: HealConfig | Literal["auto"] | None = "auto"
     tune: TuneConfig | Literal["auto"] | None = "auto"
-    reference: Reference = "dense"
-    projection: Projection = "joint"
-    storage: Storage = "pivoted"
-    loss: Loss = "fisher"
+    reference: rules.Reference = "dense"
+    projection: rules.Projection = "joint"
+    storage: rules.Storage = "pivoted"
+    loss: rules.Loss = "fisher"
     fisher_temperature: float = 4.0
     rounds: int = 2
-    weighting: Weighting = "balanced"
+    weighting: rules.Weighting = "balanced"
     rank_multiple: int = 8
     damping: float = 1e-4
     task_weights: tuple[float, ...] | None = None
     vocabulary_size: int | None = None
-    label_offsets: LabelOffsets = "prior"
+    label_offsets: rules.LabelOffsets = "prior"
     search_steps: int = 6
-    search_preset: SearchPreset = "fast"
+    search_preset: rules.SearchPreset = "fast"
     population_size: int | None = None
     generations: int | None = None
     search_fraction: float = 0.25
@@ -210,20 +183,7 @@ class SieveConfig(SavedSettings):
         object.__setattr__(self, "target_modules", check_patterns("target_modules", self.target_modules, True))
         object.__setattr__(self, "exclude_modules", check_patterns("exclude_modules", self.exclude_modules, False))
         object.__setattr__(self, "task_weights", check_task_weights(self.task_weights))
-        if (self.tolerance is None) == (self.pruning_ratio is None):
-            raise ValueError(
-                "Exactly one of `tolerance` (largest acceptable drop in the metric, such as 0.02) and `pruning_ratio` "
-                "(fraction of parameters to remove, such as 0.5) must be set, got tolerance="
-                f"{shown(self.tolerance)} and pruning_ratio={shown(self.pruning_ratio)}."
-            )
-        for name, choices in CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
-        for name, (low, high, includes_low) in FLOAT_RANGES.items():
-            if getattr(self, name) is not None or name not in OPTIONAL:
-                check_float(name, getattr(self, name), low, high, includes_low, HINTS.get(name, ""))
-        for name, low in LEAST_INTEGERS.items():
-            if getattr(self, name) is not None or name not in OPTIONAL:
-                check_integer(name, getattr(self, name), low, MOST_SEED if name == "seed" else MOST)
+        rules.check_rules(self)
         object.__setattr__(self, "memory_limit", parse_bytes("memory_limit", self.memory_limit))
         object.__setattr__(self, "time_limit", parse_seconds("time_limit", self.time_limit))
         check_combinations(self)
@@ -281,7 +241,7 @@ class SieveConfig(SavedSettings):
         Raises:
             ValueError: If a key is unknown (the message names the closest known one) or a value breaks its rule.
         """
-        values = drop_removed(values, REMOVED)
+        values = drop_removed(values, rules.REMOVED)
         check_known(list(values), [field.name for field in dataclasses.fields(cls)], "SieveConfig")
         return cls(**values)
 
@@ -295,3 +255,39 @@ class SieveConfig(SavedSettings):
         """
         values = read_settings(Path(path), "SieveConfig")
         return cls.from_dict({**values, **overrides})
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, **overrides: Any) -> SieveConfig:
+        """Load the settings of a directory or Hub repository: `sieve_config.json`, or those a model was pruned with.
+
+        Args:
+            name_or_path (`str | Path`): The directory, or the Hub id.
+            revision (`str`, *optional*): Revision on the Hub.
+            overrides: Settings that take precedence.
+
+        Raises:
+            ValueError: If there are no settings, or they break a rule.
+            OSError: If the repository cannot be read.
+        """
+        return cls.from_dict({**load_settings(str(name_or_path), revision, "SieveConfig"), **overrides})
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Write `sieve_config.json` to a directory, which is made if it does not exist; return the file.
+
+        Raises:
+            OSError: If the directory cannot be written.
+        """
+        return save_settings(self.to_dict(), Path(save_directory))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Upload `sieve_config.json` to a repository, which is created if it does not exist.
+
+        Args:
+            repo_id (`str`): Such as `"user/name"`.
+            options: `revision`, `commit_message`, `create_pr` and `token` of `HfApi.upload_file`, and `private` for a
+                new repository.
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses; an `OSError`.
+        """
+        return push_settings(self.to_dict(), repo_id, **options)

@@ -209,14 +209,9 @@ def score_dense(run: Run, task: TaskRun, split: str, part: slice = WHOLE) -> Eva
         return score(run.before_reduction, task, split, part, label=label)
 
 
-def score_reference(run: Run) -> list[Evaluation]:
-    """Evaluate the model that the tolerance is measured from on the selection split of every task.
-
-    This is the dense model as it came or, with `reference="tuned"`, the tuned one. The run must hold one of them now.
-    """
-    if run.tuning is not None and run.config.reference == "dense":
-        return list(run.tuning.selection)
-    return [score_dense(run, task, "selection") for task in run.tasks]
+def score_reference(run: Run) -> tuple[Evaluation, ...]:
+    """Return the run's `reference`, or evaluate the model that the run holds now in its place."""
+    return run.reference or tuple(score_dense(run, task, "selection") for task in run.tasks)
 
 
 def score_test_dense(run: Run) -> list[Evaluation]:

@@ -23,7 +23,8 @@ class HealedSize:
     """One size of a descent.
 
     Args:
-        kept (`float`): Fraction of the targets' parameters that was allocated.
+        kept (`float`): Fraction of the targets' parameters that the ranks keep.
+        asked (`float`): Fraction that was asked for.
         key (`str`): Hash of everything that the size depends on.
         factors (`dict[str, FactorizedLinear]`): Trained plain factors by target; dense targets are absent.
         layers (`dict[str, FactorizedLinear]`): The same weights in the storage they are saved in.
@@ -32,6 +33,7 @@ class HealedSize:
     """
 
     kept: float
+    asked: float
     key: str
     factors: dict[str, FactorizedLinear]
     layers: dict[str, FactorizedLinear]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_sieve.allocation.stage import allocate_ranks
+from optimum_sieve.allocation.stage import allocate_ranks, kept_fraction
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.evaluation.on_policy import lessons_of
 from optimum_sieve.evaluation.teacher import lessons_fingerprint
@@ -84,7 +84,7 @@ class Healer:
         self._dense = {target.name: run.model.get_submodule(target.name) for target in run.targets}
         norms = norm_parameters(run.model) if self.config.train_norms else {}
         self._norms = {name: parameter.detach().clone() for name, parameter in norms.items()}
-        self._figures: list[tuple[float, Training]] = []
+        self._figures: list[tuple[dict[str, float], Training]] = []
 
     @property
     def key(self) -> str:
@@ -127,7 +127,7 @@ class Healer:
                 # Nothing but the best one stays in memory while the next one is trained.
                 size = None
                 size = self._healed(key, kept, factors, norms)
-                self._figures.append((kept, size.healing))
+                self._figures.append(({"kept": size.kept, "asked": size.asked}, size.healing))
                 self.put(size)
                 if accept(size):
                     self.best, refused = size, 0
@@ -153,7 +153,7 @@ class Healer:
             "steps": self._steps,
             **training_examples(self.lessons),
             "seconds": round(sum(healing.seconds for _, healing in self._figures), 3),
-            "sizes": [{"kept": kept, **healing.to_dict()} for kept, healing in self._figures],
+            "sizes": [{**size, **healing.to_dict()} for size, healing in self._figures],
             "kept": None if self.best is None else self.best.kept,
             "kept_without": self.kept_without,
         }
@@ -200,8 +200,10 @@ class Healer:
                 run.model, self._lessons_now(key, factors, norms), run.tokenizer, self.config, seed=run.config.seed,
                 steps_before=self._steps, work=run.work, pruned_key=key, progress=run.progress,
             )  # fmt: skip
+        ranks = {target.name: factors[target.name].rank if target.name in factors else None for target in run.targets}
         return HealedSize(
-            kept=kept,
+            kept=kept_fraction(run, ranks),
+            asked=kept,
             key=key,
             factors=factors,
             layers={name: stored_layer(layer, run.config.storage) for name, layer in factors.items()},

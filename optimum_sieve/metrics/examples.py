@@ -73,6 +73,18 @@ def check_code(metric: Metric, examples: Sequence[Example]) -> None:
     check_module(metric, [each for each in gold if each is not None and each != ()], texts=written)
 
 
+def load_code(metric: Metric, *, written: bool) -> None:
+    """Load a metric that is a module of the evaluate library, before there are examples for [`check_code`].
+
+    Raises:
+        FileNotFoundError: If there is no such module.
+        ImportError: If evaluate or a package that the module imports is not installed.
+        ValueError: If the module must not be run, or does not take texts or classes.
+    """
+    if isinstance(metric, ModuleMetric):
+        check_module(metric, [], texts=written)
+
+
 def targets_of(examples: Sequence[Example]) -> NDArray[np.int64]:
     """Return the indices of the gold candidates (count,)."""
     return np.array([_target(index, example) for index, example in enumerate(examples)], dtype=np.int64)

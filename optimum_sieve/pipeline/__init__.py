@@ -1,8 +1,8 @@
 """Join the stages into runs.
 
-In: the model, tasks and settings that a user passed. Out: a checked `Run` (`prepare.prepare`, `checks`), the ranks of
-a run (`ranks.choose_ranks`), its result (`result.pruned_result`), or a healed model (`heal.heal_pruned`). `SievePruner`
-and the commands call these.
+In: the model, tasks and settings that a user passed. Out: a checked `Run` (`prepare.prepare`, `checks`) with the score
+of its dense model, tuned or not (`reference.prepare_reference`), the ranks of a run (`ranks.choose_ranks`), its result
+(`result.pruned_result`), or a healed model (`heal.heal_pruned`). `SievePruner` and the commands call these.
 """
 
 from __future__ import annotations

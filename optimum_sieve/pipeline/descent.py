@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation.budget import rank_parameters
 from optimum_sieve.allocation.tolerance import size_trial
 from optimum_sieve.config.heal import LARGEST_HEALED
 from optimum_sieve.evaluation.stage import compare_selection
@@ -27,7 +26,6 @@ from .progress import show_trial
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.calibration.rounds import Bases
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.healing.size import HealedSize
@@ -59,7 +57,7 @@ def descend_within(
 
     def accept(size: HealedSize) -> bool:
         comparisons = compare_selection(run, reference, label=f"healed, kept {size.kept:.1%}", pruned=size.key)
-        trial = size_trial(size.kept, comparisons, config.confidence)
+        trial = size_trial(size.kept, comparisons, config.confidence, asked=size.asked)
         accepted = bool(trial["lower_bound"] >= -(config.tolerance or 0.0))
         trials.append({**trial, "healed": True, "accepted": accepted})
         show_trial(run, [*before, *trials], healer)
@@ -67,16 +65,6 @@ def descend_within(
 
     healer.descend(bases, _falling_sizes(run, healer), accept)
     return trials
-
-
-def kept_fraction(run: Run, ranks: Ranks) -> float:
-    """Return the fraction of the targets' parameters that `ranks` keep."""
-    kept = 0
-    for target in run.targets:
-        rank = ranks[target.name]
-        shape = (target.out_features, target.in_features)
-        kept += target.num_parameters if rank is None else rank_parameters(rank, *shape, run.config.storage)
-    return kept / sum(target.num_parameters for target in run.targets)
 
 
 def _falling_sizes(run: Run, healer: Healer) -> Iterator[float]:

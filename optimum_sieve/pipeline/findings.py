@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve._messages import cut, listed
 from optimum_sieve.backbone.kinds import InputFormat
 from optimum_sieve.evaluation.encoding import answer_lengths, encode_examples, encode_prompts, encode_texts
+from optimum_sieve.metrics.examples import load_code
 from optimum_sieve.metrics.identity import metric_name
-from optimum_sieve.metrics.module_metric import ModuleMetric
-from optimum_sieve.metrics.module_scores import check_module
 
 
 if TYPE_CHECKING:
@@ -21,12 +19,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.tasks import Example, Task
     from optimum_sieve.tasks.example import Reference
 
-
-logger = logging.getLogger(__name__)
 
 _LONGEST_SHOWN = 2000
 _MOST_CLASSES = 12
@@ -110,11 +105,10 @@ def examine(
                 (errors if kind == "error" else warnings).append(text)
         except ValueError as error:
             errors.append(str(error))
-    if isinstance(task.metric, ModuleMetric):
-        try:
-            check_module(task.metric, [], texts=task.kind == "generate")
-        except (ValueError, OSError, ImportError) as error:
-            errors.append(str(error))
+    try:
+        load_code(task.metric, written=task.kind == "generate")
+    except (ValueError, OSError, ImportError) as error:
+        errors.append(str(error))
     return TaskFindings(
         title=f"{task.name} ({task.kind}, {metric_name(task.metric)})",
         splits=task.splits,
@@ -152,7 +146,14 @@ def _class_name(task: Task, reference: Reference) -> str:
 
 
 def _warnings(task: Task) -> Iterator[str]:
-    """Yield what the texts alone show."""
+    """Yield what the rows and texts alone show."""
+    for split, limit in (task.spec.get("limit") or {}).items():
+        count = task.splits.get(split, limit)
+        if count < limit:
+            yield (
+                f"`limit.{split}` asks for {limit:,} rows, but the data has only {count:,} for the {split} split, and "
+                "all are used. Lower the limit, or add rows."
+            )
     if not task.roles or task.roles[-1] == "assistant":
         ends = [texts[-1][-1:] for split in task.splits for texts, _ in task.items(split)]
         spaces = sum(end.isspace() and end not in "\r\n" for end in ends)
@@ -279,13 +280,3 @@ def _cut_answers(
             f"{len(longer):,} of {len(examples):,} gold answers of the {split} split are longer than the {limits[0]:,} "
             f"tokens of `max_new_tokens` and will be cut; the longest has {max(longer):,}. Increase it.",
         )
-
-
-def warn_of_the_majority(task: str, dense: Evaluation, split: str) -> None:
-    """Warn if the dense model is no better on a task than always giving the most frequent answer."""
-    if dense.score <= dense.majority_score:
-        logger.warning(
-            "The dense model scores %.4f on the %s split of %r, always giving the most frequent answer %.4f: there is "
-            "nothing to lose, and any size may pass. Improve the prompt, or use another model.",
-            dense.score, split, task, dense.majority_score,
-        )  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation.stage import allocate_ranks
+from optimum_sieve.allocation.stage import allocate_ranks, kept_fraction
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.stage import compare_selection, score_reference
 from optimum_sieve.run import distributed
@@ -13,9 +14,9 @@ from optimum_sieve.search.stage import run_search
 from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary.stage import vocabulary_part
 
-from .descent import descend_within, kept_fraction
-from .findings import warn_of_the_majority
+from .descent import descend_within
 from .progress import show_trial
+from .reference import compares
 
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
         ToleranceError: If no size is within the tolerance; names the part of a reduced vocabulary in the loss.
     """
     with run.timed("ranks"):
-        reference = score_reference(run) if compares(run, healer) else []
-    for task, evaluation in zip(run.tasks, reference, strict=False):
-        warn_of_the_majority(task.name, evaluation, "selection")
+        reference = score_reference(run) if compares(run.config) else ()
     ranks, trials, failure = _without_healing(run, bases, reference)
     if healer is not None:
         with run.timed("healing"):
@@ -100,12 +99,20 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
     """Bisect the kept fraction; return the ranks of the smallest size within the tolerance, and all sizes tried."""
     config = run.config
     by_block = run.by_block and all(task.selection[0].generation is None for task in run.tasks)
+
+    @cache
+    def ranks_at(kept: float) -> Ranks:
+        return allocate_ranks(run, bases, kept)
+
+    def really_kept(kept: float) -> float:
+        return kept_fraction(run, ranks_at(kept))
+
     with LiveRanks(run.model, bases) as live:
 
         def compare_at(kept: float) -> dict[str, Comparison]:
-            ranks = allocate_ranks(run, bases, kept)
+            ranks = ranks_at(kept)
             pruned = content_key(bases=bases.key, ranks=ranks)
-            options: dict[str, Any] = {"label": f"kept {kept:.1%}", "pruned": pruned}
+            options: dict[str, Any] = {"label": f"kept {really_kept(kept):.1%}", "pruned": pruned}
             if by_block:
                 options["held"] = (bases, ranks)
             else:
@@ -117,16 +124,9 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
             tolerance=config.tolerance or 0.0,
             confidence=config.confidence,
             steps=config.search_steps,
+            really_kept=really_kept,
             # Every process must go on or stop with the others.
             goes_on=lambda: distributed.agree(run.seconds_left > 0),
             on_trial=lambda trials: show_trial(run, trials),
         )
-    return allocate_ranks(run, bases, kept), trials
-
-
-def compares(run: Run, healer: Healer | None) -> bool:
-    """Whether the ranks are chosen by the dense model's score on the selection split.
-
-    A genetic search that is not healed compares with the dense model by itself.
-    """
-    return run.config.tolerance is not None and (run.config.allocation != "genetic" or healer is not None)
+    return ranks_at(kept), trials

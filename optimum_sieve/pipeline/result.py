@@ -13,9 +13,8 @@ from optimum_sieve.publish.result import TaskScores, make_result
 from optimum_sieve.publish.sections import rank_section, spectra_section
 from optimum_sieve.publish.trials import stop_reasons, trial_rows
 
-from .findings import warn_of_the_majority
 from .progress import save_in_work_dir
-from .ranks import compares
+from .reference import compares, warn_of_the_majority
 
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def pruned_result(
     """
     bring_in(run.model)
     _warn_of_loss_to_tuned(run, dense, pruned)
-    if not compares(run, healer):
+    if not compares(run.config):
         # Otherwise the selection split has told.
         for task, evaluation in zip(run.tasks, dense, strict=True):
             warn_of_the_majority(task.name, evaluation, "test")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The plan begins each line with a title of so many characters.
+_INDENT = "\n" + 23 * " "
 # Agreement with the dense model that few useful sizes exceed. A run that is unlikely to pass even there is warned of.
 _HIGH_AGREEMENT = 0.95
 
@@ -27,20 +29,27 @@ def describe_certainty(splits: Mapping[str, Mapping[str, int]], config: SieveCon
         splits (`Mapping[str, Mapping[str, int]]`): Number of examples in each split of each task.
         config (`SieveConfig`): The settings.
     """
-    texts = {}
-    for name, count in _deciding_counts(splits, config).items():
-        half, most = (
-            " or ".join(
-                f"{least_tolerance(count, agreement=share, confidence=config.confidence, probability=probability):.3f}"
-                for share in (0.9, 0.8)
-            )
-            for probability in (0.5, 0.8)
-        )
-        texts[name] = (
-            f"{half} (agreement .9 or .8): a model without any loss passes it in half of the runs, {most} in four of "
-            f"five; {count:,} examples decide"
-        )
-    return texts
+    return {name: _described(count, config.confidence) for name, count in _deciding_counts(splits, config).items()}
+
+
+def _described(count: int, confidence: float) -> str:
+    """Say in a few lines for a terminal what tolerance a number of examples can show."""
+
+    def least(agreement: float, probability: float) -> str:
+        shown = least_tolerance(count, agreement=agreement, confidence=confidence, probability=probability)
+        return f"{shown:.3f}"
+
+    def case(agreement: float) -> str:
+        return f"  {least(agreement, 0.8)} in four of five runs, at {least(agreement, 0.5)} in half, where it "
+
+    lines = [
+        f"about {least(0.9, 0.8)}: {count:,} selection examples decide. "
+        "A pruned model that loses nothing is accepted at",
+        f"{case(0.9)}gives the dense model's answer to 90% of them",
+        f"{case(0.8)}does so to 80%",
+        "  A size is accepted only if the examples show it: for a smaller tolerance, add examples.",
+    ]
+    return _INDENT.join(lines)
 
 
 def warn_of_few_examples(splits: Mapping[str, Mapping[str, int]], config: SieveConfig) -> None:

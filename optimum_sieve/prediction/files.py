@@ -87,21 +87,25 @@ def unanswered(rows: Iterable[dict[str, Any]], kind: str) -> Iterator[dict[str, 
 
 
 def print_predictions(
-    rows: Iterable[dict[str, Any]], predict: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], chunk: int
+    rows: Iterable[dict[str, Any]],
+    predict: Callable[[list[Any]], list[dict[str, Any]]],
+    chunk: int,
+    rendered: Sequence[Any] | None = None,
 ) -> None:
-    """Print the rows with their predictions on the standard output, `chunk` rows at a time."""
-    for answered in _answered(rows, predict, chunk):
+    """Print the rows with their predictions, `chunk` rows at a time; the arguments are of [`write_predictions`]."""
+    for answered in _answered(rows, predict, chunk, rendered):
         sys.stdout.write("".join(map(_line, answered)))
         sys.stdout.flush()
 
 
 def write_predictions(
     rows: Sequence[dict[str, Any]] | Iterable[dict[str, Any]],
-    predict: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    predict: Callable[[list[Any]], list[dict[str, Any]]],
     output: Path,
     *,
     key: str,
     chunk: int,
+    rendered: Sequence[Any] | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, int]:
@@ -116,6 +120,7 @@ def write_predictions(
         output (`Path`): The file, in a directory that exists.
         key (`str`): Hash of everything that the predictions depend on.
         chunk (`int`): Rows that are predicted and written at a time.
+        rendered (`Sequence`, *optional*): What `predict` gets in place of the rows, where they are a list.
         overwrite (`bool`): Whether to replace a file of predictions.
         progress (`bool`): Whether to show a progress bar.
 
@@ -128,7 +133,7 @@ def write_predictions(
     """
     with exclusive(output):
         partial = partial_file(output, key)
-        counts = _write(rows, predict, partial, chunk, progress)
+        counts = _write(rows, predict, partial, chunk, progress, rendered)
         # Another program may have written it meanwhile.
         check_predictions_file(output, "--output", overwrite)
         partial.replace(output)
@@ -140,10 +145,11 @@ def write_predictions(
 
 def _write(
     rows: Iterable[dict[str, Any]],
-    predict: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    predict: Callable[[list[Any]], list[dict[str, Any]]],
     partial: Path,
     chunk: int,
     progress: bool,
+    rendered: Sequence[Any] | None,
 ) -> dict[str, int]:
     known = rows if isinstance(rows, list) else None
     kept = [] if known is None else _kept_answers(partial)
@@ -158,7 +164,8 @@ def _write(
         ) as bar,
     ):
         try:
-            for answered in _answered(rows if known is None else known[done:], predict, chunk):
+            left = None if rendered is None else rendered[done:]
+            for answered in _answered(rows if known is None else known[done:], predict, chunk, left):
                 file.write("".join(map(_line, answered)))
                 file.flush()
                 counts.update(str(row["prediction"]) for row in answered)
@@ -186,11 +193,16 @@ def summary(counts: dict[str, int]) -> str:
 
 
 def _answered(
-    rows: Iterable[dict[str, Any]], predict: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], chunk: int
+    rows: Iterable[dict[str, Any]],
+    predict: Callable[[list[Any]], list[dict[str, Any]]],
+    chunk: int,
+    rendered: Sequence[Any] | None,
 ) -> Iterator[list[dict[str, Any]]]:
-    remaining = iter(rows)
+    remaining, start = iter(rows), 0
     while some := list(islice(remaining, chunk)):
-        yield [{**row, **answer} for row, answer in zip(some, predict(some), strict=True)]
+        answers = predict(some if rendered is None else list(rendered[start : start + len(some)]))
+        yield [{**row, **answer} for row, answer in zip(some, answers, strict=True)]
+        start += len(some)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -53,19 +53,31 @@ class SievePipeline(pipeline_sieve.SievePipeline):
         prompt = self.template.prompt.text(texts, self.tokenizer)
         return RenderedRow(prompt, candidates, names, special=not self.template.prompt.roles)
 
-    def check(self, rows: Sequence[Any]) -> list[str]:
-        """Check that all rows can be answered, before any is; return their prompts.
+    def preprocess(  # type: ignore[override]
+        self, input_: Any, first: int = 1, **parameters: Any
+    ) -> dict[str, Any]:
+        """Render a list of rows, but not those that [`check`] rendered; `first` is the number of the first one."""
+        return {
+            "rows": [
+                row if isinstance(row, RenderedRow) else self.render(self._fields(row, number), number)
+                for number, row in enumerate(input_, first)
+            ]
+        }
+
+    def check(self, rows: Sequence[Any]) -> list[RenderedRow]:
+        """Check that all rows can be answered, before any is; return them rendered, which the pipeline answers too.
 
         Raises:
             TypeError: If a row is neither a mapping nor a text that the task accepts.
             ValueError: If a row lacks a field, or its text does not fit in the model's context.
         """
-        examples, inputs = self._examples(self.preprocess(rows)["rows"]), input_format(self.model)
+        rendered: list[RenderedRow] = self.preprocess(rows)["rows"]
+        examples, inputs = self._examples(rendered), input_format(self.model)
         if examples[0].generation is not None:
             check_generation(examples, self.tokenizer, inputs)
         else:
             check_examples(examples, self.tokenizer, inputs=inputs)
-        return [example.prompt for example in examples]
+        return rendered
 
     def scores(self, rows: Sequence[RenderedRow], batch_size: int) -> list[Any]:
         """Return the log-likelihoods (candidates,) of each row, with label offsets, as `evaluate` computes them."""

@@ -13,8 +13,9 @@ from optimum_sieve.search.genome import split_name
 from optimum_sieve.tasks.templates.python_values import only_in_python
 
 from .page.page import PICTURE_NAME
+from .recipe import recipe_command
 from .report import task_blocks
-from .reproduction import healing_command, reproduction_command, task_files
+from .reproduction import healing_command, reproduction_command, task_file_names
 from .table import size_changes
 from .task_file import pipeline_usage
 from .trials import answer, decisive, size_name, stop_sentences, verdict, worst
@@ -95,7 +96,7 @@ def build_card(
     settings = report.get("settings")
     storages = Counter(entry["storage"] for entry in rank_pattern.values()).most_common()
     grid = _rank_grid(rank_pattern)
-    files = task_files(len(task_blocks(report)))
+    files = task_file_names(len(task_blocks(report)))
     card: ModelCard = ModelCard.from_template(
         _card_data(report, on_hub, f"{name}-sieve", pipeline_tag, license_id),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
@@ -115,6 +116,7 @@ def build_card(
         kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
         storage=storages[0][0] if storages else None,
         mixed_storage=len(storages) > 1,
+        recipe=recipe_command(report, task_specs, base_model=on_hub) if settings else None,
         command=reproduction_command(on_hub or name, settings, report.get("loading"), files) if settings else None,
         heal_command=healing_command(on_hub or name, report.get("healing", {}), files),
         settings=_yaml(settings or {}),

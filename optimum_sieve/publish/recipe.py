@@ -26,7 +26,7 @@ _LOADING = ("revision", "dtype", "gguf_file")
 _KEYS = ("model", *_LOADING, "tasks", "settings")
 _HEADER = """\
 # How this model was made. With the rows of the tasks' `data` in DIR, this repeats it:
-#   optimum-cli sieve run sieve.yaml --data-dir DIR{} --output pruned
+#   {}
 """
 
 
@@ -136,13 +136,32 @@ def recipe_files(
         base_model (`str`, *optional*): Hub id of the dense model.
         revision (`str`, *optional*): Its commit.
     """
-    if "settings" in report.get("healing", {}):
-        # Two commands made it, which its card shows.
+    if _is_healed_later(report):
         return {}
     loading = dict(report.get("loading") or {})
     if base_model is not None and revision is not None:
         loading["revision"] = revision
     return {RECIPE_NAME: recipe_text(base_model, specs, report["settings"], loading)}
+
+
+def recipe_command(
+    report: Mapping[str, Any], specs: Sequence[Mapping[str, Any]], *, base_model: str | None
+) -> str | None:
+    """Return the command line that repeats a run from its `sieve.yaml`; `None` if it has none, or it cannot.
+
+    The arguments are of [`recipe_files`].
+    """
+    return None if _is_healed_later(report) or any(map(_only_in_python, specs)) else _run_command(base_model)
+
+
+def _is_healed_later(report: Mapping[str, Any]) -> bool:
+    """Whether a pruned model was healed by another command: two made it, which its card shows."""
+    return "settings" in report.get("healing", {})
+
+
+def _run_command(base_model: str | None) -> str:
+    dense = "" if base_model else " --model DENSE"
+    return f"optimum-cli sieve run {RECIPE_NAME} --data-dir DIR{dense} --output pruned"
 
 
 def recipe_text(
@@ -184,7 +203,7 @@ def recipe_text(
     made = "".join(
         f"# It cannot: a task was made in Python. {found}.\n" for spec in specs if (found := _only_in_python(spec))
     )
-    header = _HEADER.format("" if model else " --model DENSE")
+    header = _HEADER.format(_run_command(model))
     return header + made + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 

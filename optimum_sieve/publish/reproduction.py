@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _TASK_FILES = ("task.yaml",)
 
 
-def task_files(count: int) -> list[str]:
+def task_file_names(count: int) -> list[str]:
     """Return the names that the card gives to the task files of a run."""
     return ["task.yaml"] if count == 1 else [f"task_{number}.yaml" for number in range(1, count + 1)]
 

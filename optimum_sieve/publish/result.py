@@ -21,7 +21,7 @@ from .report import DIGEST_KEY, build_report, remove_scores, task_block, task_bl
 from .saved import save_model
 from .sections import parts_section
 from .table import format_table
-from .task_file import public_task, task_files
+from .task_file import public_task, sieve_task_json
 from .trials import trial_rows
 
 
@@ -225,7 +225,7 @@ def save_result(
             ),
             report=result.report,
             files=lambda: {
-                **task_files(specs, result.report),
+                **sieve_task_json(specs, result.report),
                 **recipe_files(result.report, specs, base_model=hub_id(base_model), revision=base_revision),
             },
             examples=examples,

@@ -52,7 +52,7 @@ def _without_directory(path: Any) -> Any:
     return Path(path).name if isinstance(path, str) and Path(path).is_absolute() else path
 
 
-def task_files(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> dict[str, str]:
+def sieve_task_json(specs: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> dict[str, str]:
     """Return `sieve_task.json` and its content.
 
     Args:

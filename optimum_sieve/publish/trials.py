@@ -35,9 +35,10 @@ def trial_rows(trials: Sequence[dict[str, Any]], tolerance: float | None) -> lis
         tolerance (`float`, *optional*): Largest acceptable drop.
 
     Returns:
-        `list[dict]`: The fraction `kept`, whether the size was `healed`, the figures on the selection split, those of
-            each of several `tasks`, and whether the size was `accepted`. A candidate of a genetic search is neither
-            accepted nor refused by its score on the examples that it was bred on: it has the key `part` alone.
+        `list[dict]`: The fraction `kept`, the one `asked` for, whether the size was `healed`, the figures on the
+            selection split, those of each of several `tasks`, and whether the size was `accepted`. A candidate of a
+            genetic search is neither accepted nor refused by its score on the examples that it was bred on: it has the
+            key `part` alone.
     """
     rows = []
     for trial in trials:
@@ -45,7 +46,7 @@ def trial_rows(trials: Sequence[dict[str, Any]], tolerance: float | None) -> lis
         if part not in (None, _CANDIDATE, _CONFIRMED) or not trial.get("complete", True):
             continue
         row: dict[str, Any] = {"kept": trial["kept"], "healed": bool(trial.get("healed", False))}
-        row |= {name: trial[name] for name in _FIGURES if name in trial}
+        row |= {name: trial[name] for name in ("asked", *_FIGURES) if name in trial}
         if "tasks" in trial:
             row["tasks"] = {
                 task: {name: figures[name] for name in _FIGURES if name in figures}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.backbone.targets import Target
     from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.metrics.identity import Metric
     from optimum_sieve.tasks import Example
     from optimum_sieve.tuning.stage import Tuning
@@ -83,7 +84,9 @@ class Run:
             nothing is stored.
         study_storage (`str`, *optional*): URL of the Optuna storage of a search. Default: a file in the work directory
             or, without one, memory.
-        tuning (`Tuning`, *optional*): How `model` was tuned, and its scores before.
+        tuning (`Tuning`, *optional*): How `model` was tuned, and its test scores before.
+        reference (`tuple[Evaluation, ...]`): Evaluation of the model that the tolerance is measured from, on the
+            selection split of every task; empty until it is scored.
         vocabulary (`TaskVocabulary`, *optional*): The reduced vocabulary of `model` and `tokenizer`.
         before_reduction (`Run`, *optional*): The run before the vocabulary was reduced.
         vocabulary_trials (`tuple[dict, ...]`): Vocabularies that were scored before any pruning, the last one in use.
@@ -106,6 +109,7 @@ class Run:
     model_key: str
     study_storage: str | None = None
     tuning: Tuning | None = None
+    reference: tuple[Evaluation, ...] = ()
     vocabulary: TaskVocabulary | None = None
     before_reduction: Run | None = None
     vocabulary_trials: tuple[Mapping[str, Any], ...] = ()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.evaluation.comparison import compare
-from optimum_sieve.evaluation.stage import score_dense, score_test_dense
+from optimum_sieve.evaluation.stage import score_dense, score_reference, score_test_dense
 from optimum_sieve.run.workdir import content_key
 
 from .loop import train, tune_config
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from optimum_sieve.evaluation.scores import Evaluation
-    from optimum_sieve.run.context import Run
+    from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.training.adapters import Adapters
 
 
@@ -30,13 +30,11 @@ class Tuning:
 
     Args:
         dense (`Sequence[Evaluation]`): Its evaluation on the test split of every task.
-        selection (`Sequence[Evaluation]`): Its evaluation on the selection split of every task.
         report (`dict[str, Any]`): Figures of the training, and of both models on the selection splits.
         adapters (`Adapters`): The merged adapters, which restore its weights.
     """
 
     dense: Sequence[Evaluation]
-    selection: Sequence[Evaluation]
     report: dict[str, Any]
     adapters: Adapters
 
@@ -46,7 +44,7 @@ def tune_dense(run: Run) -> Run:
 
     The tuned model is the dense model of every stage that follows: they prune it and heal against it. The model as it
     came is scored first, and stays as it is if the tuned one is worse on the selection split of a task, or after an
-    error.
+    error. The `reference` of the run is the model that its settings name.
 
     Raises:
         ValueError: If the loss or its gradient is not finite.
@@ -55,21 +53,22 @@ def tune_dense(run: Run) -> Run:
         return run
     dense = score_test_dense(run)
     with run.timed("tuning"):
-        before = [score_dense(run, task, "selection") for task in run.tasks]
+        before = score_reference(run)
         adapters, training, key = train(run)
         report = {"rank": tune_config(run).rank, **training.to_dict()}
-        tuning = Tuning(dense=dense, selection=before, report=report, adapters=adapters)
-        tuned = replace(run, model_key=content_key(model=run.model_key, tuned=key), tuning=tuning)
+        tuning = Tuning(dense=dense, report=report, adapters=adapters)
+        tuned = replace(run, model_key=content_key(model=run.model_key, tuned=key), tuning=tuning, reference=before)
         try:
             adapters.merge(keep=True)
-            tuning.report["selection"] = _compared(tuned, before)
+            after = tuple(score_dense(tuned, task, "selection") for task in run.tasks)
+            tuning.report["selection"] = _compared(run.tasks, before, after)
         except BaseException:
             restore_untuned(tuned)
             raise
     if any(row["mean"] < 0 for row in tuning.report["selection"]):
         restore_untuned(tuned)
         return run
-    return tuned
+    return tuned if run.config.reference == "dense" else replace(tuned, reference=after)
 
 
 def restore_untuned(run: Run) -> None:
@@ -78,11 +77,12 @@ def restore_untuned(run: Run) -> None:
         run.tuning.adapters.undo()
 
 
-def _compared(run: Run, before: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def _compared(
+    tasks: Sequence[TaskRun], before: Sequence[Evaluation], after: Sequence[Evaluation]
+) -> list[dict[str, Any]]:
     """Compare the tuned model with the one before on the selection split of every task; warn of a loss."""
     rows = []
-    for task, dense in zip(run.tasks, before, strict=True):
-        tuned = score_dense(run, task, "selection")
+    for task, dense, tuned in zip(tasks, before, after, strict=True):
         comparison = compare(dense, tuned)
         if comparison.mean < 0:
             logger.warning(

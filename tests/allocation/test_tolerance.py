@@ -33,8 +33,18 @@ def test_the_least_fraction_within_the_tolerance(edge: float) -> None:
     assert len(trials) == 8
     assert kept == min(trial["kept"] for trial in trials if trial["lower_bound"] >= -0.02)
     assert set(trials[0]) == {
-        *("kept", "lower_bound", "mean", "standard_error", "agreement", "kl", "count", "accepted"),
+        *("kept", "asked", "lower_bound", "mean", "standard_error", "agreement", "kl", "count", "accepted"),
     }
+
+
+def test_a_record_has_the_fraction_that_the_ranks_keep() -> None:
+    asked = [0.5, 0.25, 0.375, 0.3125]
+    options = {"tolerance": 0.02, "confidence": 0.9, "steps": 4}
+    kept, trials = search_kept_fraction(cliff(0.3), **options, really_kept=lambda asked: asked - 0.03)
+    assert [trial["asked"] for trial in trials] == asked
+    assert [trial["kept"] for trial in trials] == [each - 0.03 for each in asked]
+    # Ranks are allocated for it.
+    assert kept == 0.3125
 
 
 def test_a_loss_hidden_by_noise_is_not_accepted() -> None:

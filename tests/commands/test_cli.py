@@ -84,6 +84,23 @@ def test_bad_usage_is_status_2(cli, words, message):
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("prune --model m --task t --tolerence 0.02", "--tolerence 0.02. Did you mean --tolerance?"),
+        ("prune --model m --task t --fisher-temprature=2", "=2. Did you mean --fisher-temperature?"),
+        ("heal --model m --task t --output o --heal-stps 2", "--heal-stps 2. Did you mean --heal-steps?"),
+        ("tasks check t --modle m", "--modle m. Did you mean --model?"),
+        ("predict --model m --input - --output - x --other", "unrecognized arguments: x --other"),
+    ],
+)
+def test_a_mistyped_option_is_told_the_closest_one(cli, words, hint):
+    status, _, error = cli(*words.split())
+    assert status == 2
+    assert error.startswith(f"usage: optimum-cli sieve {words.split()[0]}")
+    assert error.endswith(f"{hint}\n")
+
+
 @pytest.mark.parametrize("command", [["prune", "--tolerance", "0.1", "--output", "out"], ["evaluate"]])
 def test_an_error_is_one_line_and_status_1(cli, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

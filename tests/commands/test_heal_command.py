@@ -16,6 +16,7 @@ from optimum_sieve import SieveConfig, SievePruner, compare, evaluate
 from optimum_sieve.commands.base.settings import add_settings, settings_from
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.publish.card import reproduction_command
+from optimum_sieve.publish.recipe import Recipe
 
 
 if TYPE_CHECKING:
@@ -148,8 +149,7 @@ def test_the_prune_command_heals_unless_it_is_told_not_to(
     report = json.loads((tmp_path / "unhealed" / "sieve_report.json").read_text())
     assert "healing" not in report
     assert report["settings"]["heal"] is None
-    card = (tmp_path / "unhealed" / "README.md").read_text()
-    assert "--pruning-ratio 0.6 --no-heal --no-tune --rounds 1 --output pruned" in card
+    assert Recipe.from_file(tmp_path / "unhealed" / "sieve.yaml").config().heal is None
     capsys.readouterr()
     assert run(*words, "--pruning-ratio", 0.6, "--no-heal", "--heal-steps", 4, "--output", tmp_path / "none") == 1
     assert "`--no-heal` must not go with `--heal-steps`, which" in capsys.readouterr().err

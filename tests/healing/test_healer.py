@@ -81,7 +81,7 @@ def test_every_kind_of_model_is_healed_and_loads_with_plain_transformers(
     pruner = SievePruner(MODELS[name](), tokenizer, task, base_model="toy/base")
     result = pruner.prune(SieveConfig(**{**FAR, "pruning_ratio": 0.7}, storage=storage, heal=QUICK), **QUIET)
     sizes = QUICK.sizes_to(1 - 0.7)
-    assert [size["kept"] for size in result.report["healing"]["sizes"]] == sizes
+    assert [size["asked"] for size in result.report["healing"]["sizes"]] == sizes
     assert result.report["healing"]["steps"] == 2 * len(sizes)
     parameters = result.report["parameters"]
     assert parameters["targets_after"] <= 0.3 * parameters["targets_before"]
@@ -106,7 +106,7 @@ def test_adapters_are_learned_and_healed_at_one_size(dense: PreTrainedModel, tmp
     pruner = SievePruner(copy.deepcopy(dense), TOKENIZER, load_task(tmp_path, parity_rows(60)))
     settings = {**FAR, "projection": "learned", "allocation": "uniform", "storage": "factors"}
     result = pruner.prune(SieveConfig(**settings, heal=QUICK), **QUIET)
-    assert [size["kept"] for size in result.report["healing"]["sizes"]] == [1 - 0.9]
+    assert [size["asked"] for size in result.report["healing"]["sizes"]] == [1 - 0.9]
 
 
 def test_a_size_at_which_nothing_is_factorized_is_not_healed(
@@ -120,7 +120,7 @@ def test_a_size_at_which_nothing_is_factorized_is_not_healed(
     healer.descend(calibrate(run), [0.9], lambda size: accepted.append(size) or True, first_ranks=ranks)
     assert [size.ranks(ranks) for size in accepted] == [ranks]
     assert_same(state(run.model), state(dense))
-    assert (healer.report()["steps"], healer.report()["kept"]) == (0, 0.9)
+    assert (healer.report()["steps"], healer.report()["kept"]) == (0, 1.0)
 
 
 def test_given_ranks_are_those_of_the_first_size(dense: PreTrainedModel, task: Task) -> None:
@@ -190,7 +190,7 @@ def test_the_winner_of_a_search_is_healed(dense: PreTrainedModel, task: Task, tm
     result = SievePruner(copy.deepcopy(dense), TOKENIZER, task).prune(config, work_dir=tmp_path, **QUIET)
     assert result.rank_pattern == unhealed.rank_pattern
     assert result.report["parameters"] == unhealed.report["parameters"]
-    assert [size["kept"] for size in result.report["healing"]["sizes"]] == [1 - 0.6]
+    assert [size["asked"] for size in result.report["healing"]["sizes"]] == [1 - 0.6]
     assert result.report["healing"]["steps"] == 2
     after, before = state(result.model), state(unhealed.model)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
@@ -208,7 +208,7 @@ def test_the_descent_goes_below_the_winner_of_a_search(
     assert len(winners) == 1
     assert result.report["healing"]["kept_without"] == 0.4
     # From one size above.
-    assert [trial["kept"] for trial in trials[:3]] == pytest.approx([0.8, 0.4, 0.2])
+    assert [trial["asked"] for trial in trials[:3]] == pytest.approx([0.8, 0.4, 0.2])
     assert trials[0]["count"] == task.splits["selection"]
 
 

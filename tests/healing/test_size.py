@@ -49,5 +49,7 @@ def test_factors_stay_where_pivots_cannot_hold_them() -> None:
 
 def test_a_size_names_its_ranks() -> None:
     layers = {"a": make_layer(torch.float32, 4), "b": make_layer(torch.float32, 0)}
-    size = HealedSize(kept=0.5, key="", factors=layers, layers=layers, norms={}, healing=Training(examples=3))
+    size = HealedSize(
+        kept=0.5, asked=0.5, key="", factors=layers, layers=layers, norms={}, healing=Training(examples=3)
+    )
     assert size.ranks(["a", "b", "c"]) == {"a": 4, "b": 0, "c": None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -11,10 +10,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
+from toy import load_task, make_tokenizer, parity_rows
 from transformers import PreTrainedTokenizerFast
 
-from optimum_sieve import SievePruner, Task
 from optimum_sieve.backbone.kinds import InputFormat
 from optimum_sieve.pipeline.findings import examine
 
@@ -92,6 +90,17 @@ def test_labels_that_no_example_has(tmp_path):
     )
 
 
+def test_a_limit_above_the_number_of_rows(tmp_path):
+    limit = {"calibration": 20, "selection": 11, "test": 1000}
+    task = load_task(tmp_path, parity_rows(40), limit=limit)
+    assert task.splits == {"calibration": 20, "selection": 10, "test": 10}
+    assert examine(task).warnings == tuple(
+        f"`limit.{split}` asks for {asked} rows, but the data has only 10 for the {split} split, and all are used. "
+        "Lower the limit, or add rows."
+        for split, asked in (("selection", "11"), ("test", "1,000"))
+    )
+
+
 def test_options_that_the_chat_template_does_not_read(tmp_path):
     options = {"enable_thinkin": False, "tools": []}
     chat = [{"role": "user", "content": "{{ text }}"}]
@@ -145,24 +154,3 @@ def test_a_tokenizer_that_does_not_fit_is_an_error(tmp_path):
     task = load_task(tmp_path, parity_rows(40), prompt=None, chat=[{"role": "user", "content": "{{ text }}"}])
     (error,) = examine(task, make_tokenizer()).errors
     assert error.startswith("`chat` must be used with a tokenizer that has a chat template")
-
-
-def messages(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "there is nothing to lose" in record.getMessage()]
-
-
-@pytest.mark.parametrize(
-    ("settings", "split"),
-    [({"tolerance": 0.9, "search_steps": 1}, "selection"), ({"pruning_ratio": 0.5}, "test")],
-)
-def test_a_dense_model_that_is_not_above_the_majority_is_told_once(caplog, settings, split):
-    # Almost all answers are "even", and the model does not know it.
-    rows = [{"text": str(number), "label": "odd" if number % 20 == 0 else "even"} for number in range(100)]
-    task = Task(
-        data=rows, prompt="Number: {{ text }} Parity:", answer="{{ label }}", labels={"odd": " odd", "even": " even"}
-    )
-    pruner = SievePruner.from_pretrained(make_model(), tokenizer=make_tokenizer(), task=task)
-    with caplog.at_level(logging.WARNING):
-        pruner.prune(unhealed(rounds=1, **settings), progress=False)
-    (message,) = messages(caplog)
-    assert f"on the {split} split of 'task'" in message

@@ -21,24 +21,29 @@ def test_the_dry_run_names_the_tolerance_that_the_examples_can_show(tmp_path: Pa
     pruner = SievePruner(make_model(), make_tokenizer(), load_task(tmp_path))
     count = pruner.plan(SieveConfig(pruning_ratio=0.5)).examples[pruner.tasks[0].name]["selection"]
     plan = pruner.plan(SieveConfig(tolerance=0.02))
-    (line,) = [line for line in plan.format().splitlines() if line.startswith("tolerance that shows   0.")]
-    assert line.endswith(f"; {count:,} examples decide")
+    lines = plan.format().splitlines()
+    (first,) = [number for number, line in enumerate(lines) if line.startswith("tolerance that shows   about 0.")]
+    assert f": {count:,} selection examples decide. " in lines[first]
+    assert all(line.startswith(" " * 25) for line in lines[first + 1 : first + 4])
     assert "tolerance" not in pruner.plan(SieveConfig(pruning_ratio=0.5)).format()
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "0.021 or 0.029 (agreement .9 or .8): a model without any loss passes it in half of the runs, 0.034 or "
-             "0.048 in four of five; 400 examples decide"),
-        ({"confidence": 0.5}, "0.000 or 0.000 (agreement"),
+        ({}, "about 0.034: 400 selection examples decide. A pruned model that loses nothing is accepted at\n"
+             "0.034 in four of five runs, at 0.021 in half, where it gives the dense model's answer to 90% of them\n"
+             "0.048 in four of five runs, at 0.029 in half, where it does so to 80%\n"
+             "A size is accepted only if the examples show it: for a smaller tolerance, add examples."),
+        ({"confidence": 0.5}, "in four of five runs, at 0.000 in half, "),
         # Half of them choose the candidate.
-        ({"allocation": "genetic", "search_fraction": 0.5}, "; 200 examples decide"),
+        ({"allocation": "genetic", "search_fraction": 0.5}, ": 200 selection examples decide. "),
     ],
 )  # fmt: skip
 def test_what_400_examples_can_show(settings: dict[str, Any], expected: str) -> None:
     splits = {"movie": {"calibration": 256, "selection": 400, "test": 1000}}
-    assert expected in describe_certainty(splits, SieveConfig(tolerance=0.02, **settings))["movie"]
+    text = describe_certainty(splits, SieveConfig(tolerance=0.02, **settings))["movie"]
+    assert expected in "\n".join(line.strip() for line in text.splitlines())
 
 
 def test_too_few_examples_are_warned_of(caplog: Any) -> None:

@@ -76,6 +76,25 @@ def test_standard_input_and_output(pruned: Path, wanted: list[str], cli: Cli, mo
     assert [row["prediction"] for row in lines(out)] == wanted
 
 
+@pytest.mark.parametrize("output", ["out.jsonl", "-"])
+def test_rows_of_a_file_are_rendered_once(
+    output: str, pruned: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, wanted: list[str]
+) -> None:
+    render, numbers = SievePipeline.render, list[int]()
+
+    def counting(self: Any, row: Any, number: int) -> Any:
+        numbers.append(number)
+        return render(self, row, number)
+
+    monkeypatch.setattr(SievePipeline, "render", counting)
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", TEXTS)
+    status, out, err = cli("predict", "--model", pruned, "--input", "rows.jsonl", "--output", output, "--batch-size", 1)
+    assert status == 0, err
+    assert [row["prediction"] for row in lines(out or (tmp_path / output).read_text())] == wanted
+    assert numbers == list(range(1, len(TEXTS) + 1))
+
+
 def test_a_stopped_command_goes_on(
     pruned: Path, wanted: list[str], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,10 +111,25 @@ def test_text_has_every_figure(report):
     assert "python 3.11.7, torch 2.13.0." in text
 
 
-def test_the_command_loads_the_model_as_it_was_loaded(report):
+def test_the_card_names_the_recipe_that_repeats_the_run(report):
+    command = "```bash\noptimum-cli sieve run sieve.yaml --data-dir DIR --output pruned\n```"
+    text = build_card(report, PATTERN, base_model="org/base", task_specs=[SPEC]).text
+    assert command in text
+    assert "optimum-cli sieve prune" not in text
+    local = build_card(report, PATTERN, base_model="a/path/to/base", task_specs=[SPEC]).text
+    assert "--data-dir DIR --model DENSE --output pruned\n```" in local
+
+
+@pytest.mark.parametrize("reason", ["healed later", "made in Python"])
+def test_a_model_that_no_recipe_repeats_has_the_commands_that_made_it(report, reason):
+    specs = [SPEC] if reason == "healed later" else [{**SPEC, "prompt": {"function": "ask"}}]
+    if reason == "healed later":
+        report["healing"] = {"settings": {"steps": 4}, "kept": None}
     report["loading"] = {"dtype": "bfloat16", "gguf_file": "a b.gguf"}
-    text = build_card(report, PATTERN, base_model="org/base").text
+    text = build_card(report, PATTERN, base_model="org/base", task_specs=specs).text
     assert "--task task.yaml --dtype bfloat16 --gguf-file 'a b.gguf' " in text
+    assert ("optimum-cli sieve heal" in text) == (reason == "healed later")
+    assert "sieve.yaml" not in text
 
 
 def test_rank_table_has_a_row_for_each_layer(report):

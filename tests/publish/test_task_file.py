@@ -12,7 +12,7 @@ from toy import make_model, make_tokenizer, parity_rows, task_spec, unhealed, wr
 from transformers import AutoModelForCausalLM, pipeline
 
 from optimum_sieve import SievePruner, Task
-from optimum_sieve.publish.task_file import inherited_files, public_task, task_files
+from optimum_sieve.publish.task_file import inherited_files, public_task, sieve_task_json
 
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def test_models_without_a_task_have_none_to_pass_on(tmp_path: Path) -> None:
 
 def test_scores_of_several_tasks_go_to_their_tasks() -> None:
     blocks = [{"task": name, "split": "test", "count": count} for name, count in (("one", 1), ("two", 2))]
-    files = task_files([task_spec(name="two"), task_spec(name="one")], {"tasks": blocks})
+    files = sieve_task_json([task_spec(name="two"), task_spec(name="one")], {"tasks": blocks})
     content = json.loads(files["sieve_task.json"])
     assert [task["results"]["count"] for task in content["tasks"]] == [2, 1]
 

@@ -24,9 +24,11 @@ def block(mean: float, error: float, **more: Any) -> dict[str, Any]:
 
 
 def test_rows_hold_the_figures_and_the_answer() -> None:
-    rows = trial_rows([trial(0.5, -0.015), trial(0.25, -0.03, healed=True)], 0.02)
+    rows = trial_rows([trial(0.5, -0.015), trial(0.25, -0.03, healed=True, asked=0.27)], 0.02)
     assert [(row["kept"], row["healed"], row["accepted"]) for row in rows] == [(0.5, False, True), (0.25, True, False)]
     assert {key: rows[0][key] for key in FIGURES} == FIGURES
+    # Of earlier versions, `kept` is the fraction that was asked for.
+    assert [row.get("asked") for row in rows] == [None, 0.27]
     assert "accepted" not in trial_rows([trial(0.5, -0.015)], None)[0]
 
 

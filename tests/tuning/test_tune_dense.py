@@ -91,7 +91,7 @@ def test_three_models_are_scored_and_reported(dense: PreTrainedModel, task: Task
         f"| pruned model | {after.score:.4f} |",
         f"| pruned - dense, paired | {after.score - before.score:+.4f} |",
         f"| pruned - tuned, paired | {after.score - tuned.score:+.4f} |",
-        "--tune --tune-steps 40 --tune-learning-rate 0.02",
+        "optimum-cli sieve run sieve.yaml --data-dir DIR",
         "LoRA adapters of rank 8, trained for 40 steps",
     ):
         assert line in card

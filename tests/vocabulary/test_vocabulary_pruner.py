@@ -94,7 +94,7 @@ def test_sizes_are_those_of_the_modules(pruner, output, dense):
     assert config.eos_token_id == pruner.tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(2))
     card = (output / "README.md").read_text()
     assert f"have {sizes['after']:,} of the dense model's 960 tokens" in card
-    assert "--vocabulary task" in card
+    assert "vocabulary: task" in card
     assert "| tokens of the vocabulary | 960 |" in card
 
 

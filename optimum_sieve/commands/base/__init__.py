@@ -1,7 +1,11 @@
-"""What the subcommands share: options, the settings of a run, the file with which a search is joined, errors."""
+"""What the subcommands share: options, the settings of a run, the file with which a search is joined, errors.
+
+`group.SieveGroup` is the base of commands with subcommands, `subcommand.SieveSubcommand` that of all others.
+"""
 
 from __future__ import annotations
 
+from .group import SieveGroup
 from .subcommand import (
     SieveSubcommand,
     add_batch_size,
@@ -18,6 +22,7 @@ from .subcommand import (
 
 
 __all__ = [
+    "SieveGroup",
     "SieveSubcommand",
     "add_batch_size",
     "add_debug",

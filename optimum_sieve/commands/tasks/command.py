@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.base import CommandInfo
 
-from ..base import SieveSubcommand, add_debug
+from ..base import SieveGroup, SieveSubcommand, add_debug
 
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _read_tokenizer(arguments: Namespace) -> tuple[PreTrainedTokenizerBase, Inpu
     )
 
 
-class TasksCommand(BaseOptimumCLICommand):
+class TasksCommand(SieveGroup):
     """Group the subcommands of `optimum-cli sieve tasks`."""
 
     COMMAND = CommandInfo(name="tasks", help="Check task files.")

@@ -9,7 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from optimum_sieve.publish.report import task_blocks
-from optimum_sieve.publish.reproduction import healing_command, reproduction_command, task_files
+from optimum_sieve.publish.reproduction import healing_command, reproduction_command, task_file_names
 from optimum_sieve.publish.trials import (
     REFERENCES,
     answer,
@@ -178,7 +178,7 @@ def _answers(task: dict[str, Any]) -> dict[str, Any]:
 
 def _command(report: dict[str, Any], tasks: Sequence[dict[str, Any]]) -> str | None:
     """Return the command lines that make the model again, as in its card."""
-    settings, files = report.get("settings"), task_files(len(tasks))
+    settings, files = report.get("settings"), task_file_names(len(tasks))
     if not settings:
         return None
     base = clean(report.get("base_model") or "MODEL")
