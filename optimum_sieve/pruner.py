@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.backbone.experts import separated_view
 from optimum_sieve.backbone.latency import with_latencies
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sources import check_name
@@ -16,8 +15,7 @@ from optimum_sieve.calibration.stage import calibrate
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned, with_answers
 from optimum_sieve.healing.stage import hold_ranks, make_healer
 from optimum_sieve.pipeline.checks import check_model, check_search
-from optimum_sieve.pipeline.planning import plan_run
-from optimum_sieve.pipeline.prepare import check_inputs, check_vocabulary, prepare
+from optimum_sieve.pipeline.prepare import check_and_plan, prepare
 from optimum_sieve.pipeline.ranks import choose_ranks
 from optimum_sieve.pipeline.reference import prepare_reference
 from optimum_sieve.pipeline.result import measured_dense, pruned_result
@@ -133,9 +131,7 @@ class SievePruner:
     def plan(self, config: SieveConfig) -> PrunePlan:
         """Return what `prune` would do, mostly from shapes; a reduced vocabulary and trees of candidates are tried."""
         self._ensure_dense()
-        targets = check_inputs(separated_view(self.model), self.tokenizer, self.tasks, config)
-        vocabulary = check_vocabulary(self.model, self.tokenizer, self.tasks, config)
-        return plan_run(self.model, self.tokenizer, self.tasks, targets, vocabulary, config)
+        return check_and_plan(self.model, self.tokenizer, self.tasks, config)
 
     def search(
         self,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.backbone.targets import Target
+    from optimum_sieve.plan.plan import PrunePlan
     from optimum_sieve.tasks import Task
     from optimum_sieve.vocabulary import TaskVocabulary
 
@@ -105,6 +106,18 @@ def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task:
                 "search with workers: `optimum-cli sieve search --worker`."
             )
         config.search_count(task.splits["selection"])
+
+
+def check_and_plan(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
+) -> PrunePlan:
+    """Check everything as [`prepare`] does, and plan the run. The model does not change.
+
+    Raises:
+        ValueError: If the settings, the model or the data break a rule.
+    """
+    targets = check_inputs(separated_view(model), tokenizer, tasks, config)
+    return plan_run(model, tokenizer, tasks, targets, check_vocabulary(model, tokenizer, tasks, config), config)
 
 
 def prepare(
