@@ -13,8 +13,9 @@ from optimum_sieve._lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .plan import BlockPlan, PrunePlan, make_plan
+    from .blocks import BlockPlan
+    from .plan import PrunePlan, make_plan
 
 __all__ = ["BlockPlan", "PrunePlan", "make_plan"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"plan": ["BlockPlan", "PrunePlan", "make_plan"]})
+__getattr__, __dir__ = lazy_names(__name__, {"blocks": ["BlockPlan"], "plan": ["PrunePlan", "make_plan"]})

@@ -198,3 +198,14 @@ def _bytes(module: nn.Module) -> int:
 
 def _is_offloaded(block: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in block.parameters())
+
+
+def element_size(model: nn.Module, targets: Sequence[Target]) -> int:
+    """Return the bytes of one element of the targets' weights."""
+    first: Any = model.get_submodule(targets[0].name)
+    return int(first.weight.element_size())
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes for a terminal."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"

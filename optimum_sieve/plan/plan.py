@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.backbone.blockwise import find_blocks
-from optimum_sieve.backbone.offloading import execution_device, holds_offloaded
+from optimum_sieve.backbone.offloading import execution_device
 from optimum_sieve.backbone.sizes import tensor_bytes
 from optimum_sieve.tasks.data import INPUTS
 
+from .blocks import BlockPlan, plan_blocks
 from .certainty import describe_certainty
 from .flops import count_work
 from .healing import describe_healing, heal_bytes
 from .memory import (
-    BlockSizes,
     bases_at_once,
     basis_bytes,
-    by_block_bytes,
+    element_size,
     expert_shares,
     moments_bytes,
+    size_text,
     whole_activation_bytes,
 )
 from .stages import count_passes
@@ -27,7 +27,7 @@ from .tuning import describe_tuning, tune_bytes
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import torch
     from torch import nn
@@ -44,23 +44,6 @@ _LIBRARY_BYTES = 600_000_000
 # In half precision on the CPU, oneDNN caches up to 1,024 compiled products, one for each rank and number of tokens
 # (measured: .7 MB each).
 _KERNEL_BYTES = 700_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockPlan:
-    """Sizes of a run that holds one block of the model at a time.
-
-    Args:
-        count (`int`): Number of blocks.
-        passes (`int`): Passes over the calibration examples.
-        peak_bytes (`int`): Peak memory in bytes.
-        disk_bytes (`int`): Peak size of the work directory in bytes: bases, and the states between the blocks.
-    """
-
-    count: int
-    passes: int
-    peak_bytes: int
-    disk_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +129,8 @@ class PrunePlan:
             f"parameters of the model {self.model_parameters:,}",
             "kept after pruning     "
             + (f"about {after:,} of the matrices' parameters" if after is not None else "decided by the search"),
-            f"weights on disk        {_size(self.model_bytes)} dense"
-            + (f", about {_size(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
+            f"weights on disk        {size_text(self.model_bytes)} dense"
+            + (f", about {size_text(self.expected_bytes)} pruned" if self.expected_bytes is not None else ""),
             *self._memory_lines(),
             *_task_lines("examples", {name: _counts(splits) for name, splits in self.examples.items()}),
             *_task_lines("candidates", self.candidates),
@@ -158,25 +141,25 @@ class PrunePlan:
                 f"vocabulary             {self.vocabulary['after']:,} of {self.vocabulary['before']:,} tokens or more"
             )
         if self.tuning is not None:
-            lines.append(f"tuning                 {self.tuning}; {_size(self.tune_bytes)} of state")
+            lines.append(f"tuning                 {self.tuning}; {size_text(self.tune_bytes)} of state")
         if self.healing is not None:
-            lines.append(f"healing                {self.healing}; {_size(self.heal_bytes)} of state")
+            lines.append(f"healing                {self.healing}; {size_text(self.heal_bytes)} of state")
         return "\n".join(lines)
 
     def _memory_lines(self) -> list[str]:
-        peak = f"memory                 {_size(self.peak_bytes)} at most: "
+        peak = f"memory                 {size_text(self.peak_bytes)} at most: "
         if self.blocks is None:
             return [
-                f"{peak}model {_size(self.model_bytes)}, moments {_size(self.moments_bytes)}, factor bases "
-                f"{self.bases_at_once} x {_size(self.bases_bytes)}, activations "
-                f"{_size(self.activation_bytes)}",
-                f"disk                   {_size(self.disk_bytes)} in the work directory, if one is given",
+                f"{peak}model {size_text(self.model_bytes)}, moments {size_text(self.moments_bytes)}, factor bases "
+                f"{self.bases_at_once} x {size_text(self.bases_bytes)}, activations "
+                f"{size_text(self.activation_bytes)}",
+                f"disk                   {size_text(self.disk_bytes)} in the work directory, if one is given",
             ]
         return [
-            f"{peak}one block of {self.blocks.count} at a time; whole model {_size(self.whole_bytes)}; "
+            f"{peak}one block of {self.blocks.count} at a time; whole model {size_text(self.whole_bytes)}; "
             f"Python and its libraries take about {self.library_bytes / 1e6:,.0f} MB more of CPU memory",
             f"passes                 {self.blocks.passes} over the calibration examples, with two forward passes each",
-            f"disk                   {_size(self.disk_bytes)} in the work directory",
+            f"disk                   {size_text(self.disk_bytes)} in the work directory",
         ]
 
 
@@ -211,7 +194,7 @@ def make_plan(
     total = sum(target.num_parameters for target in targets)
     model_bytes = tensor_bytes(model)
     after = None if config.pruning_ratio is None else round(total * (1 - config.pruning_ratio))
-    element = _element_size(model, targets)
+    element = element_size(model, targets)
     on_cpu = (device or execution_device(model.get_submodule(targets[0].name))).type == "cpu"
     removed = 0 if vocabulary is None else vocabulary.rows.removed_elements
     plan = PrunePlan(
@@ -235,7 +218,7 @@ def make_plan(
         candidates=dict(candidates or {}),
         library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if on_cpu and element == 2 else 0),
     )
-    plan = replace(plan, rounds=config.num_rounds, blocks=_plan_blocks(plan, model, targets, config, batch))
+    plan = replace(plan, rounds=config.num_rounds, blocks=plan_blocks(plan, model, targets, config, batch))
     shares = expert_shares(model, targets)
     inputs = [batch.splits[split].tokens for split in INPUTS if split in batch.splits]
     tokens = sum(inputs) if batch.drawn is None else batch.drawn.tokens
@@ -248,70 +231,6 @@ def _head_width(model: Any) -> int:
     """Return the inputs of the head over the vocabulary; 0 without one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return 0 if head is None else int(head.weight.shape[-1])
-
-
-def _plan_blocks(
-    plan: PrunePlan, model: nn.Module, targets: list[Target], config: SieveConfig, batch: BatchSizes
-) -> BlockPlan | None:
-    """Plan a run by blocks if the model is offloaded or the whole run exceeds the limit."""
-    limit = config.memory_bytes
-    if not holds_offloaded(model) and (limit is None or plan.whole_bytes <= limit):
-        return None
-    _refuse_whole_runs(plan, config, limit)
-    element = _element_size(model, targets)
-    sizes = BlockSizes.of(model, targets, config.projection)
-    # A search may end near the dense model.
-    kept = plan.targets_parameters if config.pruning_ratio is None else plan.expected_targets_parameters or 0
-    peak = by_block_bytes(sizes, batch, config, kept * element)
-    if limit is not None and peak > limit:
-        raise ValueError(
-            f"`memory_limit` must be at least {_size(peak)} here, with {_size(sizes.resident)} of weights that stay in "
-            f"memory, got {_size(limit)}. Raise it, or lower `batch_size`."
-        )
-    hidden = max(target.in_features for target in targets)
-    blocks = find_blocks(model)
-    return BlockPlan(
-        count=len(blocks),
-        passes=config.num_rounds,
-        peak_bytes=peak,
-        disk_bytes=plan.bases_at_once * plan.bases_bytes + (len(blocks) + 1) * batch.states * hidden * element,
-    )
-
-
-def _refuse_whole_runs(plan: PrunePlan, config: SieveConfig, limit: int | None) -> None:
-    """Refuse settings that need the whole model in memory.
-
-    Raises:
-        ValueError: If there is one; the message names it.
-    """
-    refused = [
-        name
-        for name, whole in (
-            ("projection='learned'", config.projection == "learned"),
-            ("allocation='genetic'", config.allocation == "genetic"),
-            ("tune", config.tune not in (None, "auto")),
-            ("heal", config.heal is not None),
-            ("vocabulary='task'", config.vocabulary == "task"),
-        )
-        if whole
-    ]
-    if refused:
-        room = "a model in memory" if limit is None else f"a `memory_limit` of {_size(plan.whole_bytes)} or more"
-        given = "an offloaded model" if limit is None else _size(limit)
-        raise ValueError(
-            f"`{refused[0]}` must go with {room}, got {given}: with less, one block of the model is held at a time. "
-            "Prune without it; `optimum-cli sieve heal` heals the result."
-        )
-
-
-def _element_size(model: nn.Module, targets: Sequence[Target]) -> int:
-    """Return the bytes of one element of the targets' weights."""
-    first: Any = model.get_submodule(targets[0].name)
-    return int(first.weight.element_size())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
 
 
 def _task_lines(title: str, texts: Mapping[str, str]) -> list[str]:
