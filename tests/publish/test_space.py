@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import shutil
@@ -50,7 +51,9 @@ def url(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False)
     yield address
     page.close(verbose=False)
-    # Event loops that gradio and its client leave open, whose warning would fail a later test of another file.
+    # gradio leaves event loops open, the last one in this thread: removed later, they would fail another file's test.
+    del page
+    asyncio.set_event_loop(None)
     gc.collect()
 
 
