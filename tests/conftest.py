@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+# Workers take whole files, in this order: a long one that starts last keeps one of them busy alone.
+_LONGEST = (
+    *("test_newcomer.py", "test_search_workers.py", "test_architectures.py", "test_lm_eval_tasks.py", "test_kills.py"),
+    *("test_results_benchmark.py", "test_generated_commands.py", "test_generated_tasks.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
 

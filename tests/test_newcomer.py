@@ -19,6 +19,7 @@ import pytest
 import torch
 from clean_environment import make_clean_environment
 from hub_server import OWNER, WRITE, running_hub
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -27,6 +28,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = "Review: {}\nSentiment:"
+ADAPTER = """
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("pruned")
+get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained("adapter")
+"""
 ASK = "print(classify('The lamp is sturdy, I would buy it again.'))"
 
 
@@ -105,9 +112,16 @@ def test_word_by_word(python: Path, tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(task)
     (commands,) = blocks("bash")
     assert MODEL in commands
+    # In the work directory of the Python code below, which then has nothing left to compute.
+    commands = commands.replace("--output pruned", "--output pruned --work-dir work")
     assert "pruned" in run(["bash", "-ec", commands])
     use, prune = blocks("python")
-    assert "'prediction': 'positive'" in run(["python", "-c", f"{use}\n{ASK}"])
+    again = prune.replace('"pruned"', '"again"')
+    assert "'prediction': 'positive'" in run(["python", "-W", "ignore", "-c", f"{use}\n{ASK}\n{again}\n{ADAPTER}"])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+    assert (tmp_path / "again" / "sieve_task.json").exists()
 
     with (tmp_path / "new.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["id", "text"])
@@ -121,15 +135,6 @@ def test_word_by_word(python: Path, tmp_path: Path) -> None:
 
     page = (tmp_path / "pruned" / "report.html").read_text(encoding="utf-8")
     assert "movie-sentiment" in page
-    adapter = (
-        "from peft import LoraConfig, get_peft_model\nfrom transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained('pruned')\n"
-        "get_peft_model(model, LoraConfig(task_type='CAUSAL_LM')).save_pretrained('adapter')\n"
-    )
-    run(["python", "-W", "ignore", "-c", adapter])
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    run(["python", "-c", prune.replace('"pruned"', '"again"')])
-    assert (tmp_path / "again" / "sieve_task.json").exists()
 
     with running_hub() as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_DISABLE_XET": "1"}

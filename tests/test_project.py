@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def test_every_requirement_has_a_tested_version():
     pinned = set(re.findall(r"^([a-z0-9-]+)==", read("constraints.txt"), flags=re.MULTILINE))
     assert {"torch", "transformers", "ruff", "mkdocs"} <= required
     assert {name.lower().replace("_", "-") for name in required} <= pinned
+
+
+def test_extras_that_texts_name_exist_and_are_quoted_for_every_shell():
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    paths = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "optimum_sieve").rglob("*.py")]
+    named = [match for path in paths for match in re.findall(r"(.)optimum-sieve\[(\S+?)\](.)", path.read_text("utf-8"))]
+    assert len(named) >= 6
+    for before, extras, after in named:
+        assert before == after == "'", extras
+        assert set(extras.split(",")) <= project["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("name", optimum_sieve.__all__)

@@ -17,7 +17,7 @@ from .recipe import recipe_command
 from .report import task_blocks
 from .reproduction import healing_command, reproduction_command, task_file_names
 from .table import size_changes
-from .task_file import pipeline_usage
+from .task_file import pipeline_usage, widget_examples
 from .trials import answer, decisive, size_name, stop_sentences, verdict, worst
 
 
@@ -29,16 +29,17 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 # Only a model of type `sieve` has the first tag.
 _TAGS = ["sieve", "optimum-sieve", "low-rank", "pruned"]
-# The Hub's name for what each kind of model does.
-PIPELINE_TAGS = {
+# The Hub's name for what each kind of model does. Text to text is a part of text generation there, named by a tag.
+_PIPELINE_TAGS = {
     "causal": "text-generation",
-    "seq2seq": "text2text-generation",
+    "seq2seq": "text-generation",
     "classification": "text-classification",
 }
+_KIND_TAGS = {"seq2seq": ["text2text-generation"]}
 _AUTO_CLASSES = {
-    "text-generation": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
 }
 # This package's names that are not names of evaluate's modules.
 _HUB_METRICS: dict[str, dict[str, Any]] = {
@@ -58,7 +59,7 @@ def build_card(
     base_model: str | None,
     base_revision: str | None = None,
     task_specs: Sequence[dict[str, Any]] = (),
-    pipeline_tag: str = "text-generation",
+    kind: str = "causal",
     license_id: str | None = None,
 ) -> ModelCard:
     """Build the README.md of a pruned model from its report, without network access.
@@ -71,12 +72,13 @@ def build_card(
             Hub id or path of the dense model. Only the last part of a path appears in the text, none in the metadata.
         base_revision (`str`, *optional*): Commit of the dense model on the Hub.
         task_specs (`Sequence[dict[str, Any]]`): Content of each task file, quoted in the card.
-        pipeline_tag (`str`): The Hub's name for the kind of model.
+        kind (`str`): Kind of the model, see [`model_kind`][optimum_sieve.backbone.kinds.model_kind].
         license_id (`str`, *optional*):
             Licence of the dense model, see [`base_license`][optimum_sieve.publish.card.base_license].
 
     Returns:
-        `huggingface_hub.ModelCard`: Metadata with a model index of the scores of both models, and the text.
+        `huggingface_hub.ModelCard`: Metadata with a model index of the scores of both models and an example of each
+            prompt for the Hub's widget, and the text.
 
     Example:
 
@@ -98,7 +100,7 @@ def build_card(
     grid = _rank_grid(rank_pattern)
     files = task_file_names(len(task_blocks(report)))
     card: ModelCard = ModelCard.from_template(
-        _card_data(report, on_hub, f"{name}-sieve", pipeline_tag, license_id),
+        _card_data(report, on_hub, f"{name}-sieve", kind, license_id, widget_examples(task_specs, kind)),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         report=report,
         tasks=task_blocks(report),
@@ -110,7 +112,7 @@ def build_card(
         trials=[(size_name(trial), trial, worst(trial), answer(trial)) for trial in decisive(report.get("trials", []))],
         stops=[f"{sentence[0].upper()}{sentence[1:]}." for sentence in stop_sentences(report)],
         verdicts=[(task, verdict(report, task)) for task in task_blocks(report)],
-        auto_class=_AUTO_CLASSES.get(pipeline_tag, "AutoModel"),
+        auto_class=_AUTO_CLASSES[kind],
         rank_pattern=rank_pattern,
         grid=grid,
         kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
@@ -148,8 +150,8 @@ def build_export_card(
     data = ModelCardData(
         # A name without a user may be the last part of a path.
         base_model=base if base and "/" in base else None,
-        pipeline_tag=PIPELINE_TAGS[kind],
-        tags=_TAGS[1:],
+        pipeline_tag=_PIPELINE_TAGS[kind],
+        tags=[*_TAGS[1:], *_KIND_TAGS.get(kind, ())],
         library_name=library_name,
         license=license_id,
     )
@@ -217,18 +219,25 @@ def hub_id(base_model: str | None) -> str | None:
 
 
 def _card_data(
-    report: dict[str, Any], hub_id: str | None, model_name: str, pipeline_tag: str, license_id: str | None
+    report: dict[str, Any],
+    hub_id: str | None,
+    name: str,
+    kind: str,
+    license_id: str | None,
+    widget: list[dict[str, Any]],
 ) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
+    pipeline_tag = _PIPELINE_TAGS[kind]
     return ModelCardData(
         base_model=hub_id,
         library_name="transformers",
         pipeline_tag=pipeline_tag,
         license=license_id,
-        tags=_TAGS,
+        tags=[*_TAGS, *_KIND_TAGS.get(kind, ())],
+        widget=widget or None,
         metrics=list(dict.fromkeys(_hub_metric(task)["type"] for task in task_blocks(report))),
-        model_name=model_name,
+        model_name=name,
         eval_results=[
             _eval_result(task, key, pipeline_tag)
             for task in task_blocks(report)

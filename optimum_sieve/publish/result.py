@@ -13,7 +13,7 @@ from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.run import distributed
 from optimum_sieve.surgery.apply import largest_coefficient
 
-from .card import PIPELINE_TAGS, base_license, build_card, hub_id
+from .card import base_license, build_card, hub_id
 from .directory import save_directory
 from .page.examples import differing
 from .recipe import recipe_files
@@ -220,7 +220,7 @@ def save_result(
                 base_model=base_model,
                 base_revision=base_revision,
                 task_specs=specs,
-                pipeline_tag=PIPELINE_TAGS[model_kind(result.model)],
+                kind=model_kind(result.model),
                 license_id=base_license(base_model),
             ),
             report=result.report,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.metrics.module_metric import public_spec
+from optimum_sieve.tasks.generate import Generate
 from optimum_sieve.tasks.template import TaskTemplate
 from optimum_sieve.tasks.templates.python_values import not_applicable, only_in_python
 
@@ -90,6 +91,55 @@ def pipeline_usage(specs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     text = "..."
     row = json.dumps(text if len(fields) < 2 else dict.fromkeys(fields, text), ensure_ascii=False)
     return {"row": row, "name": applied[0]["name"] if len(specs) > 1 else None}
+
+
+def widget_examples(specs: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return an example of each task's prompt for the Hub's widget, with field names in brackets in place of a row.
+
+    Args:
+        specs (`Sequence[dict[str, Any]]`): Content of each task file.
+        kind (`str`): Kind of the model, see [`model_kind`][optimum_sieve.backbone.kinds.model_kind].
+
+    Returns:
+        `list[dict[str, Any]]`: As the metadata of a model card has them under `widget`. Tasks whose prompt cannot be
+            shown so have none: a template that computes with a field, and messages that the widget cannot send.
+
+    Example:
+
+    ```python
+    >>> labels = {"no": " no", "yes": " yes"}
+    >>> task = {"name": "toy", "kind": "labels", "prompt": "Review: {{ text }}", "labels": labels}
+    >>> widget_examples([task], "causal")
+    [{'example_title': 'toy', 'text': 'Review: [text]'}]
+
+    ```
+    """
+    examples = [_widget_example(spec, kind) for spec in specs if not_applicable(spec) is None]
+    return [example for example in examples if example is not None]
+
+
+def _widget_example(spec: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    try:
+        template = TaskTemplate.from_spec(spec)
+        fields = {name: f"[{name}]" for name in template.fields}
+        texts, _, _ = template.render(fields, 1)
+    except (ValueError, TypeError):
+        # Not the whole task, or a template that does more with a field than to print it.
+        return None
+    if not fields or not all(any(shown in text for text in texts) for shown in fields.values()):
+        return None
+    example: dict[str, Any] = {"example_title": spec["name"]}
+    roles = template.prompt.roles
+    if not roles:
+        example["text"] = texts[0]
+    elif kind == "causal" and roles[-1] == "user" and set(roles) <= {"system", "user", "assistant"}:
+        example["messages"] = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    else:
+        return None
+    if isinstance(template.scoring, Generate):
+        tokens = template.scoring.generation.max_new_tokens
+        example["parameters"] = {"max_new_tokens": tokens, "do_sample": False}
+    return example
 
 
 def inherited_files(

@@ -93,13 +93,10 @@ from optimum_sieve.evaluation.teacher import Lesson, teach
 from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks import Task
 
-directory, mode = Path(sys.argv[1]), sys.argv[2]
+directory, killed = Path(sys.argv[1]), sys.argv[2] == "killed"
 task = Task.from_file(directory / "task.json")
 examples, tokenizer = split(task, "calibration"), make_tokenizer()
-dense, model = (AutoModelForCausalLM.from_pretrained(directory / name) for name in ("dense", "pruned"))
-work = WorkDir(None if mode == "whole" else directory / "work")
-teacher = teach(dense, examples, tokenizer, work=work, progress=False)
-if mode == "killed":
+if killed:
     take = torch.optim.AdamW.step
     count = iter(range(100))
     def step(self, *args, **options):
@@ -107,10 +104,13 @@ if mode == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return take(self, *args, **options)
     torch.optim.AdamW.step = step
-lesson = Lesson(teacher=teacher, examples=examples)
-heal(model, [lesson], tokenizer, HealConfig(steps=24, learning_rate=3e-2), work=work,
-     progress=False)
-model.save_pretrained(directory / mode)
+# Without a work directory, a whole run.
+for name, place in (("resumed", directory / "work"), ("whole", None)):
+    work = WorkDir(place)
+    dense, model = (AutoModelForCausalLM.from_pretrained(directory / name) for name in ("dense", "pruned"))
+    lesson = Lesson(teacher=teach(dense, examples, tokenizer, work=work, progress=False), examples=examples)
+    heal(model, [lesson], tokenizer, HealConfig(steps=24, learning_rate=3e-2), work=work, progress=False)
+    model.save_pretrained(directory / name)
 """
 
 
@@ -120,7 +120,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(dense: PreTrainedModel, ta
     model = sieve_model(prune(dense, task), base_model=None, settings={}, results={})
     model.save_pretrained(tmp_path / "pruned")
     support = Path(toy.__file__).parent
-    for mode, status in (("whole", 0), ("killed", -signal.SIGKILL), ("resumed", 0)):
+    for mode, status in (("killed", -signal.SIGKILL), ("again", 0)):
         done = subprocess.run(
             [sys.executable, "-c", KILLED, str(tmp_path), mode, str(support), str(support.parents[1])],
             capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},

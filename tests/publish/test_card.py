@@ -160,17 +160,96 @@ def test_card_of_a_bare_report_has_no_empty_sections(report):
 
 
 @pytest.mark.parametrize(
-    ("pipeline_tag", "auto_class"),
+    ("kind", "pipeline_tag", "auto_class"),
     [
-        ("text-generation", "AutoModelForCausalLM"),
-        ("text-classification", "AutoModelForSequenceClassification"),
-        ("feature-extraction", "AutoModel"),
+        ("causal", "text-generation", "AutoModelForCausalLM"),
+        ("classification", "text-classification", "AutoModelForSequenceClassification"),
+        ("seq2seq", "text-generation", "AutoModelForSeq2SeqLM"),
     ],
 )
-def test_loading_example_names_the_auto_class(report, pipeline_tag, auto_class):
-    text = build_card(report, PATTERN, base_model="org/base", pipeline_tag=pipeline_tag).text
-    assert f"from transformers import {auto_class}, AutoTokenizer" in text
-    assert "trust_remote_code=True" in text
+def test_loading_example_names_the_auto_class(report, kind, pipeline_tag, auto_class):
+    card = build_card(report, PATTERN, base_model="org/base", kind=kind)
+    assert card.data.pipeline_tag == card.data.eval_results[0].task_type == pipeline_tag
+    assert ("text2text-generation" in card.data.tags) == (kind == "seq2seq")
+    assert f"from transformers import {auto_class}, AutoTokenizer" in card.text
+    assert "trust_remote_code=True" in card.text
+
+
+def test_the_pipeline_comes_first_in_how_to_use(report):
+    text = build_card(report, PATTERN, base_model="org/base", task_specs=[SPEC]).text
+    (first, *_) = re.findall(r"```python\n(.*?)```", text[text.index("## How to use") :], flags=re.DOTALL)
+    assert first == (
+        'from transformers import pipeline\n\nanswer = pipeline("sieve", model="path/or/hub-id")\nanswer("...")\n'
+    )
+
+
+TASK = {**SPEC, "kind": "labels"}
+CHAT = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "{{ title }}: {{ text }}"}]
+WRITTEN = {"name": "toy", "kind": "generate", "prompt": "{{ question }} Answer:", "max_new_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "example"),
+    [
+        (TASK, "causal", {"text": "Review: [text]\nSentiment:"}),
+        (TASK, "seq2seq", {"text": "Review: [text]\nSentiment:"}),
+        (TASK, "classification", {"text": "Review: [text]\nSentiment:"}),
+        (
+            WRITTEN,
+            "causal",
+            {"text": "[question] Answer:", "parameters": {"max_new_tokens": 7, "do_sample": False}},
+        ),
+        (
+            {
+                "name": "toy",
+                "kind": "choices",
+                "choices": ["{{ a }}", "{{ b }}"],
+                "prompt": "{{ lettered_choices }}\nIt is",
+            },
+            "causal",
+            {"text": "A. [a]\nB. [b]\nIt is"},
+        ),
+        (
+            {**TASK, "prompt": None, "chat": CHAT},
+            "causal",
+            {
+                "messages": [
+                    {"role": "system", "content": "Judge."},
+                    {"role": "user", "content": "[title]: [text]"},
+                ]
+            },
+        ),
+    ],
+)
+def test_the_widget_has_the_prompt_with_names_in_place_of_a_row(report, tmp_path, spec, kind, example):
+    build_card(report, PATTERN, base_model="org/base", task_specs=[spec], kind=kind).save(tmp_path / "README.md")
+    # Keys of the Hub's widgets, after a round through the Hub's library.
+    assert ModelCard.load(tmp_path / "README.md").data.widget == [{"example_title": "toy", **example}]
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        # Computed from fields: a row is needed to show what the model reads.
+        ({**TASK, "prompt": "{{ text | length }} letters:"}, "causal"),
+        ({**TASK, "prompt": "{{ number | float + 1 }} is"}, "causal"),
+        ({**TASK, "prompt": "{% if long %}Long: {% endif %}{{ text }}"}, "causal"),
+        ({"name": "toy", "kind": "choices", "choices": "{{ texts }}", "prompt": "{{ lettered_choices }}"}, "causal"),
+        # Nothing that a widget can send: an answer already begun, and messages for a model that takes a text.
+        ({**TASK, "prompt": None, "chat": [*CHAT, {"role": "assistant", "content": "It is"}]}, "causal"),
+        ({**TASK, "prompt": None, "chat": CHAT}, "classification"),
+        ({"name": "toy", "lm_eval": "boolq"}, "causal"),
+        ({**TASK, "prompt": {"function": "ask"}}, "causal"),
+    ],
+)
+def test_prompts_that_no_widget_can_show_have_no_example(report, spec, kind):
+    assert "widget" not in build_card(report, PATTERN, base_model="org/base", task_specs=[spec], kind=kind).data
+
+
+def test_each_task_has_an_example_with_its_name(report):
+    specs = [TASK, {**TASK, "name": "other", "prompt": "{{ title }}"}]
+    data = build_card({**report, "tasks": [report, report]}, PATTERN, base_model="org/base", task_specs=specs).data
+    assert [example["example_title"] for example in data.widget] == ["toy", "other"]
 
 
 def test_a_local_path_stays_out_of_the_card(report, tmp_path):

@@ -129,7 +129,7 @@ def test_damaged_and_newer_summaries_are_refused(tmp_path, content, message):
 
 def test_missing_matplotlib_names_the_extra(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install optimum-sieve\[report\]"):
+    with pytest.raises(ImportError, match=r"pip install 'optimum-sieve\[report\]'"):
         draw_all(found)
 
 

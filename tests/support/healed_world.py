@@ -22,6 +22,8 @@ from optimum_sieve.surgery.apply import apply_ranks
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.evaluation.teacher import Teacher
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 TOKENIZER = make_tokenizer()
 QUICK = HealConfig(steps=24, learning_rate=3e-2)
+# Models that `learn` trained.
+_LEARNED: dict[str, PreTrainedModel] = {}
 
 
 def learn(
@@ -38,13 +42,22 @@ def learn(
     tokenizer: PreTrainedTokenizerBase | None = None,
     steps: int = 200,
 ) -> PreTrainedModel:
-    """Train a toy model on the calibration split until it does the task."""
-    model = make_model(initializer_range=0.05) if model is None else model
-    model.train()
+    """Train a toy model on the calibration split until it does the task; the same training is done once a process."""
     tokenizer = tokenizer or make_tokenizer()
-    batches = make_batches(
-        task.examples("calibration", tokenizer), tokenizer, batch_size=32, candidates=False, inputs=input_format(model)
-    )
+    examples = task.examples("calibration", tokenizer)
+    if model is not None:
+        return _train(model, examples, tokenizer, steps)
+    key = repr((examples, tokenizer.backend_tokenizer.to_str(), steps))
+    if key not in _LEARNED:
+        _LEARNED[key] = _train(make_model(initializer_range=0.05), examples, tokenizer, steps)
+    return copy.deepcopy(_LEARNED[key])
+
+
+def _train(
+    model: PreTrainedModel, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, steps: int
+) -> PreTrainedModel:
+    model.train()
+    batches = make_batches(examples, tokenizer, batch_size=32, candidates=False, inputs=input_format(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
         optimizer.zero_grad()

@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lm_eval
 import pytest
 import torch
 import yaml
@@ -48,10 +47,12 @@ CONTINUED = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Their package and its dependencies warn of what they will change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Every result lists the machine and what pip has installed there, which takes seconds.
+        monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         yield
 
 
@@ -99,6 +100,8 @@ def write_harness(world: Path, name: str, **config: Any) -> Path:
 
 def theirs(world: Path, path: Path) -> tuple[dict[str, float], list[tuple[str, str]]]:
     """Return the package's own scores by metric, and the prompt and continuation of each of its requests."""
+    # Takes seconds, and every worker collects this file.
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -379,7 +382,7 @@ def test_tasks_of_the_package_are_found_by_name() -> None:
 @pytest.mark.parametrize("config", [CHOICES, WRITTEN, CONTINUED], ids=["choices", "written", "continued"])
 def test_a_model_is_pruned_for_a_task_of_theirs(world: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     path = write_harness(world, "pruned_for", **config)
-    task = Task.from_dict({"lm_eval": str(path), "limit": {"calibration": 30, "selection": 20, "test": 20}})
+    task = Task.from_dict({"lm_eval": str(path), "limit": {"calibration": 16, "selection": 10, "test": 10}})
     pruner = SievePruner.from_pretrained(world / "model", task=task)
     config = unhealed(pruning_ratio=0.3, rounds=1, heal=HealConfig(steps=2))
     pruner.prune(config, work_dir=tmp_path / "work", progress=False)

@@ -33,7 +33,7 @@ def draw_all(summary: dict[str, Any]) -> dict[str, bytes]:
         import matplotlib as mpl  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "A report must be drawn by matplotlib, which is not installed. Run `pip install optimum-sieve[report]`."
+            "A report must be drawn by matplotlib, which is not installed. Run `pip install 'optimum-sieve[report]'`."
         ) from error
     drawings = {"front": _front, "progress": _progress, "levels": _levels, "prediction": _prediction}
     return {name: _picture(draw, summary) for name, draw in drawings.items()}
