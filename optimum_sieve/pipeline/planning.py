@@ -130,7 +130,7 @@ def batch_sizes(
         for split in task.splits:
             examples = task.examples(split, tokenizer)
             batched = partial(make_batches, tokenizer=tokenizer, batch_size=config.batch_size, model=model)
-            if split == "calibration":
+            if split == "calibration" and task.labelled:
                 totals["answers"] += _total(batched(examples, candidates=False), vocabulary)
             if written and split not in INPUTS:
                 totals[split] += _written(model, tokenizer, examples, vocabulary)
@@ -147,7 +147,7 @@ def batch_sizes(
             logits = (max(len(batch.sites) for batch in batches) + prompts) * vocabulary
             largest.append((max(batch.input_ids.numel() for batch in batches), logits, total.tokens))
     tokens, logits, states = (max(each) for each in zip(*largest, strict=True))
-    answers, drawn = totals.pop("answers"), totals.pop("drawn")
+    answers, drawn = (totals.pop(key, SplitSizes()) for key in ("answers", "drawn"))
     return BatchSizes(
         tokens=tokens, logits=logits, states=states, splits=dict(totals), answers=answers,
         drawn=drawn if draws else None,

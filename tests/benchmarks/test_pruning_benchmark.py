@@ -48,15 +48,6 @@ def test_results_of_several_limits_are_compared(tmp_path: Path, monkeypatch: pyt
     assert "KL of demo, 1GB, to the first: 0.00e+00" in capsys.readouterr().out
 
 
-def test_calibration_texts_are_counted(tmp_path: Path) -> None:
-    task = toy.write_task(tmp_path)
-    tokenizer = toy.make_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "model")
-    prompts = toy.prompts(toy.load_task(tmp_path), "calibration")
-    counted = load_benchmark("pruning").calibration_tokens(tmp_path / "model", task)
-    assert counted == [len(tokenizer(prompt).input_ids) for prompt in prompts]
-
-
 def test_the_child_alone_is_measured(tmp_path: Path) -> None:
     module = load_benchmark("pruning")
     held = bytearray(b"1") * 400_000_000

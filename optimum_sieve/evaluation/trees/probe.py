@@ -97,7 +97,7 @@ def _holds(
     model: nn.Module, name: str, size: tuple[int, int], read: Callable[[nn.Module, _Texts], torch.Tensor]
 ) -> bool:
     """Return whether an arrangement gives the predictions of plain rows; remembered for each model."""
-    if all(parameter.is_meta for parameter in model.parameters()):
+    if {parameter.is_meta for parameter in model.parameters()} == {True}:
         # A plan from a configuration alone, for which nothing can be tried.
         return True
     kind = (name, getattr(text_config(model), "_attn_implementation", None), _dtype(model))
