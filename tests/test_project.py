@@ -87,10 +87,18 @@ def test_the_wheel_brings_the_command_and_the_hook(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+        entry_points, metadata = (
+            archive.read(next(name for name in names if name.endswith(end))).decode()
+            for end in ("entry_points.txt", "/METADATA")
+        )
     assert {name for name in names if name.startswith("optimum/")} == {"optimum/commands/register/register_sieve.py"}
     data = {"py.typed", "publish/card_template.md", "search/page/page.html"}
     assert {f"optimum_sieve/{name}" for name in data} <= names
     assert "[torch.backends]\noptimum_sieve = optimum_sieve_autoload:register" in entry_points
     # Torch finds it there without the package.
     assert "optimum_sieve_autoload.py" in names
+    # The page of the package index: the whole README, and no link that is dead there.
+    links = re.findall(r"\]\(([^)]*)\)", metadata)
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert set(re.findall(r"^## .*$", read("README.md"), re.MULTILINE)) <= set(metadata.splitlines())
