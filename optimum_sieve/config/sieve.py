@@ -66,7 +66,8 @@ class SieveConfig:
             this alone costs at most half of it on the selection split.
         time_limit (`float` or `str`, *optional*):
             Time after which no further size is tried, in seconds or as text such as `"90s"`, `"12min"` or `"2h"`: the
-            result is then the smallest size accepted so far. Default: no limit.
+            result is then the smallest size accepted so far. What comes before and after, such as tuning, moments and
+            the scores on the test split, takes as long as without it. Default: no limit.
         heal ([`HealConfig`][optimum_sieve.config.heal.HealConfig], `dict` or `str`, *optional*):
             Settings of healing, or a mapping of some: the run prunes to falling sizes, trains the factors shortly at
             each one and goes on from the trained factors. `"auto"` heals with the default settings wherever the whole

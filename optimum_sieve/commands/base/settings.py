@@ -26,6 +26,9 @@ _HEAL, _TUNE = "heal", "tune"
 # Settings with settings of their own.
 _TRAININGS: dict[str, type[HealConfig | TuneConfig]] = {_HEAL: HealConfig, _TUNE: TuneConfig}
 
+# Values with a unit, as the help shows them.
+_UNITS = {"memory_limit": {"metavar": "SIZE"}, "time_limit": {"metavar": "TIME"}}
+
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add one option for each field of `SieveConfig` and, after `--heal-` and `--tune-`, of the training settings.
@@ -117,7 +120,7 @@ def _add_fields(group: Any, settings: type[Any], names: Sequence[str], prefix: s
             f"--{(prefix + name).replace('_', '-')}",
             default=argparse.SUPPRESS,
             help=help_by_name[name] + _default_text(defaults[name]),
-            **_arguments(types_by_name[name]),
+            **_arguments(types_by_name[name]) | _UNITS.get(name, {}),
         )
     return [prefix + name for name in names]
 
