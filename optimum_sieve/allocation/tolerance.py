@@ -35,7 +35,7 @@ def search_kept_fraction(
     tolerance: float,
     confidence: float,
     steps: int,
-    really_kept: Callable[[float], float] = lambda asked: asked,
+    kept_by_ranks: Callable[[float], float] = lambda asked: asked,
     goes_on: Callable[[], bool] = lambda: True,
     on_trial: Callable[[Sequence[dict[str, Any]]], object] = lambda trials: None,
 ) -> tuple[float, list[dict[str, Any]]]:
@@ -54,13 +54,13 @@ def search_kept_fraction(
         tolerance (`float`): Largest acceptable drop in the metric, in absolute points.
         confidence (`float`): One-sided confidence, at least 0.5.
         steps (`int`): Number of fractions to try.
-        really_kept (`Callable`): Maps a fraction to the one that its ranks keep, which is less as ranks are whole.
+        kept_by_ranks (`Callable`): Maps a fraction to the one that its ranks keep, which is at most that.
         goes_on (`Callable`): Whether there is time for another fraction; asked before every one but the first.
         on_trial (`Callable`): Receives the records of all trials so far after each one.
 
     Returns:
-        `tuple[float, list[dict]]`: The kept fraction and the record of each trial. With several tasks, `"tasks"` holds
-        their records and `"lower_bound"` is the lowest.
+        `tuple[float, list[dict]]`: The fraction that was asked for and the record of each trial. With several tasks,
+            `"tasks"` holds their records and `"lower_bound"` is the lowest.
 
     Raises:
         ToleranceError: If no fraction tried is within the tolerance.
@@ -71,7 +71,7 @@ def search_kept_fraction(
         if step and not goes_on():
             break
         asked = (low + high) / 2
-        comparisons, kept = compare_at(asked), really_kept(asked)
+        comparisons, kept = compare_at(asked), kept_by_ranks(asked)
         bounds = {name: comparison.lower_bound(confidence) for name, comparison in comparisons.items()}
         accepted = min(bounds.values()) >= -tolerance
         trials.append({**size_trial(kept, comparisons, confidence, asked=asked), "accepted": accepted})

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.factorization.closed_form import FactorBasis
 from optimum_sieve.tasks.data import INPUTS
 
-from .sampled import PAIRS, is_sampled
+from .sampled import PAIRS
 
 
 if TYPE_CHECKING:
@@ -71,9 +70,8 @@ class Round:
         # One alone as it is, so that work directories of earlier versions stay valid.
         examples = [task.fingerprint(split) for split in splits] if len(splits) > 1 else task.fingerprint(splits[0])
         # With few candidates, nothing is drawn, and work directories of earlier versions stay valid.
-        run, taken = self.run, [*task.calibration, *task.unlabelled]
-        drawn = {"pairs": PAIRS} if is_sampled(run.config, taken, run.tokenizer, input_format(run.model)) else {}
-        return run.key(*MOMENT_SETTINGS, examples=examples, targets=self.names, format=FORMAT, **drawn, **pruned)
+        drawn = {"pairs": PAIRS} if task.draws else {}
+        return self.run.key(*MOMENT_SETTINGS, examples=examples, targets=self.names, format=FORMAT, **drawn, **pruned)
 
     @cached_property
     def key(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from optimum_sieve.evaluation.blockwise import evaluate_by_block
 from optimum_sieve.evaluation.encoding import encode_examples
 from optimum_sieve.evaluation.teacher import CandidateTeacher, teach
+from optimum_sieve.run import distributed
 
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from optimum_sieve.tasks import Example
 
 
-# Pairs of candidates that are drawn for each example, if some example has more candidates than these.
+# Pairs of candidates that are drawn for each example with more than twice as many candidates.
 PAIRS = 8
 
 
@@ -42,38 +43,39 @@ class CalibrationExamples:
     directions: Sequence[NDArray[np.float64]] | None = None
 
 
-def is_sampled(
+def draws_candidates(
     config: SieveConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat
 ) -> bool:
-    """Return whether the moments see only a part of the candidates of some example.
+    """Return whether the moments of a task see random candidates of each example, in place of all.
 
-    They see all where these are few, or where no further tokens are computed for them.
+    They see all where no example has many, and where no further tokens are computed for them.
     """
-    largest = max(examples, key=lambda example: len(example.candidates))
-    if config.projection != "joint" or config.loss != "fisher" or len(largest.candidates) <= 2 * PAIRS:
+    if config.projection != "joint" or config.loss != "fisher":
         return False
-    (encoded,) = encode_examples([largest], tokenizer, True, inputs)
-    return len(encoded.rows) > 1
+    many = [example for example in examples if len(example.candidates) > 2 * PAIRS]
+    return bool(many) and any(len(row.rows) > 1 for row in encode_examples(many, tokenizer, True, inputs))
 
 
 def typical_draw(examples: Sequence[Example], config: SieveConfig) -> list[Example]:
     """Return examples with as many of their candidates as the moments may see."""
     return [
-        draw_candidates(example, np.zeros(len(example.candidates)), (config.seed, number), 1.0)[0]
+        draw_candidates(example, np.zeros(len(example.candidates)), seed=(config.seed, number))[0]
         for number, example in enumerate(examples)
     ]
 
 
 def sampled_examples(run: Run, examples: Sequence[Example]) -> CalibrationExamples:
     """Draw candidates of each example by the probabilities of the run's model, which must be the dense one now."""
-    seed, temperature = run.config.seed, run.config.fisher_temperature
-    pairs = zip(examples, _log_probs(run, examples), strict=True)
-    drawn = [draw_candidates(*pair, (seed, number), temperature) for number, pair in enumerate(pairs)]
+    config = run.config
+    drawn = [
+        draw_candidates(example, scores, seed=(config.seed, number), temperature=config.fisher_temperature)
+        for number, (example, scores) in enumerate(zip(examples, _log_probs(run, examples), strict=True))
+    ]
     return CalibrationExamples([example for example, _ in drawn], [direction for _, direction in drawn])
 
 
 def draw_candidates(
-    example: Example, scores: NDArray[np.float64], seed: tuple[int, int], temperature: float = 1.0
+    example: Example, scores: NDArray[np.float64], *, seed: tuple[int, int], temperature: float = 1.0
 ) -> tuple[Example, NDArray[np.float64]]:
     r"""Return an example with at most `2 * PAIRS` of its candidates, and the loss's coefficient of each.
 
@@ -81,7 +83,8 @@ def draw_candidates(
     the coefficients are \(a = \sum_k \pm (e_{c_k} - e_{d_k}) / \sqrt{2 K}\) with random signs. Then
     \(E[a a^\top] = \mathrm{diag}(p) - p p^\top\), which is the Fisher information of the whole distribution: the
     covariance of a draw from \(p\), of which half the squared difference of two draws is an estimate. The candidates
-    that are in no pair have the coefficient 0 and need not be computed.
+    that are in no pair have the coefficient 0 and need not be computed. An example with at most `2 * PAIRS` candidates
+    keeps them all, with the root of [`fisher_root`][optimum_sieve.calibration.losses.fisher_root].
 
     Args:
         example (`Example`): An example.
@@ -92,8 +95,12 @@ def draw_candidates(
     count = len(example.candidates)
     logits = scores[:count] / temperature
     weights = np.exp(logits - logits.max())
+    probabilities = weights / weights.sum()
     rng = np.random.default_rng(seed)
-    pairs = rng.choice(count, size=(PAIRS, 2), p=weights / weights.sum())
+    if count <= 2 * PAIRS:
+        values, vectors = np.linalg.eigh(np.diag(probabilities) - np.outer(probabilities, probabilities))
+        return example, vectors @ (np.sqrt(values.clip(0)) * rng.choice((-1.0, 1.0), size=count))
+    pairs = rng.choice(count, size=(PAIRS, 2), p=probabilities)
     signs = rng.choice((-1.0, 1.0), size=PAIRS) / np.sqrt(2 * PAIRS)
     direction = np.zeros(count)
     np.add.at(direction, pairs[:, 0], signs)
@@ -112,17 +119,21 @@ def draw_candidates(
 
 
 def _log_probs(run: Run, examples: Sequence[Example]) -> NDArray[np.float64]:
-    """Return the log-probabilities (examples, candidates) of all candidates."""
+    """Return the log-probabilities (examples, candidates) of all candidates; every process those of the first one.
+
+    Processes round differently, and all must read the same texts.
+    """
     if run.by_block:
         # The index of the gold one has no effect on them, and unlabelled examples have none.
         scored = [replace(example, target=0) for example in examples]
-        return evaluate_by_block(
+        found = evaluate_by_block(
             run.model, scored, run.tokenizer, metric="accuracy", batch_size=run.config.batch_size,
             directory=run.work.path, progress=run.progress, description="dense model",
         ).log_probs  # fmt: skip
+        return distributed.agree(found)
     teacher = teach(
         run.model, examples, run.tokenizer, batch_size=run.config.batch_size, work=run.work, model_key=run.model_key,
         progress=run.progress,
     )  # fmt: skip
     assert isinstance(teacher, CandidateTeacher)
-    return teacher.log_probs.double().numpy()
+    return distributed.agree(teacher.log_probs.double().numpy())

@@ -8,7 +8,6 @@ import torch
 
 from optimum_sieve.allocation.allocators import predicted_loss
 from optimum_sieve.allocation.stage import allocate_ranks, loss_curves
-from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.offloading import execution_device
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.evaluation.batches import input_device
@@ -27,7 +26,7 @@ from .collect import collect_moments
 from .factors import factor_together, token_weights
 from .losses import calibration_batches
 from .rounds import Bases, Round
-from .sampled import CalibrationExamples, is_sampled, sampled_examples
+from .sampled import CalibrationExamples, sampled_examples
 
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def gold_examples(run: Run, task: TaskRun) -> CalibrationExamples:
     some are drawn by their probabilities.
     """
     config, examples = run.config, [*task.calibration, *task.unlabelled]
-    if is_sampled(config, examples, run.tokenizer, input_format(run.model)):
+    if task.draws:
         return sampled_examples(run, examples)
     # The Fisher information over candidates needs no answer, and `svd` no example.
     if not (config.projection == "svd" or (config.loss == "fisher" and examples[0].candidates)):

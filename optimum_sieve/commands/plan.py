@@ -29,7 +29,10 @@ class PlanCommand(SieveSubcommand):
             "what may be wrong with the task."
         )
         parser.add_argument(
-            "--model", required=True, metavar="MODEL", help="Hub id, directory or config.json of the model."
+            "--model",
+            required=True,
+            metavar="MODEL",
+            help="Hub id or directory of the model; without --task also its config.json.",
         )
         add_task(parser, required=False)
         parser.add_argument(
@@ -55,7 +58,10 @@ class PlanCommand(SieveSubcommand):
         )
         parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
         parser.add_argument(
-            "--trust-remote-code", action="store_true", help="Run configuration code from the model's repository."
+            "--trust-remote-code",
+            action="store_true",
+            help="Run configuration code from the model's repository, and functions that a task of "
+            "lm-evaluation-harness names.",
         )
         parser.add_argument(
             "--config",

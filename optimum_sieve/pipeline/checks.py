@@ -16,7 +16,9 @@ from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.metrics.examples import check_code
 from optimum_sieve.modeling.conversion import check_convertible, is_gguf, require_model
 from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.run import distributed
 from optimum_sieve.tasks.data import SPLITS
+from optimum_sieve.tasks.several import naming, task_shares
 
 
 if TYPE_CHECKING:
@@ -68,6 +70,41 @@ def check_task(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         check_examples(examples, tokenizer, candidates=task.kind != "generate", inputs=inputs)
         if split == "selection":
             check_code(task.metric, examples)
+
+
+def check_tasks_of_run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
+) -> None:
+    """Check the tasks of a run, their weights and their examples; the model needs no weights.
+
+    Raises:
+        ValueError: If something does not fit; the message names it and, with several tasks, the task.
+    """
+    task_shares(config.task_weights, len(tasks))
+    for task in tasks:
+        with naming(task, tasks):
+            _check_one(model, tokenizer, task, config)
+
+
+def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig) -> None:
+    if not task.labelled and config.tune not in (None, "auto"):
+        raise ValueError(
+            "`tune` must go with gold answers, got a task file without `answer`. Add it to the task file, or omit "
+            "`tune`: healing alone needs no answers."
+        )
+    if not task.labelled and config.label_source == "data":
+        raise ValueError(
+            "`answer` must be given in the task file where label_source='data', got none. To hold the pruned model to "
+            "the dense one's own answers instead, set label_source='model'."
+        )
+    check_task(task, model, tokenizer)
+    if config.allocation == "genetic":
+        if distributed.num_processes() > 1:
+            raise ValueError(
+                f"`allocation='genetic'` must be run in one process, got {distributed.num_processes()}. Share the "
+                "search with workers: `optimum-cli sieve search --worker`."
+            )
+        config.search_count(task.splits["selection"])
 
 
 def check_search(config: SieveConfig) -> None:

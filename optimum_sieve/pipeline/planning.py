@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from optimum_sieve.backbone.loading import dtype_of, empty_model, read_dtype
 from optimum_sieve.backbone.sources import naming_model, read_config
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.losses import PROMPT_SITES
-from optimum_sieve.calibration.sampled import is_sampled, typical_draw
+from optimum_sieve.calibration.sampled import draws_candidates, typical_draw
 from optimum_sieve.evaluation.batches import encode, make_batches
 from optimum_sieve.evaluation.encoding import encode_prompts
 from optimum_sieve.evaluation.trees.arrangement import can_be_trees
@@ -25,9 +24,9 @@ from optimum_sieve.plan.healing import settle_training
 from optimum_sieve.plan.memory import BatchSizes, SplitSizes
 from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.tasks.data import INPUTS
-from optimum_sieve.tasks.several import check_tasks, naming, read_tasks
+from optimum_sieve.tasks.several import check_tasks, read_tasks
 
-from .checks import check_task
+from .checks import check_model, check_tasks_of_run
 
 
 if TYPE_CHECKING:
@@ -82,9 +81,8 @@ def forecast_tasks(
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
         empty = empty_model(described)
     empty.to(dtype=kind)  # type: ignore[call-arg]
-    for each in tasks:
-        with naming(each, tasks):
-            check_task(each, empty, tokenizer)
+    check_model(empty)
+    check_tasks_of_run(empty, tokenizer, tasks, config)
     targets = find_targets(separated_view(empty), config.target_modules, config.exclude_modules)
     plan = plan_run(empty, tokenizer, tasks, targets, None, config, device_of(hardware))
     return Forecast.of(plan, hardware, kind)
@@ -109,11 +107,13 @@ def plan_run(
     view = separated_view(model)
     candidates = candidate_costs(model, tokenizer, tasks)
     labelled = all(task.labelled for task in tasks)
+    has_offsets = any(task.labelled and task.kind == "labels" for task in tasks)
 
     def plan_of(settled: SieveConfig) -> PrunePlan:
         return make_plan(
-            view, targets, settled, splits, batch, vocabulary, candidates, labelled=labelled, device=device
-        )
+            view, targets, settled, splits, batch, vocabulary, candidates,
+            labelled=labelled, has_offsets=has_offsets, device=device,
+        )  # fmt: skip
 
     return plan_of(settle_training(config, plan_of, labelled=labelled))
 
@@ -122,36 +122,55 @@ def batch_sizes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
 ) -> BatchSizes:
     """Measure the batches of all splits of all tasks."""
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
-    largest, totals = list[tuple[int, int, int]](), defaultdict[str, SplitSizes](SplitSizes)
-    inputs, draws = input_format(model), False
-    for task in tasks:
-        written = task.kind == "generate"
-        for split in task.splits:
-            examples = task.examples(split, tokenizer)
-            batched = partial(make_batches, tokenizer=tokenizer, batch_size=config.batch_size, model=model)
-            if split == "calibration" and task.labelled:
-                totals["answers"] += _total(batched(examples, candidates=False), vocabulary)
-            if written and split not in INPUTS:
-                totals[split] += _written(model, tokenizer, examples, vocabulary)
-                continue
-            # A loss needs all candidates of an example, a score does not.
-            batches = batched(examples, candidates=not written, divide=split not in INPUTS)
-            totals[split] += (total := _total(batches, vocabulary))
-            if split in INPUTS:
-                sampled = is_sampled(config, examples, tokenizer, inputs)
-                draws |= sampled
-                totals["drawn"] += _total(batched(typical_draw(examples, config)), vocabulary) if sampled else total
-            # Calibration on written answers also needs logits of the prompts.
-            prompts = config.batch_size * PROMPT_SITES if written else 0
-            logits = (max(len(batch.sites) for batch in batches) + prompts) * vocabulary
-            largest.append((max(batch.input_ids.numel() for batch in batches), logits, total.tokens))
-    tokens, logits, states = (max(each) for each in zip(*largest, strict=True))
-    answers, drawn = (totals.pop(key, SplitSizes()) for key in ("answers", "drawn"))
+    sizes = [_task_sizes(model, tokenizer, task, config) for task in tasks]
+    splits: dict[str, SplitSizes] = {}
+    for size in sizes:
+        for split, total in size.splits.items():
+            splits[split] = splits.get(split, SplitSizes()) + total
+    drawn = [size.drawn for size in sizes if size.drawn is not None]
+    seen = [size.drawn or size.inputs for size in sizes]
     return BatchSizes(
-        tokens=tokens, logits=logits, states=states, splits=dict(totals), answers=answers,
-        drawn=drawn if draws else None,
-    )  # fmt: skip
+        tokens=max(size.tokens for size in sizes),
+        logits=max(size.logits for size in sizes),
+        states=max(size.states for size in sizes),
+        splits=splits,
+        answers=sum((size.answers for size in sizes), SplitSizes()),
+        drawn=sum(seen, SplitSizes()) if drawn else None,
+    )
+
+
+def _task_sizes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig
+) -> BatchSizes:
+    """Measure the batches of all splits of a task."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+    batched = partial(make_batches, tokenizer=tokenizer, batch_size=config.batch_size, model=model)
+    written = task.kind == "generate"
+    examples = {split: task.examples(split, tokenizer) for split in task.splits}
+    # A loss needs all candidates of an example, a score does not.
+    batches = {
+        split: batched(each, candidates=not written, divide=split not in INPUTS)
+        for split, each in examples.items()
+        if split in INPUTS or not written
+    }
+    splits = {split: _total(each, vocabulary) for split, each in batches.items()}
+    splits |= {
+        split: _written(model, tokenizer, each, vocabulary) for split, each in examples.items() if split not in splits
+    }
+    taken = [example for split in INPUTS for example in examples.get(split, ())]
+    draws = draws_candidates(config, taken, tokenizer, input_format(model))
+    gold = batched(examples["calibration"], candidates=False) if task.labelled else []
+    # Calibration on written answers also needs logits of the prompts.
+    prompts = config.batch_size * PROMPT_SITES if written else 0
+    every = [batch for each in batches.values() for batch in each]
+    return BatchSizes(
+        tokens=max(batch.input_ids.numel() for batch in every),
+        logits=(max(len(batch.sites) for batch in every) + prompts) * vocabulary,
+        states=max(splits[split].tokens for split in INPUTS if split in splits),
+        splits=splits,
+        answers=_total(gold, vocabulary),
+        drawn=_total(batched(typical_draw(taken, config)), vocabulary) if draws else None,
+    )
 
 
 def _total(batches: Sequence[Batch], vocabulary: int) -> SplitSizes:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from optimum_sieve.backbone.experts import separated_view
 from optimum_sieve.backbone.fingerprint import model_key
+from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.offloading import holds_offloaded
 from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.calibration.sampled import draws_candidates
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.metrics.identity import require_metric_sources
@@ -21,7 +23,7 @@ from optimum_sieve.run.workdir import WorkDir
 from optimum_sieve.tasks.data import INPUTS
 from optimum_sieve.tasks.several import naming, task_shares
 
-from .checks import check_task, check_weights
+from .checks import check_task, check_tasks_of_run, check_weights
 from .planning import plan_run
 
 
@@ -50,12 +52,9 @@ def check_inputs(
             f"`config` must be a `SieveConfig`, got {type(config).__name__}. Pass for example "
             "`SieveConfig(tolerance=0.02)`."
         )
-    task_shares(config.task_weights, len(tasks))
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(model, targets)
-    for task in tasks:
-        with naming(task, tasks):
-            _check_one(model, tokenizer, task, config)
+    check_tasks_of_run(model, tokenizer, tasks, config)
     return targets
 
 
@@ -85,27 +84,6 @@ def check_vocabulary(
         with naming(task, tasks):
             check_task(task, model, vocabulary.tokenizer)
     return vocabulary
-
-
-def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig) -> None:
-    if not task.labelled and config.tune not in (None, "auto"):
-        raise ValueError(
-            "`tune` must go with gold answers, got a task file without `answer`. Add it to the task file, or omit "
-            "`tune`: healing alone needs no answers."
-        )
-    if not task.labelled and config.label_source == "data":
-        raise ValueError(
-            "`answer` must be given in the task file where label_source='data', got none. To hold the pruned model to "
-            "the dense one's own answers instead, set label_source='model'."
-        )
-    check_task(task, model, tokenizer)
-    if config.allocation == "genetic":
-        if distributed.num_processes() > 1:
-            raise ValueError(
-                f"`allocation='genetic'` must be run in one process, got {distributed.num_processes()}. Share the "
-                "search with workers: `optimum-cli sieve search --worker`."
-            )
-        config.search_count(task.splits["selection"])
 
 
 def check_and_plan(
@@ -172,11 +150,14 @@ def task_runs(
 ) -> tuple[TaskRun, ...]:
     """Render the examples of every task with the tokenizer and hash those of each split."""
     shares = task_shares(config.task_weights, len(tasks))
-    return tuple(_task_run(model, tokenizer, *each) for each in zip(tasks, shares, strict=True))
+    return tuple(_task_run(model, tokenizer, config, *each) for each in zip(tasks, shares, strict=True))
 
 
-def _task_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, share: float) -> TaskRun:
+def _task_run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SieveConfig, task: Task, share: float
+) -> TaskRun:
     examples = {split: task.examples(split, tokenizer) for split in task.splits}
+    taken = [example for split in INPUTS for example in examples.get(split, ())]
     return TaskRun(
         name=task.name,
         metric=task.metric,
@@ -184,5 +165,6 @@ def _task_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
         weight=share,
         labelled=task.labelled,
         kind=task.kind,
+        draws=draws_candidates(config, taken, tokenizer, input_format(model)),
         **examples,
     )

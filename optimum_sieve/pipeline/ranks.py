@@ -104,7 +104,7 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
     def ranks_at(kept: float) -> Ranks:
         return allocate_ranks(run, bases, kept)
 
-    def really_kept(kept: float) -> float:
+    def kept_by_ranks(kept: float) -> float:
         return kept_fraction(run, ranks_at(kept))
 
     with LiveRanks(run.model, bases) as live:
@@ -112,7 +112,7 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
         def compare_at(kept: float) -> dict[str, Comparison]:
             ranks = ranks_at(kept)
             pruned = content_key(bases=bases.key, ranks=ranks)
-            options: dict[str, Any] = {"label": f"kept {really_kept(kept):.1%}", "pruned": pruned}
+            options: dict[str, Any] = {"label": f"kept {kept_by_ranks(kept):.1%}", "pruned": pruned}
             if by_block:
                 options["held"] = (bases, ranks)
             else:
@@ -124,7 +124,7 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
             tolerance=config.tolerance or 0.0,
             confidence=config.confidence,
             steps=config.search_steps,
-            really_kept=really_kept,
+            kept_by_ranks=kept_by_ranks,
             # Every process must go on or stop with the others.
             goes_on=lambda: distributed.agree(run.seconds_left > 0),
             on_trial=lambda trials: show_trial(run, trials),

@@ -45,16 +45,23 @@ class Forecast:
     hardware: str
 
     @classmethod
-    def of(cls, plan: PrunePlan, hardware: str = "this", dtype: torch.dtype = torch.float32) -> Forecast:
+    def of(
+        cls,
+        plan: PrunePlan,
+        hardware: str = "this",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Forecast:
         """Predict the times of a plan.
 
         Args:
             plan (`PrunePlan`): Its `work` must be counted.
             hardware (`str`): One of `HARDWARE`, a single device. `"this"` measures this machine in about two seconds.
             dtype (`torch.dtype`): Type that the model computes in.
+            device (`torch.device`, *optional*): Device of this machine. Default: the one a model would be loaded on.
         """
         assert plan.work is not None
-        seconds = plan.work.seconds(rates_of(hardware, dtype))
+        seconds = plan.work.seconds(rates_of(hardware, dtype, device))
         return cls(plan=plan, seconds={name: seconds[name] for name in _STAGES if name in seconds}, hardware=hardware)
 
     def format(self) -> str:
@@ -113,7 +120,7 @@ def forecast(
     batch = BatchSizes(
         tokens=rows * tokens,
         logits=rows * num_logits,
-        states=max(size.tokens for size in splits.values()),
+        states=splits["calibration"].tokens,
         splits=splits,
         answers=splits["calibration"],
     )

@@ -22,18 +22,22 @@ _SHEETS = {
 # Fraction of them that large products reach, and eigendecompositions, whose steps depend on each other.
 _REACHED, _REACHED_BY_EIGENVECTORS = 0.4, 0.02
 HARDWARE = ("this", *_SHEETS)
+# Fraction of the measured speed of large products that a pass over short texts reaches, with attention, normalization
+# and masks; measured on two cores, docs/large.md#measurements.
+_REACHED_BY_PASSES = 0.45
 _SIZE, _SECONDS = 1024, 0.3
 
 
-def rates_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Return operations per second: `"model"` (products in `dtype`), `"float32"`, `"float64"` and `"eigenvectors"`.
+def rates_of(name: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> dict[str, float]:
+    """Return operations per second: `"model"` (passes in `dtype`), `"float32"`, `"float64"` and `"eigenvectors"`.
 
     Args:
         name (`str`): One of `HARDWARE`. `"this"` measures this machine in about two seconds.
         dtype (`torch.dtype`): Type that the model computes in.
+        device (`torch.device`, *optional*): Device of this machine. Default: the one a model would be loaded on.
     """
     if name == "this":
-        return _measured(dtype)
+        return _measured(dtype, device or default_device())
     half, single, double = _SHEETS[name]
     model = half if dtype.itemsize == 2 else single
     rates = {"model": model * _REACHED, "float32": single * _REACHED, "float64": double * _REACHED}
@@ -45,8 +49,7 @@ def device_of(name: str) -> torch.device | None:
     return default_device() if name == "this" else None
 
 
-def _measured(dtype: torch.dtype) -> dict[str, float]:
-    device = default_device()
+def _measured(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
 
     def product(kind: torch.dtype) -> float:
         matrix = torch.ones(_SIZE, _SIZE, dtype=kind, device=device)
@@ -57,7 +60,7 @@ def _measured(dtype: torch.dtype) -> dict[str, float]:
     symmetric = symmetric @ symmetric.T
     eigenvectors = 9 * (_SIZE // 2) ** 3 / _time(lambda: torch.linalg.eigh(symmetric)[0])
     rates = {str(kind).removeprefix("torch."): product(kind) for kind in (torch.float32, torch.float64)}
-    return {"model": product(dtype), **rates, "eigenvectors": eigenvectors}
+    return {"model": product(dtype) * _REACHED_BY_PASSES, **rates, "eigenvectors": eigenvectors}
 
 
 def _time(run: Callable[[], torch.Tensor]) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.backbone.blockwise import find_blocks
 from optimum_sieve.backbone.sizes import shard_bytes
 from optimum_sieve.modeling.experts import separate_names
+from optimum_sieve.tasks.data import INPUTS
 
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ class BatchSizes:
     Args:
         tokens (`int`): Rows times length of the largest batch.
         logits (`int`): Most logits computed for one batch.
-        states (`int`): Total tokens of all batches of a split, with padding, of the largest split.
+        states (`int`): Total tokens, with padding, of the larger one of the calibration and the unlabelled split, whose
+            states between all blocks a run by blocks keeps.
         splits (`Mapping[str, SplitSizes]`): What one pass over each split of all tasks computes, with all candidates.
         answers (`SplitSizes`): The same for the calibration split with the gold answers alone.
-        drawn (`SplitSizes`, *optional*): The same for the calibration and unlabelled splits with the candidates that
-            are drawn for the moments; `None` if all are computed.
+        drawn (`SplitSizes`, *optional*): What the moments compute where candidates are drawn; `None` if no task draws
+            any, and the moments compute the `inputs`.
     """
 
     tokens: int
@@ -67,6 +69,11 @@ class BatchSizes:
     splits: Mapping[str, SplitSizes] = field(default_factory=dict)
     answers: SplitSizes = SplitSizes()
     drawn: SplitSizes | None = None
+
+    @property
+    def inputs(self) -> SplitSizes:
+        """What one pass over the calibration and unlabelled splits computes."""
+        return sum((self.splits[split] for split in INPUTS if split in self.splits), SplitSizes())
 
 
 @dataclass(frozen=True, kw_only=True)

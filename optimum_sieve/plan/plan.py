@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.offloading import execution_device
 from optimum_sieve.backbone.sizes import tensor_bytes
-from optimum_sieve.tasks.data import INPUTS
 
 from .blocks import BlockPlan, plan_blocks
 from .certainty import describe_certainty
@@ -103,10 +102,12 @@ class PrunePlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Peak bytes of the work directory, without the small files of scores and trained adapters."""
+        """Peak bytes of the work directory, without scores and what training stores."""
         if self.blocks is not None:
             return self.blocks.disk_bytes
-        return self.rounds * (self.moments_bytes + self.bases_bytes)
+        # At most two of the tasks' moments are in memory.
+        moments = self.moments_bytes * len(self.examples) // min(len(self.examples), 2)
+        return self.rounds * (moments + self.bases_bytes)
 
     @property
     def whole_bytes(self) -> int:
@@ -173,6 +174,7 @@ def make_plan(
     candidates: Mapping[str, str] | None = None,
     *,
     labelled: bool = True,
+    has_offsets: bool = True,
     device: torch.device | None = None,
 ) -> PrunePlan:
     """Compute the plan of a run. A model without weights counts as one with offloaded blocks.
@@ -186,6 +188,7 @@ def make_plan(
         vocabulary (`TaskVocabulary`, *optional*): Vocabulary of the calibration splits.
         candidates (`Mapping[str, str]`, *optional*): What the candidates of each task cost, as text.
         labelled (`bool`): Whether the data of every task has gold answers.
+        has_offsets (`bool`): Whether a task has labels with gold answers, which get label offsets.
         device (`torch.device`, *optional*): Device that computes. Default: that of the weights.
 
     Raises:
@@ -220,10 +223,11 @@ def make_plan(
     )
     plan = replace(plan, rounds=config.num_rounds, blocks=plan_blocks(plan, model, targets, config, batch))
     shares = expert_shares(model, targets)
-    inputs = [batch.splits[split].tokens for split in INPUTS if split in batch.splits]
-    tokens = sum(inputs) if batch.drawn is None else batch.drawn.tokens
+    tokens = (batch.drawn or batch.inputs).tokens
     work = count_work(targets, config, tokens=tokens, by_block=plan.blocks is not None, shares=shares)
-    stages = count_passes(targets, config, batch, width=_head_width(model), labelled=labelled, shares=shares)
+    stages = count_passes(
+        targets, config, batch, width=_head_width(model), labelled=labelled, has_offsets=has_offsets, shares=shares
+    )
     return replace(plan, work=replace(work, passes=work.passes + stages.pop("moments", 0.0), stages=stages))
 
 

@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 
 # How many sizes a run within a tolerance heals, and what they keep in the mean; what its bisection keeps. The runs of
 # docs/measurements.md healed three to five, of .35 to .18.
-HEALED_SIZES = 5
+HEALED_SIZES = 4
 _HEALED, _BISECTED = 0.3, 0.4
-# A forward pass, and a backward pass to the inputs and the few parameters of adapters; one to all parameters costs the
-# same again.
-_ADAPTED, _TRAINED = 2.0, 3.0
+# The part of a dense pass's time that a pass with factors takes even if they keep nothing: small products are slow.
+_SMALL_PRODUCTS = 0.4
+# Time of a training step in dense forward passes: of the adapters of tuning, of those of both factors, and of all
+# entries of the factors. Measured with the default settings on two cores, docs/large.md#measurements.
+_TUNED, _ADAPTED, _TRAINED = 3.3, 4.2, 5.0
 
 
 @dataclass(frozen=True)
 class _Passes:
-    """Operations of forward passes.
+    """Operations of dense forward passes that take as long as the passes of a stage.
 
     Args:
         weights (`float`): Parameters of the targets that a token meets, counting experts by their share of the tokens.
@@ -49,11 +51,13 @@ class _Passes:
         return sum(self.of(self.sizes.splits.get(split, SplitSizes()), kept) for split in splits)
 
     def of(self, size: SplitSizes, kept: float = 1.0) -> float:
-        return 2.0 * (size.tokens * self.weights * kept + size.logits * self.width)
+        """Return the operations of one dense pass that take as long as one with a part of the parameters."""
+        share = 1.0 if kept == 1.0 else _SMALL_PRODUCTS + (1 - _SMALL_PRODUCTS) * kept
+        return 2.0 * (size.tokens * self.weights * share + size.logits * self.width)
 
-    def drawn(self, count: int, size: SplitSizes, kept: float = 1.0) -> float:
-        """Return the operations of passes over a number of examples that are drawn from those of `size`."""
-        return self.of(size, kept) * count / max(size.examples, 1)
+    def drawn(self, count: int, size: SplitSizes) -> float:
+        """Return the operations of dense passes over a number of examples that are drawn from those of `size`."""
+        return self.of(size) * count / max(size.examples, 1)
 
 
 def count_passes(
@@ -63,6 +67,7 @@ def count_passes(
     *,
     width: int,
     labelled: bool = True,
+    has_offsets: bool = True,
     shares: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Count the operations of every stage but the moments' own and the factors, by the stages' names in a report.
@@ -76,14 +81,17 @@ def count_passes(
         sizes (`BatchSizes`): What the passes over the examples compute.
         width (`int`): Inputs of the head.
         labelled (`bool`): Whether the data has gold answers. If not, the dense model gives them.
+        has_offsets (`bool`): Whether a task has labels with gold answers, which get label offsets.
         shares (`Mapping[str, float]`, *optional*): Share of the tokens that the matrices of experts receive.
     """
     weights = sum(target.num_parameters * (shares or {}).get(target.name, 1.0) for target in targets)
     passes = _Passes(weights, width, sizes)
     kept = _HEALED if config.pruning_ratio is None else 1 - config.pruning_ratio
     tunes = isinstance(config.tune, TuneConfig)
-    # The saved model's label offsets come from the selection split.
-    test = passes.over("test") * (2 if tunes else 1) + passes.over("selection", "test", kept=kept)
+    test = passes.over("test") * (2 if tunes else 1) + passes.over("test", kept=kept)
+    if has_offsets and config.label_offsets != "none":
+        # They are fitted to what the saved model predicts there.
+        test += passes.over("selection", kept=kept)
     stages = {
         "examples": 0.0 if labelled else passes.over("calibration", "selection", "test"),
         "tuning": _tuning(passes, config),
@@ -100,12 +108,17 @@ def _tuning(passes: _Passes, config: SieveConfig) -> float:
     tune = config.tune
     if not isinstance(tune, TuneConfig):
         return 0.0
-    trained = passes.drawn(tune.steps * tune.batch_size, passes.sizes.answers) * _ADAPTED
-    return trained + 2 * passes.over("selection")
+    trained = passes.drawn(tune.steps * tune.batch_size, passes.sizes.answers) * _TUNED
+    # The model before it was scored with the ranks, if anything is compared with it there.
+    return trained + (1 if _compares(config) else 2) * passes.over("selection")
+
+
+def _compares(config: SieveConfig) -> bool:
+    return config.tolerance is not None and (config.allocation != "genetic" or config.heal is not None)
 
 
 def _ranks(passes: _Passes, config: SieveConfig) -> float:
-    reference = passes.over("selection") if config.tolerance is not None and config.tune is None else 0.0
+    reference = passes.over("selection") if _compares(config) else 0.0
     if config.allocation == "genetic":
         preset = PRESETS[config.search_preset]
         count = (config.population_size or preset.population_size) * (config.generations or preset.generations)
@@ -122,8 +135,8 @@ def _healing(passes: _Passes, config: SieveConfig) -> float:
         return 0.0
     rows = passes.sizes.splits.get("calibration", SplitSizes())
     scored = 0.0 if config.tolerance is None else passes.over("selection", kept=_HEALED)
-    sizes = config.healed_sizes or [_HEALED] * HEALED_SIZES
+    sizes = config.healed_sizes or range(HEALED_SIZES)
     each = _ADAPTED if heal.adapter_rank else _TRAINED
-    trained = sum(passes.drawn(heal.steps * heal.batch_size, rows, kept) for kept in sizes) * each
+    trained = passes.drawn(heal.steps * heal.batch_size, rows) * each
     taught = passes.over(*INPUTS) + passes.drawn(heal.crossed_prompts, rows)
-    return taught + trained + len(sizes) * scored
+    return taught + len(sizes) * (trained + scored)

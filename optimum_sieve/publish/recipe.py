@@ -151,7 +151,8 @@ def recipe_command(
 
     The arguments are of [`recipe_files`].
     """
-    return None if _is_healed_later(report) or any(map(_only_in_python, specs)) else _run_command(base_model)
+    cannot = _is_healed_later(report) or any(map(_only_in_python, specs))
+    return None if cannot else _run_command(base_model, trusted=any(map(_runs_code, specs)))
 
 
 def _is_healed_later(report: Mapping[str, Any]) -> bool:
@@ -159,9 +160,16 @@ def _is_healed_later(report: Mapping[str, Any]) -> bool:
     return "settings" in report.get("healing", {})
 
 
-def _run_command(base_model: str | None) -> str:
+def _run_command(base_model: str | None, *, trusted: bool) -> str:
     dense = "" if base_model else " --model DENSE"
-    return f"optimum-cli sieve run {RECIPE_NAME} --data-dir DIR{dense} --output pruned"
+    return (
+        f"optimum-cli sieve run {RECIPE_NAME} --data-dir DIR{dense}{' --trust-remote-code' * trusted} --output pruned"
+    )
+
+
+def _runs_code(spec: Mapping[str, Any]) -> bool:
+    """Whether a task may name code, which a recipe runs only if it is trusted: it may be somebody else's."""
+    return isinstance(spec.get("metric"), dict) or "lm_eval" in spec
 
 
 def recipe_text(
@@ -203,7 +211,7 @@ def recipe_text(
     made = "".join(
         f"# It cannot: a task was made in Python. {found}.\n" for spec in specs if (found := _only_in_python(spec))
     )
-    header = _HEADER.format(_run_command(model))
+    header = _HEADER.format(_run_command(model, trusted=any(map(_runs_code, specs))))
     return header + made + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -44,6 +44,7 @@ class TaskRun:
         weight (`float`): Share of the task in the run. The shares of all tasks add up to 1.
         labelled (`bool`): Whether the data has gold answers.
         kind (`str`): Kind of the task: `"labels"`, `"choices"` or `"generate"`.
+        draws (`bool`): Whether the moments see random candidates of each example, in place of all.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TaskRun:
     weight: float = 1.0
     labelled: bool = True
     kind: str = "labels"
+    draws: bool = False
 
     def examples(self, split: str, part: slice = WHOLE) -> Sequence[Example]:
         """Return the examples of a split, or a part of them."""

@@ -173,7 +173,8 @@ class Task:
                 scored_by = _read_metric(each, metric, KINDS[kind].metrics, root, trusted)
             parts = read_parts(spec, kind)
         self.name, self.kind, self._prompt = parts.name, parts.kind, parts.prompt
-        self.spec = {**stored, "name": parts.name}
+        custom = callable(metric) and not isinstance(metric, ModuleMetric)
+        self.spec = {**stored, "name": parts.name} | ({"metric": {"function": metric_name(metric)}} if custom else {})
         self.metric = parts.metric if scored_by is None else scored_by
         self.labels, self._generation = parts.labels, parts.generation
         self._items = read_items(parts.spec, root, parts.prompt, parts.scoring)

@@ -40,7 +40,7 @@ def test_the_least_fraction_within_the_tolerance(edge: float) -> None:
 def test_a_record_has_the_fraction_that_the_ranks_keep() -> None:
     asked = [0.5, 0.25, 0.375, 0.3125]
     options = {"tolerance": 0.02, "confidence": 0.9, "steps": 4}
-    kept, trials = search_kept_fraction(cliff(0.3), **options, really_kept=lambda asked: asked - 0.03)
+    kept, trials = search_kept_fraction(cliff(0.3), **options, kept_by_ranks=lambda asked: asked - 0.03)
     assert [trial["asked"] for trial in trials] == asked
     assert [trial["kept"] for trial in trials] == [each - 0.03 for each in asked]
     # Ranks are allocated for it.

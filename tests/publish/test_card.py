@@ -7,12 +7,15 @@ import shlex
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from toy import load_task
 
-from optimum_sieve import SieveConfig
+from optimum_sieve import SieveConfig, Task
 from optimum_sieve.commands.base.settings import add_settings, settings_from
 from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.publish.card import base_license, build_card
+from optimum_sieve.publish.recipe import recipe_files
 from optimum_sieve.publish.reproduction import reproduction_command
+from optimum_sieve.tasks.templates.python_values import only_in_python
 
 
 SPEC = {"name": "toy", "prompt": "Review: {{ text }}\nSentiment:", "labels": {"no": " no", "yes": " yes"}}
@@ -118,6 +121,31 @@ def test_the_card_names_the_recipe_that_repeats_the_run(report):
     assert "optimum-cli sieve prune" not in text
     local = build_card(report, PATTERN, base_model="a/path/to/base", task_specs=[SPEC]).text
     assert "--data-dir DIR --model DENSE --output pruned\n```" in local
+
+
+def test_a_recipe_that_runs_code_says_so(report):
+    for spec in ({**SPEC, "metric": {"evaluate": "rouge", "key": "rougeL"}}, {"name": "toy", "lm_eval": "boolq"}):
+        text = build_card(report, PATTERN, base_model="org/base", task_specs=[spec]).text
+        assert "sieve run sieve.yaml --data-dir DIR --trust-remote-code --output pruned" in text
+        assert "runs the code that the task names" in text
+        files = recipe_files(report, [spec], base_model="org/base", revision=None)
+        assert "--trust-remote-code" in files["sieve.yaml"]
+    assert "--trust-remote-code" not in build_card(report, PATTERN, base_model="org/base", task_specs=[SPEC]).text
+
+
+def test_a_metric_of_python_is_no_part_of_a_recipe(report, tmp_path):
+    def longest(answer, accepted):
+        return float(len(answer))
+
+    task = load_task(tmp_path)
+    assert only_in_python(task.spec) == {}
+    spec = Task.from_dict(task.spec, tmp_path, metric=longest).spec
+    assert only_in_python(spec) == {"metric": "the function longest"}
+    assert "sieve run" not in build_card(report, PATTERN, base_model="org/base", task_specs=[spec]).text
+    assert (
+        "`metric` was the function longest"
+        in recipe_files(report, [spec], base_model=None, revision=None)["sieve.yaml"]
+    )
 
 
 @pytest.mark.parametrize("reason", ["healed later", "made in Python"])

@@ -153,11 +153,13 @@ def print_plan(pruner: SievePruner, config: SieveConfig) -> None:
         ValueError: If a run would end with an error; the findings are printed before.
     """
     from optimum_sieve.backbone.kinds import input_format
+    from optimum_sieve.backbone.offloading import execution_device
     from optimum_sieve.pipeline.findings import examine_all
     from optimum_sieve.plan.forecast import Forecast
 
     print(examine_all(pruner.tasks, pruner.tokenizer, input_format(pruner.model)), end="\n\n", flush=True)
-    print(Forecast.of(pruner.plan(config), dtype=pruner.model.dtype).format())
+    plan, model = pruner.plan(config), pruner.model
+    print(Forecast.of(plan, dtype=model.dtype, device=execution_device(model.get_input_embeddings())).format())
 
 
 def reserved_output(arguments: Namespace) -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ import torch
 
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.modes import evaluating
+from optimum_sieve.backbone.offloading import holds_offloaded
 from optimum_sieve.evaluation.prefix import prefill, repeated
 
 from .masks import text_config, tree_inputs
@@ -97,7 +98,7 @@ def _holds(
     model: nn.Module, name: str, size: tuple[int, int], read: Callable[[nn.Module, _Texts], torch.Tensor]
 ) -> bool:
     """Return whether an arrangement gives the predictions of plain rows; remembered for each model."""
-    if {parameter.is_meta for parameter in model.parameters()} == {True}:
+    if {parameter.is_meta for parameter in model.parameters()} == {True} and not holds_offloaded(model):
         # A plan from a configuration alone, for which nothing can be tried.
         return True
     kind = (name, getattr(text_config(model), "_attn_implementation", None), _dtype(model))

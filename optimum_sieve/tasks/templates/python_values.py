@@ -62,7 +62,7 @@ def only_in_python(stored: Mapping[str, Any]) -> dict[str, str]:
     ```
     """
     found = {}
-    for key in _TEMPLATES:
+    for key in (*_TEMPLATES, "metric"):
         names = _functions(stored.get(key))
         if names:
             found[key] = f"the function{'s' * (len(names) > 1)} {', '.join(names)}"
