@@ -149,7 +149,11 @@ def test_every_process_takes_the_scores_of_the_first(tmp_path: Path, monkeypatch
     alone = drawn(task, tmp_path / "one")
     # Another process, whose own scores differ.
     flat = np.zeros((len(alone.examples), MANY))
-    monkeypatch.setattr("optimum_sieve.run.distributed.agree", lambda value: flat if isinstance(value, np.ndarray) else value)
+
+    def agree(value: Any) -> Any:
+        return flat if isinstance(value, np.ndarray) else value
+
+    monkeypatch.setattr("optimum_sieve.run.distributed.agree", agree)
     assert drawn(task, tmp_path / "two").examples != alone.examples
 
 
