@@ -152,8 +152,11 @@ class ModuleMetric:
 
 
 def public_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the mapping under `metric` of a task file without the directory of a local module."""
-    module = spec["evaluate"]
+    """Return the mapping under `metric` of a task without the directory of a local module."""
+    module = spec.get("evaluate")
+    if module is None:
+        # The name of a function.
+        return dict(spec)
     return {**spec, "evaluate": f"./{Path(module).name}" if is_path(module) else module}
 
 

@@ -169,7 +169,8 @@ def _run_command(base_model: str | None, *, trusted: bool) -> str:
 
 def _runs_code(spec: Mapping[str, Any]) -> bool:
     """Whether a task may name code, which a recipe runs only if it is trusted: it may be somebody else's."""
-    return isinstance(spec.get("metric"), dict) or "lm_eval" in spec
+    metric = spec.get("metric")
+    return (isinstance(metric, dict) and "evaluate" in metric) or "lm_eval" in spec
 
 
 def recipe_text(

@@ -72,7 +72,7 @@ def test_a_metric_of_ones_own_scores_a_task(tmp_path: Path) -> None:
     found = run(make_model(), task.examples("test", make_tokenizer()), task.metric)
     assert found.metric == "length"
     assert found.score == np.mean([len(text.split()) for text in found.texts])
-    assert "metric" not in task.spec
+    assert task.spec["metric"] == {"function": "length"}
     assert task.fingerprint() != Task.from_file(path).fingerprint()
     with pytest.raises(TypeError, match="`metric` must be a function of an answer and the accepted answers, got 'f1'"):
         Task.from_file(path, metric="f1")
@@ -86,6 +86,12 @@ def test_a_metric_of_ones_own_scores_labels_too(tmp_path: Path) -> None:
     assert report["pruned"]["score"] == 2 * plain.score
     assert report["majority_score"] == 2 * plain.majority_score
     assert report["metric"] == "<lambda>"
+    saved = pruner.save_pretrained(tmp_path / "out")
+    assert "`metric` was the function <lambda>" in (saved / "sieve.yaml").read_text()
+    (stored,) = json.loads((saved / "sieve_task.json").read_text())["tasks"]
+    # A prediction needs no metric.
+    assert "metric" not in stored
+    assert "sieve run" not in (saved / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
