@@ -134,7 +134,6 @@ def batch_sizes(
         logits=max(size.logits for size in sizes),
         states=max(size.states for size in sizes),
         splits=splits,
-        answers=sum((size.answers for size in sizes), SplitSizes()),
         drawn=sum(seen, SplitSizes()) if drawn else None,
     )
 
@@ -159,7 +158,6 @@ def _task_sizes(
     }
     taken = [example for split in INPUTS for example in examples.get(split, ())]
     draws = draws_candidates(config, taken, tokenizer, input_format(model))
-    gold = batched(examples["calibration"], candidates=False) if task.labelled else []
     # Calibration on written answers also needs logits of the prompts.
     prompts = config.batch_size * PROMPT_SITES if written else 0
     every = [batch for each in batches.values() for batch in each]
@@ -168,7 +166,6 @@ def _task_sizes(
         logits=(max(len(batch.sites) for batch in every) + prompts) * vocabulary,
         states=max(splits[split].tokens for split in INPUTS if split in splits),
         splits=splits,
-        answers=_total(gold, vocabulary),
         drawn=_total(batched(typical_draw(taken, config)), vocabulary) if draws else None,
     )
 

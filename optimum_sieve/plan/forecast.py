@@ -122,7 +122,6 @@ def forecast(
         logits=rows * num_logits,
         states=splits["calibration"].tokens,
         splits=splits,
-        answers=splits["calibration"],
     )
 
     def plan_of(settled: SieveConfig) -> PrunePlan:

@@ -58,7 +58,6 @@ class BatchSizes:
         states (`int`): Total tokens, with padding, of the larger one of the calibration and the unlabelled split, whose
             states between all blocks a run by blocks keeps.
         splits (`Mapping[str, SplitSizes]`): What one pass over each split of all tasks computes, with all candidates.
-        answers (`SplitSizes`): The same for the calibration split with the gold answers alone.
         drawn (`SplitSizes`, *optional*): What the moments compute where candidates are drawn; `None` if no task draws
             any, and the moments compute the `inputs`.
     """
@@ -67,7 +66,6 @@ class BatchSizes:
     logits: int
     states: int
     splits: Mapping[str, SplitSizes] = field(default_factory=dict)
-    answers: SplitSizes = SplitSizes()
     drawn: SplitSizes | None = None
 
     @property

@@ -108,7 +108,8 @@ def _tuning(passes: _Passes, config: SieveConfig) -> float:
     tune = config.tune
     if not isinstance(tune, TuneConfig):
         return 0.0
-    trained = passes.drawn(tune.steps * tune.batch_size, passes.sizes.answers) * _TUNED
+    rows = passes.sizes.splits.get("calibration", SplitSizes())
+    trained = passes.drawn(tune.steps * tune.batch_size, rows) * _TUNED
     # The model before it was scored with the ranks, if anything is compared with it there.
     return trained + (1 if _compares(config) else 2) * passes.over("selection")
 

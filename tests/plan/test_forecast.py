@@ -133,7 +133,7 @@ def test_all_stages_are_what_torch_counts(model: Any) -> None:
     targets, width = find_targets(model), model.config.hidden_size
     ids = torch.randint(3, 60, (6, 5))
     one = SplitSizes(examples=6, tokens=30, logits=6 * model.config.vocab_size)
-    sizes = BatchSizes(tokens=30, logits=one.logits, states=30, splits={"test": one, "selection": one}, answers=one)
+    sizes = BatchSizes(tokens=30, logits=one.logits, states=30, splits={"test": one, "selection": one})
     with torch.no_grad():
         forward = counted(lambda: model.lm_head(model.model(input_ids=ids).last_hidden_state[:, -1]))
     # Products of factors are slow: keeping half takes .7 of the time.
