@@ -23,9 +23,10 @@ import torch
 from bench import append_json, evaluate, find_targets, machine_name, make_parser, make_pruner
 
 from optimum_sieve import SieveConfig
+from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.calibration.collect import visit_tokens
 from optimum_sieve.calibration.losses import calibration_batches
-from optimum_sieve.calibration.sampled import PAIRS, CalibrationExamples, sampled_examples
+from optimum_sieve.calibration.sampled import CalibrationExamples, draws_candidates, sampled_examples
 
 
 if TYPE_CHECKING:
@@ -104,9 +105,9 @@ def take_gradients(model: Any, tokenizer: Any, examples: Sequence[Example], batc
         model=model, tokenizer=tokenizer, config=SieveConfig(tolerance=0.02, batch_size=batch_size),
         by_block=False, work=None, model_key="", progress=False,
     )  # fmt: skip
-    drawn = len(examples[0].candidates) > 2 * PAIRS
-    gold = sampled_examples(run, examples) if drawn else CalibrationExamples(examples)
-    batches, loss = calibration_batches(run, gold)
+    draws = draws_candidates(run.config, examples, tokenizer, input_format(model))
+    taken = sampled_examples(run, examples) if draws else CalibrationExamples(examples)
+    batches, loss = calibration_batches(run, taken)
     visit_tokens(model, [target.name for target in find_targets(model)], batches, loss, lambda *_: None)
 
 

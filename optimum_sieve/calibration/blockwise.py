@@ -80,7 +80,7 @@ class BlockRound(Round):
                 bases[name] = StoredBasis(path, name, execution_device(self.run.model.get_submodule(name)))
         return Bases(bases, self.key)
 
-    def compute(self, gold: Sequence[CalibrationExamples]) -> Bases:
+    def compute(self, taken: Sequence[CalibrationExamples]) -> Bases:
         """Take the moments and factor the weights, block by block; return the bases as they were saved.
 
         The joint projection needs gradients: a forward pass through all blocks keeps their inputs on disk, and a
@@ -93,13 +93,13 @@ class BlockRound(Round):
             stack.enter_context(frozen(run.model))
             bar = stack.enter_context(self._bar(len(order) * (2 if joint else 1)))
             with run.timed("moments"):
-                passes = self._start_all(gold, directory)
+                passes = self._start_all(taken, directory)
             if joint:
                 with run.timed("moments"):
                     self._forward(passes, bar)
             for number, block in reversed(order) if joint else order:
                 with run.timed("moments"):
-                    weights, moments = self._moments(passes, gold, number, block)
+                    weights, moments = self._moments(passes, taken, number, block)
                 with run.timed("factors"):
                     self._factor(number, weights, moments)
                 bar.update()
@@ -112,15 +112,15 @@ class BlockRound(Round):
         description = "moments" if self.run.config.projection == "joint" else "moments and factors"
         return progress_bar(total=steps, desc=description, unit="block", progress=self.run.progress)
 
-    def _start_all(self, gold: Sequence[CalibrationExamples], directory: Path) -> list[BlockRun[Batch]]:
+    def _start_all(self, taken: Sequence[CalibrationExamples], directory: Path) -> list[BlockRun[Batch]]:
         """Begin a pass over the examples of every task; `svd` looks at no example."""
-        gold = () if self.run.config.projection == "svd" else gold
-        return [self._start(each, directory / str(number)) for number, each in enumerate(gold)]
+        taken = () if self.run.config.projection == "svd" else taken
+        return [self._start(each, directory / str(number)) for number, each in enumerate(taken)]
 
-    def _start(self, gold: CalibrationExamples, directory: Path) -> BlockRun[Batch]:
+    def _start(self, taken: CalibrationExamples, directory: Path) -> BlockRun[Batch]:
         """Begin a pass over a task's examples, whose hidden states go to a new directory."""
         model, blocks = self.run.model, list(self.owned)
-        batches, loss = calibration_batches(self.run, gold)
+        batches, loss = calibration_batches(self.run, taken)
         device = input_device(model)
         if not self.ranks:
             check_blocks(model, blocks, partial(loss, model, batches[-1].to(device)))
@@ -138,7 +138,7 @@ class BlockRound(Round):
             each.start_backward()
 
     def _moments(
-        self, passes: Sequence[BlockRun[Batch]], gold: Sequence[CalibrationExamples], number: int, block: str
+        self, passes: Sequence[BlockRun[Batch]], taken: Sequence[CalibrationExamples], number: int, block: str
     ) -> tuple[dict[str, torch.Tensor], dict[str, Moments]]:
         """Return the dense weights and the moments of a block's targets, the weighted sum of the tasks' moments."""
         config, model, names = self.run.config, self.run.model, self.owned[block]
@@ -148,8 +148,8 @@ class BlockRound(Round):
         moments = {name: empty_moments(weight, projection=config.projection) for name, weight in weights.items()}
         weigh = token_weights(config, {name: _in_memory(self.before[name]) for name in names if name in self.before})
         with block_held(model, block, self.before, self.ranks):
-            for each, task, taken in zip(passes, self.run.tasks, gold, strict=False):
-                scaling = task.weight / len(taken.examples)
+            for each, task, of_task in zip(passes, self.run.tasks, taken, strict=False):
+                scaling = task.weight / len(of_task.examples)
                 visit = accumulator(moments, weights, config.projection, scaling=scaling, token_weights=weigh)
                 watch = Watch(model, names, visit, gradients=joint)
                 if joint:

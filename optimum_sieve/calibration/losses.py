@@ -169,13 +169,13 @@ def direction_loss(directions: Sequence[NDArray[np.float64]]) -> Loss:
     return loss
 
 
-def calibration_batches(run: Run, gold: CalibrationExamples) -> tuple[list[Batch], Loss]:
+def calibration_batches(run: Run, taken: CalibrationExamples) -> tuple[list[Batch], Loss]:
     """Return the batches of a task's calibration examples, for all processes together, and their loss."""
-    config, examples = run.config, gold.examples
-    if gold.directions is None:
+    config, examples = run.config, taken.examples
+    if taken.directions is None:
         loss, by_candidate = calibration_loss(config.loss, examples, config.seed, temperature=config.fisher_temperature)
     else:
-        loss, by_candidate = direction_loss(gold.directions), True
+        loss, by_candidate = direction_loss(taken.directions), True
     batches = make_batches(
         examples, run.tokenizer, batch_size=config.batch_size, candidates=by_candidate, model=run.model
     )

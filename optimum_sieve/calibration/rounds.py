@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.factorization.closed_form import FactorBasis
 from optimum_sieve.tasks.data import INPUTS
 
-from .sampled import PAIRS
+from .sampled import draws_key
 
 
 if TYPE_CHECKING:
@@ -69,9 +69,8 @@ class Round:
         splits = [split for split in INPUTS if task.examples(split)]
         # One alone as it is, so that work directories of earlier versions stay valid.
         examples = [task.fingerprint(split) for split in splits] if len(splits) > 1 else task.fingerprint(splits[0])
-        # With few candidates, nothing is drawn, and work directories of earlier versions stay valid.
-        drawn = {"pairs": PAIRS} if task.draws else {}
-        return self.run.key(*MOMENT_SETTINGS, examples=examples, targets=self.names, format=FORMAT, **drawn, **pruned)
+        parts = {**draws_key(task), **pruned}
+        return self.run.key(*MOMENT_SETTINGS, examples=examples, targets=self.names, format=FORMAT, **parts)
 
     @cached_property
     def key(self) -> str:

@@ -1,4 +1,4 @@
-r"""Calibration examples with many candidates, of which a random part stands for all in the Fisher information."""
+r"""Draw some of an example's many candidates for calibration, so that the mean Fisher information is that of all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from optimum_sieve.backbone.kinds import InputFormat
     from optimum_sieve.config.sieve import SieveConfig
-    from optimum_sieve.run.context import Run
+    from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
 
 
@@ -52,8 +52,14 @@ def draws_candidates(
     """
     if config.projection != "joint" or config.loss != "fisher":
         return False
-    many = [example for example in examples if len(example.candidates) > 2 * PAIRS]
-    return bool(many) and any(len(row.rows) > 1 for row in encode_examples(many, tokenizer, True, inputs))
+    many = (example for example in examples if len(example.candidates) > 2 * PAIRS)
+    # One at a time, as the first one tells in most tasks.
+    return any(len(row.rows) > 1 for each in many for row in encode_examples([each], tokenizer, True, inputs))
+
+
+def draws_key(*tasks: TaskRun) -> dict[str, int]:
+    """Return what draws add to a cache key; nothing without them, so that keys of earlier versions stay valid."""
+    return {"pairs": PAIRS} if any(task.draws for task in tasks) else {}
 
 
 def typical_draw(examples: Sequence[Example], config: SieveConfig) -> list[Example]:
@@ -81,9 +87,9 @@ def draw_candidates(
 
     With \(p = \mathrm{softmax}(s / T)\) and pairs \((c_k, d_k)\) of candidates that are drawn independently from \(p\),
     the coefficients are \(a = \sum_k \pm (e_{c_k} - e_{d_k}) / \sqrt{2 K}\) with random signs. Then
-    \(E[a a^\top] = \mathrm{diag}(p) - p p^\top\), which is the Fisher information of the whole distribution: the
-    covariance of a draw from \(p\), of which half the squared difference of two draws is an estimate. The candidates
-    that are in no pair have the coefficient 0 and need not be computed. An example with at most `2 * PAIRS` candidates
+    \(E[a a^\top] = \mathrm{diag}(p) - p p^\top\), the Fisher information of the whole distribution. That is the
+    covariance of a draw from \(p\), and half the squared difference of two draws estimates it. The candidates that are
+    in no pair have the coefficient 0 and need not be computed. An example with at most `2 * PAIRS` candidates
     keeps them all, with the root of [`fisher_root`][optimum_sieve.calibration.losses.fisher_root].
 
     Args:

@@ -56,7 +56,7 @@ def calibrate(run: Run, *, must_exist: bool = False) -> Bases:
     Raises:
         ValueError: If bases must exist and do not.
     """
-    gold: list[CalibrationExamples] | None = None
+    taken: list[CalibrationExamples] | None = None
     bases = Bases({}, "")
     for number in range(1, run.config.num_rounds + 1):
         ranks = ranks_in_round(run, bases, number - 1) if number > 1 else {}
@@ -69,8 +69,8 @@ def calibrate(run: Run, *, must_exist: bool = False) -> Bases:
             )
         if stored is None:
             with run.timed("moments"):
-                gold = gold or [gold_examples(run, task) for task in run.tasks]
-            stored = step.compute(gold)
+                taken = taken or [calibration_examples(run, task) for task in run.tasks]
+            stored = step.compute(taken)
         bases = stored
     return bases
 
@@ -92,12 +92,12 @@ class WholeRound(Round):
             self.key,
         )
 
-    def compute(self, gold: Sequence[CalibrationExamples]) -> Bases:
+    def compute(self, taken: Sequence[CalibrationExamples]) -> Bases:
         """Take the moments, factor every weight and save the bases; return them as they were saved."""
         run = self.run
         weights = {target.name: linear_weight(run.model.get_submodule(target.name)) for target in run.targets}
         with run.timed("moments"), truncated(run.model, self.before, self.ranks, storage="factors"):
-            moments = collect(self, gold, weights)
+            moments = collect(self, taken, weights)
         with run.timed("factors"):
             bases = factor(run, weights, moments)
         run.work.save("bases", self.key, flatten(bases))
@@ -111,7 +111,7 @@ class WholeRound(Round):
         return saved
 
 
-def gold_examples(run: Run, task: TaskRun) -> CalibrationExamples:
+def calibration_examples(run: Run, task: TaskRun) -> CalibrationExamples:
     """Return a task's calibration and unlabelled examples with the answers that the loss is taken of.
 
     The model must be dense. It answers the unlabelled ones, and all where `label_source` says so. Of many candidates,
@@ -157,17 +157,17 @@ def ranks_in_round(run: Run, bases: Mapping[str, FactorBasis], number: int) -> R
 
 
 def collect(
-    step: Round, gold: Sequence[CalibrationExamples], weights: Mapping[str, torch.Tensor]
+    step: Round, taken: Sequence[CalibrationExamples], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Moments]:
     """Return the weighted sum of all tasks' moments of every target; none for the `svd` projection."""
     if step.run.config.projection == "svd":
         return {}
-    pairs = zip(step.run.tasks, gold, strict=True)
+    pairs = zip(step.run.tasks, taken, strict=True)
     return weighted_sum((task.weight, _moments_of(step, task, each, weights)) for task, each in pairs)
 
 
 def _moments_of(
-    step: Round, task: TaskRun, gold: CalibrationExamples, weights: Mapping[str, torch.Tensor]
+    step: Round, task: TaskRun, taken: CalibrationExamples, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Moments]:
     """Return the moments of every target on one task's calibration examples, from the work directory if stored."""
     work, key = step.run.work, step.moments_key(task)
@@ -177,17 +177,17 @@ def _moments_of(
             name: Moments.from_tensors(on_device(tensors, weights[name].device))
             for name, tensors in unflatten(stored).items()
         }
-    moments = _collect(step, task, gold, weights)
+    moments = _collect(step, task, taken, weights)
     work.save("moments", key, flatten(moments))
     return moments
 
 
 def _collect(
-    step: Round, task: TaskRun, gold: CalibrationExamples, weights: Mapping[str, torch.Tensor]
+    step: Round, task: TaskRun, taken: CalibrationExamples, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Moments]:
     """Run the model over one task's calibration examples, with the processes sharing the batches."""
     run = step.run
-    batches, loss = calibration_batches(run, gold)
+    batches, loss = calibration_batches(run, taken)
     device = input_device(run.model)
     description = f"moments, round {step.number}" + (f", {task.name}" if len(run.tasks) > 1 else "")
     with progress_bar(distributed.share(batches), desc=description, unit="batch", progress=run.progress) as bar:
@@ -197,7 +197,7 @@ def _collect(
             (batch.to(device) for batch in bar),
             loss,
             projection=run.config.projection,
-            num_examples=len(gold.examples),
+            num_examples=len(taken.examples),
             weights=weights,
             token_weights=token_weights(run.config, step.before),
         )

@@ -205,6 +205,11 @@ class SieveConfig:
         return self.rounds if self.projection in ("joint", "activation") else 1
 
     @property
+    def compares(self) -> bool:
+        """Whether sizes are compared on the selection split; a search that is not healed does so by itself."""
+        return self.tolerance is not None and (self.allocation != "genetic" or self.heal is not None)
+
+    @property
     def healed_sizes(self) -> list[float]:
         """Kept fractions that are healed for the `pruning_ratio`, the last one; empty without either."""
         if self.pruning_ratio is None or not isinstance(self.heal, HealConfig):

@@ -16,7 +16,6 @@ from optimum_sieve.vocabulary.stage import vocabulary_part
 
 from .descent import descend_within
 from .progress import show_trial
-from .reference import compares
 
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
         ToleranceError: If no size is within the tolerance; names the part of a reduced vocabulary in the loss.
     """
     with run.timed("ranks"):
-        reference = score_reference(run) if compares(run.config) else ()
+        reference = score_reference(run) if run.config.compares else ()
     ranks, trials, failure = _without_healing(run, bases, reference)
     if healer is not None:
         with run.timed("healing"):

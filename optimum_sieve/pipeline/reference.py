@@ -11,20 +11,11 @@ from optimum_sieve.tuning.stage import tune_dense
 
 
 if TYPE_CHECKING:
-    from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.evaluation.scores import Evaluation
     from optimum_sieve.run.context import Run
 
 
 logger = logging.getLogger(__name__)
-
-
-def compares(config: SieveConfig) -> bool:
-    """Whether the ranks are chosen by the dense model's score on the selection split.
-
-    A genetic search that is not healed compares with the dense model by itself.
-    """
-    return config.tolerance is not None and (config.allocation != "genetic" or config.heal is not None)
 
 
 def prepare_reference(run: Run) -> Run:
@@ -33,7 +24,7 @@ def prepare_reference(run: Run) -> Run:
     The reference is scored as early as possible, and a warning says where it has nothing to lose: before tuning if it
     is the model as it came, else after it.
     """
-    if not compares(run.config):
+    if not run.config.compares:
         return tune_dense(run)
     with run.timed("ranks"):
         run = replace(run, reference=score_reference(run))

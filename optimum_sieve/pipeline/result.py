@@ -14,7 +14,7 @@ from optimum_sieve.publish.sections import rank_section, spectra_section
 from optimum_sieve.publish.trials import stop_reasons, trial_rows
 
 from .progress import save_in_work_dir
-from .reference import compares, warn_of_the_majority
+from .reference import warn_of_the_majority
 
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def pruned_result(
     """
     bring_in(run.model)
     _warn_of_loss_to_tuned(run, dense, pruned)
-    if not compares(run.config):
+    if not run.config.compares:
         # Otherwise the selection split has told.
         for task, evaluation in zip(run.tasks, dense, strict=True):
             warn_of_the_majority(task.name, evaluation, "test")

@@ -26,7 +26,7 @@ class Work:
         moments (`float`): Accumulation of the moments, in float32.
         products (`float`): Matrix products of the factorization, in float64.
         eigenvectors (`float`): Eigendecompositions, in float64.
-        stages (`Mapping[str, float]`): Passes of the stages that only score or train, in the model's dtype; see
+        stages (`Mapping[str, float]`): Other passes of the stages, that score or train, in the model's dtype; see
             [`count_passes`][optimum_sieve.plan.stages.count_passes].
     """
 
@@ -41,7 +41,7 @@ class Work:
         seconds = {stage: passes / rates["model"] for stage, passes in self.stages.items()}
         return {
             **seconds,
-            "moments": self.passes / rates["model"] + self.moments / rates["float32"],
+            "moments": seconds.get("moments", 0.0) + self.passes / rates["model"] + self.moments / rates["float32"],
             "factors": self.products / rates["float64"] + self.eigenvectors / rates["eigenvectors"],
         }
 

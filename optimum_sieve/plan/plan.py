@@ -73,7 +73,7 @@ class PrunePlan:
         candidates (`dict[str, str]`): What the candidates of each task cost, as text; empty where they have no tokens.
         blocks (`BlockPlan`, *optional*): Sizes of a run that holds one block at a time, if the model is offloaded or
             the whole run exceeds the `memory_limit`.
-        rounds (`int`): Rounds of moments, which a work directory keeps with their bases.
+        disk_bytes (`int`): Peak bytes of the work directory, without scores and what training stores.
         work (`Work`, *optional*): Operations of the stages.
     """
 
@@ -97,17 +97,8 @@ class PrunePlan:
     certainty: dict[str, str] = field(default_factory=dict)
     candidates: dict[str, str] = field(default_factory=dict)
     blocks: BlockPlan | None = None
-    rounds: int = 1
+    disk_bytes: int = 0
     work: Work | None = None
-
-    @property
-    def disk_bytes(self) -> int:
-        """Peak bytes of the work directory, without scores and what training stores."""
-        if self.blocks is not None:
-            return self.blocks.disk_bytes
-        # At most two of the tasks' moments are in memory.
-        moments = self.moments_bytes * len(self.examples) // min(len(self.examples), 2)
-        return self.rounds * (moments + self.bases_bytes)
 
     @property
     def whole_bytes(self) -> int:
@@ -221,14 +212,17 @@ def make_plan(
         candidates=dict(candidates or {}),
         library_bytes=_LIBRARY_BYTES + (_KERNEL_BYTES if on_cpu and element == 2 else 0),
     )
-    plan = replace(plan, rounds=config.num_rounds, blocks=plan_blocks(plan, model, targets, config, batch))
+    blocks = plan_blocks(plan, model, targets, config, batch)
     shares = expert_shares(model, targets)
     tokens = (batch.drawn or batch.inputs).tokens
-    work = count_work(targets, config, tokens=tokens, by_block=plan.blocks is not None, shares=shares)
+    work = count_work(targets, config, tokens=tokens, by_block=blocks is not None, shares=shares)
     stages = count_passes(
         targets, config, batch, width=_head_width(model), labelled=labelled, has_offsets=has_offsets, shares=shares
     )
-    return replace(plan, work=replace(work, passes=work.passes + stages.pop("moments", 0.0), stages=stages))
+    # A file of moments for every task, and one of bases, for every round.
+    stored = config.num_rounds * (len(splits) * moments_bytes(targets, config) + plan.bases_bytes)
+    disk = stored if blocks is None else blocks.disk_bytes
+    return replace(plan, blocks=blocks, disk_bytes=disk, work=replace(work, stages=stages))
 
 
 def _head_width(model: Any) -> int:

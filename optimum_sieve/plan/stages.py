@@ -111,15 +111,11 @@ def _tuning(passes: _Passes, config: SieveConfig) -> float:
     rows = passes.sizes.splits.get("calibration", SplitSizes())
     trained = passes.drawn(tune.steps * tune.batch_size, rows) * _TUNED
     # The model before it was scored with the ranks, if anything is compared with it there.
-    return trained + (1 if _compares(config) else 2) * passes.over("selection")
-
-
-def _compares(config: SieveConfig) -> bool:
-    return config.tolerance is not None and (config.allocation != "genetic" or config.heal is not None)
+    return trained + (1 if config.compares else 2) * passes.over("selection")
 
 
 def _ranks(passes: _Passes, config: SieveConfig) -> float:
-    reference = passes.over("selection") if _compares(config) else 0.0
+    reference = passes.over("selection") if config.compares else 0.0
     if config.allocation == "genetic":
         preset = PRESETS[config.search_preset]
         count = (config.population_size or preset.population_size) * (config.generations or preset.generations)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optimum_sieve.config.tune import TuneConfig
+
+from .memory import element_size
 
 
 if TYPE_CHECKING:
@@ -30,10 +32,9 @@ def tune_bytes(model: nn.Module, targets: Sequence[Target], config: SieveConfig,
     """
     if not isinstance(config.tune, TuneConfig):
         return 0
-    first: Any = model.get_submodule(targets[0].name)
     trained = config.tune.rank * sum(target.in_features + target.out_features for target in targets)
     copied = sum(target.num_parameters for target in targets) if on_cpu else 0
-    return trained * _STATE_BYTES + copied * int(first.weight.element_size())
+    return trained * _STATE_BYTES + copied * element_size(model, targets)
 
 
 def describe_tuning(config: SieveConfig) -> str | None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 # Only a model of type `sieve` has the first tag.
 _TAGS = ["sieve", "optimum-sieve", "low-rank", "pruned"]
-# The Hub's name for what each kind of model does. Text to text is a part of text generation there, named by a tag.
+# The Hub's name for what each kind of model does. It lists models from text to text under text generation, with a tag.
 _PIPELINE_TAGS = {
     "causal": "text-generation",
     "seq2seq": "text-generation",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.allocation.stage import loss_curves
 from optimum_sieve.calibration.rounds import BASIS_SETTINGS
 from optimum_sieve.calibration.rounds import FORMAT as CALIBRATION_FORMAT
-from optimum_sieve.calibration.sampled import PAIRS
+from optimum_sieve.calibration.sampled import draws_key
 from optimum_sieve.evaluation.stage import score_cache
 from optimum_sieve.metrics.identity import metric_name, metric_source, require_metric_sources
 from optimum_sieve.run.checksum import sealed
@@ -192,8 +192,7 @@ def _study_name(run: Run) -> str:
         ],
         names=[target.name for target in run.targets],
         format=[CALIBRATION_FORMAT, _STUDY_FORMAT],
-        # Other bases, but only where candidates are drawn, so that studies of earlier versions stay valid.
-        **({"pairs": PAIRS} if any(task.draws for task in run.tasks) else {}),
+        **draws_key(*run.tasks),
     )
     return f"sieve-{key}"
 

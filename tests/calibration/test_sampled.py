@@ -11,7 +11,7 @@ from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 
 from optimum_sieve import SievePruner, Task
 from optimum_sieve.calibration.sampled import PAIRS, CalibrationExamples, draw_candidates
-from optimum_sieve.calibration.stage import gold_examples
+from optimum_sieve.calibration.stage import calibration_examples
 from optimum_sieve.evaluation.batches import make_batches
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tasks import Example
@@ -129,7 +129,7 @@ def drawn(task: Task, directory: Path, **settings: Any) -> CalibrationExamples:
     options: dict[str, Any] = {"work_dir": directory, "study_storage": None, "progress": False}
     run = prepare(make_model(), make_tokenizer(), [task], config, **options)
     assert run.by_block == ("memory_limit" in settings)
-    return gold_examples(run, run.tasks[0])
+    return calibration_examples(run, run.tasks[0])
 
 
 def test_blocks_one_at_a_time_draw_the_same(tmp_path: Path) -> None:

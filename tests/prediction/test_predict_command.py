@@ -10,10 +10,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from toy import make_model, make_tokenizer, parity_rows, task_spec, unhealed, write_rows
+from toy import make_model, make_tokenizer, parity_rows, save_pruned, task_spec, write_rows
 from transformers import pipeline
 
-from optimum_sieve import SievePruner, Task
 from optimum_sieve.prediction import SievePipeline
 from optimum_sieve.prediction.files import partial_file, read_rows, unanswered, write_predictions
 
@@ -30,11 +29,7 @@ TEXTS = [{"text": row["text"]} for row in parity_rows(70)]
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of a pruned model."""
-    root = tmp_path_factory.mktemp("pruned")
-    write_rows(root / "rows.jsonl", parity_rows(60))
-    pruner = SievePruner(make_model(), make_tokenizer(), Task.from_dict(task_spec(), root), base_model="toy/base")
-    pruner.prune(unhealed(pruning_ratio=0.3, rank_multiple=1), progress=False)
-    return pruner.save_pretrained(root / "pruned")
+    return save_pruned(tmp_path_factory.mktemp("pruned"), pruning_ratio=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hub_server import OWNER, WRITE, running_hub
 from huggingface_hub import constants
-from toy import make_model, make_tokenizer, parity_rows, task_spec, unhealed, write_rows
+from toy import make_model, make_tokenizer, save_pruned
 
-from optimum_sieve import SievePruner, Task
 from optimum_sieve.prediction import SievePipeline
 from optimum_sieve.publish.space import push_space, space_files
 from optimum_sieve.publish.space_app import load, make_page
@@ -34,10 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a pruned model and its dense one."""
     root = tmp_path_factory.mktemp("models")
-    write_rows(root / "rows.jsonl", parity_rows(60))
-    pruner = SievePruner(make_model(), make_tokenizer(), Task.from_dict(task_spec(), root), base_model="toy/base")
-    pruner.prune(unhealed(pruning_ratio=0.5, rank_multiple=1), progress=False)
-    pruner.save_pretrained(root / "pruned")
+    save_pruned(root, pruning_ratio=0.5)
     make_model().save_pretrained(root / "dense")
     make_tokenizer().save_pretrained(root / "dense")
     return root

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from optimum_sieve import SieveConfig
+from optimum_sieve import SieveConfig, SievePruner
 from optimum_sieve.tasks import Task
 
 
@@ -113,6 +113,14 @@ def load_task(directory: Path, rows: list[dict[str, Any]] | None = None, **chang
 def unhealed(**settings: Any) -> SieveConfig:
     """Return settings without healing, tuning and label offsets, which are on by default."""
     return SieveConfig(**{"heal": None, "tune": None, "label_offsets": "none", **settings})
+
+
+def save_pruned(root: Path, **settings: Any) -> Path:
+    """Prune the toy model for the toy task, without training; return its directory in `root`."""
+    write_rows(root / "rows.jsonl", parity_rows(60))
+    pruner = SievePruner(make_model(), make_tokenizer(), Task.from_dict(task_spec(), root), base_model="toy/base")
+    pruner.prune(unhealed(rank_multiple=1, **settings), progress=False)
+    return pruner.save_pretrained(root / "pruned")
 
 
 def prompts(task: Task, split: str) -> list[str]:
