@@ -21,7 +21,7 @@ import pytest  # noqa: E402
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 # Workers take whole files, in this order: a long one that starts last keeps one of them busy alone.
@@ -38,6 +38,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_found() -> Iterator[None]:
+    """What one test switches for the whole process must not decide how a later one ends."""
+    before = _environment()
+    yield
+    assert _environment() == before
+
+
+def _environment() -> dict[str, str]:
+    bars = sys.modules.get("optimum_sieve.run.bars")
+    shown = "yes" if bars is None or bars.bars_are_shown() else "no"
+    return {**{name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}, "bars": shown}
 
 
 @pytest.fixture

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from optimum_sieve.backbone.kinds import model_kind
 from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.modeling.fingerprint import same_bits, stored_tensors
 from optimum_sieve.modeling.layout import leaving_parameters
+from optimum_sieve.run.bars import hidden_bars
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -51,7 +49,7 @@ def check_saved(model: PreTrainedModel, directory: Path) -> None:
     Raises:
         RuntimeError: If a name, shape, dtype or bit of a tensor differs, or the outputs do.
     """
-    with _silent(), leaving_parameters():
+    with hidden_bars(), leaving_parameters():
         reloaded: PreTrainedModel = type(model).from_pretrained(directory, dtype="auto", **_attention(model))
     differences = _differences(model, reloaded)
     if differences:
@@ -132,18 +130,6 @@ def _inputs(model: PreTrainedModel, device: torch.device) -> dict[str, torch.Ten
     ids = (torch.arange(_LENGTH, device=device) % rows.weight.shape[0])[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**inputs, "decoder_input_ids": ids} if model_kind(model) == "seq2seq" else inputs
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Hide the progress bar of loading."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _error(difference: str) -> RuntimeError:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _OFF = ("", "0", "false", "no", "off")
 
@@ -31,9 +35,20 @@ def bars_are_shown() -> bool:
     return logging is None or bool(logging.is_progress_bar_enabled())
 
 
-def hide_bars() -> None:
-    """Hide the bars of this process and of the libraries that it uses, as `--quiet` does."""
-    os.environ["TQDM_DISABLE"] = "1"
-    from transformers.utils.logging import disable_progress_bar
+@contextmanager
+def hidden_bars() -> Iterator[None]:
+    """Hide the bars of this process and of the libraries that it uses, as `--quiet` does, until the block ends."""
+    from transformers.utils import logging
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    before, were_shown = os.environ.get("TQDM_DISABLE"), logging.is_progress_bar_enabled()
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
+        if were_shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from toy import load_task, make_model, make_tokenizer, parity_rows
 from transformers.utils import logging as transformers_logging
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
-from optimum_sieve.run.bars import bars_are_shown, hide_bars, progress_bar
+from optimum_sieve.run.bars import bars_are_shown, hidden_bars, progress_bar
 from optimum_sieve.run.events import check_trackers, emit, listening
 
 
@@ -143,8 +143,9 @@ def test_bars_obey_the_switches_of_the_libraries(monkeypatch: pytest.MonkeyPatch
     transformers_logging.disable_progress_bar()
     assert not bars_are_shown()
     transformers_logging.enable_progress_bar()
-    hide_bars()
-    assert not bars_are_shown()
+    with hidden_bars():
+        assert not bars_are_shown()
+    assert bars_are_shown()
 
 
 def test_quiet_shows_no_bar(
@@ -162,3 +163,5 @@ def test_quiet_shows_no_bar(
     status, out, err = cli(*words, "--quiet")
     assert (status, err) == (0, "")
     assert "accuracy" in out
+    # What a program runs after it has its bars back.
+    assert bars_are_shown()

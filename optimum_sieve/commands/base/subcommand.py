@@ -41,12 +41,15 @@ class SieveSubcommand(BaseOptimumCLICommand):
         """Run the subcommand; print an error as one line, or with its traceback under `--debug`."""
         with one_line_errors(debug=self.args.debug):
             _check_words(self.args)
-            if self.args.quiet:
-                from optimum_sieve.run.bars import hide_bars
+            with _hidden_bars() if self.args.quiet else nullcontext():
+                self.execute(self.args)
+                sys.stdout.flush()
 
-                hide_bars()
-            self.execute(self.args)
-            sys.stdout.flush()
+
+def _hidden_bars() -> AbstractContextManager[None]:
+    from optimum_sieve.run.bars import hidden_bars
+
+    return hidden_bars()
 
 
 def _check_words(arguments: Namespace) -> None:
