@@ -41,17 +41,16 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _environment_as_found() -> Iterator[None]:
-    """What one test switches for the whole process must not decide how a later one ends."""
-    before = _environment()
+def _bars_as_found() -> Iterator[None]:
+    """Bars that one test hides for the whole process must not decide how a later one ends."""
+    before = _bars_are_shown()
     yield
-    assert _environment() == before
+    assert _bars_are_shown() == before
 
 
-def _environment() -> dict[str, str]:
+def _bars_are_shown() -> bool:
     bars = sys.modules.get("optimum_sieve.run.bars")
-    shown = "yes" if bars is None or bars.bars_are_shown() else "no"
-    return {**{name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}, "bars": shown}
+    return bars is None or bars.bars_are_shown()
 
 
 @pytest.fixture

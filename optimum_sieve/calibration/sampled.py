@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optimum_sieve.evaluation.blockwise import evaluate_by_block
-from optimum_sieve.evaluation.encoding import encode_examples
+from optimum_sieve.evaluation.many import has_many_candidates, with_candidates
 from optimum_sieve.evaluation.teacher import CandidateTeacher, teach
 from optimum_sieve.run import distributed
 
@@ -48,13 +48,11 @@ def draws_candidates(
 ) -> bool:
     """Return whether the moments of a task see random candidates of each example, in place of all.
 
-    They see all where no example has many, and where no further tokens are computed for them.
+    They see all where no example has many of several tokens.
     """
     if config.projection != "joint" or config.loss != "fisher":
         return False
-    many = (example for example in examples if len(example.candidates) > 2 * PAIRS)
-    # One at a time, as the first one tells in most tasks.
-    return any(len(row.rows) > 1 for each in many for row in encode_examples([each], tokenizer, True, inputs))
+    return has_many_candidates(examples, 2 * PAIRS, tokenizer, inputs)
 
 
 def draws_key(*tasks: TaskRun) -> dict[str, int]:
@@ -114,14 +112,7 @@ def draw_candidates(
     # Two candidates at least make a tree; where all pairs are equal, their coefficients are 0.
     order = np.argsort(-np.abs(direction), kind="stable")
     chosen = sorted(order[: max(2, np.count_nonzero(direction))].tolist())
-    divisors = example.normalized
-    fewer = replace(
-        example,
-        candidates=tuple(example.candidates[number] for number in chosen),
-        normalized=tuple(divisors[number] for number in chosen) if isinstance(divisors, tuple) else divisors,
-        target=None,
-    )
-    return fewer, direction[chosen]
+    return with_candidates(example, chosen), direction[chosen]
 
 
 def _log_probs(run: Run, examples: Sequence[Example]) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .validate import check_choice, check_flag, check_float, check_integer, check_known, drop_removed
+from .validate import check_candidates, check_choice, check_flag, check_float, check_integer, check_known, drop_removed
 
 
 HEAL_LOSSES = ("candidates", "vocabulary")
@@ -57,6 +57,9 @@ class HealConfig:
             with `loss="vocabulary"`.
         train_norms (`bool`):
             Also train the weights of normalization layers.
+        max_candidates (`int`):
+            Most candidates of an example in a step, the gold one and random others, where candidates have several
+            tokens; at least 2. 0: all. Of the same examples, each epoch sees other candidates.
         gradient_checkpointing (`bool`):
             Recompute activations in the backward pass instead of storing them, to save memory.
 
@@ -85,12 +88,13 @@ class HealConfig:
     crossed_prompts: int = 512
     prompt_sites: int = 32
     train_norms: bool = False
+    max_candidates: int = 8
     gradient_checkpointing: bool = False
 
     # Settings that the command line shows only with `--help-all`.
     ADVANCED: ClassVar[tuple[str, ...]] = (
         *("adapter_rank", "batch_size", "rows_per_pass", "loss", "gold_weight", "written_share", "crossed_prompts"),
-        *("prompt_sites", "train_norms", "gradient_checkpointing"),
+        *("prompt_sites", "train_norms", "max_candidates", "gradient_checkpointing"),
     )
 
     def __post_init__(self) -> None:
@@ -103,6 +107,7 @@ class HealConfig:
             check_float(f"heal.{name}", getattr(self, name), 0.0, 1.0, True)
         for name in ("adapter_rank", "crossed_prompts", "prompt_sites"):
             check_integer(f"heal.{name}", getattr(self, name), 0)
+        check_candidates("heal.max_candidates", self.max_candidates)
         for name in ("train_norms", "gradient_checkpointing"):
             check_flag(f"heal.{name}", getattr(self, name))
 

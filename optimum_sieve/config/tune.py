@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .validate import check_flag, check_float, check_integer, check_known
+from .validate import check_candidates, check_flag, check_float, check_integer, check_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,9 @@ class TuneConfig:
             Peak learning rate of AdamW; 10 % warmup, cosine decay.
         batch_size (`int`):
             Calibration examples per step.
+        max_candidates (`int`):
+            Most candidates of an example in a step, the gold one and random others, where candidates have several
+            tokens; at least 2. 0: all. Of the same examples, each epoch sees other candidates.
         gradient_checkpointing (`bool`):
             Recompute activations in the backward pass instead of storing them, to save memory.
 
@@ -44,14 +47,16 @@ class TuneConfig:
     steps: int = 64
     learning_rate: float = 5e-4
     batch_size: int = 16
+    max_candidates: int = 8
     gradient_checkpointing: bool = False
 
     # Settings that the command line shows only with `--help-all`.
-    ADVANCED: ClassVar[tuple[str, ...]] = ("batch_size", "gradient_checkpointing")
+    ADVANCED: ClassVar[tuple[str, ...]] = ("batch_size", "max_candidates", "gradient_checkpointing")
 
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch_size"):
             check_integer(f"tune.{name}", getattr(self, name), 1)
+        check_candidates("tune.max_candidates", self.max_candidates)
         check_float("tune.learning_rate", self.learning_rate, 0.0, 1.0, False)
         check_flag("tune.gradient_checkpointing", self.gradient_checkpointing)
 

@@ -49,6 +49,13 @@ def check_integer(name: str, value: Any, low: int, high: int = MOST) -> None:
         raise ValueError(f"`{name}` must be at most {high:,}, got {shown(value)}.")
 
 
+def check_candidates(name: str, value: Any) -> None:
+    """Raise unless `value` is a number of candidates that can be compared, or 0 for all."""
+    check_integer(name, value, 0)
+    if value == 1:
+        raise ValueError(f"`{name}` must be at least 2, or 0 for all candidates, got 1.")
+
+
 def parse_bytes(name: str, value: Any) -> int | None:
     """Return a number of bytes from an integer or from text such as `"700MB"` or `"24 GiB"`; `None` stays `None`.
 

@@ -26,7 +26,7 @@ from .scores import Evaluation, evaluate, evaluation_of, evaluation_of_texts
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,22 +137,57 @@ def compare_pruned(run: Run, task: TaskRun, reference: Evaluation, **options: An
 
     All processes get the comparison of the first one, since theirs may differ by rounding.
     """
+
+    def scored(part: slice, known: Evaluation | None) -> Evaluation:
+        return score(run, task, "selection", part, known=known, **options)
+
+    def adjusted(evaluation: Evaluation, part: slice) -> Evaluation:
+        return _with_own_offsets(run, task, evaluation, part)
+
+    limits = {"tolerance": run.config.tolerance or 0.0, "confidence": run.config.confidence}
+    return distributed.agree(compare(*_as_far_as_needed(task, reference, scored, adjusted, **limits)))
+
+
+def compare_tuned(run: Run, task: TaskRun, before: Evaluation) -> tuple[Evaluation, Evaluation]:
+    """Evaluate the tuned model, which the run must hold now, on as many selection examples as show if it is better.
+
+    Returns:
+        `tuple[Evaluation, Evaluation]`: The model before tuning, evaluated in `before`, and after it, on the same
+        examples.
+    """
+
+    def scored(part: slice, known: Evaluation | None) -> Evaluation:
+        return score_dense(run, task, "selection", part, known=known)
+
+    return _as_far_as_needed(task, before, scored, lambda evaluation, part: evaluation, tolerance=0.0, confidence=0.5)
+
+
+def _as_far_as_needed(
+    task: TaskRun,
+    reference: Evaluation,
+    scored: Callable[[slice, Evaluation | None], Evaluation],
+    adjusted: Callable[[Evaluation, slice], Evaluation],
+    *,
+    tolerance: float,
+    confidence: float,
+) -> tuple[Evaluation, Evaluation]:
+    """Return the evaluations to compare: of a quarter of the selection examples, if it decides, or of all."""
     part = slice(len(task.selection) // _LOOKS)
     first = None
     # A part of the examples is a fair sample of a mean. Other metrics may weigh a class that it lacks like any other.
     if part.stop >= _LEAST_LOOK and reference.error_method == EXAMPLES:
-        first = score(run, task, "selection", part, **options)
+        first = scored(part, None)
     if first is not None and first.error_method == EXAMPLES:
         examples = task.examples("selection", part)
         before = _first_ones(reference, examples, task.metric)
-        found = distributed.agree(compare(before, _with_own_offsets(run, task, first, part)))
+        after = adjusted(first, part)
+        found = distributed.agree(compare(before, after))
         if is_settled(
-            found.mean, found.standard_error, found.count, len(task.selection),
-            tolerance=run.config.tolerance or 0.0, confidence=run.config.confidence,
+            found.mean, found.standard_error, found.count, len(task.selection), tolerance=tolerance,
+            confidence=confidence,
         ):  # fmt: skip
-            return found
-    after = _with_own_offsets(run, task, score(run, task, "selection", known=first, **options))
-    return distributed.agree(compare(reference, after))
+            return before, after
+    return reference, adjusted(scored(WHOLE, first), WHOLE)
 
 
 def compare_selection(run: Run, reference: Sequence[Evaluation], **options: Any) -> dict[str, Comparison]:
@@ -200,13 +235,13 @@ def with_offsets(
     return evaluation_of(evaluation.log_probs + offsets, task.examples(split, part), task.metric)
 
 
-def score_dense(run: Run, task: TaskRun, split: str, part: slice = WHOLE) -> Evaluation:
+def score_dense(run: Run, task: TaskRun, split: str, part: slice = WHOLE, **options: Any) -> Evaluation:
     """Evaluate the dense model, tuned or not, which the run must hold now, with its original vocabulary."""
-    label = "dense model" if run.tuning is None else "tuned model"
+    options |= {"label": "dense model" if run.tuning is None else "tuned model"}
     if run.vocabulary is None or run.before_reduction is None:
-        return score(run, task, split, part, label=label)
+        return score(run, task, split, part, **options)
     with run.vocabulary.undone():
-        return score(run.before_reduction, task, split, part, label=label)
+        return score(run.before_reduction, task, split, part, **options)
 
 
 def score_reference(run: Run) -> tuple[Evaluation, ...]:

@@ -73,6 +73,22 @@ class CandidateTeacher:
         gold = self.targets[indices].to(scores.device)
         return (log_q.exp() * (log_q - log_p)).sum(dim=-1), -log_p.gather(1, gold[:, None])[:, 0]
 
+    def over(self, chosen: Sequence[Sequence[int]], targets: Sequence[int]) -> CandidateTeacher:
+        """Return the distributions over some of the candidates, given that one of these is the answer.
+
+        Args:
+            chosen (`Sequence[Sequence[int]]`): Indices of the candidates: those of all examples, once or several times.
+            targets (`Sequence[int]`): Index of the gold one among them.
+        """
+        log_probs = torch.full((len(chosen), max(map(len, chosen))), float("-inf"))
+        for number, candidates in enumerate(chosen):
+            log_probs[number, : len(candidates)] = self.log_probs[number % len(self.log_probs), list(candidates)]
+        return CandidateTeacher(
+            content_key(all=self.fingerprint, chosen=[list(candidates) for candidates in chosen]),
+            torch.tensor(targets),
+            log_probs.log_softmax(dim=-1),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class VocabularyTeacher:
@@ -146,6 +162,7 @@ class Lesson:
         gold (`bool`): Whether the examples' answers are gold. The likelihood of answers that a pruned model wrote is
             not trained.
         crossed (`int`): How many of the examples are crossed prompts, for the report.
+        copies (`int`): How often `examples` holds each example, all of them one after the other, with other candidates.
     """
 
     teacher: Teacher
@@ -153,6 +170,7 @@ class Lesson:
     weight: float = 1.0
     gold: bool = True
     crossed: int = 0
+    copies: int = 1
 
     def losses(self, model: nn.Module, batch: Batch, gold_weight: float) -> torch.Tensor:
         r"""Return \((1 - w)\, \text{divergence} - w \log p(\text{gold})\) (num_examples,); \(w = 0\) without gold."""

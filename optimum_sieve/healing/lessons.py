@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.encoding import encode_examples
+from optimum_sieve.evaluation.many import has_many_candidates
 from optimum_sieve.evaluation.on_policy import answer_unlabelled
-from optimum_sieve.evaluation.teacher import Lesson, teach
+from optimum_sieve.evaluation.teacher import CandidateTeacher, Lesson, teach
+from optimum_sieve.run import distributed
 from optimum_sieve.tasks.data import NAMES
+from optimum_sieve.training.negatives import COPIES, drawn_copies
 
 from .crossing import crossed_examples
 
@@ -39,7 +42,10 @@ def make_lessons(run: Run) -> list[Lesson]:
 def training_examples(lessons: Sequence[Lesson]) -> dict[str, int]:
     """Return the numbers of calibration and unlabelled examples, and of crossed prompts, for the report."""
     crossed = sum(lesson.crossed for lesson in lessons)
-    return {"examples": sum(len(lesson.examples) for lesson in lessons) - crossed, "crossed_prompts": crossed}
+    return {
+        "examples": sum(len(lesson.examples) // lesson.copies for lesson in lessons) - crossed,
+        "crossed_prompts": crossed,
+    }
 
 
 def _lessons(run: Run, task: TaskRun) -> list[Lesson]:
@@ -90,4 +96,18 @@ def _lesson(run: Run, examples: Sequence[Example], weight: float, *, gold: bool)
         model_key=run.model_key,
         progress=run.progress,
     )
-    return Lesson(teacher=teacher, examples=examples, weight=weight, gold=gold)
+    return _with_few_candidates(run, Lesson(teacher=teacher, examples=examples, weight=weight, gold=gold))
+
+
+def _with_few_candidates(run: Run, lesson: Lesson) -> Lesson:
+    """Return a lesson over some of the candidates of each example, if there are many."""
+    most, teacher = heal_config(run).max_candidates, lesson.teacher
+    if not isinstance(teacher, CandidateTeacher):
+        return lesson
+    if not has_many_candidates(lesson.examples, most, run.tokenizer, input_format(run.model)):
+        return lesson
+    # Processes round differently, and all must read the same texts.
+    log_probs = distributed.agree(teacher.log_probs.double().numpy())
+    examples, chosen = drawn_copies(lesson.examples, most, COPIES, seed=run.config.seed, log_probs=log_probs)
+    drawn = teacher.over(chosen, [example.target or 0 for example in examples])
+    return replace(lesson, examples=examples, teacher=drawn, copies=COPIES)

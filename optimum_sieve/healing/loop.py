@@ -112,4 +112,10 @@ def _part(lesson: Lesson, config: HealConfig) -> Part:
     def loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         return lesson.losses(model, batch, config.gold_weight)
 
-    return Part(examples=lesson.examples, loss=loss, by_candidate=lesson.teacher.by_candidate, weight=lesson.weight)
+    return Part(
+        examples=lesson.examples,
+        loss=loss,
+        by_candidate=lesson.teacher.by_candidate,
+        weight=lesson.weight,
+        copies=lesson.copies,
+    )

@@ -14,8 +14,11 @@ from optimum_sieve.backbone.sources import naming_model, read_config
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.losses import PROMPT_SITES
 from optimum_sieve.calibration.sampled import draws_candidates, typical_draw
+from optimum_sieve.config.heal import HealConfig
+from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.evaluation.batches import encode, make_batches
 from optimum_sieve.evaluation.encoding import encode_prompts
+from optimum_sieve.evaluation.many import has_many_candidates
 from optimum_sieve.evaluation.trees.arrangement import can_be_trees
 from optimum_sieve.plan.candidates import describe_candidates
 from optimum_sieve.plan.forecast import Forecast
@@ -25,6 +28,7 @@ from optimum_sieve.plan.memory import BatchSizes, SplitSizes
 from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.tasks.data import INPUTS
 from optimum_sieve.tasks.several import check_tasks, read_tasks
+from optimum_sieve.training.negatives import drawn_copies
 
 from .checks import check_model, check_tasks_of_run
 
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from optimum_sieve.backbone.kinds import InputFormat
     from optimum_sieve.backbone.targets import Target
     from optimum_sieve.config.sieve import SieveConfig
     from optimum_sieve.evaluation.batches import Batch
@@ -127,14 +132,13 @@ def batch_sizes(
     for size in sizes:
         for split, total in size.splits.items():
             splits[split] = splits.get(split, SplitSizes()) + total
-    drawn = [size.drawn for size in sizes if size.drawn is not None]
-    seen = [size.drawn or size.inputs for size in sizes]
+    drawn = {stage for size in sizes for stage in size.drawn}
     return BatchSizes(
         tokens=max(size.tokens for size in sizes),
         logits=max(size.logits for size in sizes),
         states=max(size.states for size in sizes),
         splits=splits,
-        drawn=sum(seen, SplitSizes()) if drawn else None,
+        drawn={stage: sum((size.seen(stage) for size in sizes), SplitSizes()) for stage in drawn},
     )
 
 
@@ -157,7 +161,6 @@ def _task_sizes(
         split: _written(model, tokenizer, each, vocabulary) for split, each in examples.items() if split not in splits
     }
     taken = [example for split in INPUTS for example in examples.get(split, ())]
-    draws = draws_candidates(config, taken, tokenizer, input_format(model))
     # Calibration on written answers also needs logits of the prompts.
     prompts = config.batch_size * PROMPT_SITES if written else 0
     every = [batch for each in batches.values() for batch in each]
@@ -166,8 +169,29 @@ def _task_sizes(
         logits=(max(len(batch.sites) for batch in every) + prompts) * vocabulary,
         states=max(splits[split].tokens for split in INPUTS if split in splits),
         splits=splits,
-        drawn=_total(batched(typical_draw(taken, config)), vocabulary) if draws else None,
+        drawn={
+            stage: _total(batched(fewer), vocabulary)
+            for stage, fewer in _drawn(taken, tokenizer, input_format(model), config).items()
+        },
     )
+
+
+def _drawn(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat, config: SieveConfig
+) -> dict[str, list[Example]]:
+    """Return examples with as many candidates as each stage sees that draws some of many."""
+    drawn = {}
+    if draws_candidates(config, examples, tokenizer, inputs):
+        drawn["moments"] = typical_draw(examples, config)
+    trainings = {
+        "tuning": TuneConfig() if config.tune == "auto" else config.tune,
+        "healing": HealConfig() if config.heal == "auto" else config.heal,
+    }
+    for stage, training in trainings.items():
+        most = training.max_candidates if isinstance(training, TuneConfig | HealConfig) else 0
+        if has_many_candidates(examples, most, tokenizer, inputs):
+            drawn[stage] = drawn_copies(examples, most, 1, seed=config.seed)[0]
+    return drawn
 
 
 def _total(batches: Sequence[Batch], vocabulary: int) -> SplitSizes:

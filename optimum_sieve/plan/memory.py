@@ -58,20 +58,24 @@ class BatchSizes:
         states (`int`): Total tokens, with padding, of the larger one of the calibration and the unlabelled split, whose
             states between all blocks a run by blocks keeps.
         splits (`Mapping[str, SplitSizes]`): What one pass over each split of all tasks computes, with all candidates.
-        drawn (`SplitSizes`, *optional*): What the moments compute where candidates are drawn; `None` if no task draws
-            any, and the moments compute the `inputs`.
+        drawn (`Mapping[str, SplitSizes]`): What one pass over the `inputs` computes in the stages that draw some of
+            many candidates, by the stages' names.
     """
 
     tokens: int
     logits: int
     states: int
     splits: Mapping[str, SplitSizes] = field(default_factory=dict)
-    drawn: SplitSizes | None = None
+    drawn: Mapping[str, SplitSizes] = field(default_factory=dict)
 
     @property
     def inputs(self) -> SplitSizes:
         """What one pass over the calibration and unlabelled splits computes."""
         return sum((self.splits[split] for split in INPUTS if split in self.splits), SplitSizes())
+
+    def seen(self, stage: str) -> SplitSizes:
+        """Return what one pass over the calibration and unlabelled splits computes in a stage."""
+        return self.drawn.get(stage, self.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,7 +214,7 @@ def make_plan(
     )
     blocks = plan_blocks(plan, model, targets, config, batch)
     shares = expert_shares(model, targets)
-    tokens = (batch.drawn or batch.inputs).tokens
+    tokens = batch.seen("moments").tokens
     work = count_work(targets, config, tokens=tokens, by_block=blocks is not None, shares=shares)
     stages = count_passes(
         targets, config, batch, width=_head_width(model), labelled=labelled, has_offsets=has_offsets, shares=shares

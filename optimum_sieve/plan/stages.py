@@ -96,7 +96,7 @@ def count_passes(
         "examples": 0.0 if labelled else passes.over("calibration", "selection", "test"),
         "tuning": _tuning(passes, config),
         # Candidates are drawn by the dense model's probabilities of all.
-        "moments": 0.0 if sizes.drawn is None else passes.over(*INPUTS),
+        "moments": passes.over(*INPUTS) if "moments" in sizes.drawn else 0.0,
         "ranks": _ranks(passes, config),
         "healing": _healing(passes, config),
         "test": test,
@@ -108,8 +108,7 @@ def _tuning(passes: _Passes, config: SieveConfig) -> float:
     tune = config.tune
     if not isinstance(tune, TuneConfig):
         return 0.0
-    rows = passes.sizes.splits.get("calibration", SplitSizes())
-    trained = passes.drawn(tune.steps * tune.batch_size, rows) * _TUNED
+    trained = passes.drawn(tune.steps * tune.batch_size, passes.sizes.seen("tuning")) * _TUNED
     # The model before it was scored with the ranks, if anything is compared with it there.
     return trained + (1 if config.compares else 2) * passes.over("selection")
 
@@ -134,6 +133,6 @@ def _healing(passes: _Passes, config: SieveConfig) -> float:
     scored = 0.0 if config.tolerance is None else passes.over("selection", kept=_HEALED)
     sizes = config.healed_sizes or range(HEALED_SIZES)
     each = _ADAPTED if heal.adapter_rank else _TRAINED
-    trained = passes.drawn(heal.steps * heal.batch_size, rows) * each
+    trained = passes.drawn(heal.steps * heal.batch_size, passes.sizes.seen("healing")) * each
     taught = passes.over(*INPUTS) + passes.drawn(heal.crossed_prompts, rows)
     return taught + len(sizes) * (trained + scored)

@@ -48,12 +48,15 @@ class Part:
             summed.
         by_candidate (`bool`): Whether batches hold every candidate of an example or its answer alone.
         weight (`float`): Sampling weight relative to other parts.
+        copies (`int`): How often `examples` holds each example, all of them one after the other; epochs take the copies
+            in turn.
     """
 
     examples: Sequence[Example]
     loss: Callable[[PreTrainedModel, Batch], torch.Tensor]
     by_candidate: bool
     weight: float
+    copies: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,7 @@ class Trainer:
         self._pack = partial(pack, batch_size=rows_per_pass, pad_id=padding_id(tokenizer, inputs), kind=inputs.kind)
         self._processes = PartialState()
         self._optimizer = ParameterTraining(parameters, scale=loss_scale(model.parameters()), relative=relative)
-        self.training = Training(examples=sum(map(len, self._rows)))
+        self.training = Training(examples=sum(len(part.examples) // part.copies for part in parts))
 
     def load_result(self) -> bool:
         """Load the parameters of a finished training from the work directory; return whether they are there."""
@@ -186,7 +189,8 @@ class Trainer:
     def _passes(self) -> list[tuple[Part, Batch]]:
         """Return the passes of the next step: its examples in batches of one part each."""
         device, step = input_device(self.model), self._steps_before + self.training.steps
-        draws = step_examples(self._order, self._lengths, step, self.config.batch_size, self.seed)
+        copies = [part.copies for part in self._parts]
+        draws = step_examples(self._order, self._lengths, step, self.config.batch_size, self.seed, copies)
         return [
             (part, batch.to(device))
             for part, rows, drawn in zip(self._parts, self._rows, draws, strict=True)

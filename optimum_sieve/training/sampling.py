@@ -44,7 +44,7 @@ def interleaved(weights: Sequence[float], count: int) -> list[int]:
     return order
 
 
-def drawn_examples(draws: range, lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
+def drawn_examples(draws: range, lengths: Sequence[int], batch_size: int, seed: int, copies: int = 1) -> list[int]:
     """Return the examples of some draws; every epoch is shuffled anew.
 
     Padding is wasted work, so `batch_size` draws in turn have similar lengths: of every few batches of the shuffled
@@ -55,11 +55,16 @@ def drawn_examples(draws: range, lengths: Sequence[int], batch_size: int, seed: 
         lengths (`Sequence[int]`): Length of each example.
         batch_size (`int`): Draws of a step.
         seed (`int`): Seed of the epochs' orders.
+        copies (`int`): Copies of the examples, one after the other in `lengths`; epochs take them in turn.
     """
-    count = len(lengths)
+    count = len(lengths) // copies
     epochs = {draw // count for draw in draws}
-    orders = {epoch: _epoch(np.array(lengths), batch_size, (seed, epoch)) for epoch in epochs}
-    return [orders[draw // count][draw % count] for draw in draws]
+    firsts = {epoch: epoch % copies * count for epoch in epochs}
+    orders = {
+        epoch: _epoch(np.array(lengths[first : first + count]), batch_size, (seed, epoch))
+        for epoch, first in firsts.items()
+    }
+    return [firsts[draw // count] + orders[draw // count][draw % count] for draw in draws]
 
 
 def _epoch(lengths: NDArray[np.int64], batch_size: int, seed: tuple[int, int]) -> list[int]:
@@ -75,7 +80,12 @@ def _epoch(lengths: NDArray[np.int64], batch_size: int, seed: tuple[int, int]) -
 
 
 def step_examples(
-    order: Sequence[int], lengths: Sequence[Sequence[int]], step: int, batch_size: int, seed: int
+    order: Sequence[int],
+    lengths: Sequence[Sequence[int]],
+    step: int,
+    batch_size: int,
+    seed: int,
+    copies: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Return the examples of each lesson in a step.
 
@@ -85,6 +95,7 @@ def step_examples(
         step (`int`): Number of the step, from 0.
         batch_size (`int`): Draws of a step.
         seed (`int`): Seed of the epochs' orders.
+        copies (`Sequence[int]`, *optional*): Copies of each lesson's examples. Default: one.
 
     Example:
 
@@ -98,8 +109,8 @@ def step_examples(
     before, chosen = order[:start], order[start : start + batch_size]
     firsts = [before.count(lesson) for lesson in range(len(lengths))]
     return [
-        drawn_examples(range(first, first + chosen.count(lesson)), each, batch_size, seed)
-        for lesson, (first, each) in enumerate(zip(firsts, lengths, strict=True))
+        drawn_examples(range(first, first + chosen.count(lesson)), each, batch_size, seed, count)
+        for lesson, (first, each, count) in enumerate(zip(firsts, lengths, copies or [1] * len(lengths), strict=True))
     ]
 
 

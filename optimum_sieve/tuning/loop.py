@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.training import training_only
 from optimum_sieve.calibration.losses import label_loss
 from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.evaluation.batches import log_likelihoods
+from optimum_sieve.evaluation.many import has_many_candidates
 from optimum_sieve.training.adapters import Adapters
 from optimum_sieve.training.loop import TUNING, Part, Trainer
+from optimum_sieve.training.negatives import COPIES, drawn_copies
 
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ def train(run: Run) -> tuple[Adapters, Training, str]:
     )
     adapters = Adapters(run.model, names, config.rank, run.config.seed)
     trainer = Trainer(
-        TUNING, run.model, run.tokenizer, [_part(task) for task in run.tasks], adapters.parameters, config,
+        TUNING, run.model, run.tokenizer, [_part(run, task) for task in run.tasks], adapters.parameters, config,
         rows_per_pass=run.config.batch_size, seed=run.config.seed, work=run.work, key=key,
     )  # fmt: skip
     if not trainer.load_result():
@@ -68,12 +71,15 @@ def tune_config(run: Run) -> TuneConfig:
     return run.config.tune
 
 
-def _part(task: TaskRun) -> Part:
+def _part(run: Run, task: TaskRun) -> Part:
     """Return the calibration examples of a task with the loss of their gold answers."""
-    examples, weight = task.calibration, task.weight
+    examples, weight, most, copies = task.calibration, task.weight, tune_config(run).max_candidates, 1
     if all(example.candidates for example in examples):
+        if has_many_candidates(examples, most, run.tokenizer, input_format(run.model)):
+            copies = COPIES
+            examples, _ = drawn_copies(examples, most, copies, seed=run.config.seed)
         loss = label_loss([example.target or 0 for example in examples])
-        return Part(examples=examples, loss=loss, by_candidate=True, weight=weight)
+        return Part(examples=examples, loss=loss, by_candidate=True, weight=weight, copies=copies)
     return Part(examples=examples, loss=mean_token_loss, by_candidate=False, weight=weight)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.evaluation.comparison import compare
-from optimum_sieve.evaluation.stage import score_dense, score_reference, score_test_dense
+from optimum_sieve.evaluation.stage import compare_tuned, score_dense, score_reference, score_test_dense
+from optimum_sieve.run import distributed
 from optimum_sieve.run.workdir import content_key
 
 from .loop import train, tune_config
@@ -60,15 +61,15 @@ def tune_dense(run: Run) -> Run:
         tuned = replace(run, model_key=content_key(model=run.model_key, tuned=key), tuning=tuning, reference=before)
         try:
             adapters.merge(keep=True)
-            after = tuple(score_dense(tuned, task, "selection") for task in run.tasks)
-            tuning.report["selection"] = _compared(run.tasks, before, after)
+            pairs = [_both(tuned, *each) for each in zip(run.tasks, before, strict=True)]
+            tuning.report["selection"] = _compared(run.tasks, pairs)
         except BaseException:
             restore_untuned(tuned)
             raise
     if any(row["mean"] < 0 for row in tuning.report["selection"]):
         restore_untuned(tuned)
         return run
-    return tuned if run.config.reference == "dense" else replace(tuned, reference=after)
+    return tuned if run.config.reference == "dense" else replace(tuned, reference=tuple(after for _, after in pairs))
 
 
 def restore_untuned(run: Run) -> None:
@@ -77,13 +78,20 @@ def restore_untuned(run: Run) -> None:
         run.tuning.adapters.undo()
 
 
-def _compared(
-    tasks: Sequence[TaskRun], before: Sequence[Evaluation], after: Sequence[Evaluation]
-) -> list[dict[str, Any]]:
+def _both(run: Run, task: TaskRun, before: Evaluation) -> tuple[Evaluation, Evaluation]:
+    """Return evaluations of the model before tuning and after it on examples of the selection split."""
+    if run.config.reference == "tuned":
+        # The sizes will be compared with it on all of them.
+        return before, score_dense(run, task, "selection")
+    return compare_tuned(run, task, before)
+
+
+def _compared(tasks: Sequence[TaskRun], pairs: Sequence[tuple[Evaluation, Evaluation]]) -> list[dict[str, Any]]:
     """Compare the tuned model with the one before on the selection split of every task; warn of a loss."""
     rows = []
-    for task, dense, tuned in zip(tasks, before, after, strict=True):
-        comparison = compare(dense, tuned)
+    for task, (dense, tuned) in zip(tasks, pairs, strict=True):
+        # Processes round differently, and all must go on with the same model.
+        comparison = distributed.agree(compare(dense, tuned))
         if comparison.mean < 0:
             logger.warning(
                 "Tuning lowers the score on the selection split of %r from %.4f to %.4f, so the model is pruned as it "

@@ -12,7 +12,8 @@ from toy import load_task, parity_rows, unhealed
 
 from optimum_sieve import SievePruner, compare
 from optimum_sieve.evaluation import stage
-from optimum_sieve.evaluation.stage import compare_pruned, score
+from optimum_sieve.evaluation.scores import evaluation_of
+from optimum_sieve.evaluation.stage import compare_pruned, compare_tuned, score
 
 
 if TYPE_CHECKING:
@@ -106,3 +107,17 @@ def test_few_examples_are_scored_at_once(run: Run, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: pytest.fail("a first look"))
     reference = score(run, task, "selection", label="dense model")
     assert compare_pruned(run, task, reference, label="pruned", pruned="x").count == len(task.selection)
+
+
+@pytest.mark.parametrize(("before", "decides"), [("wrong", True), ("right", True), ("the same", False)])
+def test_a_quarter_tells_that_tuning_helped_or_hurt(run: Run, before: str, decides: bool) -> None:
+    (task,) = run.tasks
+    tuned = score(run, task, "selection", label="dense model")
+    targets = np.array([example.target for example in task.selection])
+    sure = np.where(np.arange(2) == targets[:, None], 0.0, -9.0)
+    scores = {"wrong": -9 - sure, "right": sure, "the same": tuned.log_probs}[before]
+    first, after = compare_tuned(run, task, evaluation_of(scores, task.selection, task.metric))
+    count = len(task.selection)
+    assert first.count == after.count == (count // 4 if decides else count)
+    expected = {"wrong": tuned.score, "right": tuned.score - 1, "the same": 0.0}[before]
+    assert compare(first, after).mean == pytest.approx(expected, abs=0.1)

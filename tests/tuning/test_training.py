@@ -120,9 +120,9 @@ def test_several_tasks_are_drawn_by_their_weights(tmp_path: Path, monkeypatch: p
     tasks = make_tasks(tmp_path, 200)
     make_part = loop._part
 
-    def counting(task: Any) -> Any:
+    def counting(run: Run, task: Any) -> Any:
         number = int(task.calibration[0].prompt.startswith("Number :"))
-        part = make_part(task)
+        part = make_part(run, task)
 
         def counted(model: Any, batch: Any) -> Any:
             drawn[number] += batch.num_examples

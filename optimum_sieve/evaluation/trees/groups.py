@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from optimum_sieve.evaluation.encoding import EncodedExample
 
 
+# Predictions of a row that take little memory: smaller passes would leave the processor waiting.
+_FEW_PREDICTIONS = 16
+
+
 def grouped(examples: Sequence[EncodedExample], batch_size: int) -> list[list[EncodedExample]]:
     """Group examples of similar length, longest first.
 
     A group of several examples has at most the tokens, padding included, and the predictions of `batch_size` rows, each
-    as long as the group's longest text and with as many predictions as its longest candidate.
+    as long as the group's longest text and with as many predictions as its longest candidate, or 16.
     """
     groups: list[list[EncodedExample]] = []
     size = _Size()
@@ -50,7 +54,7 @@ class _Size(NamedTuple):
 
     def fits(self, batch_size: int) -> bool:
         tokens, most = self.rows * self.length, batch_size * self.text_length
-        return tokens <= most and self.sites <= batch_size * self.reads
+        return tokens <= most and self.sites <= batch_size * max(self.reads, _FEW_PREDICTIONS)
 
 
 def _size(example: EncodedExample) -> _Size:
