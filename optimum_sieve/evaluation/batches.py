@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from optimum_sieve.tasks import Example
 
 
+# Distributions over the vocabulary.
+_NORMALIZED_AT_ONCE = 64
+
+
 @dataclass(frozen=True)
 class Batch:
     """Token ids for one forward pass, and the positions of the logits to score.
@@ -226,7 +230,9 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
     at_sites = site_logits(model, batch, past)
     device = at_sites.device
     site, token, slot = batch.reads.to(device).unbind(dim=1)
-    token_log_probs = at_sites[site, token] - at_sites.logsumexp(dim=-1)[site]
+    # In parts, as its intermediate results are as large as the logits.
+    normalizers = torch.cat([part.logsumexp(dim=-1) for part in torch.split(at_sites, _NORMALIZED_AT_ONCE)])
+    token_log_probs = at_sites[site, token] - normalizers[site]
     present = batch.present.to(device)
     sums = token_log_probs.new_zeros(present.numel()).index_add(0, slot, token_log_probs)
     sums = sums.view(present.shape)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from optimum_sieve.tasks import Example
 
 
+# Parts of its candidates that each example is trained with, which the epochs take in turn.
+COPIES = 4
+
+
 def has_many_candidates(
     examples: Sequence[Example], most: int, tokenizer: PreTrainedTokenizerBase, inputs: InputFormat
 ) -> bool:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.encoding import encode_examples
-from optimum_sieve.evaluation.many import has_many_candidates
+from optimum_sieve.evaluation.many import COPIES, has_many_candidates
 from optimum_sieve.evaluation.on_policy import answer_unlabelled
 from optimum_sieve.evaluation.teacher import CandidateTeacher, Lesson, teach
 from optimum_sieve.run import distributed
 from optimum_sieve.tasks.data import NAMES
-from optimum_sieve.training.negatives import COPIES, drawn_copies
+from optimum_sieve.training.negatives import drawn_copies
 
 from .crossing import crossed_examples
 
@@ -65,18 +65,23 @@ def _lessons(run: Run, task: TaskRun) -> list[Lesson]:
 
 
 def _crossed(run: Run, task: TaskRun) -> list[Example]:
-    """Cross the prompts of a task's calibration examples, if it has labels and the loss needs no gold answer."""
+    """Cross the prompts of a task's calibration examples, if it has labels and the loss needs no gold answer.
+
+    Where a step sees some of many candidates, each prompt is drawn with several parts of them and counts as often.
+    """
     config = heal_config(run)
     # The choices of another question are no answers to this one.
     if task.kind != "labels" or config.loss != "candidates":
         return []
     # No prompt of another split may be trained on.
     taken = {example.prompt for split in NAMES for example in task.examples(split)}
-    crossed = crossed_examples(task.calibration, config.crossed_prompts, seed=run.config.seed, taken=taken)
+    inputs = input_format(run.model)
+    many = has_many_candidates(task.calibration, config.max_candidates, run.tokenizer, inputs)
+    count = config.crossed_prompts // (COPIES if many else 1)
+    crossed = crossed_examples(task.calibration, count, seed=run.config.seed, taken=taken)
     if not crossed:
         return []
     # As many characters may have more tokens, for which neither the context nor the planned memory may be enough.
-    inputs = input_format(run.model)
     known = encode_examples(task.calibration, run.tokenizer, True, inputs)
     longest = max(row.length for row in known)
     rows = encode_examples(crossed, run.tokenizer, True, inputs)

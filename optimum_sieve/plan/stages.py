@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.tune import TuneConfig
+from optimum_sieve.evaluation.many import COPIES
 from optimum_sieve.search.presets import PRESETS
 from optimum_sieve.tasks.data import INPUTS
 
@@ -134,5 +135,6 @@ def _healing(passes: _Passes, config: SieveConfig) -> float:
     sizes = config.healed_sizes or range(HEALED_SIZES)
     each = _ADAPTED if heal.adapter_rank else _TRAINED
     trained = passes.drawn(heal.steps * heal.batch_size, passes.sizes.seen("healing")) * each
-    taught = passes.over(*INPUTS) + passes.drawn(heal.crossed_prompts, rows)
+    crossed = heal.crossed_prompts // (COPIES if "healing" in passes.sizes.drawn else 1)
+    taught = passes.over(*INPUTS) + passes.drawn(crossed, rows)
     return taught + len(sizes) * (trained + scored)

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from optimum_sieve.tasks import Example
 
 
-# Copies of each example, which the epochs take in turn.
-COPIES = 4
-
-
 def drawn_copies(
     examples: Sequence[Example],
     most: int,

@@ -104,17 +104,17 @@ def test_groups_are_within_the_tokens_and_predictions_of_rows(batch_size: int) -
         longest = max(example.text_length for example in group)
         if len(group) > 1:
             assert len(group) * max(example.length for example in group) <= batch_size * longest
-            assert sites <= batch_size * 16
+            assert sites <= batch_size * 32
     assert any(len(group) > 1 for group in groups) == (batch_size > 1)
 
 
 def test_groups_of_long_prompts_are_within_the_predictions_of_rows() -> None:
-    examples = [as_tree(random_example(seed, prompt=200, candidates=60, index=seed)) for seed in range(12)]
+    examples = [as_tree(random_example(seed, prompt=400, candidates=400, index=seed)) for seed in range(12)]
     groups = grouped(examples, 8)
     sites = [sum(len({read[:2] for read in example.reads}) for example in group) for group in groups]
-    assert 8 * 16 / 2 < max(sites) <= 8 * 16
+    assert 8 * 32 / 2 < max(sites) <= 8 * 32
     # The tokens of one more would fit.
-    assert all((len(group) + 1) * max(example.length for example in group) < 8 * 200 for group in groups)
+    assert all((len(group) + 1) * max(example.length for example in group) < 8 * 400 for group in groups)
 
 
 def test_groups_of_one_row_each_are_filled_to_the_batch_size() -> None:

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from optimum_sieve.evaluation.encoding import EncodedExample
 
 
-# Predictions of a row that take little memory: smaller passes would leave the processor waiting.
-_FEW_PREDICTIONS = 16
+# Predictions of a row that take little memory: with fewer, passes would be too small to run at full speed.
+_FEW_PREDICTIONS = 32
 
 
 def grouped(examples: Sequence[EncodedExample], batch_size: int) -> list[list[EncodedExample]]:
     """Group examples of similar length, longest first.
 
     A group of several examples has at most the tokens, padding included, and the predictions of `batch_size` rows, each
-    as long as the group's longest text and with as many predictions as its longest candidate, or 16.
+    as long as the group's longest text and with as many predictions as its longest candidate, or 32.
     """
     groups: list[list[EncodedExample]] = []
     size = _Size()
