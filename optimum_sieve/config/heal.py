@@ -52,6 +52,7 @@ class HealConfig:
         crossed_prompts (`int`):
             Additional prompts for tasks that have the same labels in every row, each the first words of one calibration
             prompt and the last words of another. The dense model answers them itself. Only with `loss="candidates"`.
+            A quarter as many where steps see `max_candidates` of more.
         prompt_sites (`int`):
             Random positions in each prompt whose next tokens are matched as well, for tasks with written answers and
             with `loss="vocabulary"`.

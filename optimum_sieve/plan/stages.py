@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # docs/measurements.md healed three to five, of .35 to .18.
 HEALED_SIZES = 4
 _HEALED, _BISECTED = 0.3, 0.4
+# Of so many selection examples and more, a quarter is scored first, which often decides about a size; the share that is
+# scored in the mean. It was .5 to .9 in those runs.
+_LOOKED_AT, _LOOKED = 400, 0.7
 # The part of a dense pass's time that a pass with factors takes even if they keep nothing: small products are slow.
 _SMALL_PRODUCTS = 0.4
 # Time of a training step in dense forward passes: of the adapters of tuning, of those of both factors, and of all
@@ -55,6 +58,11 @@ class _Passes:
         """Return the operations of one dense pass that take as long as one with a part of the parameters."""
         share = 1.0 if kept == 1.0 else _SMALL_PRODUCTS + (1 - _SMALL_PRODUCTS) * kept
         return 2.0 * (size.tokens * self.weights * share + size.logits * self.width)
+
+    def tried(self, kept: float = 1.0) -> float:
+        """Return the operations of trying a size on the selection split."""
+        size = self.sizes.splits.get("selection", SplitSizes())
+        return self.of(size, kept) * (_LOOKED if size.examples >= _LOOKED_AT else 1.0)
 
     def drawn(self, count: int, size: SplitSizes) -> float:
         """Return the operations of dense passes over a number of examples that are drawn from those of `size`."""
@@ -110,8 +118,9 @@ def _tuning(passes: _Passes, config: SieveConfig) -> float:
     if not isinstance(tune, TuneConfig):
         return 0.0
     trained = passes.drawn(tune.steps * tune.batch_size, passes.sizes.seen("tuning")) * _TUNED
-    # The model before it was scored with the ranks, if anything is compared with it there.
-    return trained + (1 if config.compares else 2) * passes.over("selection")
+    # The model before it is scored with the ranks, if anything is compared with it there.
+    before = 0.0 if config.compares else passes.over("selection")
+    return trained + before + (passes.over("selection") if config.reference == "tuned" else passes.tried())
 
 
 def _ranks(passes: _Passes, config: SieveConfig) -> float:
@@ -123,7 +132,7 @@ def _ranks(passes: _Passes, config: SieveConfig) -> float:
         return reference + count * config.search_fraction * passes.over("selection", kept=kept)
     if config.tolerance is None:
         return reference
-    return reference + config.search_steps * passes.over("selection", kept=_BISECTED)
+    return reference + config.search_steps * passes.tried(_BISECTED)
 
 
 def _healing(passes: _Passes, config: SieveConfig) -> float:
@@ -131,7 +140,7 @@ def _healing(passes: _Passes, config: SieveConfig) -> float:
     if not isinstance(heal, HealConfig):
         return 0.0
     rows = passes.sizes.splits.get("calibration", SplitSizes())
-    scored = 0.0 if config.tolerance is None else passes.over("selection", kept=_HEALED)
+    scored = 0.0 if config.tolerance is None else passes.tried(_HEALED)
     sizes = config.healed_sizes or range(HEALED_SIZES)
     each = _ADAPTED if heal.adapter_rank else _TRAINED
     trained = passes.drawn(heal.steps * heal.batch_size, passes.sizes.seen("healing")) * each

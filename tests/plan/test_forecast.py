@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,10 @@ def test_all_stages_are_what_torch_counts(model: Any) -> None:
     ranks = count_passes(targets, unhealed(tolerance=0.1, search_steps=3), sizes, width=width)["ranks"]
     # The reference, and three sizes.
     assert ranks == pytest.approx((1 + 3 * (0.4 + 0.6 * 0.4)) * forward, rel=0.05)
+    many = BatchSizes(tokens=30, logits=one.logits, states=30, splits={"selection": replace(one, examples=400)})
+    looked = count_passes(targets, unhealed(tolerance=0.1, search_steps=3), many, width=width)["ranks"]
+    # A first quarter often decides about a size.
+    assert looked == pytest.approx((1 + 0.7 * 3 * (0.4 + 0.6 * 0.4)) * forward, rel=0.05)
     assert "examples" in count_passes(targets, unhealed(pruning_ratio=0.5), sizes, width=width, labelled=False)
 
 
