@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optimum_sieve.evaluation.blockwise import evaluate_by_block
-from optimum_sieve.evaluation.many import has_many_candidates, with_candidates
 from optimum_sieve.evaluation.teacher import CandidateTeacher, teach
 from optimum_sieve.run import distributed
+from optimum_sieve.training.negatives import has_many_candidates
 
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def draw_candidates(
     # Two candidates at least make a tree; where all pairs are equal, their coefficients are 0.
     order = np.argsort(-np.abs(direction), kind="stable")
     chosen = sorted(order[: max(2, np.count_nonzero(direction))].tolist())
-    return with_candidates(example, chosen), direction[chosen]
+    return example.with_candidates(chosen), direction[chosen]
 
 
 def _log_probs(run: Run, examples: Sequence[Example]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from torch import nn
 from optimum_sieve.backbone.kinds import InputFormat, Kind, input_format
 
 from .encoding import EncodedExample, encode_examples
-from .head import head_at
+from .head import head_at, log_normalizers
 from .token_ids import check_token_ids, padding_id
 from .trees.arrangement import arranged
 from .trees.groups import grouped
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
 
     from optimum_sieve.tasks import Example
-
-
-# Distributions over the vocabulary.
-_NORMALIZED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -230,9 +226,7 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
     at_sites = site_logits(model, batch, past)
     device = at_sites.device
     site, token, slot = batch.reads.to(device).unbind(dim=1)
-    # In parts, as its intermediate results are as large as the logits.
-    normalizers = torch.cat([part.logsumexp(dim=-1) for part in torch.split(at_sites, _NORMALIZED_AT_ONCE)])
-    token_log_probs = at_sites[site, token] - normalizers[site]
+    token_log_probs = at_sites[site, token] - log_normalizers(at_sites)[site]
     present = batch.present.to(device)
     sums = token_log_probs.new_zeros(present.numel()).index_add(0, slot, token_log_probs)
     sums = sums.view(present.shape)

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from .batches import Batch
 
 
+# Distributions that are normalized at once.
+_AT_ONCE = 64
+
+
+def log_normalizers(logits: torch.Tensor) -> torch.Tensor:
+    """Return the log-sum-exp (sites,) of logits (sites, vocabulary); intermediate results take little memory."""
+    return torch.cat([part.logsumexp(dim=-1) for part in torch.split(logits, _AT_ONCE)])
+
+
 def prompt_positions(batch: Batch, count: int, seed: int) -> list[list[int]]:
     """Return up to `count` random positions before the answer of each example, ascending.
 

@@ -73,22 +73,6 @@ class CandidateTeacher:
         gold = self.targets[indices].to(scores.device)
         return (log_q.exp() * (log_q - log_p)).sum(dim=-1), -log_p.gather(1, gold[:, None])[:, 0]
 
-    def over(self, chosen: Sequence[Sequence[int]], targets: Sequence[int]) -> CandidateTeacher:
-        """Return the distributions over some of the candidates, given that one of these is the answer.
-
-        Args:
-            chosen (`Sequence[Sequence[int]]`): Indices of the candidates: those of all examples, once or several times.
-            targets (`Sequence[int]`): Index of the gold one among them.
-        """
-        log_probs = torch.full((len(chosen), max(map(len, chosen))), float("-inf"))
-        for number, candidates in enumerate(chosen):
-            log_probs[number, : len(candidates)] = self.log_probs[number % len(self.log_probs), list(candidates)]
-        return CandidateTeacher(
-            content_key(all=self.fingerprint, chosen=[list(candidates) for candidates in chosen]),
-            torch.tensor(targets),
-            log_probs.log_softmax(dim=-1),
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class VocabularyTeacher:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.evaluation.encoding import encode_examples
-from optimum_sieve.evaluation.many import COPIES, has_many_candidates
 from optimum_sieve.evaluation.on_policy import answer_unlabelled
 from optimum_sieve.evaluation.teacher import CandidateTeacher, Lesson, teach
 from optimum_sieve.run import distributed
+from optimum_sieve.run.workdir import content_key
 from optimum_sieve.tasks.data import NAMES
-from optimum_sieve.training.negatives import drawn_copies
+from optimum_sieve.training.negatives import COPIES, drawn_copies, has_many_candidates
 
 from .crossing import crossed_examples
 
@@ -114,5 +116,20 @@ def _with_few_candidates(run: Run, lesson: Lesson) -> Lesson:
     # Processes round differently, and all must read the same texts.
     log_probs = distributed.agree(teacher.log_probs.double().numpy())
     examples, chosen = drawn_copies(lesson.examples, most, COPIES, seed=run.config.seed, log_probs=log_probs)
-    drawn = teacher.over(chosen, [example.target or 0 for example in examples])
+    drawn = among(teacher, chosen, [example.target or 0 for example in examples])
     return replace(lesson, examples=examples, teacher=drawn, copies=COPIES)
+
+
+def among(teacher: CandidateTeacher, chosen: Sequence[Sequence[int]], targets: Sequence[int]) -> CandidateTeacher:
+    """Return the distributions over some of the candidates, given that one of these is the answer.
+
+    Args:
+        teacher (`CandidateTeacher`): The distributions over all of them.
+        chosen (`Sequence[Sequence[int]]`): Indices of the candidates: those of all examples, once or several times.
+        targets (`Sequence[int]`): Index of the gold one among them.
+    """
+    log_probs = torch.full((len(chosen), max(map(len, chosen))), float("-inf"))
+    for number, candidates in enumerate(chosen):
+        log_probs[number, : len(candidates)] = teacher.log_probs[number % len(teacher.log_probs), list(candidates)]
+    fingerprint = content_key(all=teacher.fingerprint, chosen=[list(candidates) for candidates in chosen])
+    return CandidateTeacher(fingerprint, torch.tensor(targets), log_probs.log_softmax(dim=-1))

@@ -18,7 +18,6 @@ from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.evaluation.batches import encode, make_batches
 from optimum_sieve.evaluation.encoding import encode_prompts
-from optimum_sieve.evaluation.many import has_many_candidates
 from optimum_sieve.evaluation.trees.arrangement import can_be_trees
 from optimum_sieve.plan.candidates import describe_candidates
 from optimum_sieve.plan.forecast import Forecast
@@ -28,7 +27,7 @@ from optimum_sieve.plan.memory import BatchSizes, SplitSizes
 from optimum_sieve.plan.plan import make_plan
 from optimum_sieve.tasks.data import INPUTS
 from optimum_sieve.tasks.several import check_tasks, read_tasks
-from optimum_sieve.training.negatives import drawn_copies
+from optimum_sieve.training.negatives import drawn_copies, has_many_candidates
 
 from .checks import check_model, check_tasks_of_run
 

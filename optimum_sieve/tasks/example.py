@@ -2,8 +2,12 @@ r"""`Example`: one row of a task as text; `Reference`: its gold answer; `Generat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,16 @@ class Example:
         if isinstance(self.normalized, tuple):
             return self.normalized
         return tuple(max(len(text.strip()), 1) for text in self.candidates) if self.normalized else ()
+
+    def with_candidates(self, chosen: Sequence[int]) -> Example:
+        """Return the example with some of its candidates, by index; without a target if that is not among them."""
+        divisors, target = self.normalized, self.target
+        return replace(
+            self,
+            candidates=tuple(self.candidates[number] for number in chosen),
+            normalized=tuple(divisors[number] for number in chosen) if isinstance(divisors, tuple) else divisors,
+            target=None if target is None or target not in chosen else list(chosen).index(target),
+        )
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optimum_sieve.evaluation.many import with_candidates
+from optimum_sieve.evaluation.encoding import encode_examples
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
+    from optimum_sieve.backbone.kinds import InputFormat
     from optimum_sieve.tasks import Example
+
+
+# Parts of its candidates that each example is trained with, which the epochs take in turn.
+COPIES = 4
+
+
+def has_many_candidates(
+    examples: Sequence[Example], most: int, tokenizer: PreTrainedTokenizerBase, inputs: InputFormat
+) -> bool:
+    """Return whether an example has more than `most` candidates and tokens that are computed for them alone.
+
+    Candidates of one token cost nothing more than their prompt. With `most=0` no number is too many.
+    """
+    many = (example for example in examples if len(example.candidates) > most > 0)
+    # One at a time, as the first one tells in most tasks.
+    return any(len(row.rows) > 1 for each in many for row in encode_examples([each], tokenizer, True, inputs))
 
 
 def drawn_copies(
@@ -47,7 +65,7 @@ def drawn_copies(
             probabilities = None if log_probs is None else np.exp(log_probs[number, : len(example.candidates)])
             rng = np.random.default_rng((seed, copy, number))
             chosen.append(_drawn(example, most, probabilities, rng))
-            fewer.append(with_candidates(example, chosen[-1]))
+            fewer.append(example.with_candidates(chosen[-1]))
     return fewer, chosen
 
 

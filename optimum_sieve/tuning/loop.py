@@ -11,10 +11,9 @@ from optimum_sieve.backbone.training import training_only
 from optimum_sieve.calibration.losses import label_loss
 from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.evaluation.batches import log_likelihoods
-from optimum_sieve.evaluation.many import COPIES, has_many_candidates
 from optimum_sieve.training.adapters import Adapters
 from optimum_sieve.training.loop import TUNING, Part, Trainer
-from optimum_sieve.training.negatives import drawn_copies
+from optimum_sieve.training.negatives import COPIES, drawn_copies, has_many_candidates
 
 
 if TYPE_CHECKING:

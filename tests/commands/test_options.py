@@ -58,6 +58,7 @@ TUNE_VALUES = {
     "steps": 9,
     "learning_rate": 0.01,
     "batch_size": 4,
+    "max_candidates": 5,
     "gradient_checkpointing": True,
 }
 HEAL_VALUES = {
@@ -74,6 +75,7 @@ HEAL_VALUES = {
     "crossed_prompts": 7,
     "prompt_sites": 2,
     "train_norms": True,
+    "max_candidates": 5,
     "gradient_checkpointing": True,
 }
 

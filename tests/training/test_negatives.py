@@ -11,15 +11,14 @@ from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 
 from optimum_sieve import HealConfig, Task, TuneConfig
 from optimum_sieve.backbone.kinds import input_format
-from optimum_sieve.evaluation.many import COPIES, has_many_candidates
 from optimum_sieve.evaluation.scores import evaluate
 from optimum_sieve.evaluation.teacher import CandidateTeacher
-from optimum_sieve.healing.lessons import make_lessons, training_examples
+from optimum_sieve.healing.lessons import among, make_lessons, training_examples
 from optimum_sieve.pipeline.planning import plan_run
 from optimum_sieve.pipeline.prepare import prepare
 from optimum_sieve.tasks import Example
 from optimum_sieve.training.loop import Trainer
-from optimum_sieve.training.negatives import drawn_copies
+from optimum_sieve.training.negatives import COPIES, drawn_copies, has_many_candidates
 from optimum_sieve.training.sampling import drawn_examples
 from optimum_sieve.tuning.loop import train
 
@@ -107,13 +106,13 @@ def test_epochs_take_the_copies_in_turn() -> None:
 def test_the_teacher_is_asked_which_of_the_drawn_ones_it_is() -> None:
     log_probs = torch.randn(2, MANY).log_softmax(dim=-1)
     teacher = CandidateTeacher("all", torch.tensor([3, 3]), log_probs)
-    over = teacher.over([[1, 3, 5], [3, 8], [2, 3, 4], [0, 3, 7]], [1, 0, 1, 1])
+    over = among(teacher, [[1, 3, 5], [3, 8], [2, 3, 4], [0, 3, 7]], [1, 0, 1, 1])
     for row, (number, chosen) in enumerate([(0, [1, 3, 5]), (1, [3, 8]), (0, [2, 3, 4]), (1, [0, 3, 7])]):
         expected = log_probs[number, chosen].exp() / log_probs[number, chosen].exp().sum()
         torch.testing.assert_close(over.log_probs[row, : len(chosen)].exp(), expected)
     assert over.log_probs[1, 2] == -torch.inf
     assert over.targets.tolist() == [1, 0, 1, 1]
-    assert len({teacher.fingerprint, over.fingerprint, teacher.over([[1, 3]], [1]).fingerprint}) == 3
+    assert len({teacher.fingerprint, over.fingerprint, among(teacher, [[1, 3]], [1]).fingerprint}) == 3
 
 
 @pytest.mark.parametrize(
