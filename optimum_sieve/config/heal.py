@@ -89,7 +89,7 @@ class HealConfig:
     crossed_prompts: int = 512
     prompt_sites: int = 32
     train_norms: bool = False
-    max_candidates: int = 8
+    max_candidates: int = 16
     gradient_checkpointing: bool = False
 
     # Settings that the command line shows only with `--help-all`.

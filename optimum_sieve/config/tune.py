@@ -47,7 +47,7 @@ class TuneConfig:
     steps: int = 64
     learning_rate: float = 5e-4
     batch_size: int = 16
-    max_candidates: int = 8
+    max_candidates: int = 16
     gradient_checkpointing: bool = False
 
     # Settings that the command line shows only with `--help-all`.

@@ -144,7 +144,7 @@ def test_tuning_sees_some_candidates_and_learns_among_all(tmp_path: Path, monkey
     task = many_task(tmp_path)
     assert widths(make_run(task, tune=TuneConfig(steps=2, max_candidates=0)), monkeypatch) == {MANY}
     tune = TuneConfig(steps=60, learning_rate=2e-2)
-    assert widths(make_run(task, tune=TuneConfig(steps=2)), monkeypatch) == {8}
+    assert widths(make_run(task, tune=TuneConfig(steps=2)), monkeypatch) == {16}
     run = make_run(task, tune=tune)
 
     def score() -> float:
@@ -172,7 +172,7 @@ def test_lessons_are_over_some_candidates(tmp_path: Path) -> None:
     assert training_examples(whole) == {"examples": count, "crossed_prompts": 8}
     for lesson, all_of_it in zip(lessons, whole, strict=True):
         assert (lesson.copies, all_of_it.copies) == (COPIES, 1)
-        assert {len(each.candidates) for each in lesson.examples} == {8}
+        assert {len(each.candidates) for each in lesson.examples} == {16}
         assert {len(each.candidates) for each in all_of_it.examples} == {MANY}
     gold, crossed = lessons
     assert all(each.candidates[each.target or 0].strip() == each.answer.strip() for each in gold.examples)
@@ -181,11 +181,11 @@ def test_lessons_are_over_some_candidates(tmp_path: Path) -> None:
 
 def test_a_plan_counts_what_is_drawn(tmp_path: Path) -> None:
     task, trained = many_task(tmp_path), {}
-    for most in (0, 8):
+    for most in (0, 16):
         run = make_run(task, heal=HealConfig(max_candidates=most), tune=TuneConfig(max_candidates=most))
         plan = plan_run(run.model, run.tokenizer, [task], run.targets, None, run.config)
         assert plan.work is not None
         trained[most] = plan.work.stages
     for stage in ("tuning", "healing"):
-        assert 0.2 < trained[8][stage] / trained[0][stage] < 0.9
-    assert trained[8]["test"] == trained[0]["test"]
+        assert 0.2 < trained[16][stage] / trained[0][stage] < 0.9
+    assert trained[16]["test"] == trained[0]["test"]
