@@ -51,6 +51,10 @@ def certain_error(mean: float, standard_error: float, count: int) -> float:
     return (math.sqrt(squares - count * mean**2) + lost) / count
 
 
+# A first look takes one in so many examples, and at least so many.
+LOOKS, LEAST_LOOK = 4, 100
+
+
 def is_settled(
     mean: float, standard_error: float, count: int, total: int, *, tolerance: float, confidence: float
 ) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimum_sieve.allocation.certainty import is_settled
+from optimum_sieve.allocation.certainty import LEAST_LOOK, LOOKS, is_settled
 from optimum_sieve.backbone.fingerprint import tokenizer_fingerprint
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.metrics.identity import metric_source
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 # Raise it when the same model and examples give another evaluation: those of earlier versions are then computed again.
 _FORMAT = 1
-# A first look takes one in so many examples, and at least so many.
-_LOOKS = 4
-_LEAST_LOOK = 100
 
 
 def examples_fingerprint(
@@ -172,10 +169,10 @@ def _as_far_as_needed(
     confidence: float,
 ) -> tuple[Evaluation, Evaluation]:
     """Return the evaluations to compare: of a quarter of the selection examples, if it decides, or of all."""
-    part = slice(len(task.selection) // _LOOKS)
+    part = slice(len(task.selection) // LOOKS)
     first = None
     # A part of the examples is a fair sample of a mean. Other metrics may weigh a class that it lacks like any other.
-    if part.stop >= _LEAST_LOOK and reference.error_method == EXAMPLES:
+    if part.stop >= LEAST_LOOK and reference.error_method == EXAMPLES:
         first = scored(part, None)
     if first is not None and first.error_method == EXAMPLES:
         examples = task.examples("selection", part)

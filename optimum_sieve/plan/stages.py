@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from optimum_sieve.allocation.certainty import LEAST_LOOK, LOOKS
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.search.presets import PRESETS
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 # docs/measurements.md healed three to five, of .35 to .18.
 HEALED_SIZES = 4
 _HEALED, _BISECTED = 0.3, 0.4
-# Of so many selection examples and more, a quarter is scored first, which often decides about a size; the share that is
-# scored in the mean. It was .5 to .9 in those runs.
-_LOOKED_AT, _LOOKED = 400, 0.7
+# The share of many selection examples that is scored for a size in the mean, as a first look often decides. It was .5
+# to .9 in those runs.
+_LOOKED = 0.7
 # The part of a dense pass's time that a pass with factors takes even if they keep nothing: small products are slow.
 _SMALL_PRODUCTS = 0.4
 # Time of a training step in dense forward passes: of the adapters of tuning, of those of both factors, and of all
@@ -62,7 +63,7 @@ class _Passes:
     def tried(self, kept: float = 1.0) -> float:
         """Return the operations of trying a size on the selection split."""
         size = self.sizes.splits.get("selection", SplitSizes())
-        return self.of(size, kept) * (_LOOKED if size.examples >= _LOOKED_AT else 1.0)
+        return self.of(size, kept) * (_LOOKED if size.examples >= LOOKS * LEAST_LOOK else 1.0)
 
     def drawn(self, count: int, size: SplitSizes) -> float:
         """Return the operations of dense passes over a number of examples that are drawn from those of `size`."""

@@ -103,7 +103,7 @@ def test_other_examples_may_have_more_candidates(run: Run, settled: bool, monkey
 
 def test_few_examples_are_scored_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (task,) = run.tasks
-    monkeypatch.setattr(stage, "_LEAST_LOOK", 200)
+    monkeypatch.setattr(stage, "LEAST_LOOK", 200)
     monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: pytest.fail("a first look"))
     reference = score(run, task, "selection", label="dense model")
     assert compare_pruned(run, task, reference, label="pruned", pruned="x").count == len(task.selection)

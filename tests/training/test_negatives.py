@@ -37,15 +37,15 @@ def example(count: int = MANY, **changes: Any) -> Example:
 
 
 def many_task(directory: Path, *, end: str = " very") -> Task:
-    """Return a task of `MANY` labels, of which two are ever right; two tokens each, or one without an `end`."""
+    """Return a task with `MANY` labels of two tokens, or of one token without an `end`. Only two labels occur."""
     rows = [{**row, "label": "7" if row["label"] == "even" else "30"} for row in parity_rows(300)]
     return load_task(directory, rows, labels={str(number): f" {number}{end}" for number in range(MANY)})
 
 
-def make_run(task: Task, work: Path | None = None, **settings: Any) -> Run:
+def make_run(task: Task, **settings: Any) -> Run:
     config = unhealed(pruning_ratio=0.5, **settings)
     return prepare(
-        make_model(), make_tokenizer(), [task], config, work_dir=work, study_storage=None, progress=False
+        make_model(), make_tokenizer(), [task], config, work_dir=None, study_storage=None, progress=False
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_tuning_sees_some_candidates_and_learns_among_all(tmp_path: Path, monkey
     adapters, training, _ = train(run)
     assert training.examples == len(run.tasks[0].calibration)
     adapters.merge()
-    # Which of all labels are ever right, if not which of the two.
+    # It has learned which two labels occur, and guesses between them.
     assert score() > 0.4
 
 
