@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
     from optimum_sieve.evaluation.comparison import Comparison
@@ -100,6 +100,40 @@ def size_trial(
         return {**size, **next(iter(comparisons.values())).to_dict()}
     tasks = {name: {"lower_bound": bounds[name], **comparison.to_dict()} for name, comparison in comparisons.items()}
     return {**size, "tasks": tasks}
+
+
+def sizes_to_try(sizes: Sequence[float], trials: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+    """Yield falling sizes in the order in which a descent tries them.
+
+    A size whose lower bound shows no loss at all is far from the smallest one that holds, so the size below it is left
+    out. If the one after that fails, the one left out is tried before those below. A descent that ends after two sizes
+    in a row that fail, counted from large to small, accepts the same size as if it tried them all.
+
+    Args:
+        sizes (`Sequence[float]`): All sizes, falling.
+        trials (`Sequence[Mapping]`): Must end with the record of each size, see [`size_trial`], with whether it was
+            `accepted`, before the next one is taken.
+
+    Example:
+
+    ```python
+    >>> trials, bounds = [], {0.5: 0.01, 0.4: -0.01, 0.3: -0.03, 0.2: -0.05}
+    >>> for size in sizes_to_try([0.5, 0.4, 0.3, 0.2], trials):
+    ...     trials.append({"kept": size, "lower_bound": bounds[size], "accepted": bounds[size] >= -0.02})
+    >>> [trial["kept"] for trial in trials]
+    [0.5, 0.3, 0.4, 0.2]
+
+    ```
+    """
+    place, step = 0, 1
+    while place < len(sizes):
+        yield sizes[place]
+        if step == 2 and not trials[-1]["accepted"]:
+            yield sizes[place - 1]
+            step = 1
+        else:
+            step = 2 if trials[-1]["lower_bound"] >= 0 and place + 2 < len(sizes) else 1
+        place += step
 
 
 def _failure(trials: list[dict[str, Any]], tolerance: float) -> str:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Texts that are tokenized at once.
+_TEXTS = 2048
+
 
 @dataclass(frozen=True)
 class EncodedExample:
@@ -145,18 +148,30 @@ def _encode_as_one_text(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, candidates: bool
 ) -> list[EncodedExample]:
     """Encode prompt and continuation as one text, for causal language models."""
-    continuations = [_continuations(example, candidates) for example in examples]
-    texts: list[str] = []
-    for example, texts_after in zip(examples, continuations, strict=True):
-        texts += [example.prompt, *(example.prompt + text for text in texts_after)]
-    tokens = iter(_token_ids(tokenizer, texts))
     prefix = _special_prefix(tokenizer, examples)
-    rows = []
-    for index, (example, texts_after) in enumerate(zip(examples, continuations, strict=True)):
-        before = prefix if example.add_special_tokens else []
-        prompt = before + next(tokens)
-        rows.append(_encode_row(index, example, prompt, [before + next(tokens) for _ in texts_after]))
+    rows: list[EncodedExample] = []
+    # The tokenizer's results are far larger than the rows, and of 77 candidates for each example they are many.
+    for part in _parts([len(_continuations(example, candidates)) + 1 for example in examples], _TEXTS):
+        texts: list[str] = []
+        for example in examples[part]:
+            texts += [example.prompt, *(example.prompt + text for text in _continuations(example, candidates))]
+        tokens = iter(_token_ids(tokenizer, texts))
+        for example in examples[part]:
+            before = prefix if example.add_special_tokens else []
+            prompt, *wholes = (before + next(tokens) for _ in range(len(_continuations(example, candidates)) + 1))
+            rows.append(_encode_row(len(rows), example, prompt, wholes))
     return rows
+
+
+def _parts(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Divide a sequence into parts whose sizes add up to at most `most`, or that have one member."""
+    start, total = 0, 0
+    for place, size in enumerate(sizes):
+        if place > start and total + size > most:
+            yield slice(start, place)
+            start, total = place, 0
+        total += size
+    yield slice(start, len(sizes))
 
 
 def _encode_for_decoder(

@@ -63,8 +63,8 @@ class Healer:
     """Prunes the model of a run to falling sizes and heals each one, going on from the healed factors.
 
     The factors are trained on the calibration examples of every task, in proportion to the tasks' weights. Each size
-    but the first keeps the first directions of the healed factors of the size before, as many as the dense weights'
-    bases give it. The model is dense between calls.
+    but the first keeps the first directions of the healed factors of a larger one, as many as the dense weights' bases
+    give it. The model is dense between calls.
 
     Args:
         run (`Run`): The run, whose model is dense and whose settings have `heal`.
@@ -110,18 +110,22 @@ class Healer:
 
         Args:
             bases (`Bases`): Bases of the dense weights.
-            sizes (`Iterable[float]`): Falling kept fractions. They are taken one by one, so they may end early.
+            sizes (`Iterable[float]`): Falling kept fractions. They are taken one by one, so they may end early. One
+                larger than the size before, but smaller than the `best`, goes on from that.
             accept (`Callable`): Called while the model holds the healed size. The last one that it accepts is `best`.
             first_ranks (`Mapping[str, int | None]`, *optional*): Ranks of the first size. Default: allocated.
         """
-        key = content_key(healer=self.key, bases=bases.key, ranks=first_ranks)
+        start = content_key(healer=self.key, bases=bases.key, ranks=first_ranks)
         size: HealedSize | None = None
         refused = 0
         try:
             for kept in sizes:
-                key = content_key(before=key, kept=kept)
                 # The model holds no layer that is about to be freed.
                 self.restore()
+                back = size is not None and kept > size.asked
+                if back:
+                    size = self.best
+                key = content_key(before=start if size is None else size.key, kept=kept)
                 factors = self._pruned(kept, size, bases, first_ranks if size is None else None)
                 norms = {} if size is None else size.norms
                 # Nothing but the best one stays in memory while the next one is trained.
@@ -130,7 +134,8 @@ class Healer:
                 self._figures.append(({"kept": size.kept, "asked": size.asked}, size.healing))
                 self.put(size)
                 if accept(size):
-                    self.best, refused = size, 0
+                    # The smaller one before was refused, as it would be after this one.
+                    self.best, refused = size, int(back)
                 else:
                     refused += 1
                     if refused == _REFUSALS:

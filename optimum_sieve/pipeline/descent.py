@@ -4,7 +4,7 @@ The sizes are tested from large to small. If the descent stopped at the first on
 beyond the tolerance is accepted would be at most `1 - confidence`, however many sizes are tested. It goes on past one
 failure, since training moves the score of each size up or down; docs/measurements.md#certainty simulates what this adds
 to that chance. So do a first look (`allocation.certainty.is_settled`) and the size that holds without training, on
-which the first size depends.
+which the first size depends. Sizes that are left out (`allocation.tolerance.sizes_to_try`) add nothing.
 
 Reference: Angelopoulos, Bates, Candes, Jordan and Lei (2021), *Learn then test*, fixed-sequence testing.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation.tolerance import size_trial
+from optimum_sieve.allocation.tolerance import size_trial, sizes_to_try
 from optimum_sieve.config.heal import LARGEST_HEALED
 from optimum_sieve.evaluation.stage import compare_selection
 from optimum_sieve.healing.lessons import heal_config
@@ -63,17 +63,17 @@ def descend_within(
         show_trial(run, [*before, *trials], healer)
         return accepted
 
-    healer.descend(bases, _falling_sizes(run, healer), accept)
+    healer.descend(bases, _sizes_in_time(run, healer, trials), accept)
     return trials
 
 
-def _falling_sizes(run: Run, healer: Healer) -> Iterator[float]:
+def _sizes_in_time(run: Run, healer: Healer, trials: Sequence[dict[str, Any]]) -> Iterator[float]:
     """Yield the kept fractions to heal; stop before one that would end after the time limit. Say why in the healer."""
     config, unhealed = heal_config(run), healer.kept_without
     # From one size above, as the size that holds without training was chosen on the same examples.
-    kept = LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed / config.shrink)
+    first = LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed / config.shrink)
     longest = 0.0
-    while kept >= _SMALLEST:
+    for kept in sizes_to_try(_ladder(first, config.shrink), trials):
         started = time.monotonic()
         # Every process must go on or stop with the others.
         if not distributed.agree(run.seconds_left > longest):
@@ -81,5 +81,13 @@ def _falling_sizes(run: Run, healer: Healer) -> Iterator[float]:
             return
         yield kept
         longest = max(longest, time.monotonic() - started)
-        kept *= config.shrink ** (1 if kept > _FINE else 2)
     healer.stopped = "smallest_size"
+
+
+def _ladder(first: float, shrink: float) -> list[float]:
+    """Return the kept fractions that may be healed."""
+    sizes = []
+    while first >= _SMALLEST:
+        sizes.append(first)
+        first *= shrink ** (1 if first > _FINE else 2)
+    return sizes

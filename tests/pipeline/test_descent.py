@@ -68,12 +68,13 @@ def kept_of(result: SieveResult) -> float:
     return float(parameters["targets_after"] / parameters["targets_before"])
 
 
-def script(monkeypatch: pytest.MonkeyPatch, module: Any, verdicts: Iterable[bool]) -> None:
-    """Let the sizes that `module` tests hold or not, in turn, whatever they score."""
+def script(monkeypatch: pytest.MonkeyPatch, module: Any, verdicts: Iterable[bool | float]) -> None:
+    """Let the sizes that `module` tests hold or not, or have a mean difference, in turn, whatever they score."""
     given = iter(verdicts)
 
     def compared(run: Run, reference: Sequence[Evaluation], **options: Any) -> dict[str, Comparison]:
-        mean = 0.0 if next(given) else -0.5
+        verdict = next(given)
+        mean = (0.0 if verdict else -0.5) if isinstance(verdict, bool) else verdict
         shared: dict[str, Any] = {"mean": mean, "standard_error": 0.0, "agreement": 1.0, "kl": 0.0}
         pairs = zip(run.tasks, reference, strict=True)
         return {task.name: Comparison(**shared, count=before.count) for task, before in pairs}
@@ -226,6 +227,52 @@ def test_small_sizes_fall_faster(pruner: SievePruner, monkeypatch: pytest.Monkey
     # One step until a size is below a tenth, then two.
     powers = [0, 1, 2, 3, 5, 7]
     assert asked == pytest.approx([asked[0] * HEAL.shrink**power for power in powers])
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "powers", "best"),
+    [
+        # Two sizes that surely lose nothing, one that may lose a little, and two that fail.
+        ([0.5, 0.5, True, False, False], [-1, 1, 3, 4, 5], 2),
+        # The one after a leap fails, so that the one left out is tried; it holds. Two in a row fail from large to small.
+        ([0.5, False, True, False], [-1, 1, 0, 2], 2),
+        ([0.5, False, True, True, False, False], [-1, 1, 0, 2, 3, 4], 3),
+        ([True, 0.5, False, False], [-1, 0, 2, 1], 1),
+        # No second leap from a size that was left out.
+        ([0.5, False, 0.5, False], [-1, 1, 0, 2], 2),
+    ],
+    ids=["leaps", "back", "back and down", "back in vain", "back for good"],
+)
+def test_a_size_that_surely_loses_nothing_leads_to_the_second_one_below(
+    pruner: SievePruner,
+    monkeypatch: pytest.MonkeyPatch,
+    verdicts: list[bool | float],
+    powers: list[int],
+    best: int,
+) -> None:
+    script(monkeypatch, ranks, [True])
+    script(monkeypatch, descent, verdicts)
+    begun: list[dict[str, FactorizedLinear]] = []
+
+    def healing(model: Any, *arguments: Any, **options: Any) -> Any:
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
+        begun.append(copy.deepcopy(layers))
+        done = heal(model, *arguments, **options)
+        ended.append(copy.deepcopy(layers))
+        return done
+
+    ended: list[dict[str, FactorizedLinear]] = []
+    monkeypatch.setattr(stage, "heal", healing)
+    result = pruner.prune(SieveConfig(**{**WITHIN, "search_steps": 1}), **QUIET)
+    trials = healed_trials(result)
+    assert [trial["asked"] for trial in trials] == pytest.approx([0.5 * HEAL.shrink**power for power in powers], rel=0.02)
+    assert kept_of(result) == pytest.approx(trials[best]["kept"])
+    for number in range(1, len(powers)):
+        # One that was left out goes on from the accepted one above it, not from the smaller one that failed.
+        before = number - 1 if powers[number] > powers[number - 1] else number - 2
+        for name, healed in ended[before].items():
+            layer = begun[number][name]
+            assert torch.equal(layer.last.weight, healed.last.weight[:, : layer.rank])
 
 
 def test_no_size_at_all_is_an_error_that_leaves_the_dense_model(
