@@ -230,7 +230,8 @@ def teach(
                 if by_candidate
                 else _by_token(model, [(batch, prompt_positions(batch, prompt_sites, seed)) for batch in batches], bar)
             )
-        work.save(_STAGE, key, tensors)
+        # Moments of drawn candidates and healing need the same ones, which are small.
+        (work.remember if by_candidate else work.save)(_STAGE, key, tensors)
     if by_candidate:
         return CandidateTeacher(key, **tensors)
     identity = content_key(predictions=key, prompt_weight=prompt_weight, beta=beta)

@@ -39,7 +39,7 @@ def content_key(**parts: Any) -> str:
 
 
 class WorkDir:
-    """Results of stages as safetensors files, `<stage>-<key>.safetensors`. Without a path nothing is stored.
+    """Results of stages as safetensors files, `<stage>-<key>.safetensors`. Without a path nothing is stored on disk.
 
     Args:
         path (`str | Path`, *optional*): The directory; created if it does not exist.
@@ -53,6 +53,8 @@ class WorkDir:
         if path == "":
             raise ValueError("`work_dir` must name a directory, got ''. Pass None to store nothing.")
         self.path = None if path is None else Path(path)
+        # Without a path: tensors that several stages of a run need.
+        self._remembered: dict[tuple[str, str], Mapping[str, torch.Tensor]] = {}
         if self.path is not None:
             if self.path.is_file():
                 raise FileExistsError(f"`work_dir` must be a directory, got the file {path}. Choose another name.")
@@ -89,6 +91,8 @@ class WorkDir:
         Raises:
             ValueError: If the file is damaged or its content was altered; the message names it.
         """
+        if (stage, key) in self._remembered:
+            return dict(self._remembered[stage, key]), {}
         path = self.find(stage, key, verify=verify)
         if path is None:
             return None
@@ -118,6 +122,12 @@ class WorkDir:
         if distributed.is_first():
             self._write(path, stage, tensors, record)
         distributed.wait()
+
+    def remember(self, stage: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Store tensors as `save` does or, without a path, in memory, as long as this object lives."""
+        if self.path is None:
+            self._remembered[stage, key] = tensors
+        self.save(stage, key, tensors)
 
     def _write(
         self, path: Path, stage: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any] | None

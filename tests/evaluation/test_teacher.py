@@ -64,6 +64,19 @@ def test_the_dense_model_is_asked_once(
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_the_dense_model_is_asked_once_about_candidates_without_a_work_directory(
+    dense: PreTrainedModel, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples, work = split(task, "calibration"), WorkDir(None)
+    first = teach(dense, examples, TOKENIZER, work=work, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(dense), "forward", None)
+        second = teach(dense, examples, TOKENIZER, work=work, progress=False)
+        with pytest.raises(TypeError, match="not callable"):
+            teach(dense, examples[1:], TOKENIZER, work=work, progress=False)
+    assert torch.equal(second.log_probs, first.log_probs)
+
+
 @pytest.mark.parametrize("loss", ["candidates", "vocabulary"])
 def test_the_dense_model_diverges_from_itself_by_nothing(dense: PreTrainedModel, task: Task, loss: str) -> None:
     examples = split(task, "calibration")[:20]

@@ -45,6 +45,18 @@ def test_nothing_is_kept_without_a_directory() -> None:
     assert work.load("moments", "k") is None
 
 
+def test_what_is_remembered_is_kept_in_memory_without_a_directory(tmp_path: Path) -> None:
+    for work in (WorkDir(None), WorkDir(tmp_path)):
+        work.remember("teacher", "k", {"a": torch.ones(2)})
+        found = work.load("teacher", "k")
+        assert found is not None
+        assert torch.equal(found["a"], torch.ones(2))
+        assert work.load("teacher", "other") is None
+        assert work.load("moments", "k") is None
+    assert WorkDir(None).load("teacher", "k") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher-k.safetensors"]
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
