@@ -207,8 +207,9 @@ def test_the_descent_goes_below_the_winner_of_a_search(
     trials = [trial for trial in result.trials if trial.get("healed")]
     assert len(winners) == 1
     assert result.report["healing"]["kept_without"] == 0.4
-    # From one size above.
-    assert [trial["asked"] for trial in trials[:3]] == pytest.approx([0.8, 0.4, 0.2])
+    # From one size above, which surely loses nothing.
+    assert trials[0]["lower_bound"] >= 0
+    assert [trial["asked"] for trial in trials[:2]] == pytest.approx([0.8, 0.2])
     assert trials[0]["count"] == task.splits["selection"]
 
 
