@@ -234,7 +234,7 @@ def test_small_sizes_fall_faster(pruner: SievePruner, monkeypatch: pytest.Monkey
     [
         # Two sizes that surely lose nothing, one that may lose a little, and two that fail.
         ([0.5, 0.5, True, False, False], [-1, 1, 3, 4, 5], 2),
-        # The one after a leap fails, so that the one left out is tried; it holds. Two in a row fail from large to small.
+        # The one after a leap fails, so the one left out is tried; it holds. From large to small two in a row fail.
         ([0.5, False, True, False], [-1, 1, 0, 2], 2),
         ([0.5, False, True, True, False, False], [-1, 1, 0, 2, 3, 4], 3),
         ([True, 0.5, False, False], [-1, 0, 2, 1], 1),
@@ -265,7 +265,8 @@ def test_a_size_that_surely_loses_nothing_leads_to_the_second_one_below(
     monkeypatch.setattr(stage, "heal", healing)
     result = pruner.prune(SieveConfig(**{**WITHIN, "search_steps": 1}), **QUIET)
     trials = healed_trials(result)
-    assert [trial["asked"] for trial in trials] == pytest.approx([0.5 * HEAL.shrink**power for power in powers], rel=0.02)
+    sizes = [0.5 * HEAL.shrink**power for power in powers]
+    assert [trial["asked"] for trial in trials] == pytest.approx(sizes, rel=0.02)
     assert kept_of(result) == pytest.approx(trials[best]["kept"])
     for number in range(1, len(powers)):
         # One that was left out goes on from the accepted one above it, not from the smaller one that failed.
