@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Texts that are tokenized at once.
-_TEXTS = 2048
+# Examples that are tokenized at once.
+_TOKENIZED = 32
 
 
 @dataclass(frozen=True)
@@ -150,28 +150,15 @@ def _encode_as_one_text(
     """Encode prompt and continuation as one text, for causal language models."""
     prefix = _special_prefix(tokenizer, examples)
     rows: list[EncodedExample] = []
-    # The tokenizer's results are far larger than the rows, and of 77 candidates for each example they are many.
-    for part in _parts([len(_continuations(example, candidates)) + 1 for example in examples], _TEXTS):
-        texts: list[str] = []
-        for example in examples[part]:
-            texts += [example.prompt, *(example.prompt + text for text in _continuations(example, candidates))]
-        tokens = iter(_token_ids(tokenizer, texts))
-        for example in examples[part]:
+    # The tokenizer's results are far larger than the rows, and an example may have many candidates.
+    for start in range(0, len(examples), _TOKENIZED):
+        part = [(example, _continuations(example, candidates)) for example in examples[start : start + _TOKENIZED]]
+        tokens = iter(_token_ids(tokenizer, [row.prompt + text for row, after in part for text in ("", *after)]))
+        for example, after in part:
             before = prefix if example.add_special_tokens else []
-            prompt, *wholes = (before + next(tokens) for _ in range(len(_continuations(example, candidates)) + 1))
-            rows.append(_encode_row(len(rows), example, prompt, wholes))
+            prompt = before + next(tokens)
+            rows.append(_encode_row(len(rows), example, prompt, [before + next(tokens) for _ in after]))
     return rows
-
-
-def _parts(sizes: Sequence[int], most: int) -> Iterator[slice]:
-    """Divide a sequence into parts whose sizes add up to at most `most`, or that have one member."""
-    start, total = 0, 0
-    for place, size in enumerate(sizes):
-        if place > start and total + size > most:
-            yield slice(start, place)
-            start, total = place, 0
-        total += size
-    yield slice(start, len(sizes))
 
 
 def _encode_for_decoder(
