@@ -85,8 +85,7 @@ class Batch:
     @property
     def masks(self) -> tuple[torch.Tensor, ...]:
         """The attention masks. A layer's token count identifies the one that applies to it."""
-        masks = (self.attention_mask, self.decoder_attention_mask)
-        return tuple(mask for mask in masks if mask is not None)
+        return tuple(mask for mask in (self.attention_mask, self.decoder_attention_mask) if mask is not None)
 
     @property
     def num_examples(self) -> int:
@@ -223,20 +222,26 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
     Returns:
         `torch.Tensor` of shape `(num_examples, max_candidates)`: `float32`, `-inf` for missing candidates.
     """
-    at_sites = site_logits(model, batch, past)
-    device = at_sites.device
-    site, token, slot = batch.reads.to(device).unbind(dim=1)
-    token_log_probs = at_sites[site, token] - log_normalizers(at_sites)[site]
-    present = batch.present.to(device)
+    at_sites = _logits(model, batch, past)
+    # Gradients of both uses are then added before they are rounded.
+    at_sites = at_sites.float() if at_sites.requires_grad else at_sites
+    site, token, slot = batch.reads.to(at_sites.device).unbind(dim=1)
+    token_log_probs = at_sites[site, token].float() - log_normalizers(at_sites)[site]
+    present = batch.present.to(at_sites.device)
     sums = token_log_probs.new_zeros(present.numel()).index_add(0, slot, token_log_probs)
     sums = sums.view(present.shape)
     if batch.weights is not None:
-        sums = sums * batch.weights.to(device)
+        sums = sums * batch.weights.to(at_sites.device)
     return sums.masked_fill(~present, float("-inf"))
 
 
 def site_logits(model: nn.Module, batch: Batch, past: Cache | None = None) -> torch.Tensor:
     """Return the logits (sites, vocabulary) at the batch's sites in `float32`; (sites, labels) for classifiers."""
+    return _logits(model, batch, past).float()
+
+
+def _logits(model: nn.Module, batch: Batch, past: Cache | None) -> torch.Tensor:
+    """Return what [`site_logits`] does in the model's dtype."""
     rows, positions = batch.sites.unbind(dim=1)
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.kind != "classification":
@@ -252,12 +257,11 @@ def site_logits(model: nn.Module, batch: Batch, past: Cache | None = None) -> to
     with head_at(model, batch.sites, scored.shape) as selected:
         logits = model(**arguments).logits
     if selected:
-        return logits[0].float()  # type: ignore[no-any-return]
+        return logits[0]  # type: ignore[no-any-return]
     if logits.dim() == 2:
         # A classifier returns one row of label logits per text.
         logits, positions = logits[:, None], torch.zeros_like(rows)
-    at_sites: torch.Tensor = logits[rows.to(logits.device), positions.to(logits.device)].float()
-    return at_sites
+    return logits[rows.to(logits.device), positions.to(logits.device)]  # type: ignore[no-any-return]
 
 
 def input_device(model: nn.Module) -> torch.device:

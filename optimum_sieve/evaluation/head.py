@@ -21,8 +21,8 @@ _AT_ONCE = 64
 
 
 def log_normalizers(logits: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum-exp (sites,) of logits (sites, vocabulary); intermediate results take little memory."""
-    return torch.cat([part.logsumexp(dim=-1) for part in torch.split(logits, _AT_ONCE)])
+    """Return the log-sum-exp (sites,) of logits (sites, vocabulary) in `float32`, with little memory in addition."""
+    return torch.cat([part.float().logsumexp(dim=-1) for part in torch.split(logits, _AT_ONCE)])
 
 
 def prompt_positions(batch: Batch, count: int, seed: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.backbone.training import training_only
 from optimum_sieve.calibration.collect import visit_tokens
 from optimum_sieve.calibration.losses import fisher_root
-from optimum_sieve.evaluation.batches import log_likelihoods, make_batches, tokens_fingerprint
+from optimum_sieve.evaluation.batches import log_likelihoods, make_batches, site_logits, tokens_fingerprint
 from optimum_sieve.evaluation.blockwise import evaluate_by_block
 from optimum_sieve.evaluation.encoding import encode_examples
 from optimum_sieve.evaluation.likelihoods import candidate_scores
@@ -205,6 +205,22 @@ def test_half_precision_is_told_from_a_wrong_mask(dtype: torch.dtype, monkeypatc
     for wrong in (without_mask, without_positions):
         monkeypatch.setattr(probe, "tree_inputs", wrong)
         assert not takes_trees(copy.deepcopy(model), longest=10, largest=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_normalized_and_summed_in_float32(dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    (batch,) = make_batches(named()[:1], TOKENIZER, batch_size=64, model=model)
+    with torch.no_grad():
+        log_probs = site_logits(model, batch).log_softmax(dim=-1)
+        found = log_likelihoods(model, batch)
+    site, token, slot = batch.reads.unbind(dim=1)
+    expected = torch.zeros(found.numel()).index_add(0, slot, log_probs[site, token])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.flatten(), expected, rtol=0, atol=1e-5)
+    with_gradients = log_likelihoods(model, batch)
+    assert with_gradients.requires_grad
+    assert torch.equal(with_gradients.detach(), found)
 
 
 def test_a_window_that_no_mask_keeps_is_found_on_long_texts(monkeypatch: pytest.MonkeyPatch) -> None:
