@@ -19,7 +19,7 @@ LARGEST_HEALED = 0.9
 class HealConfig:
     r"""Settings of healing: short trainings that distill the dense model into the factors of the pruned one.
 
-    A run prunes to falling sizes and heals each of them, going on from the healed factors of the size before. The
+    A run prunes to falling sizes and heals each of them, going on from the healed factors of a larger one. The
     settings from `adapter_rank` on are advanced: their defaults suit almost every run.
 
     Args:
@@ -30,8 +30,8 @@ class HealConfig:
         start (`float`):
             Largest kept fraction of the first size on the way to a `pruning_ratio`, above 0 and below 1.
         shrink (`float`):
-            Kept fraction of each size relative to the size before, above 0 and below 1. Where the tolerance decides,
-            its square below a kept fraction of .1.
+            Kept fraction of each size relative to the next larger one, above 0 and below 1. Where the tolerance
+            decides, its square below a kept fraction of .1, and a size may be left out.
         adapter_rank (`int`):
             Rank of the LoRA adapters that are trained on both factors of every layer, with a scale of 2, and merged
             into them after each size. 0 trains all entries of the factors; the learning rate is then relative to each

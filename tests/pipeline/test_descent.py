@@ -253,6 +253,7 @@ def test_a_size_that_surely_loses_nothing_leads_to_the_second_one_below(
     script(monkeypatch, ranks, [True])
     script(monkeypatch, descent, verdicts)
     begun: list[dict[str, FactorizedLinear]] = []
+    ended: list[dict[str, FactorizedLinear]] = []
 
     def healing(model: Any, *arguments: Any, **options: Any) -> Any:
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear)}
@@ -261,7 +262,6 @@ def test_a_size_that_surely_loses_nothing_leads_to_the_second_one_below(
         ended.append(copy.deepcopy(layers))
         return done
 
-    ended: list[dict[str, FactorizedLinear]] = []
     monkeypatch.setattr(stage, "heal", healing)
     result = pruner.prune(SieveConfig(**{**WITHIN, "search_steps": 1}), **QUIET)
     trials = healed_trials(result)
