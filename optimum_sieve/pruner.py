@@ -12,10 +12,10 @@ from optimum_sieve.backbone.latency import with_latencies
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sources import check_name
 from optimum_sieve.calibration.stage import calibrate
-from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned, with_answers
-from optimum_sieve.healing.stage import hold_ranks, make_healer
+from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned
+from optimum_sieve.healing.stage import held_key, hold_ranks, make_healer
 from optimum_sieve.pipeline.checks import check_model, check_search
-from optimum_sieve.pipeline.prepare import check_and_plan, prepare
+from optimum_sieve.pipeline.prepare import check_and_plan, prepare, with_texts
 from optimum_sieve.pipeline.ranks import choose_ranks
 from optimum_sieve.pipeline.reference import prepare_reference
 from optimum_sieve.pipeline.result import measured_dense, pruned_result
@@ -160,7 +160,7 @@ class SievePruner:
         """
         check_search(config)
         run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
-        with leading(run), reduced_vocabulary(with_answers(run, "calibration", "selection")) as run, leading(run):
+        with leading(run), reduced_vocabulary(with_texts(run, "calibration", "selection")) as run, leading(run):
             return run_search(run, calibrate(run), num_bottlenecks=num_bottlenecks)
 
     def join_search(
@@ -174,7 +174,7 @@ class SievePruner:
         """
         check_search(config)
         run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
-        with reduced_vocabulary(with_answers(run, "calibration", "selection")) as run:
+        with reduced_vocabulary(with_texts(run, "calibration", "selection")) as run:
             wait_for_search(run)
             return join_search(run, calibrate(run, must_exist=True))
 
@@ -223,7 +223,7 @@ class SievePruner:
         observed = observing(report_to, callbacks, name=self.base_model, settings=config, directory=work_dir)
         with observed, ExitStack() as undo:
             with leading(run):
-                run = prepare_reference(with_answers(run, *SPLITS))
+                run = prepare_reference(with_texts(run, *SPLITS))
                 undo.callback(restore_untuned, run)
                 run = reduce_vocabulary(run)
                 undo.callback(restore_vocabulary, run)
@@ -234,8 +234,9 @@ class SievePruner:
                 ranks, trials = choose_ranks(run, bases, healer)
             dense, sizes = score_test_dense(run), measured_dense(run, bases)
             undo.callback(hold_ranks(run, bases, ranks, healer))
+            key = held_key(bases, ranks, healer)
             del bases
-            pruned, offsets = score_test_pruned(run)
+            pruned, offsets = score_test_pruned(run, key)
             self.result = pruned_result(
                 run, dense, pruned, offsets, sizes=sizes, ranks=ranks, trials=trials, healer=healer,
                 loading=self.loading, base_model=self.base_model, base_revision=self._base_revision(),

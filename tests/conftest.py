@@ -53,6 +53,14 @@ def _bars_are_shown() -> bool:
     return bars is None or bars.bars_are_shown()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_prompts_are_enough() -> Iterator[None]:
+    """The tests' tasks are small on purpose: no model writes more prompts unless a test asks for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optimum_sieve.calibration.writing.FEW_PROMPTS", 0)
+        yield
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -66,8 +66,12 @@ LEAST_INTEGERS = {
     "batch_size": 1,
     "seed": 0,
     "vocabulary_size": 1,
+    "written_prompts": 0,
 }
-OPTIONAL = ("tolerance", "pruning_ratio", "latency_target", "population_size", "generations", "vocabulary_size")
+OPTIONAL = (
+    *("tolerance", "pruning_ratio", "latency_target", "population_size", "generations", "vocabulary_size"),
+    "written_prompts",
+)
 HINTS = {"tolerance": " Write points as a fraction: two points are 0.02."}
 
 
@@ -86,3 +90,22 @@ def check_rules(config: SieveConfig) -> None:
     for name, least in LEAST_INTEGERS.items():
         if getattr(config, name) is not None or name not in OPTIONAL:
             check_integer(name, getattr(config, name), least, MOST_SEED if name == "seed" else MOST)
+
+
+def search_count(fraction: float, num_examples: int) -> int:
+    """Return the number of selection examples on which the genetic search scores candidates.
+
+    Args:
+        fraction (`float`): `search_fraction`.
+        num_examples (`int`): Number of selection examples.
+
+    Raises:
+        ValueError: If fewer than two examples remain for the search or for the confirmation.
+    """
+    count = round(num_examples * fraction)
+    if not 2 <= count <= num_examples - 2:
+        raise ValueError(
+            "`search_fraction` must leave at least 2 selection examples to the search and 2 to the confirmation, "
+            f"got {fraction} of {num_examples}. Add rows to the selection split."
+        )
+    return count

@@ -103,6 +103,10 @@ class SieveConfig:
             Ranks are multiples of this number.
         damping (`float`):
             Added to the diagonal of each moment matrix, as a fraction of its mean diagonal.
+        written_prompts (`int`, *optional*):
+            Prompts that the dense model writes in the style of the calibration prompts, as unlabelled examples of
+            calibration and healing. Default: as many as make 512, for tasks with fewer than 200; 0 writes none. Only
+            decoders write, and none for rows with choices of their own.
         task_weights (`tuple[float, ...]`, *optional*):
             Relative task weights in calibration and healing, in the order of the tasks. `tolerance` applies to every
             task, whatever its weight. Default: equal weights.
@@ -161,6 +165,7 @@ class SieveConfig:
     weighting: rules.Weighting = "balanced"
     rank_multiple: int = 8
     damping: float = 1e-4
+    written_prompts: int | None = None
     task_weights: tuple[float, ...] | None = None
     vocabulary_size: int | None = None
     label_offsets: rules.LabelOffsets = "prior"
@@ -173,8 +178,8 @@ class SieveConfig:
     # Settings that the command line shows only with `--help-all`.
     ADVANCED: ClassVar[tuple[str, ...]] = (
         *("projection", "storage", "loss", "fisher_temperature", "rounds", "weighting", "rank_multiple", "damping"),
-        *("task_weights", "vocabulary_size", "label_offsets", "search_steps", "search_preset"),
-        *("population_size", "generations", "search_fraction"),
+        *("written_prompts", "task_weights", "vocabulary_size", "label_offsets", "search_steps"),
+        *("search_preset", "population_size", "generations", "search_fraction"),
     )
 
     def __post_init__(self) -> None:
@@ -218,20 +223,6 @@ class SieveConfig:
         # A search finds ranks, and adapters are learned, for one size.
         at_once = self.allocation == "genetic" or self.projection == "learned"
         return [kept] if at_once else self.heal.sizes_to(kept)
-
-    def search_count(self, num_examples: int) -> int:
-        """Return the number of selection examples on which the genetic search scores candidates.
-
-        Raises:
-            ValueError: If fewer than two examples remain for the search or for the confirmation.
-        """
-        count = round(num_examples * self.search_fraction)
-        if not 2 <= count <= num_examples - 2:
-            raise ValueError(
-                "`search_fraction` must leave at least 2 selection examples to the search and 2 to the confirmation, "
-                f"got {self.search_fraction} of {num_examples}. Add rows to the selection split."
-            )
-        return count
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types, sorted by name."""

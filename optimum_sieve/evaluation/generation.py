@@ -15,6 +15,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    TopPLogitsWarper,
 )
 
 from optimum_sieve.backbone.kinds import input_format
@@ -58,6 +59,7 @@ def write_answers(
     *,
     batch_size: int,
     seed: int | None = None,
+    top_p: float = 1.0,
     on_batch: Callable[[int], object] = lambda count: None,
     to_score: bool = True,
 ) -> list[Written]:
@@ -72,6 +74,7 @@ def write_answers(
         batch_size (`int`): Rows per batch.
         seed (`int`, *optional*): Sample from the model's distribution, seeded by this and the example's index. Default:
             greedy decoding.
+        top_p (`float`): Sample from the most likely tokens alone, which together have this probability.
         on_batch (`Callable`): Called after each batch with its number of examples.
         to_score (`bool`): Where a task scores tokens, return the gold answer if each of its tokens is the most likely
             one, else an empty text; false to write freely.
@@ -95,7 +98,7 @@ def write_answers(
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     written: dict[int, Written] = {}
     with evaluating(model), _plain_settings(model, tokenizer, generation, inputs) as ends:
-        writer = _Writer(model, tokenizer, generation, inputs, ends, seed)
+        writer = _Writer(model, tokenizer, generation, inputs, ends, seed, top_p)
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             answers = writer.write([prompts[index] for index in indices], indices)
@@ -154,6 +157,7 @@ class _Writer:
     inputs: InputFormat
     ends: set[int]
     seed: int | None
+    top_p: float
 
     def write(self, prompts: list[list[int]], indices: list[int]) -> list[Written]:
         """Generate answers to the `prompts` of the examples at `indices`."""
@@ -164,11 +168,13 @@ class _Writer:
         rows = [[pad] * n + ids if left else ids + [pad] * n for n, ids in zip(padding, prompts, strict=True)]
         masks = [[0] * n + [1] * (width - n) if left else [1] * (width - n) + [0] * n for n in padding]
         begin, stops, device = (width if left else 1), self.generation.stop, input_device(self.model)
-        noise = [] if self.seed is None else [_Noise(self.seed, indices, begin)]
+        sampled: list[LogitsProcessor] = [] if self.seed is None else [_Noise(self.seed, indices, begin)]
+        if sampled and self.top_p < 1:
+            sampled.insert(0, TopPLogitsWarper(self.top_p))
         sequences = self.model.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(masks, device=device),
-            logits_processor=LogitsProcessorList(noise),
+            logits_processor=LogitsProcessorList(sampled),
             stopping_criteria=StoppingCriteriaList(
                 [_StopTexts(self.tokenizer, stops, begin, len(rows))] if stops else []
             ),

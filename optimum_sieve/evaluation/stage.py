@@ -85,6 +85,9 @@ def score(
     key = run.key(**inputs, format=_FORMAT)
     # A pruned model may be healed, and then depends on the metrics of all tasks.
     work = score_cache(run, [task] if pruned is None else run.tasks)
+    kept: Evaluation | None = work.kept("evaluation", key)
+    if kept is not None:
+        return kept
     if (stored := work.find("evaluation", key)) is not None:
         return Evaluation.load(stored, verify=False)
     examples = task.examples(split, part)[0 if known is None else known.count :]
@@ -102,6 +105,7 @@ def score(
     if path is not None and distributed.is_first():
         evaluation.save(path)
     distributed.wait()
+    work.keep("evaluation", key, evaluation)
     return evaluation
 
 
@@ -252,10 +256,11 @@ def score_test_dense(run: Run) -> list[Evaluation]:
         return [score_dense(run, task, "test") for task in run.tasks]
 
 
-def score_test_pruned(run: Run) -> tuple[list[Evaluation], list[dict[str, Any]]]:
+def score_test_pruned(run: Run, pruned: str | None = None) -> tuple[list[Evaluation], list[dict[str, Any]]]:
     """Evaluate the pruned model, which the run must hold now, on the test split of every task, with label offsets.
 
-    The work directory is not used: the evaluation is of the very model that will be saved.
+    The work directory is used only for the predictions on the selection split that the offsets are fitted to, if
+    `pruned`, a hash as for [`score`], names what was accepted.
 
     Returns:
         `tuple[list[Evaluation], list[dict]]`: The evaluations, and the offsets for the model's configuration.
@@ -266,7 +271,9 @@ def score_test_pruned(run: Run) -> tuple[list[Evaluation], list[dict[str, Any]]]
         for task in run.tasks:
             offsets = None
             if candidates := offset_candidates(run, task):
-                offsets = label_offsets(run, task, score(fresh, task, "selection", label="pruned model"))
+                scored = fresh if pruned is None else run
+                selection = score(scored, task, "selection", label="pruned model", pruned=pruned)
+                offsets = label_offsets(run, task, selection)
                 stored.append({"candidates": list(candidates), "offsets": offsets.tolist()})
             test = score(fresh, task, "test", label="pruned model")
             evaluations.append(with_offsets(task, "test", test, offsets))

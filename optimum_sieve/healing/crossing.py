@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optimum_sieve.modeling.label_offsets import shared_candidates
+from optimum_sieve.tasks.parts import shared_parts
 
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def crossed_examples(
     if not count or not shared_candidates(examples):
         return []
     prompts = [example.prompt for example in examples]
-    begin, bodies, end = _parts(prompts)
+    begin, bodies, end = shared_parts(prompts)
     longest, known = max(map(len, prompts)), {*prompts, *taken}
     if sum(" " in body for body in bodies) <= len(bodies) / 2:
         return []
@@ -69,25 +70,3 @@ def _has_form(body: str, parents: Sequence[str]) -> bool:
     """Tell whether a body has as many line breaks as one of its parents, or a number between theirs."""
     counts = [parent.count("\n") for parent in parents]
     return min(counts) <= body.count("\n") <= max(counts)
-
-
-def _parts(prompts: Sequence[str]) -> tuple[str, list[str], str]:
-    """Return the text that all prompts begin with, the rest of each, and the text that all end with: whole words."""
-    begin = _common_beginning(prompts)
-    begin = begin[: _last_space(begin)]
-    rests = [prompt[len(begin) :] for prompt in prompts]
-    end = _common_beginning([rest[::-1] for rest in rests])
-    end = end[: _last_space(end)][::-1]
-    return begin, [rest[: len(rest) - len(end)] for rest in rests], end
-
-
-def _common_beginning(texts: Sequence[str]) -> str:
-    # All others lie between these two.
-    first, last = min(texts), max(texts)
-    same = next((index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
-    return first[:same]
-
-
-def _last_space(text: str) -> int:
-    """Return the length of the text up to its last white space, which is included."""
-    return max((index + 1 for index, character in enumerate(text) if character.isspace()), default=0)

@@ -59,6 +59,13 @@ def hold_ranks(run: Run, bases: Mapping[str, FactorBasis], ranks: Ranks, healer:
     return healer.restore
 
 
+def held_key(bases: Bases, ranks: Ranks, healer: Healer | None) -> str:
+    """Return the hash under which the size that [`hold_ranks`] holds was scored."""
+    if healer is None or healer.best is None:
+        return content_key(bases=bases.key, ranks=ranks)
+    return healer.best.key
+
+
 class Healer:
     """Prunes the model of a run to falling sizes and heals each one, going on from the healed factors.
 

@@ -10,6 +10,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from optimum_sieve._messages import shown
 from optimum_sieve.backbone.kinds import input_format, model_kind
 from optimum_sieve.backbone.targets import is_linear, linear_weight
+from optimum_sieve.config.rules import search_count
 from optimum_sieve.evaluation.batches import check_examples
 from optimum_sieve.evaluation.generation import check_generation
 from optimum_sieve.evaluation.stage import examples_fingerprint
@@ -104,7 +105,7 @@ def _check_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task:
                 f"`allocation='genetic'` must be run in one process, got {distributed.num_processes()}. Share the "
                 "search with workers: `optimum-cli sieve search --worker`."
             )
-        config.search_count(task.splits["selection"])
+        search_count(config.search_fraction, task.splits["selection"])
 
 
 def check_search(config: SieveConfig) -> None:

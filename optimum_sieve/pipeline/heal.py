@@ -14,6 +14,7 @@ from optimum_sieve.backbone.fingerprint import model_key
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sizes import matrix_sizes, measure_sizes
 from optimum_sieve.backbone.sources import naming_model, read_config, source_options
+from optimum_sieve.calibration.writing import with_written_prompts
 from optimum_sieve.config.sieve import SieveConfig
 from optimum_sieve.evaluation.stage import score_test_dense, score_test_pruned
 from optimum_sieve.healing.lessons import heal_config, make_lessons, training_examples
@@ -206,6 +207,7 @@ class _Dense:
     @classmethod
     def of(cls, run: Run) -> _Dense:
         with run.timed("healing"):
+            run = with_written_prompts(run)
             lessons = make_lessons(run)
         return cls(
             lessons=lessons,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from optimum_sieve.backbone.sources import naming_model, read_config
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.losses import PROMPT_SITES
 from optimum_sieve.calibration.sampled import draws_candidates, typical_draw
+from optimum_sieve.calibration.writing import can_write, prompts_to_write
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.evaluation.batches import encode, make_batches
@@ -106,7 +108,7 @@ def plan_run(
     Raises:
         ValueError: If the `memory_limit` is too low; the message gives the lowest one.
     """
-    splits = {task.name: task.splits for task in tasks}
+    splits = {task.name: {**task.splits, **_prompts_to_write(model, tokenizer, task, config)} for task in tasks}
     batch = batch_sizes(model, tokenizer, tasks, config)
     view = separated_view(model)
     candidates = candidate_costs(model, tokenizer, tasks)
@@ -119,7 +121,12 @@ def plan_run(
             labelled=labelled, has_offsets=has_offsets, device=device,
         )  # fmt: skip
 
-    return plan_of(settle_training(config, plan_of, labelled=labelled))
+    plan = plan_of(settle_training(config, plan_of, labelled=labelled))
+    if plan.blocks is None or config.written_prompts == 0:
+        return plan
+    # With one block in memory no prompts are written.
+    without = replace(config, written_prompts=0)
+    return plan_run(model, tokenizer, tasks, targets, vocabulary, without, device)
 
 
 def batch_sizes(
@@ -138,6 +145,7 @@ def batch_sizes(
         states=max(size.states for size in sizes),
         splits=splits,
         drawn={stage: sum((size.seen(stage) for size in sizes), SplitSizes()) for stage in drawn},
+        written=sum((size.written for size in sizes), SplitSizes()),
     )
 
 
@@ -160,19 +168,44 @@ def _task_sizes(
         split: _written(model, tokenizer, each, vocabulary) for split, each in examples.items() if split not in splits
     }
     taken = [example for split in INPUTS for example in examples.get(split, ())]
+    states = max(splits[split].tokens for split in INPUTS if split in splits)
+    count = _prompts_to_write(model, tokenizer, task, config).get("written", 0)
+    if count:
+        # Those that are written count like those there are.
+        more = splits["calibration"].times(count / splits["calibration"].examples)
+        splits["unlabelled"] = splits.get("unlabelled", SplitSizes()) + more
     # Calibration on written answers also needs logits of the prompts.
     prompts = config.batch_size * PROMPT_SITES if written else 0
     every = [batch for each in batches.values() for batch in each]
     return BatchSizes(
         tokens=max(batch.input_ids.numel() for batch in every),
         logits=(max(len(batch.sites) for batch in every) + prompts) * vocabulary,
-        states=max(splits[split].tokens for split in INPUTS if split in splits),
+        states=states,
         splits=splits,
         drawn={
-            stage: _total(batched(fewer), vocabulary)
+            stage: _total(batched(fewer), vocabulary).times(1 + count / len(taken))
             for stage, fewer in _drawn(taken, tokenizer, input_format(model), config).items()
         },
+        written=_more_prompts(count, taken, tokenizer, input_format(model), vocabulary),
     )
+
+
+def _prompts_to_write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig
+) -> dict[str, int]:
+    """Return the number of prompts that the model will write for a task, as `written`, if it writes any."""
+    count = prompts_to_write(config, sum(task.splits.get(split, 0) for split in INPUTS))
+    return {"written": count} if count and can_write(model, task.examples("calibration", tokenizer)) else {}
+
+
+def _more_prompts(
+    count: int, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, inputs: InputFormat, vocabulary: int
+) -> SplitSizes:
+    """Return what writing prompts computes: as many tokens are read before as are written."""
+    if not count:
+        return SplitSizes()
+    tokens = round(count * sum(map(len, encode_prompts(examples, tokenizer, inputs))) / len(examples))
+    return SplitSizes(examples=count, tokens=2 * tokens, logits=tokens * vocabulary)
 
 
 def _drawn(

@@ -11,8 +11,9 @@ from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.offloading import holds_offloaded
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.sampled import draws_candidates
+from optimum_sieve.calibration.writing import with_written_prompts
 from optimum_sieve.config.sieve import SieveConfig
-from optimum_sieve.evaluation.stage import examples_fingerprint
+from optimum_sieve.evaluation.stage import examples_fingerprint, with_answers
 from optimum_sieve.metrics.identity import require_metric_sources
 from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.plan.certainty import warn_of_few_examples
@@ -145,6 +146,11 @@ def prepare(
     )
 
 
+def with_texts(run: Run, *splits: str) -> Run:
+    """Return the run with the answers and prompts that its dense model writes where the data has none, or few."""
+    return with_written_prompts(with_answers(run, *splits))
+
+
 def task_runs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
 ) -> tuple[TaskRun, ...]:
@@ -166,5 +172,6 @@ def _task_run(
         labelled=task.labelled,
         kind=task.kind,
         draws=draws_candidates(config, taken, tokenizer, input_format(model)),
+        written=0,
         **examples,
     )

@@ -91,6 +91,7 @@ def pruned_result(
         sections={
             "spectra": sizes["spectra"],
             "ranks": rank_section(matrix_sizes(run.model, run.targets)),
+            "written_prompts": sum(task.written for task in run.tasks) or None,
             "stopped": _stopped(run, trials, healer) or None,
         },
     )

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from optimum_sieve.allocation.certainty import examples_needed, least_tolerance, passing_probability
+from optimum_sieve.config.rules import search_count
 
 
 if TYPE_CHECKING:
@@ -73,5 +74,5 @@ def _deciding_counts(splits: Mapping[str, Mapping[str, int]], config: SieveConfi
         return {}
     counts = {name: counts["selection"] for name, counts in splits.items() if counts.get("selection", 0) > 1}
     if config.allocation == "genetic":
-        return {name: count - config.search_count(count) for name, count in counts.items()}
+        return {name: count - search_count(config.search_fraction, count) for name, count in counts.items()}
     return counts

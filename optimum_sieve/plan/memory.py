@@ -47,6 +47,14 @@ class SplitSizes:
             logits=self.logits + other.logits,
         )
 
+    def times(self, factor: float) -> SplitSizes:
+        """Return what so many times the examples compute."""
+        return SplitSizes(
+            examples=round(factor * self.examples),
+            tokens=round(factor * self.tokens),
+            logits=round(factor * self.logits),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSizes:
@@ -60,6 +68,7 @@ class BatchSizes:
         splits (`Mapping[str, SplitSizes]`): What one pass over each split of all tasks computes, with all candidates.
         drawn (`Mapping[str, SplitSizes]`): What one pass over the `inputs` computes in the stages that draw some of
             many candidates, by the stages' names.
+        written (`SplitSizes`): What writing more prompts computes.
     """
 
     tokens: int
@@ -67,6 +76,7 @@ class BatchSizes:
     states: int
     splits: Mapping[str, SplitSizes] = field(default_factory=dict)
     drawn: Mapping[str, SplitSizes] = field(default_factory=dict)
+    written: SplitSizes = SplitSizes()
 
     @property
     def inputs(self) -> SplitSizes:

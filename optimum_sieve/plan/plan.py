@@ -60,7 +60,8 @@ class PrunePlan:
         bases_bytes (`int`): Bytes of the factor bases.
         bases_at_once (`int`): Most sets of bases held at once: two if a later round makes new ones from the old.
         activation_bytes (`int`): Most bytes of activations for one batch of examples.
-        examples (`dict[str, dict[str, int]]`): Number of examples in each split of each task.
+        examples (`dict[str, dict[str, int]]`): Number of examples in each split of each task, and of the prompts that
+            the model writes (`"written"`), if any.
         heal_bytes (`int`): Bytes of factors, adapters, gradients and optimizer state while the largest size is healed.
         tune_bytes (`int`): Bytes of the adapters and their optimizer state, and of the weights before tuning.
         tuning (`str`, *optional*): Steps of tuning, as text; `None` without it.

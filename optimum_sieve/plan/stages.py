@@ -99,11 +99,11 @@ def count_passes(
     kept = _HEALED if config.pruning_ratio is None else 1 - config.pruning_ratio
     tunes = isinstance(config.tune, TuneConfig)
     test = passes.over("test") * (2 if tunes else 1) + passes.over("test", kept=kept)
-    if has_offsets and config.label_offsets != "none":
-        # They are fitted to what the saved model predicts there.
+    if has_offsets and config.label_offsets != "none" and not config.compares:
+        # They are fitted to what the pruned model predicts there, which is known if its size was compared.
         test += passes.over("selection", kept=kept)
     stages = {
-        "examples": 0.0 if labelled else passes.over("calibration", "selection", "test"),
+        "examples": passes.of(sizes.written) + (0.0 if labelled else passes.over("calibration", "selection", "test")),
         "tuning": _tuning(passes, config),
         # Candidates are drawn by the dense model's probabilities of all.
         "moments": passes.over(*INPUTS) if "moments" in sizes.drawn else 0.0,

@@ -45,6 +45,7 @@ class TaskRun:
         labelled (`bool`): Whether the data has gold answers.
         kind (`str`): Kind of the task: `"labels"`, `"choices"` or `"generate"`.
         draws (`bool`): Whether the moments see random candidates of each example, in place of all.
+        written (`int`): How many of the unlabelled examples have prompts that the dense model wrote.
     """
 
     name: str
@@ -58,6 +59,7 @@ class TaskRun:
     labelled: bool = True
     kind: str = "labels"
     draws: bool = False
+    written: int = 0
 
     def examples(self, split: str, part: slice = WHOLE) -> Sequence[Example]:
         """Return the examples of a split, or a part of them."""

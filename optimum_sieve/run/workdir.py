@@ -53,8 +53,8 @@ class WorkDir:
         if path == "":
             raise ValueError("`work_dir` must name a directory, got ''. Pass None to store nothing.")
         self.path = None if path is None else Path(path)
-        # Without a path: tensors that several stages of a run need.
-        self._remembered: dict[tuple[str, str], Mapping[str, torch.Tensor]] = {}
+        # Without a path: what several stages of a run need.
+        self._kept: dict[tuple[str, str], Any] = {}
         if self.path is not None:
             if self.path.is_file():
                 raise FileExistsError(f"`work_dir` must be a directory, got the file {path}. Choose another name.")
@@ -91,8 +91,8 @@ class WorkDir:
         Raises:
             ValueError: If the file is damaged or its content was altered; the message names it.
         """
-        if (stage, key) in self._remembered:
-            return dict(self._remembered[stage, key]), {}
+        if (kept := self.kept(stage, key)) is not None:
+            return dict(kept), {}
         path = self.find(stage, key, verify=verify)
         if path is None:
             return None
@@ -125,9 +125,17 @@ class WorkDir:
 
     def remember(self, stage: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Store tensors as `save` does or, without a path, in memory, as long as this object lives."""
-        if self.path is None:
-            self._remembered[stage, key] = tensors
+        self.keep(stage, key, tensors)
         self.save(stage, key, tensors)
+
+    def keep(self, stage: str, key: str, value: object) -> None:
+        """Keep an object in memory, if there is no path, as long as this object lives."""
+        if self.path is None:
+            self._kept[stage, key] = value
+
+    def kept(self, stage: str, key: str) -> Any:
+        """Return what [`keep`][optimum_sieve.run.workdir.WorkDir.keep] kept, or `None`."""
+        return self._kept.get((stage, key))
 
     def _write(
         self, path: Path, stage: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any] | None

@@ -13,6 +13,7 @@ from optimum_sieve.allocation.stage import loss_curves
 from optimum_sieve.calibration.rounds import BASIS_SETTINGS
 from optimum_sieve.calibration.rounds import FORMAT as CALIBRATION_FORMAT
 from optimum_sieve.calibration.sampled import draws_key
+from optimum_sieve.config.rules import search_count
 from optimum_sieve.evaluation.stage import score_cache
 from optimum_sieve.metrics.identity import metric_name, metric_source, require_metric_sources
 from optimum_sieve.run.checksum import sealed
@@ -131,10 +132,11 @@ def make_search(run: Run, bases: Mapping[str, FactorBasis]) -> Search:
     space = SearchSpace.from_curves(
         loss_curves(run, bases), storage=config.storage, multiple=config.rank_multiple, levels=preset.levels
     )
+    counts = [len(task.selection) for task in run.tasks]
     goal = Goal(
         tolerance=config.tolerance or 0.0,
         confidence=config.confidence,
-        confirm_counts=tuple(len(task.selection) - config.search_count(len(task.selection)) for task in run.tasks),
+        confirm_counts=tuple(count - search_count(config.search_fraction, count) for count in counts),
         kept=None if config.pruning_ratio is None else 1 - config.pruning_ratio,
     )
     preset = dataclasses.replace(preset, **sizes)
@@ -152,7 +154,7 @@ def make_scorers(run: Run, search: Search, live: LiveRanks) -> dict[str, JointSc
 
     searching, confirming = [], []
     for task in run.tasks:
-        count = run.config.search_count(len(task.selection))
+        count = search_count(run.config.search_fraction, len(task.selection))
         ends = sorted({max(min(_LEAST_SLICE, count), math.ceil(part * count)) for part in search.preset.slices})
         searching.append(scorer(task, task.selection[:count], ends, calibration=task.calibration))
         confirming.append(scorer(task, task.selection[count:], [len(task.selection) - count]))

@@ -22,7 +22,7 @@ def source(tmp_path):
     return ["--model", tmp_path / "model", "--task", task, "--device", "cpu", "--dtype", "float32"]
 
 
-SETTINGS = ["--pruning-ratio", "0.5", "--rank-multiple", "2", "--rounds", "1", "--no-heal"]
+SETTINGS = ["--pruning-ratio", "0.5", "--rank-multiple", "2", "--rounds", "1", "--no-heal", "--written-prompts", "0"]
 SMALL = [*SETTINGS, "--population-size", "4", "--generations", "2"]
 
 

@@ -13,7 +13,8 @@ from healed_world import TOKENIZER, learn, split
 from toy import load_task, parity_rows, unhealed
 from transformers import AutoModelForCausalLM
 
-from optimum_sieve import SievePruner, evaluate
+from optimum_sieve import HealConfig, SievePruner, evaluate
+from optimum_sieve.evaluation import stage
 from optimum_sieve.evaluation.likelihoods import fit_offsets
 from optimum_sieve.modeling.block import check_block
 from optimum_sieve.modeling.label_offsets import shared_candidates, stored_offsets
@@ -125,6 +126,41 @@ def test_the_offsets_of_healed_weights_replace_those_before(task: Task, tmp_path
     offsets = np.array(entry["offsets"])
     assert np.abs(offsets).max() > 0.01
     assert fit_offsets(selection.log_probs - offsets, gold.astype(float)) == pytest.approx(offsets, abs=1e-4)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("heal", [None, HealConfig(steps=2, crossed_prompts=0)])
+def test_they_are_fitted_to_the_scores_that_accepted_the_size(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heal: HealConfig | None, stored: bool
+) -> None:
+    scored: list[str] = []
+
+    def recording(*args: Any, **options: Any) -> Any:
+        scored.append(options["description"])
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(stage, "evaluate", recording)
+
+    def offsets(model: Any, work_dir: Path | None, **settings: Any) -> Any:
+        scored.clear()
+        pruner = SievePruner(copy.deepcopy(model), TOKENIZER, task)
+        config = unhealed(rank_multiple=1, rounds=1, label_offsets="prior", **settings)
+        result = pruner.prune(config, work_dir=work_dir, progress=False)
+        return result.report["label_offsets"]
+
+    dense = learn(task)
+    work = tmp_path / "work" if stored else None
+    found = offsets(dense, work, tolerance=0.2, confidence=0.5, heal=heal)
+    assert scored.count("pruned model on test") == 1
+    assert "pruned model on selection" not in scored
+    if heal is None:
+        # Without a size that was compared, the scores are of the model that is saved, in its own storage.
+        kept = offsets(dense, None, pruning_ratio=0.5, storage="factors")
+        assert scored.count("pruned model on selection") == 1
+        assert np.isfinite(kept[0]["offsets"]).all()
+    assert np.abs(found[0]["offsets"]).max() > 0
+    again = offsets(dense, work, tolerance=0.2, confidence=0.5, heal=heal)
+    assert again[0]["offsets"] == pytest.approx(found[0]["offsets"], abs=1e-6)
 
 
 def test_only_the_same_candidates_get_them(task: Task) -> None:

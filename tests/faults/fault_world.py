@@ -14,7 +14,7 @@ from typing import Any
 from fork_server import ForkServer, Run
 
 
-_SMALL = ["--pruning-ratio", "0.5", "--rank-multiple", "2"]
+_SMALL = ["--pruning-ratio", "0.5", "--rank-multiple", "2", "--written-prompts", "0"]
 _SOURCE = ["--model", "{world}/dense", "--task", "{world}/task.json", "--device", "cpu"]
 _HEAL = ["--model", "{world}/pruned", "--dense", "{world}/dense", "--task", "{world}/task.json", "--device", "cpu"]
 _OUT, _WORK = ["--output", "{trial}/{out}"], ["--work-dir", "{trial}/work"]

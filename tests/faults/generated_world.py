@@ -30,7 +30,7 @@ _NAMED = re.compile(
 # Where long work begins.
 _STOPS = frozenset(
     (
-        "optimum_sieve.pruner.with_answers",
+        "optimum_sieve.pruner.with_texts",
         "optimum_sieve.pipeline.heal._Dense.of",
         "optimum_sieve.evaluation.scores.evaluate",
         "optimum_sieve.evaluation.labelling.label_by_model",

@@ -37,7 +37,7 @@ def test_a_leader_announces_itself_before_answers_are_written_and_the_vocabulary
         names.append(stage._announced_name(worker))
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr(pruner_module, "with_answers", answering)
+    monkeypatch.setattr(pruner_module, "with_texts", answering)
     config = unhealed(
         allocation="genetic", pruning_ratio=0.5, rounds=1, population_size=4, generations=2, vocabulary=vocabulary
     )

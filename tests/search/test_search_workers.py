@@ -24,6 +24,7 @@ from optimum_sieve.search.study.storage import close_storage, open_storage
 
 SETTINGS = [
     *("--allocation", "genetic", "--pruning-ratio", "0.5", "--rank-multiple", "2", "--rounds", "1", "--no-heal"),
+    *("--written-prompts", "0"),
     *("--population-size", "6", "--generations", "4", "--device", "cpu", "--dtype", "float32"),
 ]
 # A candidate takes this long (seconds), and as long as a file is there: a process can be killed while it scores.

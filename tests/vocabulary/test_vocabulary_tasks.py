@@ -15,6 +15,7 @@ from vocabulary_world import byte_level, load_reviews
 
 from optimum_sieve import HealConfig, SievePruner, compare, evaluate
 from optimum_sieve.calibration.stage import calibrate
+from optimum_sieve.config.rules import search_count
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.pipeline.heal import heal_pruned
 from optimum_sieve.pipeline.prepare import prepare
@@ -165,7 +166,7 @@ def test_the_genetic_search_compares_each_task_with_the_whole_dense_model(
             outcomes = {part: scorers[part].score(nothing) for part in (SEARCH, CONFIRM)}
         for part, outcome in outcomes.items():
             for task, own in zip(run.tasks, outcome.parts, strict=True):
-                count = config.search_count(len(task.selection))
+                count = search_count(config.search_fraction, len(task.selection))
                 examples = task.selection[:count] if part == SEARCH else task.selection[count:]
                 spec = next(one for one in tasks if one.name == task.name)
                 small = score(model, run.tokenizer, spec, examples)

@@ -1,0 +1,235 @@
+"""Prompts that the dense model writes in the style of a task's own, where there are few of them.
+
+The model reads some calibration prompts one below the other and goes on with more. They serve calibration and healing
+as unlabelled examples; tuning, selection and test never see them.
+
+Related: Wang et al. (2023), *Self-Instruct*, and Zhao et al. (2024), *SELF-GUIDE*, whose models write their own
+training data from a few examples.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimum_sieve.backbone.kinds import input_format
+from optimum_sieve.evaluation.encoding import encode_prompts, encode_texts
+from optimum_sieve.evaluation.generation import write_answers
+from optimum_sieve.evaluation.stage import examples_fingerprint
+from optimum_sieve.modeling.label_offsets import shared_candidates
+from optimum_sieve.run import distributed
+from optimum_sieve.run.bars import progress_bar
+from optimum_sieve.tasks.data import INPUTS, NAMES
+from optimum_sieve.tasks.example import Example, Generation
+from optimum_sieve.tasks.parts import line_beginnings, shared_parts
+
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.config.sieve import SieveConfig
+    from optimum_sieve.evaluation.generation import Written
+    from optimum_sieve.run.context import Run, TaskRun
+
+
+logger = logging.getLogger(__name__)
+
+# A task with fewer prompts than the first number gets as many as make the second one.
+FEW_PROMPTS, ENOUGH_PROMPTS = 200, 512
+_STAGE = "prompts"
+# Increment when the same model and examples give other prompts, so that older files are ignored.
+_FORMAT = 1
+# Most prompts that a row shows, and that the model then writes; most tokens of either. Long rows drift away.
+_SHOWN, _WRITTEN, _MOST_TOKENS = 8, 8, 512
+# Less likely tokens, of which small models write nonsense, are not sampled.
+_TOP_P = 0.95
+# Rows for each one that would be enough if the model wrote nothing but new prompts.
+_PATIENCE = 4
+
+
+def prompts_to_write(config: SieveConfig, count: int) -> int:
+    """Return how many prompts the dense model writes for a task with `count` of its own."""
+    if config.written_prompts is not None:
+        return config.written_prompts
+    return max(ENOUGH_PROMPTS - count, 0) if count < FEW_PROMPTS else 0
+
+
+def with_written_prompts(run: Run) -> Run:
+    """Return the run with prompts that the dense model, which it must hold now, writes for tasks with few of them.
+
+    They are stored in the work directory, and are the same for all processes.
+    """
+    with run.timed("examples"):
+        return replace(run, tasks=tuple(_with_written(run, task) for task in run.tasks))
+
+
+def _with_written(run: Run, task: TaskRun) -> TaskRun:
+    own = [example for split in INPUTS for example in task.examples(split)]
+    count = prompts_to_write(run.config, len(own))
+    if not count:
+        return task
+    if run.by_block or not can_write(run.model, own):
+        if run.config.written_prompts:
+            logger.warning(
+                "`written_prompts=%d` has no effect on %r: only a decoder that is in memory as a whole writes prompts, "
+                "and none whose rows have choices of their own.",
+                count, task.name,
+            )  # fmt: skip
+        return task
+    taken = [example.prompt for split in NAMES for example in task.examples(split)]
+    fingerprints = [task.fingerprint(split) for split in NAMES if task.examples(split)]
+    key = run.key("seed", examples=fingerprints, count=count, format=_FORMAT)
+    stored = run.work.load_with_record(_STAGE, key)
+    if stored is None:
+        prompts = write_prompts(
+            run.model, own, run.tokenizer, count, taken=taken, seed=run.config.seed, batch_size=run.config.batch_size,
+            progress=run.progress,
+        )  # fmt: skip
+        # Processes round differently, and all must read the same texts.
+        prompts = distributed.agree(prompts)
+        run.work.save(_STAGE, key, {}, record={"prompts": prompts})
+    else:
+        prompts = stored[1]["prompts"]
+    if len(prompts) < count:
+        logger.warning(
+            "The dense model wrote only %d of %d prompts in the style of those of %r. Add rows to `unlabelled` of the "
+            "task if there are some.",
+            len(prompts), count, task.name,
+        )  # fmt: skip
+    if not prompts:
+        return task
+    written = [replace(own[0], prompt=prompt, answer="", target=None, accepted=()) for prompt in prompts]
+    unlabelled = [*task.unlabelled, *written]
+    fingerprint = examples_fingerprint(run.model, run.tokenizer, unlabelled)
+    return replace(
+        task, unlabelled=unlabelled, fingerprints={**task.fingerprints, "unlabelled": fingerprint}, written=len(written)
+    )
+
+
+def can_write(model: PreTrainedModel, examples: Sequence[Example]) -> bool:
+    """Tell whether a model may write prompts like those of `examples`: a causal one, unless rows have own choices."""
+    return input_format(model).kind == "causal" and bool(
+        examples[0].generation is not None or shared_candidates(examples)
+    )
+
+
+def write_prompts(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    taken: Collection[str] = (),
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[str]:
+    """Let a model write up to `count` prompts in the style of those of `examples`, with the same instruction.
+
+    What all prompts begin and end with stays as it is. A prompt is left out if it is empty, was there before (but for
+    case and white space), has fewer or more lines or tokens than any of the given ones, or if a line lacks the
+    beginning that this line has in all of them. There are fewer than `count` if the model writes too few others.
+
+    Args:
+        model (`PreTrainedModel`): A causal model.
+        examples (`Sequence[Example]`): At least one.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        count (`int`): Number of prompts.
+        taken (`Collection[str]`): Prompts that are left out, besides those of `examples`.
+        seed (`int`): Seed of the prompts shown and the texts sampled.
+        batch_size (`int`): Rows per batch.
+        progress (`bool`): Show a progress bar.
+    """
+    inputs = input_format(model)
+    style = _Style.of([example.prompt for example in examples])
+    lengths = list(map(len, encode_prompts(examples, tokenizer, inputs)))
+    most = _MOST_TOKENS if inputs.max_length is None else min(_MOST_TOKENS, inputs.max_length // 2)
+    sizes = [len(ids) + 1 for ids in encode_texts([body + style.separator for body in style.bodies], tokenizer)]
+    shown = [number for number, size in enumerate(sizes) if size < most]
+    if not shown:
+        return []
+    generation = Generation(max_new_tokens=min(most, round(_WRITTEN * float(np.mean(sizes)))), scored="text as written")
+    known = {_folded(prompt) for prompt in (*style.prompts, *taken)}
+    generator = np.random.default_rng(seed)
+    found: list[str] = []
+    with progress_bar(total=count, desc="prompts by the model", unit="prompt", progress=progress) as bar:
+        for _ in range(_PATIENCE * -(-count // (_WRITTEN * batch_size))):
+            rows = [_document(style, sizes, shown, most, generator) for _ in range(batch_size)]
+            written = write_answers(
+                model,
+                [replace(examples[0], prompt=row, answer="", candidates=(), generation=generation) for row in rows],
+                tokenizer,
+                batch_size=batch_size,
+                seed=int(generator.integers(2**31)),
+                top_p=_TOP_P,
+                to_score=False,
+            )
+            new = {prompt: None for text in written for prompt in style.read(text)}
+            rest = [prompt for prompt in new if _folded(prompt) not in known]
+            asked = [replace(examples[0], prompt=prompt) for prompt in rest]
+            for prompt, ids in zip(rest, encode_prompts(asked, tokenizer, inputs) if asked else [], strict=True):
+                if _folded(prompt) not in known and min(lengths) <= len(ids) <= max(lengths) and len(found) < count:
+                    known.add(_folded(prompt))
+                    found.append(prompt)
+                    bar.update(1)
+            if len(found) == count:
+                break
+    return found
+
+
+def _document(
+    style: _Style, sizes: Sequence[int], shown: Sequence[int], most: int, generator: np.random.Generator
+) -> str:
+    """Return some of the given bodies one below the other, `most` tokens at most, as a beginning to go on with."""
+    chosen: list[str] = []
+    room = most
+    for number in generator.permutation(shown)[:_SHOWN]:
+        if sizes[number] > room:
+            break
+        room -= sizes[number]
+        chosen.append(style.bodies[number])
+    return "".join(body + style.separator for body in chosen)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Style:
+    """What the prompts of a task look like: `begin`, one of the `bodies`, `end`; a `separator` that no body has."""
+
+    prompts: tuple[str, ...]
+    begin: str
+    bodies: tuple[str, ...]
+    end: str
+    separator: str
+
+    @classmethod
+    def of(cls, prompts: Sequence[str]) -> _Style:
+        begin, bodies, end = shared_parts(prompts)
+        bodies = [body.strip() for body in bodies]
+        separator = "\n\n" if not any("\n\n" in body for body in bodies) else "\n\n###\n\n"
+        return cls(prompts=tuple(prompts), begin=begin, bodies=tuple(bodies), end=end, separator=separator)
+
+    def read(self, written: Written) -> Iterator[str]:
+        """Yield the prompts in a text that the model wrote."""
+        items = written.text.split(self.separator)
+        for item in map(str.strip, items if written.ended else items[:-1]):
+            if self._has_form(item):
+                yield f"{self.begin}{item}{self.end}"
+
+    def _has_form(self, item: str) -> bool:
+        lines, counts = item.split("\n"), [body.count("\n") + 1 for body in self.bodies]
+        beginnings = line_beginnings(self.bodies)
+        return (
+            bool(item)
+            and min(counts) <= len(lines) <= max(counts)
+            and all(line.startswith(start) for line, start in zip(lines, beginnings, strict=False))
+            and not (self.end.strip() and self.end.strip() in item)
+        )
