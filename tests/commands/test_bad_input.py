@@ -270,7 +270,7 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
 
 pruner = SievePruner.from_pretrained("model", task="task.json", device="cpu")
-config = SieveConfig(pruning_ratio=0.5, rank_multiple=2, heal=None)
+config = SieveConfig(pruning_ratio=0.5, rank_multiple=2, heal=None, written_prompts=0)
 pruner.prune(config, progress=False)
 for work in (lambda: pruner.save_pretrained("out"), lambda: pruner.prune(config, work_dir=".", progress=False)):
     limit_files(20000)

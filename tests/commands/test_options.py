@@ -46,6 +46,7 @@ VALUES = {
     "weighting": "norms",
     "rank_multiple": 4,
     "damping": 0.5,
+    "written_prompts": 7,
     "task_weights": (1.0, 2.0),
     "search_steps": 3,
     "search_preset": "paper",
