@@ -46,9 +46,9 @@ _STAGE = "prompts"
 _FORMAT = 1
 # Most prompts that a row shows, and that the model then writes; most tokens of either. Long rows drift away.
 _SHOWN, _WRITTEN, _MOST_TOKENS = 8, 8, 512
-# Less likely tokens, of which small models write nonsense, are not sampled.
+# Nucleus sampling: small models write nonsense if unlikely tokens are sampled.
 _TOP_P = 0.95
-# Rows for each one that would be enough if the model wrote nothing but new prompts.
+# Gives up after so many times the rows that suffice if every text is a new prompt.
 _PATIENCE = 4
 
 
@@ -81,14 +81,13 @@ def _with_written(run: Run, task: TaskRun) -> TaskRun:
                 count, task.name,
             )  # fmt: skip
         return task
-    taken = [example.prompt for split in NAMES for example in task.examples(split)]
     fingerprints = [task.fingerprint(split) for split in NAMES if task.examples(split)]
     key = run.key("seed", examples=fingerprints, count=count, format=_FORMAT)
     stored = run.work.load_with_record(_STAGE, key)
     if stored is None:
         prompts = write_prompts(
-            run.model, own, run.tokenizer, count, taken=taken, seed=run.config.seed, batch_size=run.config.batch_size,
-            progress=run.progress,
+            run.model, own, run.tokenizer, count, taken=task.prompts, seed=run.config.seed,
+            batch_size=run.config.batch_size, progress=run.progress,
         )  # fmt: skip
         # Processes round differently, and all must read the same texts.
         prompts = distributed.agree(prompts)
@@ -146,15 +145,17 @@ def write_prompts(
         progress (`bool`): Show a progress bar.
     """
     inputs = input_format(model)
-    style = _Style.of([example.prompt for example in examples])
-    lengths = list(map(len, encode_prompts(examples, tokenizer, inputs)))
+    prompts = [example.prompt for example in examples]
+    style = _Style.of(prompts)
+    given = list(map(len, encode_prompts(examples, tokenizer, inputs)))
+    allowed = range(min(given), max(given) + 1)
     most = _MOST_TOKENS if inputs.max_length is None else min(_MOST_TOKENS, inputs.max_length // 2)
     sizes = [len(ids) + 1 for ids in encode_texts([body + style.separator for body in style.bodies], tokenizer)]
     shown = [number for number, size in enumerate(sizes) if size < most]
     if not shown:
         return []
     generation = Generation(max_new_tokens=min(most, round(_WRITTEN * float(np.mean(sizes)))), scored="text as written")
-    known = {_folded(prompt) for prompt in (*style.prompts, *taken)}
+    known = {_folded(prompt) for prompt in (*prompts, *taken)}
     generator = np.random.default_rng(seed)
     found: list[str] = []
     with progress_bar(total=count, desc="prompts by the model", unit="prompt", progress=progress) as bar:
@@ -169,16 +170,17 @@ def write_prompts(
                 top_p=_TOP_P,
                 to_score=False,
             )
-            new = {prompt: None for text in written for prompt in style.read(text)}
-            rest = [prompt for prompt in new if _folded(prompt) not in known]
-            asked = [replace(examples[0], prompt=prompt) for prompt in rest]
-            for prompt, ids in zip(rest, encode_prompts(asked, tokenizer, inputs) if asked else [], strict=True):
-                if _folded(prompt) not in known and min(lengths) <= len(ids) <= max(lengths) and len(found) < count:
-                    known.add(_folded(prompt))
-                    found.append(prompt)
-                    bar.update(1)
-            if len(found) == count:
-                break
+            asked = [replace(examples[0], prompt=prompt) for text in written for prompt in style.read(text)]
+            lengths = map(len, encode_prompts(asked, tokenizer, inputs) if asked else [])
+            for example, length in zip(asked, lengths, strict=True):
+                folded = _folded(example.prompt)
+                if folded in known or length not in allowed:
+                    continue
+                known.add(folded)
+                found.append(example.prompt)
+                bar.update(1)
+                if len(found) == count:
+                    return found
     return found
 
 
@@ -202,20 +204,38 @@ def _folded(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Style:
-    """What the prompts of a task look like: `begin`, one of the `bodies`, `end`; a `separator` that no body has."""
+    """What the prompts of a task look like.
 
-    prompts: tuple[str, ...]
+    Args:
+        begin (`str`): What all begin with.
+        bodies (`tuple[str, ...]`): The rest of each.
+        end (`str`): What all end with.
+        separator (`str`): A text that no body has.
+        line_counts (`range`): Numbers of lines that a body may have.
+        line_beginnings (`tuple[str, ...]`): What each line of all bodies begins with.
+    """
+
     begin: str
     bodies: tuple[str, ...]
     end: str
     separator: str
+    line_counts: range
+    line_beginnings: tuple[str, ...]
 
     @classmethod
     def of(cls, prompts: Sequence[str]) -> _Style:
         begin, bodies, end = shared_parts(prompts)
         bodies = [body.strip() for body in bodies]
         separator = "\n\n" if not any("\n\n" in body for body in bodies) else "\n\n###\n\n"
-        return cls(prompts=tuple(prompts), begin=begin, bodies=tuple(bodies), end=end, separator=separator)
+        counts = [body.count("\n") + 1 for body in bodies]
+        return cls(
+            begin=begin,
+            bodies=tuple(bodies),
+            end=end,
+            separator=separator,
+            line_counts=range(min(counts), max(counts) + 1),
+            line_beginnings=tuple(line_beginnings(bodies)),
+        )
 
     def read(self, written: Written) -> Iterator[str]:
         """Yield the prompts in a text that the model wrote."""
@@ -225,11 +245,10 @@ class _Style:
                 yield f"{self.begin}{item}{self.end}"
 
     def _has_form(self, item: str) -> bool:
-        lines, counts = item.split("\n"), [body.count("\n") + 1 for body in self.bodies]
-        beginnings = line_beginnings(self.bodies)
+        lines = item.split("\n")
         return (
             bool(item)
-            and min(counts) <= len(lines) <= max(counts)
-            and all(line.startswith(start) for line, start in zip(lines, beginnings, strict=False))
+            and len(lines) in self.line_counts
+            and all(line.startswith(start) for line, start in zip(lines, self.line_beginnings, strict=False))
             and not (self.end.strip() and self.end.strip() in item)
         )

@@ -14,7 +14,6 @@ from optimum_sieve.evaluation.on_policy import answer_unlabelled
 from optimum_sieve.evaluation.teacher import CandidateTeacher, Lesson, teach
 from optimum_sieve.run import distributed
 from optimum_sieve.run.workdir import content_key
-from optimum_sieve.tasks.data import NAMES
 from optimum_sieve.training.negatives import COPIES, drawn_copies, has_many_candidates
 
 from .crossing import crossed_examples
@@ -75,12 +74,11 @@ def _crossed(run: Run, task: TaskRun) -> list[Example]:
     # The choices of another question are no answers to this one.
     if task.kind != "labels" or config.loss != "candidates":
         return []
-    # No prompt of another split may be trained on.
-    taken = {example.prompt for split in NAMES for example in task.examples(split)}
     inputs = input_format(run.model)
     many = has_many_candidates(task.calibration, config.max_candidates, run.tokenizer, inputs)
     count = config.crossed_prompts // (COPIES if many else 1)
-    crossed = crossed_examples(task.calibration, count, seed=run.config.seed, taken=taken)
+    # No prompt of another split may be trained on.
+    crossed = crossed_examples(task.calibration, count, seed=run.config.seed, taken=task.prompts)
     if not crossed:
         return []
     # As many characters may have more tokens, for which neither the context nor the planned memory may be enough.

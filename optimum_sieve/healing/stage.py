@@ -62,7 +62,7 @@ def hold_ranks(run: Run, bases: Mapping[str, FactorBasis], ranks: Ranks, healer:
 def held_key(bases: Bases, ranks: Ranks, healer: Healer | None) -> str:
     """Return the hash under which the size that [`hold_ranks`] holds was scored."""
     if healer is None or healer.best is None:
-        return content_key(bases=bases.key, ranks=ranks)
+        return bases.pruned_key(ranks)
     return healer.best.key
 
 

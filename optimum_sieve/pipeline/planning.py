@@ -108,8 +108,12 @@ def plan_run(
     Raises:
         ValueError: If the `memory_limit` is too low; the message gives the lowest one.
     """
-    splits = {task.name: {**task.splits, **_prompts_to_write(model, tokenizer, task, config)} for task in tasks}
-    batch = batch_sizes(model, tokenizer, tasks, config)
+    sizes = [_task_sizes(model, tokenizer, task, config) for task in tasks]
+    splits = {
+        task.name: task.splits | ({"written": size.written.examples} if size.written.examples else {})
+        for task, size in zip(tasks, sizes, strict=True)
+    }
+    batch = _batch_sizes(sizes)
     view = separated_view(model)
     candidates = candidate_costs(model, tokenizer, tasks)
     labelled = all(task.labelled for task in tasks)
@@ -122,18 +126,15 @@ def plan_run(
         )  # fmt: skip
 
     plan = plan_of(settle_training(config, plan_of, labelled=labelled))
-    if plan.blocks is None or config.written_prompts == 0:
+    if plan.blocks is None or not batch.written.examples:
         return plan
     # With one block in memory no prompts are written.
     without = replace(config, written_prompts=0)
     return plan_run(model, tokenizer, tasks, targets, vocabulary, without, device)
 
 
-def batch_sizes(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: SieveConfig
-) -> BatchSizes:
-    """Measure the batches of all splits of all tasks."""
-    sizes = [_task_sizes(model, tokenizer, task, config) for task in tasks]
+def _batch_sizes(sizes: Sequence[BatchSizes]) -> BatchSizes:
+    """Return the sizes of all tasks from those of each."""
     splits: dict[str, SplitSizes] = {}
     for size in sizes:
         for split, total in size.splits.items():
@@ -169,7 +170,7 @@ def _task_sizes(
     }
     taken = [example for split in INPUTS for example in examples.get(split, ())]
     states = max(splits[split].tokens for split in INPUTS if split in splits)
-    count = _prompts_to_write(model, tokenizer, task, config).get("written", 0)
+    count = prompts_to_write(config, len(taken)) if can_write(model, taken) else 0
     if count:
         # Those that are written count like those there are.
         more = splits["calibration"].times(count / splits["calibration"].examples)
@@ -188,14 +189,6 @@ def _task_sizes(
         },
         written=_more_prompts(count, taken, tokenizer, input_format(model), vocabulary),
     )
-
-
-def _prompts_to_write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: SieveConfig
-) -> dict[str, int]:
-    """Return the number of prompts that the model will write for a task, as `written`, if it writes any."""
-    count = prompts_to_write(config, sum(task.splits.get(split, 0) for split in INPUTS))
-    return {"written": count} if count and can_write(model, task.examples("calibration", tokenizer)) else {}
 
 
 def _more_prompts(

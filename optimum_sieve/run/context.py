@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.tasks.data import NAMES
+
 from .workdir import WorkDir, content_key
 
 
@@ -65,6 +67,11 @@ class TaskRun:
         """Return the examples of a split, or a part of them."""
         examples: Sequence[Example] = getattr(self, split)
         return examples[part]
+
+    @property
+    def prompts(self) -> set[str]:
+        """The prompts of all splits."""
+        return {example.prompt for split in NAMES for example in self.examples(split)}
 
     def fingerprint(self, split: str, part: slice = WHOLE) -> str:
         """Hash the examples that `examples` returns."""
