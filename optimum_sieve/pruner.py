@@ -22,7 +22,7 @@ from optimum_sieve.pipeline.result import measured_dense, pruned_result
 from optimum_sieve.publish.hub import push_folder
 from optimum_sieve.publish.result import SieveResult, save_result
 from optimum_sieve.run.events import check_trackers, observing
-from optimum_sieve.search.stage import join_search, leading, run_search, wait_for_search
+from optimum_sieve.search.stage import join_search, leading, run_search, wait_for_prompts, wait_for_search
 from optimum_sieve.tasks.data import SPLITS
 from optimum_sieve.tasks.several import check_tasks, read_tasks
 from optimum_sieve.tuning.stage import restore_untuned
@@ -174,6 +174,7 @@ class SievePruner:
         """
         check_search(config)
         run = self._prepare(config, work_dir=work_dir, study_storage=study_storage, progress=progress)
+        wait_for_prompts(run)
         with reduced_vocabulary(with_texts(run, "calibration", "selection")) as run:
             wait_for_search(run)
             return join_search(run, calibrate(run, must_exist=True))
@@ -234,9 +235,8 @@ class SievePruner:
                 ranks, trials = choose_ranks(run, bases, healer)
             dense, sizes = score_test_dense(run), measured_dense(run, bases)
             undo.callback(hold_ranks(run, bases, ranks, healer))
-            key = held_key(bases, ranks, healer)
             del bases
-            pruned, offsets = score_test_pruned(run, key)
+            pruned, offsets = score_test_pruned(run, held_key(healer))
             self.result = pruned_result(
                 run, dense, pruned, offsets, sizes=sizes, ranks=ranks, trials=trials, healer=healer,
                 loading=self.loading, base_model=self.base_model, base_revision=self._base_revision(),

@@ -11,8 +11,8 @@ from optimum_sieve.allocation.stage import allocate_ranks, loss_curves
 from optimum_sieve.backbone.offloading import execution_device
 from optimum_sieve.backbone.targets import linear_weight
 from optimum_sieve.evaluation.batches import input_device
+from optimum_sieve.evaluation.labelling import label_examples
 from optimum_sieve.evaluation.on_policy import answer_unlabelled
-from optimum_sieve.evaluation.stage import label_examples
 from optimum_sieve.factorization.closed_form import FactorBasis, factorize
 from optimum_sieve.factorization.learned import learn_adapter
 from optimum_sieve.factorization.moments import Moments, weighted_sum

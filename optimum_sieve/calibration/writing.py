@@ -24,7 +24,7 @@ from optimum_sieve.run import distributed
 from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.tasks.data import INPUTS, NAMES
 from optimum_sieve.tasks.example import Example, Generation
-from optimum_sieve.tasks.parts import line_beginnings, shared_parts
+from optimum_sieve.tasks.parts import line_beginnings, shared_parts, template_marks
 
 
 if TYPE_CHECKING:
@@ -43,17 +43,26 @@ logger = logging.getLogger(__name__)
 FEW_PROMPTS, ENOUGH_PROMPTS = 200, 512
 _STAGE = "prompts"
 # Increment when the same model and examples give other prompts, so that older files are ignored.
-_FORMAT = 1
+_FORMAT = 2
 # Most prompts that a row shows, and that the model then writes; most tokens of either. Long rows drift away.
 _SHOWN, _WRITTEN, _MOST_TOKENS = 8, 8, 512
+# Rows that are written before it looks whether enough prompts are new; `batch_size` must not decide what is written.
+_ROWS = 16
 # Nucleus sampling: small models write nonsense if unlikely tokens are sampled.
 _TOP_P = 0.95
 # Gives up after so many times the rows that suffice if every text is a new prompt.
 _PATIENCE = 4
+_NO_EFFECT = (
+    "`written_prompts=%d` has no effect on %r: only a decoder that is in memory as a whole writes prompts, none whose "
+    "rows have choices of their own, and nothing reads them with projection='svd' and heal=None."
+)
 
 
 def prompts_to_write(config: SieveConfig, count: int) -> int:
     """Return how many prompts the dense model writes for a task with `count` of its own."""
+    if config.projection == "svd" and config.heal is None:
+        # Nothing reads them.
+        return 0
     if config.written_prompts is not None:
         return config.written_prompts
     return max(ENOUGH_PROMPTS - count, 0) if count < FEW_PROMPTS else 0
@@ -69,20 +78,12 @@ def with_written_prompts(run: Run) -> Run:
 
 
 def _with_written(run: Run, task: TaskRun) -> TaskRun:
-    own = [example for split in INPUTS for example in task.examples(split)]
-    count = prompts_to_write(run.config, len(own))
-    if not count:
-        return task
-    if run.by_block or not can_write(run.model, own):
+    own, key = _own(task), prompts_key(run, task)
+    if key is None:
         if run.config.written_prompts:
-            logger.warning(
-                "`written_prompts=%d` has no effect on %r: only a decoder that is in memory as a whole writes prompts, "
-                "and none whose rows have choices of their own.",
-                count, task.name,
-            )  # fmt: skip
+            logger.warning(_NO_EFFECT, run.config.written_prompts, task.name)
         return task
-    fingerprints = [task.fingerprint(split) for split in NAMES if task.examples(split)]
-    key = run.key("seed", examples=fingerprints, count=count, format=_FORMAT)
+    count = prompts_to_write(run.config, len(own))
     stored = run.work.load_with_record(_STAGE, key)
     if stored is None:
         prompts = write_prompts(
@@ -106,8 +107,33 @@ def _with_written(run: Run, task: TaskRun) -> TaskRun:
     unlabelled = [*task.unlabelled, *written]
     fingerprint = examples_fingerprint(run.model, run.tokenizer, unlabelled)
     return replace(
-        task, unlabelled=unlabelled, fingerprints={**task.fingerprints, "unlabelled": fingerprint}, written=len(written)
+        task, unlabelled=unlabelled, fingerprints={**task.fingerprints, "unlabelled": fingerprint}, given=task
     )
+
+
+def prompts_key(run: Run, task: TaskRun) -> str | None:
+    """Return the hash under which the prompts that the dense model writes for a task are stored; `None` if none are.
+
+    Args:
+        run (`Run`): The run.
+        task (`TaskRun`): The task as the data gives it.
+    """
+    own = _own(task)
+    count = prompts_to_write(run.config, len(own))
+    if not count or run.by_block or not can_write(run.model, own):
+        return None
+    fingerprints = [task.fingerprint(split) for split in NAMES if task.examples(split)]
+    return run.key("seed", examples=fingerprints, count=count, format=_FORMAT)
+
+
+def has_written(run: Run) -> bool:
+    """Tell whether the work directory holds the prompts of every task for which the dense model writes some."""
+    keys = [prompts_key(run, task) for task in run.tasks]
+    return all(key is None or run.work.find(_STAGE, key, verify=False) is not None for key in keys)
+
+
+def _own(task: TaskRun) -> list[Example]:
+    return [example for split in INPUTS for example in task.examples(split)]
 
 
 def can_write(model: PreTrainedModel, examples: Sequence[Example]) -> bool:
@@ -130,9 +156,10 @@ def write_prompts(
 ) -> list[str]:
     """Let a model write up to `count` prompts in the style of those of `examples`, with the same instruction.
 
-    What all prompts begin and end with stays as it is. A prompt is left out if it is empty, was there before (but for
-    case and white space), has fewer or more lines or tokens than any of the given ones, or if a line lacks the
-    beginning that this line has in all of them. There are fewer than `count` if the model writes too few others.
+    What all prompts begin and end with stays as it is, with the tokens of a chat template. A prompt is left out if it
+    is empty, was there before (but for case and white space), has fewer or more lines or tokens than any of the given
+    ones, or if a line lacks the beginning that this line has in all of them. There are fewer than `count` if the model
+    writes too few others, and none if the given ones do not differ or have tokens of a template in their middle.
 
     Args:
         model (`PreTrainedModel`): A causal model.
@@ -141,12 +168,14 @@ def write_prompts(
         count (`int`): Number of prompts.
         taken (`Collection[str]`): Prompts that are left out, besides those of `examples`.
         seed (`int`): Seed of the prompts shown and the texts sampled.
-        batch_size (`int`): Rows per batch.
+        batch_size (`int`): Rows per batch, for which the prompts are the same.
         progress (`bool`): Show a progress bar.
     """
     inputs = input_format(model)
     prompts = [example.prompt for example in examples]
-    style = _Style.of(prompts)
+    style = _Style.of(prompts, template_marks(tokenizer))
+    if style is None:
+        return []
     given = list(map(len, encode_prompts(examples, tokenizer, inputs)))
     allowed = range(min(given), max(given) + 1)
     most = _MOST_TOKENS if inputs.max_length is None else min(_MOST_TOKENS, inputs.max_length // 2)
@@ -155,15 +184,20 @@ def write_prompts(
     if not shown:
         return []
     generation = Generation(max_new_tokens=min(most, round(_WRITTEN * float(np.mean(sizes)))), scored="text as written")
+    form = replace(examples[0], answer="", candidates=(), generation=generation)
     known = {_folded(prompt) for prompt in (*prompts, *taken)}
     generator = np.random.default_rng(seed)
     found: list[str] = []
     with progress_bar(total=count, desc="prompts by the model", unit="prompt", progress=progress) as bar:
-        for _ in range(_PATIENCE * -(-count // (_WRITTEN * batch_size))):
-            rows = [_document(style, sizes, shown, most, generator) for _ in range(batch_size)]
+        for _ in range(_PATIENCE * -(-count // (_WRITTEN * _ROWS))):
+            rows = [
+                # A template adds BOS itself, and these rows have none.
+                replace(form, prompt=_document(style, sizes, shown, most, generator), add_special_tokens=True)
+                for _ in range(_ROWS)
+            ]
             written = write_answers(
                 model,
-                [replace(examples[0], prompt=row, answer="", candidates=(), generation=generation) for row in rows],
+                rows,
                 tokenizer,
                 batch_size=batch_size,
                 seed=int(generator.integers(2**31)),
@@ -208,7 +242,7 @@ class _Style:
 
     Args:
         begin (`str`): What all begin with.
-        bodies (`tuple[str, ...]`): The rest of each.
+        bodies (`tuple[str, ...]`): The rest of each, but for empty ones.
         end (`str`): What all end with.
         separator (`str`): A text that no body has.
         line_counts (`range`): Numbers of lines that a body may have.
@@ -223,9 +257,13 @@ class _Style:
     line_beginnings: tuple[str, ...]
 
     @classmethod
-    def of(cls, prompts: Sequence[str]) -> _Style:
-        begin, bodies, end = shared_parts(prompts)
-        bodies = [body.strip() for body in bodies]
+    def of(cls, prompts: Sequence[str], marks: Collection[str]) -> _Style | None:
+        """Return the style of prompts; `None` if they do not differ, or only in texts with `marks` of a template."""
+        begin, bodies, end = shared_parts(prompts, marks)
+        # Generated text has no such tokens.
+        bodies = [body.strip() for body in bodies if body.strip() and not any(mark in body for mark in marks)]
+        if len(set(bodies)) < 2:
+            return None
         separator = "\n\n" if not any("\n\n" in body for body in bodies) else "\n\n###\n\n"
         counts = [body.count("\n") + 1 for body in bodies]
         return cls(

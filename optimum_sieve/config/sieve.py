@@ -106,7 +106,8 @@ class SieveConfig:
         written_prompts (`int`, *optional*):
             Prompts that the dense model writes in the style of the calibration prompts, as unlabelled examples of
             calibration and healing. Default: as many as make 512, for tasks with fewer than 200; 0 writes none. Only
-            decoders write, and none for rows with choices of their own.
+            decoders write, none for rows with choices of their own, and none if nothing reads them
+            (`projection="svd"` and `heal=None`).
         task_weights (`tuple[float, ...]`, *optional*):
             Relative task weights in calibration and healing, in the order of the tasks. `tolerance` applies to every
             task, whatever its weight. Default: equal weights.

@@ -20,9 +20,29 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from optimum_sieve.run.context import Run, TaskRun
     from optimum_sieve.tasks import Example
 
     from .generation import Written
+
+
+def with_answers(run: Run, *splits: str) -> Run:
+    """Return the run with the dense model's most likely answers as gold answers of tasks that have none."""
+
+    def answered(task: TaskRun) -> TaskRun:
+        if task.labelled:
+            return task
+        answers: dict[str, Any] = {split: label_examples(run, task.examples(split)) for split in splits}
+        return replace(task, **answers)
+
+    with run.timed("examples"):
+        return replace(run, tasks=tuple(answered(task) for task in run.tasks))
+
+
+def label_examples(run: Run, examples: Sequence[Example], seed: int | None = None) -> list[Example]:
+    """Return the examples with the model's own answers as gold answers: the most likely, or sampled with a seed."""
+    size, progress = run.config.batch_size, run.progress
+    return label_by_model(run.model, examples, run.tokenizer, batch_size=size, seed=seed, progress=progress)
 
 
 def label_by_model(

@@ -16,8 +16,8 @@ from optimum_sieve.run import distributed
 from optimum_sieve.run.workdir import WorkDir, content_key
 
 from .encoding import answer_lengths, encode_examples
-from .labelling import label_by_model
-from .stage import examples_fingerprint, label_examples
+from .labelling import label_by_model, label_examples
+from .stage import examples_fingerprint
 from .teacher import Lesson, check_distillation, teach
 
 

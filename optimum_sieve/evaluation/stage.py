@@ -20,7 +20,6 @@ from optimum_sieve.run.workdir import WorkDir, content_key
 from .batches import tokens_fingerprint
 from .blockwise import evaluate_by_block
 from .comparison import Comparison, compare
-from .labelling import label_by_model
 from .likelihoods import fit_offsets
 from .scores import Evaluation, evaluate, evaluation_of, evaluation_of_texts
 
@@ -81,15 +80,9 @@ def score(
         held (`tuple`, *optional*): Bases and ranks to hold during the evaluation, block by block.
         known (`Evaluation`, *optional*): Evaluation of the first of these examples, which are not evaluated again.
     """
-    inputs = {"examples": task.fingerprint(split, part), "metric": metric_source(task.metric), "pruned": pruned}
-    key = run.key(**inputs, format=_FORMAT)
-    # A pruned model may be healed, and then depends on the metrics of all tasks.
-    work = score_cache(run, [task] if pruned is None else run.tasks)
-    kept: Evaluation | None = work.kept("evaluation", key)
-    if kept is not None:
-        return kept
-    if (stored := work.find("evaluation", key)) is not None:
-        return Evaluation.load(stored, verify=False)
+    if (found := _stored(run, task, split, part, pruned)) is not None:
+        return found
+    work, key = _place(run, task, split, part, pruned)
     examples = task.examples(split, part)[0 if known is None else known.count :]
     options: dict[str, Any] = {"metric": task.metric, "batch_size": run.config.batch_size}
     options |= {"progress": run.progress, "description": f"{label} on {split}"}
@@ -107,6 +100,23 @@ def score(
     distributed.wait()
     work.keep("evaluation", key, evaluation)
     return evaluation
+
+
+def _stored(run: Run, task: TaskRun, split: str, part: slice, pruned: str | None) -> Evaluation | None:
+    """Return an evaluation from the work directory; `None` if it is not there."""
+    work, key = _place(run, task, split, part, pruned)
+    kept: Evaluation | None = work.kept("evaluation", key)
+    if kept is not None:
+        return kept
+    path = work.find("evaluation", key)
+    return None if path is None else Evaluation.load(path, verify=False)
+
+
+def _place(run: Run, task: TaskRun, split: str, part: slice, pruned: str | None) -> tuple[WorkDir, str]:
+    """Return where an evaluation is stored, and under which key."""
+    inputs = {"examples": task.fingerprint(split, part), "metric": metric_source(task.metric), "pruned": pruned}
+    # A pruned model may be healed, and then depends on the metrics of all tasks.
+    return score_cache(run, [task] if pruned is None else run.tasks), run.key(**inputs, format=_FORMAT)
 
 
 def _joined(first: Evaluation, rest: Evaluation, examples: Sequence[Example], metric: Metric) -> Evaluation:
@@ -173,7 +183,7 @@ def _as_far_as_needed(
     confidence: float,
 ) -> tuple[Evaluation, Evaluation]:
     """Return the evaluations to compare: of a quarter of the selection examples, if it decides, or of all."""
-    part = slice(len(task.selection) // LOOKS)
+    part = _first_look(task)
     first = None
     # A part of the examples is a fair sample of a mean. Other metrics may weigh a class that it lacks like any other.
     if part.stop >= LEAST_LOOK and reference.error_method == EXAMPLES:
@@ -189,6 +199,11 @@ def _as_far_as_needed(
         ):  # fmt: skip
             return before, after
     return reference, adjusted(scored(WHOLE, first), WHOLE)
+
+
+def _first_look(task: TaskRun) -> slice:
+    """Return the part of the selection examples that is scored first."""
+    return slice(len(task.selection) // LOOKS)
 
 
 def compare_selection(run: Run, reference: Sequence[Evaluation], **options: Any) -> dict[str, Comparison]:
@@ -260,7 +275,8 @@ def score_test_pruned(run: Run, pruned: str | None = None) -> tuple[list[Evaluat
     """Evaluate the pruned model, which the run must hold now, on the test split of every task, with label offsets.
 
     The work directory is used only for the predictions on the selection split that the offsets are fitted to, if
-    `pruned`, a hash as for [`score`], names what was accepted.
+    `pruned`, a hash as for [`score`], names what was accepted. If a part of the split was enough to accept it, the rest
+    is scored now.
 
     Returns:
         `tuple[list[Evaluation], list[dict]]`: The evaluations, and the offsets for the model's configuration.
@@ -272,28 +288,10 @@ def score_test_pruned(run: Run, pruned: str | None = None) -> tuple[list[Evaluat
             offsets = None
             if candidates := offset_candidates(run, task):
                 scored = fresh if pruned is None else run
-                selection = score(scored, task, "selection", label="pruned model", pruned=pruned)
+                known = _stored(scored, task, "selection", _first_look(task), pruned)
+                selection = score(scored, task, "selection", label="pruned model", pruned=pruned, known=known)
                 offsets = label_offsets(run, task, selection)
                 stored.append({"candidates": list(candidates), "offsets": offsets.tolist()})
             test = score(fresh, task, "test", label="pruned model")
             evaluations.append(with_offsets(task, "test", test, offsets))
     return evaluations, stored
-
-
-def with_answers(run: Run, *splits: str) -> Run:
-    """Return the run with the dense model's most likely answers as gold answers of tasks that have none."""
-
-    def answered(task: TaskRun) -> TaskRun:
-        if task.labelled:
-            return task
-        answers: dict[str, Any] = {split: label_examples(run, task.examples(split)) for split in splits}
-        return replace(task, **answers)
-
-    with run.timed("examples"):
-        return replace(run, tasks=tuple(answered(task) for task in run.tasks))
-
-
-def label_examples(run: Run, examples: Sequence[Example], seed: int | None = None) -> list[Example]:
-    """Return the examples with the model's own answers as gold answers: the most likely, or sampled with a seed."""
-    size, progress = run.config.batch_size, run.progress
-    return label_by_model(run.model, examples, run.tokenizer, batch_size=size, seed=seed, progress=progress)

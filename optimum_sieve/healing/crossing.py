@@ -28,7 +28,7 @@ _DRAWS = 20
 
 
 def crossed_examples(
-    examples: Sequence[Example], count: int, *, seed: int, taken: Collection[str] = ()
+    examples: Sequence[Example], count: int, *, seed: int, taken: Collection[str] = (), marks: Collection[str] = ()
 ) -> list[Example]:
     """Return up to `count` examples without answers, whose prompts cross two prompts of `examples` between words.
 
@@ -42,11 +42,13 @@ def crossed_examples(
         count (`int`): Number of examples.
         seed (`int`): Seed of the draws.
         taken (`Collection[str]`): Prompts that are not made, besides those of `examples`.
+        marks (`Collection[str]`): Tokens of a chat template, which belong to the instruction.
     """
     if not count or not shared_candidates(examples):
         return []
     prompts = [example.prompt for example in examples]
-    begin, bodies, end = shared_parts(prompts)
+    begin, bodies, end = shared_parts(prompts, marks)
+    marks = [mark for mark in marks if any(mark in body for body in bodies)]
     longest, known = max(map(len, prompts)), {*prompts, *taken}
     if sum(" " in body for body in bodies) <= len(bodies) / 2:
         return []
@@ -60,13 +62,17 @@ def crossed_examples(
         words = first[: generator.integers(len(first) + 1)] + second[generator.integers(len(second) + 1) :]
         body = " ".join(words)
         prompt = f"{begin}{body}{end}"
-        if len(words) > 1 and len(prompt) <= longest and prompt not in known and _has_form(body, parents):
+        if len(words) > 1 and len(prompt) <= longest and prompt not in known and _has_form(body, parents, marks):
             known.add(prompt)
             found.append(replace(examples[0], prompt=prompt, answer="", target=None))
     return found
 
 
-def _has_form(body: str, parents: Sequence[str]) -> bool:
-    """Tell whether a body has as many line breaks as one of its parents, or a number between theirs."""
-    counts = [parent.count("\n") for parent in parents]
-    return min(counts) <= body.count("\n") <= max(counts)
+def _has_form(body: str, parents: Sequence[str], marks: Sequence[str]) -> bool:
+    """Tell whether a body has as many line breaks and `marks` as one of its parents, or a number between theirs."""
+
+    def is_between(text: str) -> bool:
+        counts = [parent.count(text) for parent in parents]
+        return min(counts) <= body.count(text) <= max(counts)
+
+    return all(map(is_between, ["\n", *marks]))

@@ -14,6 +14,7 @@ from optimum_sieve.evaluation.on_policy import answer_unlabelled
 from optimum_sieve.evaluation.teacher import CandidateTeacher, Lesson, teach
 from optimum_sieve.run import distributed
 from optimum_sieve.run.workdir import content_key
+from optimum_sieve.tasks.parts import template_marks
 from optimum_sieve.training.negatives import COPIES, drawn_copies, has_many_candidates
 
 from .crossing import crossed_examples
@@ -78,7 +79,9 @@ def _crossed(run: Run, task: TaskRun) -> list[Example]:
     many = has_many_candidates(task.calibration, config.max_candidates, run.tokenizer, inputs)
     count = config.crossed_prompts // (COPIES if many else 1)
     # No prompt of another split may be trained on.
-    crossed = crossed_examples(task.calibration, count, seed=run.config.seed, taken=task.prompts)
+    crossed = crossed_examples(
+        task.calibration, count, seed=run.config.seed, taken=task.prompts, marks=template_marks(run.tokenizer)
+    )
     if not crossed:
         return []
     # As many characters may have more tokens, for which neither the context nor the planned memory may be enough.

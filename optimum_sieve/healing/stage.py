@@ -59,11 +59,12 @@ def hold_ranks(run: Run, bases: Mapping[str, FactorBasis], ranks: Ranks, healer:
     return healer.restore
 
 
-def held_key(bases: Bases, ranks: Ranks, healer: Healer | None) -> str:
-    """Return the hash under which the size that [`hold_ranks`] holds was scored."""
-    if healer is None or healer.best is None:
-        return bases.pruned_key(ranks)
-    return healer.best.key
+def held_key(healer: Healer | None) -> str | None:
+    """Return the hash under which the size that [`hold_ranks`] holds is scored.
+
+    `None` without healing: while sizes are searched, a layer may then hold other tensors than it is saved with.
+    """
+    return None if healer is None or healer.best is None else healer.best.key
 
 
 class Healer:

@@ -136,6 +136,7 @@ def _settings(
         tune=None,
         # As they were; earlier versions had none.
         label_offsets=pruned.get("label_offsets", "none"),
+        written_prompts=pruned.get("written_prompts", 0),
     )
 
 
@@ -172,10 +173,11 @@ def _dense_run(
     work_dir: Path | None,
     progress: bool,
 ) -> Run:
-    """Make the run of the dense model, with the vocabulary of the pruned model's tokenizer if that is reduced."""
+    """Make the run of the dense model, with the prompts that it writes and the pruned model's vocabulary."""
     with _naming_dense():
         check_model(model)
         run = prepare(model, tokenizer, tasks, settings, work_dir=work_dir, study_storage=None, progress=progress)
+    run = with_written_prompts(run)
     if reduced is None:
         return run
     for task in tasks:
@@ -202,12 +204,12 @@ class _Dense:
     sizes: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     fingerprints: list[str]
+    written: int
     shared: dict[str, Any]
 
     @classmethod
     def of(cls, run: Run) -> _Dense:
         with run.timed("healing"):
-            run = with_written_prompts(run)
             lessons = make_lessons(run)
         return cls(
             lessons=lessons,
@@ -215,6 +217,7 @@ class _Dense:
             sizes=measure_sizes(run.model, run.targets, run.vocabulary),
             shapes=linear_shapes(run.model),
             fingerprints=calibration_fingerprints(run),
+            written=sum(task.written for task in run.tasks),
             shared={name: getattr(run, name) for name in ("config", "targets", "work", "progress", "seconds")},
         )
 
@@ -231,7 +234,10 @@ def _make_result(
         run.model,
         scores=[TaskScores.of(*each) for each in zip(run.tasks, dense.scores, after, strict=True)],
         sizes=(dense.sizes, measure_sizes(run.model, run.targets)),
-        sections={"ranks": rank_section(matrix_sizes(run.model, run.targets))},
+        sections={
+            "ranks": rank_section(matrix_sizes(run.model, run.targets)),
+            "written_prompts": dense.written or None,
+        },
         trials=[],
         settings=block.get("settings") or {},
         seconds=run.seconds,

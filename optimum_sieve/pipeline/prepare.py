@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.experts import separated_view
 from optimum_sieve.backbone.fingerprint import model_key
@@ -13,7 +13,8 @@ from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.sampled import draws_candidates
 from optimum_sieve.calibration.writing import with_written_prompts
 from optimum_sieve.config.sieve import SieveConfig
-from optimum_sieve.evaluation.stage import examples_fingerprint, with_answers
+from optimum_sieve.evaluation.labelling import with_answers
+from optimum_sieve.evaluation.stage import examples_fingerprint
 from optimum_sieve.metrics.identity import require_metric_sources
 from optimum_sieve.modeling.experts import separate_experts
 from optimum_sieve.plan.certainty import warn_of_few_examples
@@ -162,7 +163,7 @@ def task_runs(
 def _task_run(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SieveConfig, task: Task, share: float
 ) -> TaskRun:
-    examples = {split: task.examples(split, tokenizer) for split in task.splits}
+    examples: dict[str, Any] = {split: task.examples(split, tokenizer) for split in task.splits}
     taken = [example for split in INPUTS for example in examples.get(split, ())]
     return TaskRun(
         name=task.name,
@@ -172,6 +173,5 @@ def _task_run(
         labelled=task.labelled,
         kind=task.kind,
         draws=draws_candidates(config, taken, tokenizer, input_format(model)),
-        written=0,
         **examples,
     )

@@ -99,9 +99,10 @@ def count_passes(
     kept = _HEALED if config.pruning_ratio is None else 1 - config.pruning_ratio
     tunes = isinstance(config.tune, TuneConfig)
     test = passes.over("test") * (2 if tunes else 1) + passes.over("test", kept=kept)
-    if has_offsets and config.label_offsets != "none" and not config.compares:
-        # They are fitted to what the pruned model predicts there, which is known if its size was compared.
-        test += passes.over("selection", kept=kept)
+    if has_offsets and config.label_offsets != "none":
+        # They are fitted to what the pruned model predicts there. Of a healed size that was compared, much is known.
+        known = passes.tried(kept) if config.compares and config.heal is not None else 0.0
+        test += passes.over("selection", kept=kept) - known
     stages = {
         "examples": passes.of(sizes.written) + (0.0 if labelled else passes.over("calibration", "selection", "test")),
         "tuning": _tuning(passes, config),

@@ -47,7 +47,8 @@ class TaskRun:
         labelled (`bool`): Whether the data has gold answers.
         kind (`str`): Kind of the task: `"labels"`, `"choices"` or `"generate"`.
         draws (`bool`): Whether the moments see random candidates of each example, in place of all.
-        written (`int`): How many of the unlabelled examples have prompts that the dense model wrote.
+        given (`TaskRun`, *optional*): The task before the dense model wrote prompts, which are now the last of the
+            unlabelled examples. `None` if it wrote none.
     """
 
     name: str
@@ -61,7 +62,12 @@ class TaskRun:
     labelled: bool = True
     kind: str = "labels"
     draws: bool = False
-    written: int = 0
+    given: TaskRun | None = None
+
+    @property
+    def written(self) -> int:
+        """How many of the unlabelled examples have prompts that the dense model wrote."""
+        return 0 if self.given is None else len(self.unlabelled) - len(self.given.unlabelled)
 
     def examples(self, split: str, part: slice = WHOLE) -> Sequence[Example]:
         """Return the examples of a split, or a part of them."""

@@ -7,12 +7,14 @@ import hashlib
 import json
 import math
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation.stage import loss_curves
 from optimum_sieve.calibration.rounds import BASIS_SETTINGS
 from optimum_sieve.calibration.rounds import FORMAT as CALIBRATION_FORMAT
 from optimum_sieve.calibration.sampled import draws_key
+from optimum_sieve.calibration.writing import has_written, prompts_key
 from optimum_sieve.config.rules import search_count
 from optimum_sieve.evaluation.stage import score_cache
 from optimum_sieve.metrics.identity import metric_name, metric_source, require_metric_sources
@@ -28,7 +30,7 @@ from .ranking import Goal
 from .scoring.by_likelihood import CandidateScorer
 from .scoring.by_text import WrittenScorer
 from .scoring.scorer import JointScorer
-from .study.leader import announced, wait_for_study
+from .study.leader import announced, wait_for_leader, wait_for_study
 from .study.storage import naming_storage
 from .study.study import SearchStudy
 from .summary import SUMMARY, summarize
@@ -98,6 +100,17 @@ def leading(run: Run) -> Iterator[None]:
         return
     with naming_storage(url), announced(url, _announced_name(run)):
         yield
+
+
+def wait_for_prompts(run: Run) -> None:
+    """Return once the prompts that the dense model writes are in the work directory, if it writes any.
+
+    Raises:
+        RuntimeError: If the process that leads the search, which writes them, gives no sign of life.
+    """
+    url = _storage_url(run) or ""
+    with naming_storage(url):
+        wait_for_leader(url, partial(has_written, run), _announced_name(run))
 
 
 def wait_for_search(run: Run) -> None:
@@ -188,15 +201,23 @@ def _study_name(run: Run) -> str:
     """Name a study by everything that its candidates' scores depend on."""
     key = run.key(
         *_SETTINGS,
-        tasks=[
-            [task.fingerprint("calibration"), task.fingerprint("selection"), metric_source(task.metric), task.weight]
-            for task in run.tasks
-        ],
+        tasks=[_data(run, task) for task in run.tasks],
         names=[target.name for target in run.targets],
         format=[CALIBRATION_FORMAT, _STUDY_FORMAT],
         **draws_key(*run.tasks),
     )
     return f"sieve-{key}"
+
+
+def _data(run: Run, task: TaskRun) -> list[Any]:
+    """Return what names the data of a task: its own, and the prompts that the dense model writes before or after."""
+    given = task.given or task
+    names = [given.fingerprint("calibration"), given.fingerprint("selection"), metric_source(task.metric), task.weight]
+    if given.unlabelled:
+        names.append(given.fingerprint("unlabelled"))
+    if (key := prompts_key(run, given)) is not None:
+        names.append(key)
+    return names
 
 
 def _announced_name(run: Run) -> str:

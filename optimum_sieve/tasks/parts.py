@@ -6,17 +6,29 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
+
+    from transformers import PreTrainedTokenizerBase
 
 
-def shared_parts(prompts: Sequence[str]) -> tuple[str, list[str], str]:
-    """Return the text that all prompts begin with, the rest of each, and the text that all end with: whole words."""
+def shared_parts(prompts: Sequence[str], marks: Collection[str] = ()) -> tuple[str, list[str], str]:
+    """Return the text that all prompts begin with, the rest of each, and the text that all end with: whole words.
+
+    Args:
+        prompts (`Sequence[str]`): At least one prompt.
+        marks (`Collection[str]`): Texts that end a word like white space, see [`template_marks`].
+    """
     begin = common_beginning(prompts)
-    begin = begin[: _last_space(begin)]
+    begin = begin[: _last_break(begin, marks)]
     rests = [prompt[len(begin) :] for prompt in prompts]
     end = common_beginning([rest[::-1] for rest in rests])
-    end = end[: _last_space(end)][::-1]
+    end = end[: _last_break(end, [mark[::-1] for mark in marks])][::-1]
     return begin, [rest[: len(rest) - len(end)] for rest in rests], end
+
+
+def template_marks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the texts that a chat template may put right before or after that of a message: tokens that were added."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
 
 
 def line_beginnings(texts: Sequence[str]) -> list[str]:
@@ -34,7 +46,7 @@ def line_beginnings(texts: Sequence[str]) -> list[str]:
     if len(set(map(len, lines))) > 1:
         return []
     beginnings = map(common_beginning, zip(*lines, strict=True))
-    return [beginning[: _last_space(beginning)] for beginning in beginnings]
+    return [beginning[: _last_break(beginning)] for beginning in beginnings]
 
 
 def common_beginning(texts: Sequence[str]) -> str:
@@ -45,6 +57,7 @@ def common_beginning(texts: Sequence[str]) -> str:
     return first[:same]
 
 
-def _last_space(text: str) -> int:
-    """Return the length of the text up to its last white space, which is included."""
-    return max((index + 1 for index, character in enumerate(text) if character.isspace()), default=0)
+def _last_break(text: str, marks: Collection[str] = ()) -> int:
+    """Return the length of the text up to its last white space or mark, which is included."""
+    spaces = [index + 1 for index, character in enumerate(text) if character.isspace()]
+    return max([0, *spaces, *(text.rfind(mark) + len(mark) for mark in marks if mark in text)])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from healed_world import TOKENIZER
-from toy import load_task, make_model, parity_rows, prompts, unhealed
+from toy import load_task, make_model, make_tokenizer, parity_rows, prompts, unhealed
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
 from optimum_sieve.calibration import writing
@@ -52,7 +52,9 @@ class Script:
 def read(monkeypatch: pytest.MonkeyPatch, script: Script, given: list[Example] | None = None, **options: Any) -> Any:
     monkeypatch.setattr(writing, "write_answers", script)
     options = {"progress": False, "batch_size": 2, **options}
-    return write_prompts(make_model(), given or examples(), TOKENIZER, options.pop("count", 10), **options)
+    tokenizer = options.pop("tokenizer", TOKENIZER)
+    model = make_model(vocab_size=len(tokenizer))
+    return write_prompts(model, given or examples(), tokenizer, options.pop("count", 10), **options)
 
 
 def test_the_instruction_stays_and_the_texts_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +101,56 @@ def test_it_ends_with_the_wanted_number_or_when_little_is_new(monkeypatch: pytes
     assert len(read(monkeypatch, Script(many), count=7)) == 7
     script = Script(*["4 4 4\n\n"] * 100)
     assert read(monkeypatch, script, count=16) == ["Read 4 4 4 ."]
-    # 16 prompts take one batch of two rows with eight each.
+    # 16 prompts take one round of rows with eight prompts each.
     assert len(script.seen) == 4
+
+
+CHAT = "<|im_start|>user\nRead {}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def chat_tokenizer() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+def test_the_tokens_of_a_chat_template_stay_around_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script("4 4 4\n\n")
+    given = [replace(example, add_special_tokens=False) for example in examples(form=CHAT)]
+    assert read(monkeypatch, script, given, tokenizer=chat_tokenizer()) == [CHAT.format("4 4 4")]
+    for row in script.seen[0]:
+        assert "<|" not in row.prompt
+        # The template adds BOS, which a row without it gets from the tokenizer.
+        assert row.add_special_tokens
+
+
+def test_texts_in_two_messages_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script("4 4 4\n\n")
+    given = examples([f"{n}<|im_end|>\n<|im_start|>user\n{n + 1}" for n in range(6)], CHAT)
+    assert read(monkeypatch, script, given, tokenizer=chat_tokenizer()) == []
+    assert script.seen == []
+
+
+@pytest.mark.parametrize("texts", [["1 2 3"], ["1 2 3"] * 5, ["", " ", "1 2"]])
+def test_one_text_alone_is_no_style(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> None:
+    script = Script("4 4 4\n\n")
+    assert read(monkeypatch, script, examples(texts)) == []
+    assert script.seen == []
+
+
+def test_empty_texts_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script()
+    read(monkeypatch, script, examples(["", *TEXTS, ""]))
+    assert {row.prompt.count("\n\n") for row in script.seen[0]} == {len(TEXTS)}
+
+
+def test_the_batch_size_does_not_decide_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(batch_size: int) -> list[list[str]]:
+        script = Script()
+        read(monkeypatch, script, batch_size=batch_size)
+        return [[row.prompt for row in rows] for rows in script.seen]
+
+    assert shown(1) == shown(64) != []
 
 
 def test_long_texts_are_not_shown_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +169,11 @@ def test_few_prompts_get_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [prompts_to_write(config, count) for count in (32, 199, 200, 2000)] == [480, 313, 0, 0]
     assert prompts_to_write(SieveConfig(tolerance=0.02, written_prompts=7), 2000) == 7
     assert prompts_to_write(SieveConfig(tolerance=0.02, written_prompts=0), 3) == 0
+    # Weights alone are factored, and nothing is trained.
+    unread = {"tolerance": 0.02, "projection": "svd", "heal": None}
+    assert prompts_to_write(SieveConfig(**unread), 3) == 0
+    assert prompts_to_write(SieveConfig(**{**unread, "heal": HealConfig()}), 3) > 0
+    assert prompts_to_write(SieveConfig(**{**unread, "projection": "joint"}), 3) > 0
     with pytest.raises(ValueError, match="`written_prompts` must be at least 0, got -1"):
         SieveConfig(tolerance=0.02, written_prompts=-1)
 
@@ -158,6 +213,7 @@ def test_they_serve_as_unlabelled_examples(task: Task, script: Script) -> None:
     run = with_written_prompts(make_run(task))
     (after,) = run.tasks
     assert 0 < len(after.unlabelled) == after.written <= 8
+    assert (before.written, before.given, after.given) == (0, None, before)
     for example in after.unlabelled:
         assert (example.answer, example.target, example.candidates) == ("", None, before.calibration[0].candidates)
     known = {prompt for split in ("calibration", "selection", "test") for prompt in prompts(task, split)}

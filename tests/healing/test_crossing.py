@@ -35,6 +35,22 @@ def examples(texts: tuple[str, ...] = TEXTS, form: str = "Read: {}\nIs it good?\
     return [Example(prompt=form.format(text), answer=" yes", candidates=(" yes", " no"), target=0) for text in texts]
 
 
+def test_the_tokens_of_a_chat_template_are_kept() -> None:
+    form = "<user>{}<end><assistant>"
+    found = crossed_examples(examples(form=form), 20, seed=0, marks=("<user>", "<end>", "<assistant>"))
+    assert len(found) == 20
+    for example in found:
+        body = example.prompt.removeprefix("<user>").removesuffix("<end><assistant>")
+        assert form.format(body) == example.prompt
+        assert "<" not in body
+    # Also in the middle of texts.
+    given = examples(tuple(f"{text} <end> <user> {text}" for text in TEXTS), form)
+    found = crossed_examples(given, 20, seed=0, marks=("<user>", "<end>", "<assistant>"))
+    assert found
+    for example in found:
+        assert [example.prompt.count(mark) for mark in ("<user>", "<end>", "<assistant>")] == [2, 2, 1]
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     """Fewer rows than the other tests have; their model learns these instead."""

@@ -13,7 +13,7 @@ from toy import load_task, parity_rows, unhealed
 from optimum_sieve import SievePruner, compare
 from optimum_sieve.evaluation import stage
 from optimum_sieve.evaluation.scores import evaluation_of
-from optimum_sieve.evaluation.stage import compare_pruned, compare_tuned, score
+from optimum_sieve.evaluation.stage import compare_pruned, compare_tuned, score, score_test_pruned
 
 
 if TYPE_CHECKING:
@@ -63,6 +63,28 @@ def test_the_first_quarter_is_scored_once(run: Run, settled: bool, monkeypatch: 
     assert count >= 400
     assert scored == ([count // 4] if settled else [count // 4, count - count // 4])
     assert found.count == sum(scored)
+
+
+def test_offsets_need_only_the_rest_of_a_split_whose_first_quarter_decided(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (task,) = run.tasks
+    reference = score(run, task, "selection", label="dense model")
+    monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: True)
+    compare_pruned(run, task, reference, label="pruned model", pruned="some hash")
+    scored: list[int] = []
+    evaluate = stage.evaluate
+
+    def counting(model: Any, examples: Any, *arguments: Any, **options: Any) -> Any:
+        scored.append(len(examples))
+        return evaluate(model, examples, *arguments, **options)
+
+    monkeypatch.setattr(stage, "evaluate", counting)
+    _, offsets = score_test_pruned(run, "some hash")
+    count = len(task.selection)
+    assert scored == [count - count // 4, len(task.test)]
+    assert score_test_pruned(run)[1][0]["offsets"] == pytest.approx(offsets[0]["offsets"], abs=1e-5)
+    assert scored[2:] == [count, len(task.test)]
 
 
 def test_both_parts_give_the_evaluation_of_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

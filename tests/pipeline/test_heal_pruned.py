@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 from optimum_sieve import HealConfig, SievePruner
 from optimum_sieve.backbone import fingerprint
 from optimum_sieve.backbone.loading import load_model
+from optimum_sieve.calibration import writing
 from optimum_sieve.evaluation import stage as evaluation_stage
 from optimum_sieve.evaluation.scores import evaluate
 from optimum_sieve.modeling.fingerprint import weights_digest
@@ -110,6 +112,24 @@ def test_a_dense_model_at_fault_is_named(saved: Path, task: Task) -> None:
     damaged.save_pretrained(saved / "dense")
     with pytest.raises(ValueError, match=r"`dense` must have finite weights, got NaN or infinity in `model\.layers\.1"):
         heal(saved, task)
+
+
+@pytest.mark.parametrize(("settings", "count"), [({}, 0), ({"written_prompts": 0}, 0), ({"written_prompts": 3}, 3)])
+def test_prompts_are_written_as_while_it_was_pruned(
+    saved: Path, task: Task, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], count: int
+) -> None:
+    path = saved / "pruned" / "config.json"
+    config = json.loads(path.read_text())
+    # Earlier versions had no such setting.
+    config["sieve"]["settings"].pop("written_prompts", None)
+    config["sieve"]["settings"] |= settings
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr(writing, "write_prompts", lambda model, own, tokenizer, n, **options: ["1 2 3", "4", "5"][:n])
+    monkeypatch.setattr(writing, "FEW_PROMPTS", 200)
+    report = heal(saved, task).report
+    assert report.get("written_prompts", 0) == count
+    assert report["healing"]["examples"] == len(task.examples("calibration", make_tokenizer())) + count
+    assert report["seconds"]["examples"] >= 0
 
 
 def test_another_tokenizer_is_refused(saved: Path, task: Task) -> None:

@@ -13,7 +13,7 @@ from tiny_models import make_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from toy import load_task, make_tokenizer, unhealed
 
-from optimum_sieve import SieveConfig, SievePruner
+from optimum_sieve import HealConfig, SieveConfig, SievePruner
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.commands import plan as command
 from optimum_sieve.factorization.closed_form import factorize
@@ -146,11 +146,19 @@ def test_all_stages_are_what_torch_counts(model: Any) -> None:
     assert count_passes(targets, healed, sizes, width=width)["test"] == pytest.approx(forward + 2 * pruned, rel=0.05)
     without = count_passes(targets, healed, sizes, width=width, has_offsets=False)
     assert without["test"] == pytest.approx(test)
+    healed = SieveConfig(tolerance=0.1, heal=HealConfig(), tune=None)
+    # The size that was accepted was scored on the selection split, or, of many examples, on a part of it.
+    assert count_passes(targets, healed, sizes, width=width)["test"] == pytest.approx(
+        count_passes(targets, healed, sizes, width=width, has_offsets=False)["test"]
+    )
     ranks = count_passes(targets, unhealed(tolerance=0.1, search_steps=3), sizes, width=width)["ranks"]
     # The reference, and three sizes.
     assert ranks == pytest.approx((1 + 3 * (0.4 + 0.6 * 0.4)) * forward, rel=0.05)
     many = BatchSizes(tokens=30, logits=one.logits, states=30, splits={"selection": replace(one, examples=400)})
     looked = count_passes(targets, unhealed(tolerance=0.1, search_steps=3), many, width=width)["ranks"]
+    assert count_passes(targets, healed, many, width=width)["test"] == pytest.approx(
+        0.3 * (0.4 + 0.6 * 0.3) * forward, rel=0.05
+    )
     # A first quarter often decides about a size.
     assert looked == pytest.approx((1 + 0.7 * 3 * (0.4 + 0.6 * 0.4)) * forward, rel=0.05)
     assert "examples" in count_passes(targets, unhealed(pruning_ratio=0.5), sizes, width=width, labelled=False)

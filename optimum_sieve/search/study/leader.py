@@ -16,7 +16,7 @@ from .storage import GRACE_SECONDS, close_storage, open_storage, public_url, qui
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 logger = logging.getLogger(__name__)
@@ -86,16 +86,32 @@ def wait_for_study(url: str, name: str, announced_name: str | None = None) -> No
     Raises:
         RuntimeError: If the leader gives no sign of life.
     """
+
+    def is_recorded() -> bool:
+        return any(key.endswith("_sha256") for key in _attributes(url, name) or ())
+
+    wait_for_leader(url, is_recorded, name, *([] if announced_name is None else [announced_name]))
+
+
+def wait_for_leader(url: str, is_ready: Callable[[], bool], *names: str) -> None:
+    """Return once `is_ready` says so, while the leader of a search gives signs of life.
+
+    Args:
+        url (`str`): The storage.
+        is_ready (`Callable`): Asked about once a second.
+        names (`str`): The studies in which the leader may announce itself, at least one, the latest first.
+
+    Raises:
+        RuntimeError: If it gives no sign of life.
+    """
     watch, is_logged = LeaderWatch(public_url(url)), False
-    while True:
-        attributes = _attributes(url, name)
-        if any(key.endswith("_sha256") for key in attributes or ()):
-            return
-        if not attributes and announced_name not in (None, name):
-            attributes = _attributes(url, str(announced_name))
+    while not is_ready():
+        attributes = None
+        for name in dict.fromkeys(names):
+            attributes = attributes or _attributes(url, name)
         watch.check(attributes)
         if not is_logged:
-            logger.warning("Waiting for the search %s to begin in %s.", name, public_url(url))
+            logger.warning("Waiting for the search %s to begin in %s.", names[0], public_url(url))
             is_logged = True
         time.sleep(_WAIT_SECONDS)
 
