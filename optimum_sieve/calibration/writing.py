@@ -10,7 +10,7 @@ training data from a few examples.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,16 +24,17 @@ from optimum_sieve.run import distributed
 from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.tasks.data import INPUTS, NAMES
 from optimum_sieve.tasks.example import Example, Generation
-from optimum_sieve.tasks.parts import line_beginnings, shared_parts, template_marks
+from optimum_sieve.tasks.parts import template_marks
+
+from .style import PromptStyle
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.config.sieve import SieveConfig
-    from optimum_sieve.evaluation.generation import Written
     from optimum_sieve.run.context import Run, TaskRun
 
 
@@ -53,8 +54,9 @@ _TOP_P = 0.95
 # Gives up after so many times the rows that suffice if every text is a new prompt.
 _PATIENCE = 4
 _NO_EFFECT = (
-    "`written_prompts=%d` has no effect on %r: only a decoder that is in memory as a whole writes prompts, none whose "
-    "rows have choices of their own, and nothing reads them with projection='svd' and heal=None."
+    "`written_prompts=%d` has no effect on %r: only a decoder that is in memory as a whole writes prompts, none for "
+    "rows with choices of their own, with the same text or with texts in several messages of a chat, and nothing reads "
+    "them with projection='svd' and heal=None."
 )
 
 
@@ -118,9 +120,8 @@ def prompts_key(run: Run, task: TaskRun) -> str | None:
         run (`Run`): The run.
         task (`TaskRun`): The task as the data gives it.
     """
-    own = _own(task)
-    count = prompts_to_write(run.config, len(own))
-    if not count or run.by_block or not can_write(run.model, own):
+    count = 0 if run.by_block else count_prompts(run.model, _own(task), run.tokenizer, run.config)
+    if not count:
         return None
     fingerprints = [task.fingerprint(split) for split in NAMES if task.examples(split)]
     return run.key("seed", examples=fingerprints, count=count, format=_FORMAT)
@@ -136,11 +137,20 @@ def _own(task: TaskRun) -> list[Example]:
     return [example for split in INPUTS for example in task.examples(split)]
 
 
-def can_write(model: PreTrainedModel, examples: Sequence[Example]) -> bool:
-    """Tell whether a model may write prompts like those of `examples`: a causal one, unless rows have own choices."""
-    return input_format(model).kind == "causal" and bool(
-        examples[0].generation is not None or shared_candidates(examples)
-    )
+def count_prompts(
+    model: PreTrainedModel, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: SieveConfig
+) -> int:
+    """Return how many prompts a model writes at most for a task of these examples.
+
+    None if the settings want none, the model is not causal, rows have choices of their own, or the prompts have no
+    style in common.
+    """
+    count = prompts_to_write(config, len(examples))
+    if not count or input_format(model).kind != "causal":
+        return 0
+    if examples[0].generation is None and not shared_candidates(examples):
+        return 0
+    return 0 if PromptStyle.of([example.prompt for example in examples], template_marks(tokenizer)) is None else count
 
 
 def write_prompts(
@@ -173,7 +183,7 @@ def write_prompts(
     """
     inputs = input_format(model)
     prompts = [example.prompt for example in examples]
-    style = _Style.of(prompts, template_marks(tokenizer))
+    style = PromptStyle.of(prompts, template_marks(tokenizer))
     if style is None:
         return []
     given = list(map(len, encode_prompts(examples, tokenizer, inputs)))
@@ -219,7 +229,7 @@ def write_prompts(
 
 
 def _document(
-    style: _Style, sizes: Sequence[int], shown: Sequence[int], most: int, generator: np.random.Generator
+    style: PromptStyle, sizes: Sequence[int], shown: Sequence[int], most: int, generator: np.random.Generator
 ) -> str:
     """Return some of the given bodies one below the other, `most` tokens at most, as a beginning to go on with."""
     chosen: list[str] = []
@@ -234,59 +244,3 @@ def _document(
 
 def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Style:
-    """What the prompts of a task look like.
-
-    Args:
-        begin (`str`): What all begin with.
-        bodies (`tuple[str, ...]`): The rest of each, but for empty ones.
-        end (`str`): What all end with.
-        separator (`str`): A text that no body has.
-        line_counts (`range`): Numbers of lines that a body may have.
-        line_beginnings (`tuple[str, ...]`): What each line of all bodies begins with.
-    """
-
-    begin: str
-    bodies: tuple[str, ...]
-    end: str
-    separator: str
-    line_counts: range
-    line_beginnings: tuple[str, ...]
-
-    @classmethod
-    def of(cls, prompts: Sequence[str], marks: Collection[str]) -> _Style | None:
-        """Return the style of prompts; `None` if they do not differ, or only in texts with `marks` of a template."""
-        begin, bodies, end = shared_parts(prompts, marks)
-        # Generated text has no such tokens.
-        bodies = [body.strip() for body in bodies if body.strip() and not any(mark in body for mark in marks)]
-        if len(set(bodies)) < 2:
-            return None
-        separator = "\n\n" if not any("\n\n" in body for body in bodies) else "\n\n###\n\n"
-        counts = [body.count("\n") + 1 for body in bodies]
-        return cls(
-            begin=begin,
-            bodies=tuple(bodies),
-            end=end,
-            separator=separator,
-            line_counts=range(min(counts), max(counts) + 1),
-            line_beginnings=tuple(line_beginnings(bodies)),
-        )
-
-    def read(self, written: Written) -> Iterator[str]:
-        """Yield the prompts in a text that the model wrote."""
-        items = written.text.split(self.separator)
-        for item in map(str.strip, items if written.ended else items[:-1]):
-            if self._has_form(item):
-                yield f"{self.begin}{item}{self.end}"
-
-    def _has_form(self, item: str) -> bool:
-        lines = item.split("\n")
-        return (
-            bool(item)
-            and len(lines) in self.line_counts
-            and all(line.startswith(start) for line, start in zip(lines, self.line_beginnings, strict=False))
-            and not (self.end.strip() and self.end.strip() in item)
-        )

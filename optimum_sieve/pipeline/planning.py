@@ -15,7 +15,7 @@ from optimum_sieve.backbone.sources import naming_model, read_config
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.losses import PROMPT_SITES
 from optimum_sieve.calibration.sampled import draws_candidates, typical_draw
-from optimum_sieve.calibration.writing import can_write, prompts_to_write
+from optimum_sieve.calibration.writing import count_prompts
 from optimum_sieve.config.heal import HealConfig
 from optimum_sieve.config.tune import TuneConfig
 from optimum_sieve.evaluation.batches import encode, make_batches
@@ -170,7 +170,7 @@ def _task_sizes(
     }
     taken = [example for split in INPUTS for example in examples.get(split, ())]
     states = max(splits[split].tokens for split in INPUTS if split in splits)
-    count = prompts_to_write(config, len(taken)) if can_write(model, taken) else 0
+    count = count_prompts(model, taken, tokenizer, config)
     if count:
         # Those that are written count like those there are.
         more = splits["calibration"].times(count / splits["calibration"].examples)

@@ -30,7 +30,7 @@ from .ranking import Goal
 from .scoring.by_likelihood import CandidateScorer
 from .scoring.by_text import WrittenScorer
 from .scoring.scorer import JointScorer
-from .study.leader import announced, wait_for_leader, wait_for_study
+from .study.leader import announce_texts, announced, wait_for_study, wait_for_texts
 from .study.storage import naming_storage
 from .study.study import SearchStudy
 from .summary import SUMMARY, summarize
@@ -99,6 +99,8 @@ def leading(run: Run) -> Iterator[None]:
         yield
         return
     with naming_storage(url), announced(url, _announced_name(run)):
+        if any(task.written for task in run.tasks):
+            announce_texts(url, _announced_name(run.before_reduction or run))
         yield
 
 
@@ -106,11 +108,18 @@ def wait_for_prompts(run: Run) -> None:
     """Return once the prompts that the dense model writes are in the work directory, if it writes any.
 
     Raises:
+        ValueError: If a metric has no source, or the leader stored the prompts in another work directory.
         RuntimeError: If the process that leads the search, which writes them, gives no sign of life.
     """
+    require_metric_sources(task.metric for task in run.tasks)
     url = _storage_url(run) or ""
     with naming_storage(url):
-        wait_for_leader(url, partial(has_written, run), _announced_name(run))
+        wait_for_texts(url, _announced_name(run), partial(has_written, run))
+    if not has_written(run):
+        raise ValueError(
+            f"`work_dir` must hold the prompts that the leader's model wrote, got {run.work.path} without them. Give "
+            "the worker the leader's work directory, or a copy of it."
+        )
 
 
 def wait_for_search(run: Run) -> None:

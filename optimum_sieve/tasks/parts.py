@@ -27,8 +27,13 @@ def shared_parts(prompts: Sequence[str], marks: Collection[str] = ()) -> tuple[s
 
 
 def template_marks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the texts that a chat template may put right before or after that of a message: tokens that were added."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    """Return the texts that a chat template may put right before or after that of a message.
+
+    These are special tokens, and others that were added to the vocabulary and stand in the template itself.
+    """
+    template = str(tokenizer.chat_template or "")
+    added = tokenizer.added_tokens_decoder.values()
+    return [each.content for each in added if each.content.strip() and (each.special or each.content in template)]
 
 
 def line_beginnings(texts: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from toy import load_task, make_model, make_tokenizer, parity_rows, prompts, unh
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
 from optimum_sieve.calibration import writing
 from optimum_sieve.calibration.stage import calibrate
-from optimum_sieve.calibration.writing import prompts_to_write, with_written_prompts, write_prompts
+from optimum_sieve.calibration.writing import prompts_key, prompts_to_write, with_written_prompts, write_prompts
 from optimum_sieve.evaluation.generation import Written, write_answers
 from optimum_sieve.healing.lessons import make_lessons
 from optimum_sieve.pipeline.planning import plan_run
@@ -122,6 +122,22 @@ def test_the_tokens_of_a_chat_template_stay_around_the_text(monkeypatch: pytest.
         assert "<|" not in row.prompt
         # The template adds BOS, which a row without it gets from the tokenizer.
         assert row.add_special_tokens
+
+
+def test_a_text_with_tokens_of_the_template_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    # Not special: `decode` keeps them.
+    tokenizer.add_tokens(["<|user|>", "<|end|>", "covid"])
+    tokenizer.chat_template = "<|user|>{{ messages[0].content }}<|end|>"
+    form = "<|user|>Read {}<|end|>"
+    script = Script("4 <|end|> 4\n\n4 4 4\n\n4 4 <|user|>\n\n4 covid 4\n\n")
+    assert read(monkeypatch, script, examples(form=form), tokenizer=tokenizer) == [
+        form.format("4 4 4"),
+        form.format("4 covid 4"),
+    ]
+    # Words that were added are text.
+    given = examples([f"{n} covid {n}" for n in range(4)], form)
+    assert read(monkeypatch, Script("4 covid 5\n\n"), given, tokenizer=tokenizer) == [form.format("4 covid 5")]
 
 
 def test_texts_in_two_messages_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,3 +307,11 @@ def test_a_plan_counts_them(task: Task) -> None:
     assert some.stages["examples"] > 0
     assert "examples" not in none.stages
     assert some.passes > 2 * none.passes
+
+
+def test_a_plan_counts_none_where_none_can_be_written(tmp_path: Path) -> None:
+    rows = [{**row, "text": f"{row['text']} <s> {row['text']}"} for row in parity_rows(90)]
+    task = load_task(tmp_path, rows)
+    run = make_run(task, written_prompts=300)
+    assert "written" not in plan_run(run.model, TOKENIZER, [task], run.targets, None, run.config).format()
+    assert prompts_key(run, run.tasks[0]) is None

@@ -54,10 +54,11 @@ def test_a_leader_announces_itself_before_answers_are_written_and_the_vocabulary
     assert (announced_name == own) == (vocabulary == "whole")
 
 
-def make_run(tmp_path, **settings):
+def make_run(directory, **settings):
+    directory.mkdir(exist_ok=True)
     config = unhealed(**{"allocation": "genetic", "pruning_ratio": 0.5, "rounds": 1, **settings})
-    pruner = SievePruner(toy.make_model(), toy.make_tokenizer(), toy.load_task(tmp_path, toy.parity_rows(160)))
-    return pruner._prepare(config, work_dir=tmp_path / "work", study_storage=None, progress=False)
+    pruner = SievePruner(toy.make_model(), toy.make_tokenizer(), toy.load_task(directory, toy.parity_rows(160)))
+    return pruner._prepare(config, work_dir=directory / "work", study_storage=None, progress=False)
 
 
 def test_a_study_is_named_by_the_prompts_before_they_are_written(tmp_path, monkeypatch):
@@ -93,6 +94,11 @@ def test_a_worker_takes_the_prompts_that_the_leader_wrote(tmp_path, monkeypatch)
         stage.wait_for_prompts(run)
     assert len(looks) == 3
     assert [example.prompt for example in with_written_prompts(run).tasks[0].unlabelled] == ["1 2 3", "4 5"]
+    # Also those of a leader whose model has written them elsewhere.
+    lost = make_run(tmp_path / "elsewhere", written_prompts=2)
+    lost = dataclasses.replace(lost, study_storage=f"sqlite:///{tmp_path / 'work' / 'search.db'}")
+    with stage.leading(with_written_prompts(run)), pytest.raises(ValueError, match="must hold the prompts that the"):
+        stage.wait_for_prompts(lost)
     # Nothing to wait for.
     stage.wait_for_prompts(make_run(tmp_path, written_prompts=0))
     assert len(looks) == 3

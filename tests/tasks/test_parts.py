@@ -30,10 +30,13 @@ def test_the_instruction_is_what_all_begin_and_end_with(prompts, marks, parts):
     assert tuple(f"{begin}{body}{end}" for body in bodies) == prompts
 
 
-def test_marks_are_the_tokens_that_were_added():
+def test_marks_are_special_tokens_and_those_of_the_template():
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    tokenizer.add_tokens(["<think>", "   "])
+    tokenizer.add_tokens(["<think>", "   ", "covid"])
+    assert set(template_marks(tokenizer)) == {"<unk>", "<s>", "</s>", "<|im_start|>"}
+    # Others are words, unless the template has them.
+    tokenizer.chat_template = "{{ messages[0].content }}<think>"
     assert set(template_marks(tokenizer)) == {"<unk>", "<s>", "</s>", "<|im_start|>", "<think>"}
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LEADER = "leader"
+# Attribute of the study in which a leader announced itself: its model has written the texts that the data lacks.
+_WROTE = "wrote_texts"
 # Pause between a worker's looks at a search that has not begun (seconds).
 _WAIT_SECONDS = 1.0
 # Longest time between the start of a leader and its first sign of life, in which it reads the model (seconds).
@@ -73,6 +75,25 @@ class LeaderWatch:
                 f"of its leader in {self._where}. Start the leader again with the same model, task, settings and "
                 "library versions, and then its workers."
             )
+
+
+def announce_texts(url: str, name: str) -> None:
+    """Let workers know that the leader's model has written the texts that the data lacks, and stored the prompts."""
+    storage = open_storage(url)
+    try:
+        with quiet():
+            optuna.load_study(storage=storage, study_name=name).set_user_attr(_WROTE, True)
+    finally:
+        close_storage(storage)
+
+
+def wait_for_texts(url: str, name: str, is_stored: Callable[[], bool]) -> None:
+    """Return once `is_stored` says so, or the leader that announced itself under this name has called `announce_texts`.
+
+    Raises:
+        RuntimeError: If the leader gives no sign of life.
+    """
+    wait_for_leader(url, lambda: is_stored() or _WROTE in (_attributes(url, name) or ()), name)
 
 
 def wait_for_study(url: str, name: str, announced_name: str | None = None) -> None:
