@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# No smaller fraction is tried: it saves little beside embeddings and head, and takes as long as a large one.
+SMALLEST_KEPT = 0.02
+
 
 class ToleranceError(RuntimeError):
     """No size tried is within the tolerance.
@@ -39,7 +42,7 @@ def search_kept_fraction(
     goes_on: Callable[[], bool] = lambda: True,
     on_trial: Callable[[Sequence[dict[str, Any]]], object] = lambda trials: None,
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Bisect the kept fraction in `steps` steps; return the smallest one within `tolerance`.
+    """Bisect the kept fraction in `steps` steps; return the smallest one within `tolerance`, at least `SMALLEST_KEPT`.
 
     A fraction is within the tolerance if the lower bound of the paired score difference, pruned minus dense, at
     one-sided `confidence` is at least `-tolerance`. The mean difference alone would accept a loss hidden by noise. With
@@ -53,7 +56,7 @@ def search_kept_fraction(
             name.
         tolerance (`float`): Largest acceptable drop in the metric, in absolute points.
         confidence (`float`): One-sided confidence, at least 0.5.
-        steps (`int`): Number of fractions to try.
+        steps (`int`): Number of fractions to try, at most.
         kept_by_ranks (`Callable`): Maps a fraction to the one that its ranks keep, which is at most that.
         goes_on (`Callable`): Whether there is time for another fraction; asked before every one but the first.
         on_trial (`Callable`): Receives the records of all trials so far after each one.
@@ -68,9 +71,9 @@ def search_kept_fraction(
     low, high = 0.0, 1.0
     trials: list[dict[str, Any]] = []
     for step in range(steps):
-        if step and not goes_on():
+        if high == SMALLEST_KEPT or (step and not goes_on()):
             break
-        asked = (low + high) / 2
+        asked = max((low + high) / 2, SMALLEST_KEPT)
         comparisons, kept = compare_at(asked), kept_by_ranks(asked)
         bounds = {name: comparison.lower_bound(confidence) for name, comparison in comparisons.items()}
         accepted = min(bounds.values()) >= -tolerance

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation.tolerance import size_trial, sizes_to_try
+from optimum_sieve.allocation.tolerance import SMALLEST_KEPT, size_trial, sizes_to_try
 from optimum_sieve.config.heal import LARGEST_HEALED
 from optimum_sieve.evaluation.stage import compare_selection
 from optimum_sieve.healing.lessons import heal_config
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from optimum_sieve.run.context import Run
 
 
-# No smaller size is tried.
-_SMALLEST = 0.01
 # Below this, a size more or less saves little: every second one is left out.
 _FINE = 0.1
 
@@ -85,9 +83,10 @@ def _sizes_in_time(run: Run, healer: Healer, trials: Sequence[dict[str, Any]]) -
 
 
 def _ladder(first: float, shrink: float) -> list[float]:
-    """Return the kept fractions that may be healed."""
+    """Return the kept fractions that may be healed; the last one is the smallest."""
     sizes = []
-    while first >= _SMALLEST:
+    # The last two are as far apart as others.
+    while first > SMALLEST_KEPT / shrink:
         sizes.append(first)
         first *= shrink ** (1 if first > _FINE else 2)
-    return sizes
+    return [*sizes, SMALLEST_KEPT]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.allocation.tolerance import SMALLEST_KEPT
+
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -11,19 +13,24 @@ if TYPE_CHECKING:
 _FIGURES = ("mean", "standard_error", "lower_bound", "agreement", "kl", "count")
 # Parts of a genetic search that are shown: candidates, and the ladder of sizes on fresh examples.
 _CANDIDATE, _CONFIRMED = "search", "confirm"
+# The part of a run whose size was searched, and why that ended.
 _STOPS = {
-    "search_steps": "the bisection of the size without training took all {search_steps} steps",
-    "genetic_search": "the genetic search ended",
-    "confirmed": "the genetic search ended with its confirmation on fresh examples",
-    "refused": "the descent of healed sizes stopped after two sizes in a row were beyond the tolerance",
-    "smallest_size": "the descent of healed sizes stopped at the smallest size that is tried, 1 % of the parameters",
+    "unhealed": {
+        "search_steps": "the bisection of the size without training took all {search_steps} steps",
+        "time_limit": "the bisection of the size without training stopped at the time limit",
+        "smallest_size": "the bisection of the size without training stopped at the smallest size, {smallest} % of the "
+        "parameters",
+        "genetic_search": "the genetic search ended",
+        "confirmed": "the genetic search ended with its confirmation on fresh examples",
+    },
+    "healed": {
+        "refused": "the descent of healed sizes stopped after two sizes in a row were beyond the tolerance",
+        "time_limit": "the descent of healed sizes stopped before a size that would have ended after the time limit",
+        "smallest_size": "the descent of healed sizes stopped at the smallest size, {smallest} % of the parameters",
+    },
 }
 # The model that a test difference is measured from.
 REFERENCES = {"paired_difference": "dense", "difference_to_tuned": "tuned"}
-_TIME_LIMITS = {
-    "unhealed": "the bisection of the size without training stopped at the time limit",
-    "healed": "the descent of healed sizes stopped before a size that would have ended after the time limit",
-}
 
 
 def trial_rows(trials: Sequence[dict[str, Any]], tolerance: float | None) -> list[dict[str, Any]]:
@@ -74,19 +81,24 @@ def stop_reasons(
     if parts := {trial["part"] for trial in trials if "part" in trial}:
         reasons["unhealed"] = "confirmed" if _CONFIRMED in parts else "genetic_search"
     elif settings.get("tolerance") is not None and trials:
-        tried = sum(not trial["healed"] for trial in trials)
-        reasons["unhealed"] = "search_steps" if tried >= settings["search_steps"] else "time_limit"
+        tried = [trial for trial in trials if not trial["healed"]]
+        ended = "smallest_size" if tried and _is_smallest(tried[-1]) else "time_limit"
+        reasons["unhealed"] = "search_steps" if len(tried) >= settings["search_steps"] else ended
     if healed is not None:
         reasons["healed"] = healed
     return reasons
 
 
+def _is_smallest(trial: dict[str, Any]) -> bool:
+    return bool(trial["accepted"] and trial.get("asked", trial["kept"]) <= SMALLEST_KEPT)
+
+
 def stop_sentences(report: dict[str, Any]) -> list[str]:
     """Return a sentence, without a full stop, for each reason in a report."""
     stopped, settings = report.get("stopped", {}), report.get("settings", {})
-    known = [(kind, stopped[kind]) for kind in ("unhealed", "healed") if kind in stopped]
-    texts = [_TIME_LIMITS[kind] if reason == "time_limit" else _STOPS.get(reason, "") for kind, reason in known]
-    return [text.format(search_steps=settings.get("search_steps", "")) for text in texts if text]
+    texts = [texts[stopped[kind]] for kind, texts in _STOPS.items() if stopped.get(kind) in texts]
+    values = {"search_steps": settings.get("search_steps", ""), "smallest": f"{100 * SMALLEST_KEPT:.0f}"}
+    return [text.format(**values) for text in texts]
 
 
 def reference_key(report: dict[str, Any], task: dict[str, Any]) -> str:

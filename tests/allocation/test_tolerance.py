@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
+from optimum_sieve.allocation.tolerance import SMALLEST_KEPT, ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.comparison import Comparison
 
 
@@ -26,7 +26,7 @@ def cliff(
     }
 
 
-@pytest.mark.parametrize("edge", [0.02, 0.3, 0.5, 0.77, 0.98])
+@pytest.mark.parametrize("edge", [0.03, 0.3, 0.5, 0.77, 0.98])
 def test_the_least_fraction_within_the_tolerance(edge: float) -> None:
     kept, trials = search_kept_fraction(cliff(edge), tolerance=0.02, confidence=0.9, steps=8)
     assert edge <= kept < edge + 2**-8
@@ -35,6 +35,14 @@ def test_the_least_fraction_within_the_tolerance(edge: float) -> None:
     assert set(trials[0]) == {
         *("kept", "asked", "lower_bound", "mean", "standard_error", "agreement", "kl", "count", "accepted"),
     }
+
+
+@pytest.mark.parametrize(("edge", "kept", "count"), [(0.0, 0.02, 6), (0.0201, 0.0256, 10), (0.019, 0.02, 6)])
+def test_no_size_below_two_percent_is_tried(edge: float, kept: float, count: int) -> None:
+    found, trials = search_kept_fraction(cliff(edge), tolerance=0.02, confidence=0.9, steps=10)
+    assert found == pytest.approx(kept, rel=0.3)
+    assert found >= SMALLEST_KEPT == min(trial["asked"] for trial in trials)
+    assert len(trials) == count
 
 
 def test_a_record_has_the_fraction_that_the_ranks_keep() -> None:
@@ -53,7 +61,7 @@ def test_a_loss_hidden_by_noise_is_not_accepted() -> None:
     kept, _ = search_kept_fraction(noisy, tolerance=0.02, confidence=0.9, steps=7)
     assert 0.5 <= kept < 0.51
     kept, _ = search_kept_fraction(noisy, tolerance=0.02, confidence=0.5, steps=7)
-    assert kept < 0.01
+    assert kept == SMALLEST_KEPT
 
 
 def test_no_fraction_within_the_tolerance() -> None:

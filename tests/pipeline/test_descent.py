@@ -14,7 +14,7 @@ from toy import load_task, parity_rows
 from transformers import AutoModelForCausalLM
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner
-from optimum_sieve.allocation.tolerance import ToleranceError
+from optimum_sieve.allocation.tolerance import SMALLEST_KEPT, ToleranceError
 from optimum_sieve.evaluation.comparison import Comparison
 from optimum_sieve.healing import stage
 from optimum_sieve.healing.loop import heal
@@ -419,7 +419,9 @@ def test_a_descent_that_nothing_refuses_ends_at_the_smallest_size(
     script(monkeypatch, descent, [True] * 30)
     result = pruner.prune(SieveConfig(**{**WITHIN, "heal": HealConfig(steps=1, shrink=0.5)}), **QUIET)
     assert result.report["stopped"] == {"unhealed": "search_steps", "healed": "smallest_size"}
-    assert healed_trials(result)[-1]["asked"] >= 0.01 > healed_trials(result)[-1]["asked"] * 0.5**2
+    sizes = [trial["asked"] for trial in healed_trials(result)]
+    assert sizes[-1] == SMALLEST_KEPT
+    assert SMALLEST_KEPT / sizes[-2] <= 0.5
 
 
 def test_the_work_directory_shows_the_sizes_of_a_run_that_was_stopped(

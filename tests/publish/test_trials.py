@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from optimum_sieve.allocation.tolerance import SMALLEST_KEPT
 from optimum_sieve.publish.table import format_table
 from optimum_sieve.publish.trials import stop_reasons, stop_sentences, trial_lines, trial_rows, verdict
 
@@ -71,6 +72,14 @@ def test_the_reason_of_the_end(tried: int, healed: str | None, reasons: dict[str
     rows = trial_rows([trial(0.5, 0.0)] * tried + [trial(0.3, 0.0, healed=True)] * 3, 0.02)
     assert stop_reasons(rows, SETTINGS, healed) == reasons
     assert sentence in "\n".join(stop_sentences({"stopped": reasons, "settings": SETTINGS}))
+
+
+def test_the_smallest_size_ends_a_bisection() -> None:
+    rows = trial_rows([trial(SMALLEST_KEPT, 0.0)], 0.02)
+    reasons = stop_reasons(rows, SETTINGS)
+    assert reasons == {"unhealed": "smallest_size"}
+    (sentence,) = stop_sentences({"stopped": reasons, "settings": SETTINGS})
+    assert sentence.endswith("without training stopped at the smallest size, 2 % of the parameters")
 
 
 def test_nothing_is_said_where_no_size_was_searched() -> None:
