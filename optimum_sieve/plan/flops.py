@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # Operations of a symmetric eigendecomposition with eigenvectors, divided by the cube of its size: reduction to
 # tridiagonal form (4/3), divide and conquer (up to 8/3 and 4), and back-transformation (2).
 _EIGH = 9.0
+# Time of a pass that scores or trains, in that of as many operations of calibration, which reads the inputs and the
+# gradients of every matrix. Measured on two cores, docs/large.md#measurements.
+_SCORED = 0.65
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Work:
 
     def seconds(self, rates: Mapping[str, float]) -> dict[str, float]:
         """Return the time of each stage, as a report names them, given operations per second as of `rates_of`."""
-        seconds = {stage: passes / rates["model"] for stage, passes in self.stages.items()}
+        seconds = {stage: _SCORED * passes / rates["model"] for stage, passes in self.stages.items()}
         return {
             **seconds,
             "moments": seconds.get("moments", 0.0) + self.passes / rates["model"] + self.moments / rates["float32"],
