@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.factorization.closed_form import FactorBasis
-from optimum_sieve.run.workdir import content_key
 from optimum_sieve.tasks.data import INPUTS
 
 from .sampled import draws_key
@@ -38,10 +37,6 @@ class Bases(dict[str, FactorBasis]):
     def __init__(self, bases: Mapping[str, FactorBasis], key: str) -> None:
         super().__init__(bases)
         self.key = key
-
-    def pruned_key(self, ranks: Ranks) -> str:
-        """Return the hash of the model that the bases give at these ranks."""
-        return content_key(bases=self.key, ranks=ranks)
 
 
 @dataclass(frozen=True, eq=False)

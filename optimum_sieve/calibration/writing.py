@@ -127,9 +127,8 @@ def prompts_key(run: Run, task: TaskRun) -> str | None:
     return run.key("seed", examples=fingerprints, count=count, format=_FORMAT)
 
 
-def has_written(run: Run) -> bool:
-    """Tell whether the work directory holds the prompts of every task for which the dense model writes some."""
-    keys = [prompts_key(run, task) for task in run.tasks]
+def are_stored(run: Run, keys: Sequence[str | None]) -> bool:
+    """Tell whether the work directory holds the prompts of all tasks, given the [`prompts_key`] of each."""
     return all(key is None or run.work.find(_STAGE, key, verify=False) is not None for key in keys)
 
 

@@ -9,6 +9,7 @@ from optimum_sieve.allocation.stage import allocate_ranks, kept_fraction
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.stage import compare_selection, score_reference
 from optimum_sieve.run import distributed
+from optimum_sieve.run.workdir import content_key
 from optimum_sieve.search.stage import run_search
 from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary.stage import vocabulary_part
@@ -109,7 +110,7 @@ def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tup
 
         def compare_at(kept: float) -> dict[str, Comparison]:
             ranks = ranks_at(kept)
-            pruned = bases.pruned_key(ranks)
+            pruned = content_key(bases=bases.key, ranks=ranks)
             options: dict[str, Any] = {"label": f"kept {kept_by_ranks(kept):.1%}", "pruned": pruned}
             if by_block:
                 options["held"] = (bases, ranks)

@@ -14,7 +14,7 @@ from optimum_sieve.allocation.stage import loss_curves
 from optimum_sieve.calibration.rounds import BASIS_SETTINGS
 from optimum_sieve.calibration.rounds import FORMAT as CALIBRATION_FORMAT
 from optimum_sieve.calibration.sampled import draws_key
-from optimum_sieve.calibration.writing import has_written, prompts_key
+from optimum_sieve.calibration.writing import are_stored, prompts_key
 from optimum_sieve.config.rules import search_count
 from optimum_sieve.evaluation.stage import score_cache
 from optimum_sieve.metrics.identity import metric_name, metric_source, require_metric_sources
@@ -113,9 +113,11 @@ def wait_for_prompts(run: Run) -> None:
     """
     require_metric_sources(task.metric for task in run.tasks)
     url = _storage_url(run) or ""
+    # The prompts of each task are read once, not with each look.
+    is_stored = partial(are_stored, run, [prompts_key(run, task) for task in run.tasks])
     with naming_storage(url):
-        wait_for_texts(url, _announced_name(run), partial(has_written, run))
-    if not has_written(run):
+        wait_for_texts(url, _announced_name(run), is_stored)
+    if not is_stored():
         raise ValueError(
             f"`work_dir` must hold the prompts that the leader's model wrote, got {run.work.path} without them. Give "
             "the worker the leader's work directory, or a copy of it."
@@ -123,13 +125,11 @@ def wait_for_prompts(run: Run) -> None:
 
 
 def wait_for_search(run: Run) -> None:
-    """Return once the search of a run has begun and its bases are in the work directory.
+    """Return once the search of a run has begun and its bases are in the work directory, after [`wait_for_prompts`].
 
     Raises:
-        ValueError: If a metric has no source.
         RuntimeError: If the process that leads the search gives no sign of life.
     """
-    require_metric_sources(task.metric for task in run.tasks)
     url = _storage_url(run) or ""
     with naming_storage(url):
         wait_for_study(url, _study_name(run), _announced_name(run.before_reduction or run))

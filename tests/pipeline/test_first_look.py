@@ -45,10 +45,8 @@ def run(dense: PreTrainedModel, task: Task, tmp_path: Path) -> Run:
     return pruner._prepare(config, work_dir=tmp_path / "work", study_storage=None, progress=False)
 
 
-@pytest.mark.parametrize("settled", [True, False])
-def test_the_first_quarter_is_scored_once(run: Run, settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    (task,) = run.tasks
-    reference = score(run, task, "selection", label="dense model")
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that receives the number of examples of each evaluation from now on."""
     scored: list[int] = []
     evaluate = stage.evaluate
 
@@ -57,6 +55,14 @@ def test_the_first_quarter_is_scored_once(run: Run, settled: bool, monkeypatch: 
         return evaluate(model, examples, *arguments, **options)
 
     monkeypatch.setattr(stage, "evaluate", counting)
+    return scored
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_the_first_quarter_is_scored_once(run: Run, settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = run.tasks
+    reference = score(run, task, "selection", label="dense model")
+    scored = counts(monkeypatch)
     monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: settled)
     found = compare_pruned(run, task, reference, label="pruned model", pruned="some hash")
     count = len(task.selection)
@@ -72,14 +78,7 @@ def test_offsets_need_only_the_rest_of_a_split_whose_first_quarter_decided(
     reference = score(run, task, "selection", label="dense model")
     monkeypatch.setattr(stage, "is_settled", lambda *arguments, **options: True)
     compare_pruned(run, task, reference, label="pruned model", pruned="some hash")
-    scored: list[int] = []
-    evaluate = stage.evaluate
-
-    def counting(model: Any, examples: Any, *arguments: Any, **options: Any) -> Any:
-        scored.append(len(examples))
-        return evaluate(model, examples, *arguments, **options)
-
-    monkeypatch.setattr(stage, "evaluate", counting)
+    scored = counts(monkeypatch)
     _, offsets = score_test_pruned(run, "some hash")
     count = len(task.selection)
     assert scored == [count - count // 4, len(task.test)]

@@ -71,7 +71,7 @@ def test_a_study_is_named_by_the_prompts_before_they_are_written(tmp_path, monke
     assert stage._study_name(make_run(tmp_path, written_prompts=3)) != name
     assert stage._study_name(make_run(tmp_path, written_prompts=0)) != name
     (task,) = run.tasks
-    (more,) = (dataclasses.replace(task, unlabelled=task.test, fingerprints={**task.fingerprints, "unlabelled": "a"}),)
+    more = dataclasses.replace(task, unlabelled=task.test, fingerprints={**task.fingerprints, "unlabelled": "a"})
     assert stage._study_name(dataclasses.replace(run, tasks=(more,))) != name
 
 

@@ -1,4 +1,4 @@
-"""What prompts share is their instruction: whole words, and the tokens of a chat template."""
+"""Prompts are divided into the instruction that all share, with a chat template's tokens, and the text of each."""
 
 from __future__ import annotations
 
