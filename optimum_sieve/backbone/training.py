@@ -10,6 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .modes import rounded_linears
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 def training_only(
     model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], *, checkpointing: bool
 ) -> Iterator[None]:
-    """Let gradients reach `parameters` alone, without dropout; flags, modes and, on an error, weights are restored."""
+    """Let gradients reach `parameters` alone, without dropout; flags, modes and, on an error, weights are restored.
+
+    Products of a float32 model are rounded where that is much faster, see
+    [`rounded_linears`][optimum_sieve.backbone.modes.rounded_linears].
+    """
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -31,7 +37,8 @@ def training_only(
         model.eval()  # type: ignore[no-untyped-call]
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        with torch.enable_grad(), _checkpointed(model) if checkpointing else nullcontext():
+        checkpoints = _checkpointed(model) if checkpointing else nullcontext()
+        with torch.enable_grad(), rounded_linears(model), checkpoints:
             yield
     except BaseException:
         with torch.no_grad():

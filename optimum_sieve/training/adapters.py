@@ -92,7 +92,10 @@ class Adapters:
 
 def _adding(left: nn.Parameter, right: nn.Parameter) -> Callable[..., torch.Tensor]:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        inner = nn.functional.linear(args[0].to(right.dtype), right)
-        return output + (SCALE * nn.functional.linear(inner, left)).to(output.dtype)
+        inner = SCALE * nn.functional.linear(args[0].to(right.dtype), right)
+        if output.dtype != left.dtype:
+            return output + nn.functional.linear(inner, left).to(output.dtype)
+        # One pass over the output.
+        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), left.T).view(output.shape)
 
     return hook
