@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return collect_moments(model, targets, batches, fisher, num_examples=len(examples))
 
     def energies(found: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
-        weights = {target.name: model.get_submodule(target.name).weight for target in targets}
+        weights = {target.name: model.get_submodule(target.name).weight.detach() for target in targets}
         bases = {name: factorize(weights[name], each, projection="joint", damping=1e-4) for name, each in found.items()}
         return {name: basis.energy for name, basis in bases.items()}
 
