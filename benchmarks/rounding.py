@@ -68,6 +68,8 @@ def main(words: Sequence[str] | None = None) -> None:
     fisher = fisher_root(temperature=SieveConfig(tolerance=0.02).fisher_temperature)
 
     def step() -> dict[str, torch.Tensor]:
+        for parameter in adapters.parameters.values():
+            parameter.grad = None
         with training_only(model, adapters.parameters, checkpointing=False), adapters.attached():
             for batch in batches:
                 gold(model, batch).sum().backward()
