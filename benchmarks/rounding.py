@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from optimum_sieve.factorization.moments import Moments
+    from optimum_sieve.tasks import Example
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,6 +48,51 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+class Works:
+    """A training step and a round of moments of one model on the same examples.
+
+    Args:
+        model (`PreTrainedModel`): The model, whose weights are copied: those that are mapped from a file are slower.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        examples (`Sequence[Example]`): The examples.
+        batch_size (`int`): Rows of a pass.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int) -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        self.model, self.count = model, len(examples)
+        self.batches = make_batches(examples, tokenizer, batch_size=batch_size, model=model)
+        self.targets = find_targets(model)
+        self.adapters = Adapters(model, [target.name for target in self.targets], 8, 0)
+        for parameter in self.adapters.parameters.values():
+            torch.nn.init.normal_(parameter, std=0.02)
+        self.gold = label_loss([example.target or 0 for example in examples])
+
+    def step(self) -> dict[str, torch.Tensor]:
+        """Return the gradients of the adapters."""
+        parameters = self.adapters.parameters
+        for parameter in parameters.values():
+            parameter.grad = None
+        with training_only(self.model, parameters, checkpointing=False), self.adapters.attached():
+            for batch in self.batches:
+                self.gold(self.model, batch).sum().backward()
+            return {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+    def moments(self) -> dict[str, Moments]:
+        """Return the moments of the targets by the default loss."""
+        loss = fisher_root(temperature=SieveConfig(tolerance=0.02).fisher_temperature)
+        return collect_moments(self.model, self.targets, self.batches, loss, num_examples=self.count)
+
+    def energies(self, moments: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
+        """Return the predicted losses of the bases that moments give."""
+        weights = {name: self.model.get_submodule(name).weight.detach() for name in moments}
+        bases = {
+            name: factorize(weights[name], each, projection="joint", damping=1e-4) for name, each in moments.items()
+        }
+        return {name: basis.energy for name, basis in bases.items()}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Print time and difference of both kinds of work."""
     options = parse_arguments(words)
@@ -54,40 +100,13 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit("This CPU has no fast bfloat16 products, so the package does not round.")
     torch.set_num_threads(options.threads)
     pruner = make_pruner(options, calibration=options.examples)
-    model: Any = pruner.model
-    # Weights that are mapped from a file are slower.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
     examples = pruner.tasks[0].examples("calibration", pruner.tokenizer)
-    batches = make_batches(examples, pruner.tokenizer, batch_size=options.batch_size, model=model)
-    targets = find_targets(model)
-    adapters = Adapters(model, [target.name for target in targets], 8, 0)
-    for parameter in adapters.parameters.values():
-        torch.nn.init.normal_(parameter, std=0.02)
-    gold = label_loss([example.target or 0 for example in examples])
-    fisher = fisher_root(temperature=SieveConfig(tolerance=0.02).fisher_temperature)
-
-    def step() -> dict[str, torch.Tensor]:
-        for parameter in adapters.parameters.values():
-            parameter.grad = None
-        with training_only(model, adapters.parameters, checkpointing=False), adapters.attached():
-            for batch in batches:
-                gold(model, batch).sum().backward()
-            return {name: parameter.grad.clone() for name, parameter in adapters.parameters.items()}
-
-    def moments() -> dict[str, Moments]:
-        return collect_moments(model, targets, batches, fisher, num_examples=len(examples))
-
-    def energies(found: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
-        weights = {target.name: model.get_submodule(target.name).weight.detach() for target in targets}
-        bases = {name: factorize(weights[name], each, projection="joint", damping=1e-4) for name, each in found.items()}
-        return {name: basis.energy for name, basis in bases.items()}
-
-    def unchanged(found: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return found
-
+    works = Works(pruner.model, pruner.tokenizer, examples, options.batch_size)
     print(f"{machine_name()}, {len(examples)} examples, batches of {options.batch_size}, {options.rounds} rounds\n")
-    kinds: dict[str, tuple[Any, Any]] = {"training step": (step, unchanged), "moments": (moments, energies)}
+    kinds: dict[str, tuple[Any, Any]] = {
+        "training step": (works.step, dict),
+        "moments": (works.moments, works.energies),
+    }
     for name, (work, compared) in kinds.items():
         row = {"work": name, **measure(work, compared, options.rounds)}
         print(

@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import toy
 import torch
+import toy
 from benchmark_module import load_benchmark
 
 from optimum_sieve.backbone import modes
