@@ -55,8 +55,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @cache
 def multiplies_bfloat16_fast() -> bool:
     """Return whether the CPU multiplies bfloat16 matrices several times as fast as float32 ones (AMX)."""
-    # Versions of PyTorch before 2.10 or so have neither.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    # Earlier versions of PyTorch have neither.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16")) and hasattr(torch.backends.mkldnn, "matmul")
 
 
@@ -72,7 +72,8 @@ def rounded_products() -> Iterator[None]:
 
     Attention must not run inside the context: PyTorch's kernel for it becomes several times as slow.
     """
-    setting: Any = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn
+    setting = backend.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
@@ -86,7 +87,9 @@ class _RoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.shape = x.shape
+        # The inputs of frozen weights need not be kept.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         with rounded_products():
             return nn.functional.linear(x, weight, bias)
 
@@ -97,7 +100,7 @@ class _RoundedLinear(torch.autograd.Function):
         by_x = by_weight = by_bias = None
         with rounded_products():
             if ctx.needs_input_grad[0]:
-                by_x = (rows @ weight).view(x.shape)
+                by_x = (rows @ weight).view(ctx.shape)
             if ctx.needs_input_grad[1]:
                 by_weight = rows.T @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
@@ -115,8 +118,9 @@ def rounded_linears(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in model.modules():
             # Not subclasses, or layers that accelerate has wrapped, which may compute something else.
-            plain = type(layer) is nn.Linear and "forward" not in vars(layer)
-            if plain and gains_by_rounding(layer.weight):
+            if not isinstance(layer, nn.Linear) or type(layer) is not nn.Linear or "forward" in vars(layer):
+                continue
+            if gains_by_rounding(layer.weight):
                 layer.forward = partial(_rounded, layer)  # type: ignore[method-assign]
                 stack.callback(delattr, layer, "forward")
         yield
