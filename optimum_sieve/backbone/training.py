@@ -10,8 +10,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .modes import rounded_linears
-
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,11 +22,7 @@ if TYPE_CHECKING:
 def training_only(
     model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], *, checkpointing: bool
 ) -> Iterator[None]:
-    """Let gradients reach `parameters` alone, without dropout; flags, modes and, on an error, weights are restored.
-
-    Products of a float32 model are rounded where that is much faster, see
-    [`rounded_linears`][optimum_sieve.backbone.modes.rounded_linears].
-    """
+    """Let gradients reach `parameters` alone, without dropout; flags, modes and, on an error, weights are restored."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -37,8 +31,7 @@ def training_only(
         model.eval()  # type: ignore[no-untyped-call]
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        checkpoints = _checkpointed(model) if checkpointing else nullcontext()
-        with torch.enable_grad(), rounded_linears(model), checkpoints:
+        with torch.enable_grad(), _checkpointed(model) if checkpointing else nullcontext():
             yield
     except BaseException:
         with torch.no_grad():

@@ -6,14 +6,13 @@ It needs torch alone: the batches and their loss are arguments.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from optimum_sieve.backbone.hooks import Watch, check_loss
-from optimum_sieve.backbone.modes import frozen, gains_by_rounding, rounded_linears, rounded_products
+from optimum_sieve.backbone.modes import frozen
 from optimum_sieve.backbone.targets import Target, linear_weight
 from optimum_sieve.factorization.moments import (
     Moments,
@@ -108,16 +107,15 @@ def accumulator(
 
     def accumulate(name: str, x: torch.Tensor, g: torch.Tensor | None) -> None:
         weight = weights[name]
-        with rounded_products() if gains_by_rounding(weight) else nullcontext():
-            accumulate_moments(
-                moments[name],
-                weight,
-                x,
-                g,
-                on_outputs=watches_outputs(weight, projection),
-                scaling=scaling,
-                token_weights=None if token_weights is None else token_weights[name],
-            )
+        accumulate_moments(
+            moments[name],
+            weight,
+            x,
+            g,
+            on_outputs=watches_outputs(weight, projection),
+            scaling=scaling,
+            token_weights=None if token_weights is None else token_weights[name],
+        )
 
     return accumulate
 
@@ -183,7 +181,7 @@ def visit_tokens(
         ValueError: If a loss is not finite, or a layer is never called; the message names it.
     """
     watch = Watch(model, names, visit, gradients=gradients)
-    with frozen(model), rounded_linears(model), torch.set_grad_enabled(gradients):
+    with frozen(model), torch.set_grad_enabled(gradients):
         for batch in batches:
             with watch.batch(batch.masks):
                 value = loss(model, batch)

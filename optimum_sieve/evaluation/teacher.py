@@ -15,7 +15,7 @@ import torch
 
 from optimum_sieve.backbone import fingerprint
 from optimum_sieve.backbone.kinds import input_format
-from optimum_sieve.backbone.modes import evaluating, rounded_linears
+from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.run.bars import progress_bar
 from optimum_sieve.run.workdir import WorkDir, content_key
 
@@ -224,8 +224,7 @@ def teach(
         batches = make_batches(
             examples, tokenizer, batch_size=batch_size, candidates=by_candidate, model=model, divide=by_candidate
         )
-        bar = progress_bar(total=len(examples), desc="dense model", unit="example", progress=progress)
-        with bar, rounded_linears(model):
+        with progress_bar(total=len(examples), desc="dense model", unit="example", progress=progress) as bar:
             tensors = (
                 _by_candidate(model, batches, examples, bar)
                 if by_candidate
