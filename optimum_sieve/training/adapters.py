@@ -96,6 +96,7 @@ def _adding(left: nn.Parameter, right: nn.Parameter) -> Callable[..., torch.Tens
         if output.dtype != left.dtype:
             return output + nn.functional.linear(inner, left).to(output.dtype)
         # One pass over the output.
-        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), left.T).view(output.shape)
+        rows = output.reshape(-1, output.shape[-1])
+        return torch.addmm(rows, inner.reshape(-1, inner.shape[-1]), left.T).view(output.shape)
 
     return hook
