@@ -38,6 +38,7 @@ def search_kept_fraction(
     tolerance: float,
     confidence: float,
     steps: int,
+    enough: float = SMALLEST_KEPT,
     kept_by_ranks: Callable[[float], float] = lambda asked: asked,
     goes_on: Callable[[], bool] = lambda: True,
     on_trial: Callable[[Sequence[dict[str, Any]]], object] = lambda trials: None,
@@ -57,6 +58,7 @@ def search_kept_fraction(
         tolerance (`float`): Largest acceptable drop in the metric, in absolute points.
         confidence (`float`): One-sided confidence, at least 0.5.
         steps (`int`): Number of fractions to try, at most.
+        enough (`float`): The bisection ends at a fraction within the tolerance that is not larger.
         kept_by_ranks (`Callable`): Maps a fraction to the one that its ranks keep, which is at most that.
         goes_on (`Callable`): Whether there is time for another fraction; asked before every one but the first.
         on_trial (`Callable`): Receives the records of all trials so far after each one.
@@ -71,7 +73,7 @@ def search_kept_fraction(
     low, high = 0.0, 1.0
     trials: list[dict[str, Any]] = []
     for step in range(steps):
-        if high == SMALLEST_KEPT or (step and not goes_on()):
+        if high <= enough or (step and not goes_on()):
             break
         asked = max((low + high) / 2, SMALLEST_KEPT)
         comparisons, kept = compare_at(asked), kept_by_ranks(asked)

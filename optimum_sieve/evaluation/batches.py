@@ -16,7 +16,7 @@ from torch import nn
 from optimum_sieve.backbone.kinds import InputFormat, Kind, input_format
 
 from .encoding import EncodedExample, encode_examples
-from .head import head_at, log_normalizers
+from .head import head_at, token_log_probs
 from .token_ids import check_token_ids, padding_id
 from .trees.arrangement import arranged
 from .trees.groups import grouped
@@ -223,12 +223,10 @@ def log_likelihoods(model: nn.Module, batch: Batch, past: Cache | None = None) -
         `torch.Tensor` of shape `(num_examples, max_candidates)`: `float32`, `-inf` for missing candidates.
     """
     at_sites = _logits(model, batch, past)
-    # Gradients of both uses are then added before they are rounded.
-    at_sites = at_sites.float() if at_sites.requires_grad else at_sites
     site, token, slot = batch.reads.to(at_sites.device).unbind(dim=1)
-    token_log_probs = at_sites[site, token].float() - log_normalizers(at_sites)[site]
+    log_probs = token_log_probs(at_sites, site, token)
     present = batch.present.to(at_sites.device)
-    sums = token_log_probs.new_zeros(present.numel()).index_add(0, slot, token_log_probs)
+    sums = log_probs.new_zeros(present.numel()).index_add(0, slot, log_probs)
     sums = sums.view(present.shape)
     if batch.weights is not None:
         sums = sums * batch.weights.to(at_sites.device)
@@ -257,7 +255,8 @@ def _logits(model: nn.Module, batch: Batch, past: Cache | None) -> torch.Tensor:
     with head_at(model, batch.sites, scored.shape) as selected:
         logits = model(**arguments).logits
     if selected:
-        return logits[0]  # type: ignore[no-any-return]
+        # Its gradient is a view; that of an index would be a copy.
+        return logits.squeeze(0)  # type: ignore[no-any-return]
     if logits.dim() == 2:
         # A classifier returns one row of label logits per text.
         logits, positions = logits[:, None], torch.zeros_like(rows)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 if TYPE_CHECKING:
@@ -16,13 +17,44 @@ if TYPE_CHECKING:
     from .batches import Batch
 
 
-# Distributions that are normalized at once.
-_AT_ONCE = 64
+# Distributions that are normalized at once: few, so that they stay in the processor's cache.
+_AT_ONCE = 8
 
 
-def log_normalizers(logits: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum-exp (sites,) of logits (sites, vocabulary) in `float32`, with little memory in addition."""
-    return torch.cat([part.float().logsumexp(dim=-1) for part in torch.split(logits, _AT_ONCE)])
+def token_log_probs(logits: torch.Tensor, site: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities of some tokens in `float32`, with little memory besides logits and their gradient.
+
+    Differentiable once. A log-softmax of all logits, or autograd through their log-sum-exp, would make several tensors
+    of their size, and writing these takes as long as many layers of a pruned model.
+
+    Args:
+        logits (`torch.Tensor` of shape `(sites, vocabulary)`): Logits in any floating dtype.
+        site (`torch.Tensor` of shape `(tokens,)`): Row of each token's distribution.
+        token (`torch.Tensor` of shape `(tokens,)`): The token ids.
+    """
+    # The gradients of a row's tokens are added before they are rounded.
+    logits = logits.float() if logits.requires_grad else logits
+    return _TokenLogProbs.apply(logits, site, token)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, site: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        normalizers = torch.cat([part.float().logsumexp(dim=-1) for part in logits.split(_AT_ONCE)])
+        ctx.save_for_backward(logits, normalizers, site, token)
+        return logits[site, token].float() - normalizers[site]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, normalizers, site, token = ctx.saved_tensors
+        sums = torch.zeros_like(normalizers).index_add(0, site, gradient)
+        result = torch.empty_like(logits)
+        for part, normalizer, total, out in zip(
+            *(tensor.split(_AT_ONCE) for tensor in (logits, normalizers[:, None], sums[:, None], result)), strict=True
+        ):
+            torch.sub(part, normalizer, out=out).exp_().mul_(-total)
+        return result.index_put_((site, token), gradient, accumulate=True), None, None
 
 
 def prompt_positions(batch: Batch, count: int, seed: int) -> list[list[int]]:

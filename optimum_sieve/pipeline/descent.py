@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from optimum_sieve.run.context import Run
 
 
-# Below this, a size more or less saves little: every second one is left out.
-_FINE = 0.1
+# Below this, a size more or less saves little: every second one is left out, and which one holds without training need
+# not be known better.
+FINE = 0.1
 
 
 def descend_within(
@@ -88,5 +89,5 @@ def _ladder(first: float, shrink: float) -> list[float]:
     # The last two are as far apart as others.
     while first > SMALLEST_KEPT / shrink:
         sizes.append(first)
-        first *= shrink ** (1 if first > _FINE else 2)
+        first *= shrink ** (1 if first > FINE else 2)
     return [*sizes, SMALLEST_KEPT]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # LoRA's alpha is twice the rank.
 SCALE = 2.0
+# Up to this rank of a weight, adding an adapter to it in every pass takes less time than adding it to the outputs: one
+# more product of the weight's size replaces five with the adapter's, and passes over the outputs. Measured on a CPU.
+_ADDED_TO_WEIGHTS = 128
 
 
 class Adapters:
@@ -51,11 +54,15 @@ class Adapters:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Add the adapters to the layers' outputs inside the context."""
+        """Add the adapters to the layers' outputs, or to small weights in each pass, inside the context."""
         with ExitStack() as stack:
             for name, layer in self._layers.items():
-                handle = layer.register_forward_hook(_adding(*self._factors(name)))
-                stack.callback(handle.remove)
+                left, right = self._factors(name)
+                if _is_small(layer, left.dtype):
+                    layer.forward = _with_sum(layer, left, right)
+                    stack.callback(delattr, layer, "forward")
+                else:
+                    stack.callback(layer.register_forward_hook(_adding(left, right)).remove)
             yield
 
     def merge(self, *, keep: bool = False) -> None:
@@ -88,6 +95,20 @@ class Adapters:
 
     def _factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.parameters[f"{name}.left"], self.parameters[f"{name}.right"]
+
+
+def _is_small(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether an adapter is added to the weight: in a narrower dtype its small values would be rounded away."""
+    # Subclasses and wrapped layers compute something else.
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer)
+    return plain and layer.weight.dtype == dtype and min(layer.weight.shape) <= _ADDED_TO_WEIGHTS
+
+
+def _with_sum(layer: nn.Module, left: nn.Parameter, right: nn.Parameter) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, torch.addmm(layer.weight, left, right, alpha=SCALE), layer.bias)
+
+    return forward
 
 
 def _adding(left: nn.Parameter, right: nn.Parameter) -> Callable[..., torch.Tensor]:

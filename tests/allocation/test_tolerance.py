@@ -45,6 +45,15 @@ def test_no_size_below_two_percent_is_tried(edge: float, kept: float, count: int
     assert len(trials) == count
 
 
+def test_the_bisection_ends_at_a_size_that_is_small_enough() -> None:
+    options = {"tolerance": 0.02, "confidence": 0.9, "steps": 6, "enough": 0.1}
+    kept, trials = search_kept_fraction(cliff(0.05), **options)
+    assert (kept, [trial["asked"] for trial in trials]) == (0.0625, [0.5, 0.25, 0.125, 0.0625])
+    # A larger one is looked for as exactly as otherwise.
+    kept, trials = search_kept_fraction(cliff(0.12), **options)
+    assert (kept, len(trials)) == (0.125, 6)
+
+
 def test_a_record_has_the_fraction_that_the_ranks_keep() -> None:
     asked = [0.5, 0.25, 0.375, 0.3125]
     options = {"tolerance": 0.02, "confidence": 0.9, "steps": 4}

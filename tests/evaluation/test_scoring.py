@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from optimum_sieve.backbone.kinds import InputFormat, max_positions
 from optimum_sieve.evaluation.batches import check_examples, input_device, log_likelihoods, make_batches
+from optimum_sieve.evaluation.head import token_log_probs
 from optimum_sieve.tasks import Example
 
 
@@ -330,3 +331,21 @@ def test_a_tokenizer_that_changes_the_text_for_its_special_tokens_is_refused() -
 
     with pytest.raises(ValueError, match="`tokenizer` must add its special tokens around a text"):
         make_batches(make_examples(), Odd(), batch_size=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_log_probabilities_of_tokens_and_their_gradient_are_those_of_a_log_softmax(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # More sites than are normalized at once; some are read several times, one token twice, and some not at all.
+    logits = (4 * torch.randn(21, 50, generator=generator)).to(dtype).requires_grad_()
+    site, token = torch.tensor([[0, 3], [20, 7], [20, 7], [20, 9], [5, 49], [8, 0]]).unbind(dim=1)
+    weights = torch.randn(len(site), generator=generator)
+    found = token_log_probs(logits, site, token)
+    expected = logits.float().log_softmax(dim=-1)[site, token]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (ours,) = torch.autograd.grad(found, logits, weights, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, logits, weights)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(token_log_probs(logits.detach(), site, token), found)

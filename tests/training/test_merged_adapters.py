@@ -51,8 +51,10 @@ def with_peft(model: PreTrainedModel, adapters: Adapters) -> PreTrainedModel:
     return merged
 
 
+@pytest.mark.parametrize("largest", [0, 128], ids=["added to the outputs", "added to the weights"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
-def test_adapters_are_those_of_peft(architecture: str) -> None:
+def test_adapters_are_those_of_peft(architecture: str, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimum_sieve.training.adapters._ADDED_TO_WEIGHTS", largest)
     model = make_tiny_model(architecture)
     before = logits(model)
     adapters = make_adapters(model)
@@ -63,6 +65,30 @@ def test_adapters_are_those_of_peft(architecture: str) -> None:
     adapters.merge()
     assert_close(weights(model), weights(expected))
     assert not torch.equal(logits(model), before)
+
+
+def test_both_ways_to_attach_adapters_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = []
+    for largest in (0, 128):
+        monkeypatch.setattr("optimum_sieve.training.adapters._ADDED_TO_WEIGHTS", largest)
+        model = make_tiny_model("llama").requires_grad_(False)
+        adapters = make_adapters(model)
+        with adapters.attached():
+            hooked = sum(len(module._forward_hooks) for module in model.modules())
+            assert (hooked == 0) == (largest == 128)
+            model(input_ids=torch.tensor([[3, 5, 4, 9]])).logits.square().sum().backward()
+        gradients.append([parameter.grad for parameter in adapters.parameters.values()])
+        # Nothing stays at the layers.
+        assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+    for by_outputs, by_weights in zip(*gradients, strict=True):
+        assert (by_outputs - by_weights).norm() < 1e-4 * by_outputs.norm()
+
+
+def test_adapters_of_layers_in_half_precision_are_added_to_the_outputs() -> None:
+    model = make_tiny_model("llama").to(torch.bfloat16).requires_grad_(False)
+    adapters = make_adapters(model)
+    with adapters.attached():
+        assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_new_adapters_add_nothing() -> None:
