@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Distributions that are normalized at once: few, so that they stay in the processor's cache.
-_AT_ONCE = 8
+_AT_ONCE = 16
 
 
 def token_log_probs(logits: torch.Tensor, site: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
@@ -40,19 +40,18 @@ def token_log_probs(logits: torch.Tensor, site: torch.Tensor, token: torch.Tenso
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, site: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        normalizers = torch.cat([part.float().logsumexp(dim=-1) for part in logits.split(_AT_ONCE)])
+        normalizers = torch.cat([part.float().logsumexp(dim=-1) for part in torch.split(logits, _AT_ONCE)])
         ctx.save_for_backward(logits, normalizers, site, token)
         return logits[site, token].float() - normalizers[site]
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, normalizers, site, token = ctx.saved_tensors
         sums = torch.zeros_like(normalizers).index_add(0, site, gradient)
         result = torch.empty_like(logits)
-        for part, normalizer, total, out in zip(
-            *(tensor.split(_AT_ONCE) for tensor in (logits, normalizers[:, None], sums[:, None], result)), strict=True
-        ):
+        tensors = (logits, normalizers[:, None], sums[:, None], result)
+        for part, normalizer, total, out in zip(*(torch.split(each, _AT_ONCE) for each in tensors), strict=True):
             torch.sub(part, normalizer, out=out).exp_().mul_(-total)
         return result.index_put_((site, token), gradient, accumulate=True), None, None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation.tolerance import SMALLEST_KEPT, size_trial, sizes_to_try
+from optimum_sieve.allocation.tolerance import FINE, SMALLEST_KEPT, size_trial, sizes_to_try
 from optimum_sieve.config.heal import LARGEST_HEALED
 from optimum_sieve.evaluation.stage import compare_selection
 from optimum_sieve.healing.lessons import heal_config
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from optimum_sieve.healing.size import HealedSize
     from optimum_sieve.healing.stage import Healer
     from optimum_sieve.run.context import Run
-
-
-# Below this, a size more or less saves little: every second one is left out, and which one holds without training need
-# not be known better.
-FINE = 0.1
 
 
 def descend_within(

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.allocation.stage import allocate_ranks, kept_fraction
-from optimum_sieve.allocation.tolerance import SMALLEST_KEPT, ToleranceError, search_kept_fraction
+from optimum_sieve.allocation.tolerance import FINE, SMALLEST_KEPT, ToleranceError, search_kept_fraction
 from optimum_sieve.evaluation.stage import compare_selection, score_reference
 from optimum_sieve.run import distributed
 from optimum_sieve.run.workdir import content_key
@@ -14,7 +14,7 @@ from optimum_sieve.search.stage import run_search
 from optimum_sieve.surgery.live import LiveRanks
 from optimum_sieve.vocabulary.stage import vocabulary_part
 
-from .descent import FINE, descend_within
+from .descent import descend_within
 from .progress import show_trial
 
 

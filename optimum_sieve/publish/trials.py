@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.allocation.tolerance import SMALLEST_KEPT
+from optimum_sieve.allocation.tolerance import FINE, SMALLEST_KEPT
 
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ _STOPS = {
         "time_limit": "the bisection of the size without training stopped at the time limit",
         "smallest_size": "the bisection of the size without training stopped at the smallest size, {smallest} % of the "
         "parameters",
+        "small_size": "the bisection of the size without training ended at a small size, where the descent starts",
         "genetic_search": "the genetic search ended",
         "confirmed": "the genetic search ended with its confirmation on fresh examples",
     },
@@ -82,15 +83,19 @@ def stop_reasons(
         reasons["unhealed"] = "confirmed" if _CONFIRMED in parts else "genetic_search"
     elif settings.get("tolerance") is not None and trials:
         tried = [trial for trial in trials if not trial["healed"]]
-        ended = "smallest_size" if tried and _is_smallest(tried[-1]) else "time_limit"
+        ended = "time_limit"
+        if tried and _holds(tried[-1], SMALLEST_KEPT):
+            ended = "smallest_size"
+        elif tried and settings.get("heal") is not None and _holds(tried[-1], FINE):
+            ended = "small_size"
         reasons["unhealed"] = "search_steps" if len(tried) >= settings["search_steps"] else ended
     if healed is not None:
         reasons["healed"] = healed
     return reasons
 
 
-def _is_smallest(trial: dict[str, Any]) -> bool:
-    return bool(trial["accepted"] and trial.get("asked", trial["kept"]) <= SMALLEST_KEPT)
+def _holds(trial: dict[str, Any], largest: float) -> bool:
+    return bool(trial["accepted"] and trial.get("asked", trial["kept"]) <= largest)
 
 
 def stop_sentences(report: dict[str, Any]) -> list[str]:

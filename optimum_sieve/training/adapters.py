@@ -58,7 +58,8 @@ class Adapters:
         with ExitStack() as stack:
             for name, layer in self._layers.items():
                 left, right = self._factors(name)
-                if _is_small(layer, left.dtype):
+                # Subclasses and wrapped layers compute something else.
+                if type(layer) is nn.Linear and "forward" not in vars(layer) and _is_small(layer.weight, left.dtype):
                     layer.forward = _with_sum(layer, left, right)
                     stack.callback(delattr, layer, "forward")
                 else:
@@ -97,14 +98,12 @@ class Adapters:
         return self.parameters[f"{name}.left"], self.parameters[f"{name}.right"]
 
 
-def _is_small(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Return whether an adapter is added to the weight: in a narrower dtype its small values would be rounded away."""
-    # Subclasses and wrapped layers compute something else.
-    plain = type(layer) is nn.Linear and "forward" not in vars(layer)
-    return plain and layer.weight.dtype == dtype and min(layer.weight.shape) <= _ADDED_TO_WEIGHTS
+def _is_small(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether an adapter is added to the weight; in a narrower dtype its small values would be rounded away."""
+    return weight.dtype == dtype and min(weight.shape) <= _ADDED_TO_WEIGHTS
 
 
-def _with_sum(layer: nn.Module, left: nn.Parameter, right: nn.Parameter) -> Callable[[torch.Tensor], torch.Tensor]:
+def _with_sum(layer: nn.Linear, left: nn.Parameter, right: nn.Parameter) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, torch.addmm(layer.weight, left, right, alpha=SCALE), layer.bias)
 

@@ -82,6 +82,14 @@ def test_the_smallest_size_ends_a_bisection() -> None:
     assert sentence.endswith("without training stopped at the smallest size, 2 % of the parameters")
 
 
+def test_a_small_size_ends_the_bisection_before_a_descent() -> None:
+    rows, settings = trial_rows([trial(0.0625, 0.0)], 0.02), {**SETTINGS, "heal": {"steps": 32}}
+    assert stop_reasons(rows, settings, "refused") == {"unhealed": "small_size", "healed": "refused"}
+    assert "ended at a small size" in stop_sentences({"stopped": {"unhealed": "small_size"}, "settings": settings})[0]
+    for other, size in ((SETTINGS, 0.0625), ({**settings, "heal": None}, 0.0625), (settings, 0.125)):
+        assert stop_reasons(trial_rows([trial(size, 0.0)], 0.02), other) == {"unhealed": "time_limit"}
+
+
 def test_nothing_is_said_where_no_size_was_searched() -> None:
     assert stop_reasons([], {**SETTINGS, "tolerance": None}) == {}
     assert trial_lines({"settings": SETTINGS}) == []
