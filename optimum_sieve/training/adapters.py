@@ -60,8 +60,8 @@ class Adapters:
                 left, right = self._factors(name)
                 # Subclasses and wrapped layers compute something else.
                 if type(layer) is nn.Linear and "forward" not in vars(layer) and _is_small(layer.weight, left.dtype):
-                    layer.forward = _with_sum(layer, left, right)
-                    stack.callback(delattr, layer, "forward")
+                    vars(layer)["forward"] = _with_sum(layer, left, right)
+                    stack.callback(vars(layer).pop, "forward")
                 else:
                     stack.callback(layer.register_forward_hook(_adding(left, right)).remove)
             yield
