@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
 # Predictions of a row that take little memory: with fewer, passes would be too small to run at full speed.
 _FEW_PREDICTIONS = 32
+# Padding that takes no longer than another pass, in tokens; of a large pass, as a share.
+_LITTLE_PADDING, _PADDING_SHARE = 48, 0.125
 
 
 def grouped(examples: Sequence[EncodedExample], batch_size: int) -> list[list[EncodedExample]]:
     """Group examples of similar length, longest first.
 
     A group of several examples has at most the tokens, padding included, and the predictions of `batch_size` rows, each
-    as long as the group's longest text and with as many predictions as its longest candidate, or 32.
+    as long as the group's longest text and with as many predictions as its longest candidate, or 32. Lengths in a
+    group differ little, so that little of it is padding: the 16 examples of a training step are few, and random.
     """
     groups: list[list[EncodedExample]] = []
     size = _Size()
@@ -35,10 +38,11 @@ def grouped(examples: Sequence[EncodedExample], batch_size: int) -> list[list[En
 
 
 class _Size(NamedTuple):
-    """Rows of a group and their length, length of its longest text, all its predictions, and those of a candidate."""
+    """Rows of a group, their length and tokens, length of its longest text, predictions, and those of a candidate."""
 
     rows: int = 0
     length: int = 0
+    tokens: int = 0
     text_length: int = 0
     sites: int = 0
     reads: int = 0
@@ -47,17 +51,22 @@ class _Size(NamedTuple):
         return _Size(
             rows=self.rows + other.rows,
             length=max(self.length, other.length),
+            tokens=self.tokens + other.tokens,
             text_length=max(self.text_length, other.text_length),
             sites=self.sites + other.sites,
             reads=max(self.reads, other.reads),
         )
 
     def fits(self, batch_size: int) -> bool:
-        tokens, most = self.rows * self.length, batch_size * self.text_length
-        return tokens <= most and self.sites <= batch_size * max(self.reads, _FEW_PREDICTIONS)
+        padded, most = self.rows * self.length, batch_size * self.text_length
+        if padded - self.tokens > max(_LITTLE_PADDING, _PADDING_SHARE * padded):
+            return False
+        return padded <= most and self.sites <= batch_size * max(self.reads, _FEW_PREDICTIONS)
 
 
 def _size(example: EncodedExample) -> _Size:
     sites = {(row, position) for row, position, _, _ in example.reads}
     reads = Counter(candidate for _, _, _, candidate in example.reads)
-    return _Size(len(example.rows), example.length, example.text_length, len(sites), max(reads.values()))
+    # The padding inside an example cannot be avoided.
+    rows, length = len(example.rows), example.length
+    return _Size(rows, length, rows * length, example.text_length, len(sites), max(reads.values()))
