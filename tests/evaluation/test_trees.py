@@ -123,3 +123,31 @@ def test_groups_of_one_row_each_are_filled_to_the_batch_size() -> None:
     assert [len(group) for group in groups] == [4, 4, 4, 4, 4, 3]
     lengths = [example.length for group in groups for example in group]
     assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ([100, 50, 48, 45], [1, 3]),
+        ([60, 58, 55, 50], [4]),
+        # 48 tokens of padding take less than another pass does.
+        ([30, 20, 12, 10], [4]),
+        ([30, 20, 12, 9], [3, 1]),
+        # Of a large pass, an eighth may be padding.
+        ([800, 760, 750, 700], [4]),
+        ([800, 400, 390], [1, 2]),
+    ],
+)
+def test_lengths_in_a_group_differ_little(lengths: list[int], sizes: list[int]) -> None:
+    examples = [
+        EncodedExample(i, [[1] * length], [(0, length - 1, 3, 0)], 1, shadowed=False)
+        for i, length in enumerate(lengths)
+    ]
+    assert [len(group) for group in grouped(examples, 16)] == sizes
+
+
+def test_candidates_of_different_lengths_are_no_padding_between_examples() -> None:
+    rows = [[1] * 90, [1] * 20]
+    reads = [(row, len(tokens) - 1, 3, row) for row, tokens in enumerate(rows)]
+    examples = [EncodedExample(i, rows, reads, 2, shadowed=False) for i in range(4)]
+    assert [len(group) for group in grouped(examples, 8)] == [4]
