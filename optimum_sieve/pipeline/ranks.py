@@ -48,7 +48,7 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
     """
     with run.timed("ranks"):
         reference = score_reference(run) if run.config.compares else ()
-    ranks, trials, failure = _without_healing(run, bases, reference, enough=SMALLEST_KEPT if healer is None else FINE)
+    ranks, trials, failure = _without_healing(run, bases, reference)
     if healer is not None:
         with run.timed("healing"):
             if run.config.tolerance is None:
@@ -72,7 +72,7 @@ def _drop_larger(healer: Healer) -> None:
 
 
 def _without_healing(
-    run: Run, bases: Bases, reference: Sequence[Evaluation], *, enough: float
+    run: Run, bases: Bases, reference: Sequence[Evaluation]
 ) -> tuple[Ranks | None, list[dict[str, Any]], ToleranceError | None]:
     """Choose the ranks of a model that is not trained: ranks (`None`: no size holds), what was tried, and the error."""
     config = run.config
@@ -83,7 +83,7 @@ def _without_healing(
             if config.allocation == "genetic":
                 result = run_search(run, bases)
                 return result["ranks"], result["candidates"], None
-            return *_search_size(run, bases, reference, enough), None
+            return *_search_size(run, bases, reference), None
         except ToleranceError as error:
             return None, error.trials, error
 
@@ -94,9 +94,7 @@ def _heal_to_ratio(run: Run, bases: Bases, ranks: Ranks | None, healer: Healer) 
     healer.descend(bases, sizes, lambda size: True, first_ranks=ranks if len(sizes) == 1 else None)
 
 
-def _search_size(
-    run: Run, bases: Bases, reference: Sequence[Evaluation], enough: float
-) -> tuple[Ranks, list[dict[str, Any]]]:
+def _search_size(run: Run, bases: Bases, reference: Sequence[Evaluation]) -> tuple[Ranks, list[dict[str, Any]]]:
     """Bisect the kept fraction; return the ranks of the smallest size within the tolerance, and all sizes tried."""
     config = run.config
     by_block = run.by_block and all(task.selection[0].generation is None for task in run.tasks)
@@ -125,7 +123,8 @@ def _search_size(
             tolerance=config.tolerance or 0.0,
             confidence=config.confidence,
             steps=config.search_steps,
-            enough=enough,
+            # Where a descent follows, it is enough to know where that starts.
+            enough=SMALLEST_KEPT if config.heal is None else FINE,
             kept_by_ranks=kept_by_ranks,
             # Every process must go on or stop with the others.
             goes_on=lambda: distributed.agree(run.seconds_left > 0),

@@ -83,12 +83,14 @@ def stop_reasons(
         reasons["unhealed"] = "confirmed" if _CONFIRMED in parts else "genetic_search"
     elif settings.get("tolerance") is not None and trials:
         tried = [trial for trial in trials if not trial["healed"]]
-        ended = "time_limit"
-        if tried and _holds(tried[-1], SMALLEST_KEPT):
-            ended = "smallest_size"
-        elif tried and settings.get("heal") is not None and _holds(tried[-1], FINE):
-            ended = "small_size"
-        reasons["unhealed"] = "search_steps" if len(tried) >= settings["search_steps"] else ended
+        if len(tried) >= settings["search_steps"]:
+            reasons["unhealed"] = "search_steps"
+        elif tried and _holds(tried[-1], SMALLEST_KEPT):
+            reasons["unhealed"] = "smallest_size"
+        elif tried and _holds(tried[-1], FINE) and settings.get("heal") is not None:
+            reasons["unhealed"] = "small_size"
+        else:
+            reasons["unhealed"] = "time_limit"
     if healed is not None:
         reasons["healed"] = healed
     return reasons

@@ -59,9 +59,11 @@ class _Size(NamedTuple):
 
     def fits(self, batch_size: int) -> bool:
         padded, most = self.rows * self.length, batch_size * self.text_length
-        if padded - self.tokens > max(_LITTLE_PADDING, _PADDING_SHARE * padded):
-            return False
-        return padded <= most and self.sites <= batch_size * max(self.reads, _FEW_PREDICTIONS)
+        return (
+            padded <= most
+            and padded - self.tokens <= max(_LITTLE_PADDING, _PADDING_SHARE * padded)
+            and self.sites <= batch_size * max(self.reads, _FEW_PREDICTIONS)
+        )
 
 
 def _size(example: EncodedExample) -> _Size:
