@@ -76,7 +76,7 @@ class HealConfig:
     ```
     """
 
-    steps: int = 32
+    steps: int = 64
     learning_rate: float = 5e-4
     start: float = 0.5
     shrink: float = 0.85

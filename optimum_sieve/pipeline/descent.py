@@ -64,8 +64,7 @@ def descend_within(
 def _sizes_in_time(run: Run, healer: Healer, trials: Sequence[dict[str, Any]]) -> Iterator[float]:
     """Yield the kept fractions to heal; stop before one that would end after the time limit. Say why in the healer."""
     config, unhealed = heal_config(run), healer.kept_without
-    # From one size above, as the size that holds without training was chosen on the same examples.
-    first = LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed / config.shrink)
+    first = LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed)
     longest = 0.0
     for kept in sizes_to_try(_ladder(first, config.shrink), trials):
         started = time.monotonic()

@@ -56,19 +56,11 @@ def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[
             else:
                 healer.kept_without = None if ranks is None else kept_fraction(run, ranks)
                 trials += descend_within(run, bases, healer, reference, before=list(trials))
-                _drop_larger(healer)
         if healer.best is not None:
             return healer.best.ranks([target.name for target in run.targets]), trials
     if ranks is None:
         raise ToleranceError(f"{failure}{vocabulary_part(run)}") from failure
     return ranks, trials
-
-
-def _drop_larger(healer: Healer) -> None:
-    """Forget a healed size larger than the one that holds without training; one of equal size scores better."""
-    without = healer.kept_without
-    if healer.best is not None and without is not None and healer.best.kept > without * (1 + 1e-9):
-        healer.best = None
 
 
 def _without_healing(
