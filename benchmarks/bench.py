@@ -15,15 +15,15 @@ import torch
 
 from optimum_sieve import SievePruner, Task, compare, evaluate
 from optimum_sieve.allocation.budget import largest_rank
-from optimum_sieve.allocation.stage import allocate_ranks
+from optimum_sieve.allocation.stage import allocate_ranks, kept_fraction
 from optimum_sieve.allocation.tolerance import ToleranceError, search_kept_fraction
 from optimum_sieve.backbone.fingerprint import model_fingerprint
 from optimum_sieve.backbone.kinds import auto_class_name, input_format
 from optimum_sieve.backbone.loading import load_model
-from optimum_sieve.backbone.targets import find_targets
+from optimum_sieve.backbone.targets import Target, find_targets
 from optimum_sieve.calibration import calibrate
 from optimum_sieve.calibration.losses import answer_loss
-from optimum_sieve.evaluation.batches import make_batches
+from optimum_sieve.evaluation.batches import make_batches, site_logits
 from optimum_sieve.evaluation.comparison import divergences
 from optimum_sieve.metrics.class_metrics import CLASS_METRICS, score_classes
 from optimum_sieve.metrics.scored import standard_error
