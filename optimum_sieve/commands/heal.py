@@ -62,7 +62,7 @@ class HealCommand(SieveSubcommand):
         parser.add_argument(
             "--seed", type=int, metavar="N", default=0, help="Seed of the example order (default: %(default)s)."
         )
-        add_heal_settings(parser, exclude=("start", "shrink"), steps=_STEPS)
+        add_heal_settings(parser, exclude=("shrink",), steps=_STEPS)
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:

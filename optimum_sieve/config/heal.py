@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +12,9 @@ from .validate import check_candidates, check_choice, check_flag, check_float, c
 HEAL_LOSSES = ("candidates", "vocabulary")
 # Largest kept fraction that is healed with a tolerance.
 LARGEST_HEALED = 0.9
+# Sizes that are healed for a `pruning_ratio`, and the largest one before the last. More of them gave no better model.
+_SIZES = 3
+_LARGEST_BEFORE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +29,10 @@ class HealConfig:
             Optimizer steps for each size.
         learning_rate (`float`):
             Peak learning rate of AdamW; 10 % warmup, cosine decay.
-        start (`float`):
-            Largest kept fraction of the first size on the way to a `pruning_ratio`, above 0 and below 1.
         shrink (`float`):
             Kept fraction of each size relative to the next larger one, above 0 and below 1. Where the tolerance
-            decides, its square below a kept fraction of .1, and a size may be left out.
+            decides, its square below a kept fraction of .1, and a size may be left out. Two larger sizes, if they keep
+            at most half, come before that of a `pruning_ratio`.
         adapter_rank (`int`):
             Rank of the LoRA adapters that are trained on both factors of every layer, with a scale of 2, and merged
             into them after each size. 0 trains all entries of the factors; the learning rate is then relative to each
@@ -78,7 +79,6 @@ class HealConfig:
 
     steps: int = 64
     learning_rate: float = 5e-4
-    start: float = 0.5
     shrink: float = 0.85
     adapter_rank: int = 8
     batch_size: int = 16
@@ -102,7 +102,7 @@ class HealConfig:
         check_choice("heal.loss", self.loss, HEAL_LOSSES)
         for name in ("steps", "batch_size", "rows_per_pass"):
             check_integer(f"heal.{name}", getattr(self, name), 1)
-        for name in ("learning_rate", "start", "shrink"):
+        for name in ("learning_rate", "shrink"):
             check_float(f"heal.{name}", getattr(self, name), 0.0, 1.0, False)
         for name in ("gold_weight", "written_share"):
             check_float(f"heal.{name}", getattr(self, name), 0.0, 1.0, True)
@@ -115,19 +115,18 @@ class HealConfig:
     def sizes_to(self, kept: float) -> list[float]:
         """Return the kept fractions that are healed on the way to a given one, which is the last.
 
+        Two larger ones come before it, if they keep at most half.
+
         Example:
 
         ```python
-        >>> [round(size, 3) for size in HealConfig().sizes_to(0.25)]
-        [0.5, 0.435, 0.379, 0.33, 0.287, 0.25]
+        >>> [round(size, 3) for size in HealConfig().sizes_to(0.2)]
+        [0.277, 0.235, 0.2]
 
         ```
         """
-        if kept >= self.start:
-            return [kept]
-        # Against rounding, where the ratio is a power of `shrink`.
-        count = math.ceil(math.log(kept / self.start) / math.log(self.shrink) - 1e-9)
-        return [self.start * (kept / self.start) ** (number / count) for number in range(count)] + [kept]
+        before = (kept / self.shrink**number for number in range(_SIZES - 1, 0, -1))
+        return [*(size for size in before if size <= _LARGEST_BEFORE), kept]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types, sorted by name."""
@@ -146,4 +145,4 @@ class HealConfig:
 
 
 # Settings of earlier versions -> what holds now.
-_REMOVED = {"rounds": 1, "eval_steps": 16, "patience": 4, "monitor_fraction": 0.25}
+_REMOVED = {"start": _LARGEST_BEFORE, "rounds": 1, "eval_steps": 16, "patience": 4, "monitor_fraction": 0.25}

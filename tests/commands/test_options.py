@@ -65,7 +65,6 @@ TUNE_VALUES = {
 HEAL_VALUES = {
     "steps": 9,
     "learning_rate": 0.01,
-    "start": 0.4,
     "shrink": 0.6,
     "adapter_rank": 4,
     "batch_size": 4,
@@ -145,7 +144,7 @@ def test_help_all_of_heal(capsys):
     everyday, everything = helps(HealCommand, capsys)
     for field in dataclasses.fields(HealConfig):
         # A saved model has its size.
-        if field.name in ("start", "shrink"):
+        if field.name == "shrink":
             assert not shows(everything, f"heal_{field.name}")
         else:
             assert shows(everyday, f"heal_{field.name}") == (field.name not in HealConfig.ADVANCED)
@@ -183,7 +182,7 @@ def test_an_option_of_healing_reaches_its_setting(name, value):
     assert parse_settings("--tolerance", "0.1", *words_of(f"heal_{name}", value)).heal == heal != HealConfig()
     parser = argparse.ArgumentParser()
     HealCommand.parse_args(parser)
-    if name not in ("start", "shrink"):
+    if name != "shrink":
         given = parser.parse_args(
             ["--model", "m", "--dense", "d", "--task", "t", "--output", "o", *words_of(f"heal_{name}", value)]
         )

@@ -169,7 +169,7 @@ def test_an_unlabelled_task_is_healed_on_the_dense_model_alone(
 def test_gold_answers_count_where_there_are_any(dense: PreTrainedModel, task: Task) -> None:
     models = [
         SievePruner(copy.deepcopy(dense), TOKENIZER, task)
-        .prune(SieveConfig(**FAR, heal=HealConfig(steps=4, start=0.1, gold_weight=weight)), **QUIET)
+        .prune(SieveConfig(**FAR, heal=HealConfig(steps=4, gold_weight=weight)), **QUIET)
         .model
         for weight in (0.9, 0.0)
     ]
@@ -207,9 +207,9 @@ def test_the_descent_goes_below_the_winner_of_a_search(
     trials = [trial for trial in result.trials if trial.get("healed")]
     assert len(winners) == 1
     assert result.report["healing"]["kept_without"] == 0.4
-    # From one size above, which surely loses nothing.
+    # The winner surely loses nothing.
     assert trials[0]["lower_bound"] >= 0
-    assert [trial["asked"] for trial in trials[:2]] == pytest.approx([0.8, 0.2])
+    assert [trial["asked"] for trial in trials[:2]] == pytest.approx([0.4, 0.1])
     assert trials[0]["count"] == task.splits["selection"]
 
 
@@ -225,17 +225,18 @@ def test_the_plan_states_the_cost(dense: PreTrainedModel, task: Task) -> None:
     assert 2 * 3 * kept * 4 < plan.heal_bytes < everything.heal_bytes
     small = pruner.plan(SieveConfig(pruning_ratio=0.75, storage="factors", tune=None, heal=HealConfig(steps=100)))
     assert (
-        "healing                6 x 100 steps of 16 examples, 9,600 forward and backward; LoRA of rank 8 on both"
+        "healing                3 x 100 steps of 16 examples, 4,800 forward and backward; LoRA of rank 8 on both"
         in small.format()
     )
-    # At the first size, a half: two sizes, and adapters of rank 8 of factors with half of the parameters.
+    # At the first size: two sizes, and adapters of rank 8 of its factors.
+    first = 0.25 / HealConfig().shrink ** 2
     shapes = [weight.shape for name, weight in dense.named_parameters() if "_proj" in name]
     adapters = sum(
-        8 * (rows + columns + 2 * math.ceil(rows * columns / 2 / (rows + columns))) for rows, columns in shapes
+        8 * (rows + columns + 2 * math.ceil(rows * columns * first / (rows + columns))) for rows, columns in shapes
     )
-    assert small.heal_bytes == 2 * small.targets_parameters // 2 * 4 + adapters * 20
+    assert small.heal_bytes == 2 * round(small.targets_parameters * first) * 4 + adapters * 20
     # The default, and none.
-    assert "healing                6 x 32 steps" in pruner.plan(SieveConfig(pruning_ratio=0.75)).format()
+    assert "healing                3 x 64 steps" in pruner.plan(SieveConfig(pruning_ratio=0.75)).format()
     assert "healing" not in pruner.plan(SieveConfig(tolerance=0.02, heal=None)).format()
 
 
