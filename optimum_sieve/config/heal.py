@@ -77,7 +77,7 @@ class HealConfig:
     ```
     """
 
-    steps: int = 64
+    steps: int = 96
     learning_rate: float = 5e-4
     shrink: float = 0.85
     adapter_rank: int = 8

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from optimum_sieve.run.context import Run
 
 
+# Sizes between the one that holds without training and the first one that is healed, this included.
+_FIRST = 2
+
+
 def descend_within(
     run: Run, bases: Bases, healer: Healer, reference: Sequence[Evaluation], before: Sequence[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
@@ -64,9 +68,11 @@ def descend_within(
 def _sizes_in_time(run: Run, healer: Healer, trials: Sequence[dict[str, Any]]) -> Iterator[float]:
     """Yield the kept fractions to heal; stop before one that would end after the time limit. Say why in the healer."""
     config, unhealed = heal_config(run), healer.kept_without
-    first = LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed)
+    sizes = _ladder(LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed), config.shrink)
+    # Healing rarely fails above that; a small model that is not trained may hold and still be far from its best.
+    start = _FIRST if unhealed is not None and unhealed > FINE else 0
     longest = 0.0
-    for kept in sizes_to_try(_ladder(first, config.shrink), trials):
+    for kept in sizes_to_try(sizes, trials, start=start):
         started = time.monotonic()
         # Every process must go on or stop with the others.
         if not distributed.agree(run.seconds_left > longest):
