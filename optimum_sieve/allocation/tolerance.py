@@ -110,7 +110,7 @@ def size_trial(
     return {**size, "tasks": tasks}
 
 
-def sizes_to_try(sizes: Sequence[float], trials: Sequence[Mapping[str, Any]], *, start: int = 0) -> Iterator[float]:
+def sizes_to_try(sizes: Sequence[float], trials: Sequence[Mapping[str, Any]]) -> Iterator[float]:
     """Yield falling sizes in the order in which a descent tries them.
 
     A size whose lower bound shows no loss at all is far from the smallest one that holds, so the size below it is left
@@ -121,7 +121,6 @@ def sizes_to_try(sizes: Sequence[float], trials: Sequence[Mapping[str, Any]], *,
         sizes (`Sequence[float]`): All sizes, falling.
         trials (`Sequence[Mapping]`): Must end with the record of each size, see [`size_trial`], with whether it was
             `accepted`, before the next one is taken.
-        start (`int`): Index of the first one to try; if it fails, the one above it is tried next.
 
     Example:
 
@@ -134,9 +133,7 @@ def sizes_to_try(sizes: Sequence[float], trials: Sequence[Mapping[str, Any]], *,
 
     ```
     """
-    # No further than there are sizes.
-    place = min(start, len(sizes) - 1)
-    step = 2 if place else 1
+    place, step = 0, 1
     while place < len(sizes):
         yield sizes[place]
         if step == 2 and not trials[-1]["accepted"]:

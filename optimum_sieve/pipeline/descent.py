@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from optimum_sieve.run.context import Run
 
 
-# Sizes between the one that holds without training and the first one that is healed, this included.
-_FIRST = 2
-
-
 def descend_within(
     run: Run, bases: Bases, healer: Healer, reference: Sequence[Evaluation], before: Sequence[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
@@ -68,11 +64,8 @@ def descend_within(
 def _sizes_in_time(run: Run, healer: Healer, trials: Sequence[dict[str, Any]]) -> Iterator[float]:
     """Yield the kept fractions to heal; stop before one that would end after the time limit. Say why in the healer."""
     config, unhealed = heal_config(run), healer.kept_without
-    sizes = _ladder(LARGEST_HEALED if unhealed is None else min(LARGEST_HEALED, unhealed), config.shrink)
-    # Healing rarely fails above that; a small model that is not trained may hold and still be far from its best.
-    start = _FIRST if unhealed is not None and unhealed > FINE else 0
     longest = 0.0
-    for kept in sizes_to_try(sizes, trials, start=start):
+    for kept in sizes_to_try(_ladder(unhealed, config.shrink), trials):
         started = time.monotonic()
         # Every process must go on or stop with the others.
         if not distributed.agree(run.seconds_left > longest):
@@ -83,11 +76,18 @@ def _sizes_in_time(run: Run, healer: Healer, trials: Sequence[dict[str, Any]]) -
     healer.stopped = "smallest_size"
 
 
-def _ladder(first: float, shrink: float) -> list[float]:
-    """Return the kept fractions that may be healed; the last one is the smallest."""
+def _ladder(unhealed: float | None, shrink: float) -> list[float]:
+    """Return the kept fractions that may be healed, below the smallest one that holds without training.
+
+    One of at most `FINE` is healed itself too: without training it may hold and still be far from its best.
+    """
+    kept = LARGEST_HEALED
+    if unhealed is not None:
+        kept = min(kept, unhealed * shrink if unhealed > FINE else unhealed)
     sizes = []
     # The last two are as far apart as others.
-    while first > SMALLEST_KEPT / shrink:
-        sizes.append(first)
-        first *= shrink ** (1 if first > FINE else 2)
-    return [*sizes, SMALLEST_KEPT]
+    while kept > SMALLEST_KEPT / shrink:
+        sizes.append(kept)
+        kept *= shrink ** (1 if kept > FINE else 2)
+    # A search may find a smaller one.
+    return [*sizes, SMALLEST_KEPT if unhealed is None else min(SMALLEST_KEPT, unhealed)]
