@@ -53,7 +53,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pack-length", type=int, default=1024, help="tokens of a sequence of the peers' calibration")
     parser.add_argument("--sensitivity-tokens", type=int, default=8192, help="tokens that the search of LEMS compares")
-    parser.add_argument("--no-generate", action="store_true", help="of written answers, measure the KL alone")
+    parser.add_argument("--no-generate", action="store_true", help="measure written answers by the KL alone")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument(
         "--cache", type=Path, default=ROOT / "results-cache", help="directory for rows that are split anew"

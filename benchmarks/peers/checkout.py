@@ -31,6 +31,8 @@ def import_from(folder: Path, names: Sequence[str], absent: Sequence[str] = ()) 
     Raises:
         SystemExit: If the folder does not hold the modules, or a package that they need is missing.
     """
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} must be a checkout with {', '.join(names)}, got no such folder.")
     own = {path.stem for path in folder.iterdir()} | {name.partition(".")[0] for name in absent}
     with _modules_restored(own), mock.patch.object(sys, "path", [str(folder), *sys.path]):
         sys.modules.update({name: _stand_in(name) for name in absent})

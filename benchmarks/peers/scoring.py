@@ -51,7 +51,7 @@ class Scored:
 
     Args:
         evaluation (`Evaluation`, *optional*): Predictions; `None` if written answers are not generated.
-        log_probs (`list[torch.Tensor]`): Of written answers: for each example, the log-probabilities (tokens,
+        log_probs (`list[torch.Tensor]`): For written answers, the log-probabilities of each example (tokens,
             vocabulary) at the tokens of its gold answer.
     """
 

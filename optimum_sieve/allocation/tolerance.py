@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 # No smaller fraction is tried: it saves little beside embeddings and head, and takes as long as a large one.
 SMALLEST_KEPT = 0.02
-# Below this, a size more or less saves little: a descent leaves every second one out, and starts without knowing better
-# which one holds without training.
+# Below this, a size more or less saves little: a descent takes steps four times as large, and starts without knowing
+# better which one holds without training.
 FINE = 0.1
 
 

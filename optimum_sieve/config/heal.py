@@ -12,7 +12,7 @@ from .validate import check_candidates, check_choice, check_flag, check_float, c
 HEAL_LOSSES = ("candidates", "vocabulary")
 # Largest kept fraction that is healed with a tolerance.
 LARGEST_HEALED = 0.9
-# Sizes that are healed for a `pruning_ratio`, and the largest one before the last. More of them gave no better model.
+# Sizes that are healed for a `pruning_ratio`, and the largest one before the last. See docs/healing.md#steps-and-sizes.
 _SIZES = 3
 _LARGEST_BEFORE = 0.5
 
@@ -31,7 +31,7 @@ class HealConfig:
             Peak learning rate of AdamW; 10 % warmup, cosine decay.
         shrink (`float`):
             Kept fraction of each size relative to the next larger one, above 0 and below 1. Where the tolerance
-            decides, its square below a kept fraction of .1, and a size may be left out. Two larger sizes, if they keep
+            decides, its fourth power below a kept fraction of .1, and a size may be left out. Up to two larger sizes, each of
             at most half, come before that of a `pruning_ratio`.
         adapter_rank (`int`):
             Rank of the LoRA adapters that are trained on both factors of every layer, with a scale of 2, and merged
@@ -77,7 +77,7 @@ class HealConfig:
     ```
     """
 
-    steps: int = 96
+    steps: int = 64
     learning_rate: float = 5e-4
     shrink: float = 0.85
     adapter_rank: int = 8
@@ -115,7 +115,7 @@ class HealConfig:
     def sizes_to(self, kept: float) -> list[float]:
         """Return the kept fractions that are healed on the way to a given one, which is the last.
 
-        Two larger ones come before it, if they keep at most half.
+        Up to two larger ones come before it, each of at most half.
 
         Example:
 

@@ -133,7 +133,9 @@ class Healer:
                 back = size is not None and kept > size.asked
                 if back:
                     size = self.best
-                key = content_key(before=start if size is None else size.key, kept=kept)
+                # The steps before decide on the examples that are drawn, the number of sizes on the written answers.
+                taken = {"steps_before": self._steps, "sizes_before": len(self._figures)}
+                key = content_key(before=start if size is None else size.key, kept=kept, **taken)
                 factors = self._pruned(kept, size, bases, first_ranks if size is None else None)
                 norms = {} if size is None else size.norms
                 # Nothing but the best one stays in memory while the next one is trained.

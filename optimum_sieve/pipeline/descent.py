@@ -88,6 +88,6 @@ def _ladder(unhealed: float | None, shrink: float) -> list[float]:
     # The last two are as far apart as others.
     while kept > SMALLEST_KEPT / shrink:
         sizes.append(kept)
-        kept *= shrink ** (1 if kept > FINE else 2)
+        kept *= shrink ** (1 if kept > FINE else 4)
     # A search may find a smaller one.
     return [*sizes, SMALLEST_KEPT if unhealed is None else min(SMALLEST_KEPT, unhealed)]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def choose_ranks(run: Run, bases: Bases, healer: Healer | None = None) -> tuple[Ranks, list[dict[str, Any]]]:
     """Choose every target's rank for `pruning_ratio`, or the smallest size within `tolerance`.
 
-    A healer heals falling sizes, from the one that holds without training down; its `best` size is the result. The
+    A healer heals falling sizes below the one that holds without training; its `best` size is the result. The
     model is dense afterwards.
 
     Args:

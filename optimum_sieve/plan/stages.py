@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .memory import BatchSizes
 
 # How many sizes a run within a tolerance heals, and what they keep in the mean; what its bisection keeps. The runs of
-# docs/measurements.md healed three to five, of .35 to .18.
+# docs/measurements.md healed two to four, of .27 to .18, or more if a size surely lost nothing.
 HEALED_SIZES = 4
 _HEALED, _BISECTED = 0.3, 0.4
 # The share of many selection examples that is scored for a size in the mean, as a first look often decides. It was .5

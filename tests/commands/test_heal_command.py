@@ -57,7 +57,7 @@ def test_settings_go_through_json_the_command_line_and_the_card(tmp_path: Path) 
     overridden = settings_from(parser.parse_args(["--config", str(tmp_path / "settings.json"), "--heal-steps", "9"]))
     assert overridden.heal == HealConfig(steps=9, train_norms=True, learning_rate=1e-3)
     assert settings_from(parser.parse_args(["--pruning-ratio", "0.5"])).heal == "auto"
-    for heal in (None, HealConfig(), HealConfig(start=0.3, shrink=0.6)):
+    for heal in (None, HealConfig(), HealConfig(steps=9, shrink=0.6)):
         config = SieveConfig(pruning_ratio=0.5, heal=heal)
         words = reproduction_command("org/base", config.to_dict()).split()
         assert settings_from(parser.parse_args(words[7:-2])) == config
@@ -129,10 +129,10 @@ def test_the_prune_command_heals_unless_it_is_told_not_to(
     words = ("prune", "--model", world / "dense", "--task", world / "task.json", "--device", "cpu", "--rounds", 1)
     ratio = ("--pruning-ratio", 0.6, "--heal-steps", 4)
     assert run(*words, *ratio, "--dry-run") == 0
-    assert "healing                3 x 4 steps of 16 examples, 192 forward and backward" in capsys.readouterr().out
+    assert "healing                2 x 4 steps of 16 examples, 128 forward and backward" in capsys.readouterr().out
     assert run(*words, *ratio, "--output", tmp_path / "ratio") == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "ratio" / "sieve_report.json").read_text())
-    assert report["healing"]["steps"] == 12
+    assert report["healing"]["steps"] == 8
     assert report["settings"]["heal"] == HealConfig(steps=4).to_dict()
     assert "smallest size within the tolerance" not in capsys.readouterr().out
 

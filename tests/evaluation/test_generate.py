@@ -139,7 +139,7 @@ def test_a_model_is_pruned_within_a_tolerance_of_what_it_writes(
 def test_what_a_model_writes_is_healed(trained: PreTrainedModel, tmp_path: Path) -> None:
     rows = [{"text": str(i), "label": "odd" if i % 2 else "even"} for i in range(100)]
     task, scores = load_task(tmp_path, rows, **WRITTEN), []
-    for heal in (None, HealConfig(steps=40, learning_rate=3e-2, start=0.1)):
+    for heal in (None, HealConfig(steps=40, learning_rate=3e-2)):
         pruner = SievePruner(copy.deepcopy(trained), make_tokenizer(), task)
         config = unhealed(pruning_ratio=0.95, rank_multiple=1, rounds=1, heal=heal)
         scores.append(pruner.prune(config, progress=False).report["pruned"]["score"])

@@ -122,10 +122,10 @@ def test_the_last_accepted_size_is_the_result(
     trials = healed_trials(result)
     # Two bisection steps end at a quarter.
     assert result.report["healing"]["kept_without"] == pytest.approx(0.25, abs=0.01)
-    # From two below it on; below a tenth every second one is left out.
+    # From one below it on.
     without = result.report["healing"]["kept_without"]
     assert [trial["asked"] for trial in trials] == pytest.approx(
-        [without * HEAL.shrink**power for power in (2, 3, 4, 5, 6, 8)]
+        [without * HEAL.shrink**power for power in range(1, 7)]
     )
     assert [trial["accepted"] for trial in trials] == [True] * 4 + [False] * 2
     # Every selection example decides.
@@ -223,21 +223,22 @@ def test_small_sizes_fall_faster(pruner: SievePruner, monkeypatch: pytest.Monkey
     script(monkeypatch, descent, [True, True, True, True, False, False])
     result = pruner.prune(SieveConfig(**{**WITHIN, "search_steps": 3}), **QUIET)
     asked = [trial["asked"] for trial in healed_trials(result)]
-    assert asked[0] == pytest.approx(0.125 * HEAL.shrink**2, abs=0.01)
-    assert asked == pytest.approx([*(asked[0] * HEAL.shrink**power for power in (0, 2, 4, 6, 8)), SMALLEST_KEPT])
+    assert asked[0] == pytest.approx(0.125 * HEAL.shrink, abs=0.01)
+    # One step until a size is below a tenth, then four.
+    assert asked == pytest.approx([*(asked[0] * HEAL.shrink**power for power in (0, 1, 5)), SMALLEST_KEPT])
 
 
 @pytest.mark.parametrize(
     ("verdicts", "powers", "best"),
     [
         # Two sizes that surely lose nothing, one that may lose a little, and two that fail.
-        ([0.5, 0.5, True, False, False], [2, 4, 6, 7, 8], 2),
+        ([0.5, 0.5, True, False, False], [1, 3, 5, 6, 7], 2),
         # The one after a leap fails, so the one left out is tried; it holds. From large to small two in a row fail.
-        ([0.5, False, True, False], [2, 4, 3, 5], 2),
-        ([0.5, False, True, True, False, False], [2, 4, 3, 5, 6, 7], 3),
-        ([True, 0.5, False, False], [2, 3, 5, 4], 1),
+        ([0.5, False, True, False], [1, 3, 2, 4], 2),
+        ([0.5, False, True, True, False, False], [1, 3, 2, 4, 5, 6], 3),
+        ([True, 0.5, False, False], [1, 2, 4, 3], 1),
         # No second leap from a size that was left out.
-        ([0.5, False, 0.5, False], [2, 4, 3, 5], 2),
+        ([0.5, False, 0.5, False], [1, 3, 2, 4], 2),
     ],
     ids=["leaps", "back", "back and down", "back in vain", "back for good"],
 )
@@ -371,21 +372,6 @@ def test_the_descent_ends_before_a_size_that_would_exceed_the_time_limit(
     assert kept_of(result) == pytest.approx(trials[sizes - 1]["kept"])
 
 
-def test_the_size_above_the_first_is_tried_where_that_fails(
-    pruner: SievePruner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script(monkeypatch, ranks, [True, True])
-    script(monkeypatch, descent, [False, True, False])
-    result = pruner.prune(SieveConfig(**WITHIN), **QUIET)
-    healing, trials = result.report["healing"], healed_trials(result)
-    without = healing["kept_without"]
-    # The first two below the one above fail in a row.
-    sizes = [without * HEAL.shrink**power for power in (2, 1, 3)]
-    assert [trial["asked"] for trial in trials] == pytest.approx(sizes)
-    assert [trial["accepted"] for trial in trials] == [False, True, False]
-    assert kept_of(result) == pytest.approx(healing["kept"]) == pytest.approx(trials[1]["kept"])
-
-
 @pytest.mark.parametrize("unhealed", [[False, False], [False, True, True]], ids=["none", "a small one"])
 def test_a_descent_may_start_at_the_largest_size_or_at_a_small_one(
     pruner: SievePruner, monkeypatch: pytest.MonkeyPatch, unhealed: list[bool]
@@ -397,6 +383,14 @@ def test_a_descent_may_start_at_the_largest_size_or_at_a_small_one(
     result = pruner.prune(SieveConfig(**{**WITHIN, "search_steps": len(unhealed)}), **QUIET)
     without = result.report["healing"]["kept_without"]
     assert healed_trials(result)[0]["asked"] == pytest.approx(0.9 if without is None else without)
+
+
+@pytest.mark.parametrize("unhealed", [0.013, 0.02, 0.1, 0.11, 0.95, None])
+def test_no_size_is_larger_than_the_one_that_holds_without_training(unhealed: float | None) -> None:
+    sizes = descent._ladder(unhealed, 0.85)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] <= (unhealed or 0.9)
+    assert sizes[-1] == min(SMALLEST_KEPT, unhealed or 1.0)
 
 
 def test_no_size_is_healed_where_the_time_is_over(

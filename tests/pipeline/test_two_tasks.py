@@ -265,7 +265,7 @@ def test_each_size_of_the_descent_is_held_to_every_task(
     # Until two in a row fail, or no size is left.
     failed = [not trial["accepted"] for trial in trials]
     assert not any(a and b for a, b in pairwise(failed[:-1]))
-    assert failed[-2:] == [True, True] or trials[-1]["asked"] < 0.02
+    assert result.report["stopped"]["healed"] in ("refused", "smallest_size")
     for task in tasks:
         against = compare(score(dense, task, "selection"), score(result.model, task, "selection"))
         assert against.mean >= -TWO_TASKS_TOLERANCE

@@ -172,7 +172,7 @@ def test_every_long_stage_has_a_time() -> None:
     assert "if 4 sizes are healed" in found.format()
     text = found.format()
     assert f"{2 * (found.plan.moments_bytes + found.plan.bases_bytes) / 1e9:,.1f} GB in the work directory" in text
-    longer = forecast(model, SieveConfig(tolerance=0.02, heal={"steps": 64}), **options)  # type: ignore[arg-type]
+    longer = forecast(model, SieveConfig(tolerance=0.02, heal={"steps": 192}), **options)  # type: ignore[arg-type]
     assert longer.seconds["healing"] > 1.5 * found.seconds["healing"]
     unhealed_one = forecast(model, unhealed(tolerance=0.02), **options)
     assert not {"tuning", "healing"} & set(unhealed_one.seconds)
