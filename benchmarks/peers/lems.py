@@ -81,6 +81,8 @@ class Lems:
         """
         with on_cpu():
             self._calibrate(loss)
+            if searched:
+                self._measure()
             start, model = cpu_seconds(), copy.deepcopy(self.dense)
             ranks = self._searched_ranks(kept) if searched else self._uniform(kept).search(model)
             between = cpu_seconds()
@@ -111,15 +113,19 @@ class Lems:
     def _uniform(self, kept: float) -> Any:
         return self.uniform.UNIFORMSearch(eval_data=None, mixup_fn=None, name_omit=self.omitted, ratio_target=kept)
 
+    def _measure(self) -> None:
+        """Measure the matrices' sensitivities, once for all sizes."""
+        if self.search is not None:
+            return
+        start, self.searched = cpu_seconds(), copy.deepcopy(self.dense)
+        length = _SKIPPED + -(-self.sensitivity_tokens // _SEQUENCES)
+        data = cut_texts(self.texts, _SEQUENCES, length)
+        self.search = self.lems.LEMSSearch(eval_data=data, mixup_fn=None, name_omit=self.omitted, **_SEARCH)
+        self.search.initialize_search(self.factorization, self.searched)
+        self.search_seconds = {"sensitivities": cpu_seconds() - start}
+
     def _searched_ranks(self, kept: float) -> dict[str, float]:
-        """Measure the matrices' sensitivities, once for all sizes, and search the ranks of a size."""
-        if self.search is None:
-            start, self.searched = cpu_seconds(), copy.deepcopy(self.dense)
-            length = _SKIPPED + -(-self.sensitivity_tokens // _SEQUENCES)
-            data = cut_texts(self.texts, _SEQUENCES, length)
-            self.search = self.lems.LEMSSearch(eval_data=data, mixup_fn=None, name_omit=self.omitted, **_SEARCH)
-            self.search.initialize_search(self.factorization, self.searched)
-            self.search_seconds = {"sensitivities": cpu_seconds() - start}
+        """Search the ranks of a size."""
         self.search.ratio_target = kept
         found: dict[str, float] = self.search.search(self.searched)
         return found

@@ -85,8 +85,8 @@ def _ladder(unhealed: float | None, shrink: float) -> list[float]:
     if unhealed is not None:
         kept = min(kept, unhealed * shrink if unhealed > FINE else unhealed)
     sizes = []
-    # The last two are as far apart as others.
-    while kept > SMALLEST_KEPT / shrink:
+    # The last two are not close to each other.
+    while kept > SMALLEST_KEPT / shrink**2:
         sizes.append(kept)
         kept *= shrink ** (1 if kept > FINE else 4)
     # A search may find a smaller one.

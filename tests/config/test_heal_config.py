@@ -94,3 +94,5 @@ def test_settings_that_an_earlier_version_saved(caplog: pytest.LogCaptureFixture
     assert "`rounds` is no longer a setting: 3 is ignored, its value is 1." in caplog.text
     assert "`patience` is no longer a setting: 9 is ignored, its value is 4." in caplog.text
     assert "eval_steps" not in caplog.text
+    assert HealConfig.from_dict({"start": 0.5}) == HealConfig.from_dict({"start": 0.3}) == HealConfig()
+    assert "`start` is no longer a setting: 0.3 is ignored, its value is 0.5." in caplog.text

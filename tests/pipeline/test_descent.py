@@ -220,7 +220,7 @@ def test_a_size_may_hold_only_unhealed(
 
 def test_small_sizes_fall_faster(pruner: SievePruner, monkeypatch: pytest.MonkeyPatch) -> None:
     script(monkeypatch, ranks, [True, True, True])
-    script(monkeypatch, descent, [True, True, True, True, False, False])
+    script(monkeypatch, descent, [True] * 4)
     result = pruner.prune(SieveConfig(**{**WITHIN, "search_steps": 3}), **QUIET)
     asked = [trial["asked"] for trial in healed_trials(result)]
     assert asked[0] == pytest.approx(0.125 * HEAL.shrink, abs=0.01)
