@@ -21,10 +21,16 @@ from optimum_sieve.backbone.fingerprint import model_fingerprint
 from optimum_sieve.backbone.kinds import auto_class_name, input_format
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.targets import Target, find_targets
+from optimum_sieve.backbone.training import training_only
 from optimum_sieve.calibration import calibrate
-from optimum_sieve.calibration.losses import answer_loss
+from optimum_sieve.calibration.collect import visit_tokens
+from optimum_sieve.calibration.losses import answer_loss, calibration_batches
+from optimum_sieve.calibration.sampled import CalibrationExamples
 from optimum_sieve.evaluation.batches import make_batches, site_logits
 from optimum_sieve.evaluation.comparison import divergences
+from optimum_sieve.evaluation.stage import score as score_stored
+from optimum_sieve.healing.lessons import make_lessons
+from optimum_sieve.healing.size import stored_layer
 from optimum_sieve.metrics.class_metrics import CLASS_METRICS, score_classes
 from optimum_sieve.metrics.scored import standard_error
 from optimum_sieve.metrics.text_metrics import score_texts
@@ -33,8 +39,12 @@ from optimum_sieve.modeling.layout import copy_parameters
 from optimum_sieve.pipeline import heal_pruned
 from optimum_sieve.pipeline.prepare import prepare as prepare_run
 from optimum_sieve.run.files import replacing, whole_directory
-from optimum_sieve.surgery import truncated
+from optimum_sieve.run.workdir import content_key
+from optimum_sieve.surgery import apply_ranks, truncated
 from optimum_sieve.tasks.spec import read_spec
+from optimum_sieve.training.adapters import Adapters
+from optimum_sieve.training.loop import HEALING, Part, Trainer
+from optimum_sieve.tuning.loop import train as train_dense
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"))

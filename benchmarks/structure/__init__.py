@@ -1,0 +1,1 @@
+"""Neurons and heads: what their removal is predicted to cost, and how they are removed."""
