@@ -11,9 +11,9 @@ inputs. Large removals take several stages, each measured on what the one before
 the default settings against the tuned model, for `--steps` at that one size, with adapters of all its matrices, factors
 or dense. There are no label offsets, and the test split decides nothing.
 
-Prints the score, paired differences to the dense model, the tuned one and ranks alone, agreement with the tuned model
-and KL from it, the heads and neurons of each block, and the speed of all models of a size, which take turns.
-`--work-dir` keeps finished stages, so that a stopped benchmark goes on.
+Prints the score, paired differences to the dense model, the tuned one and ranks alone at this size and those before,
+agreement with the tuned model and KL from it, the heads and neurons of each block, and the speed of all models of a
+size, which take turns. `--work-dir` keeps finished stages, so that a stopped benchmark goes on.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--files", nargs="*", type=Path, default=[], help="task files, measured besides --tasks")
     parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
     parser.add_argument("--kept", type=float, nargs="+", default=[0.25, 0.45])
-    parser.add_argument("--removed", type=float, nargs="+", default=[0.0, 0.15, 1.0], help="part that structure takes")
+    parser.add_argument("--removed", type=float, nargs="+", default=[0.0, 1.0, 0.15], help="part that structure takes")
     parser.add_argument("--steps", type=int, default=HealConfig.steps, help="healing steps of each model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, nargs=3, default=[256, 16, 600], metavar="N", help="rows of each split")
@@ -119,6 +119,8 @@ class Bench:
         self.run = replace(run, model_key=content_key(model=run.model_key, tuned=key))
         self.tuned = self.score(self.run)
         self.lessons, self.total = make_lessons(self.run), count_parameters(run.model)
+        # Of ranks alone, all sizes so far: another size may take the same time.
+        self.references = {"dense": self.dense, "tuned": self.tuned}
         text, row = describe(self.dense, self.tuned)
         print(f"{name}, {self.dense.count} test rows, dense {self.dense.score:.3f}; tuned: {text}", flush=True)
         self.write(dense=self.dense.score, dense_error=self.dense.standard_error, tuned=row)
@@ -134,13 +136,14 @@ class Bench:
 
     def compare_size(self, kept: float) -> None:
         """Prune to a size in each way, score the models, and time them together."""
-        models, ranks = {"dense": self.run.model}, None
-        for removed in sorted(self.arguments.removed):
+        models = {"dense": self.run.model}
+        for removed in self.arguments.removed:
             start = time.perf_counter()
             run = self.prune(kept, removed)
             found = self.score(run, run.model_key)
-            ranks = found if removed == 0 else ranks
-            self.report(kept, removed, run, found, ranks, time.perf_counter() - start)
+            if removed == 0:
+                self.references[f"ranks at {kept:g}"] = found
+            self.report(kept, removed, run, found, time.perf_counter() - start)
             models[f"structure {removed:g}"] = run.model
         decode, prefill = decode_speeds(models, self.run.tokenizer), prefill_seconds(models)
         for name in models:
@@ -212,12 +215,9 @@ class Bench:
                 trainer.train(progress=False)
         adapters.merge()
 
-    def report(
-        self, kept: float, removed: float, run: Any, found: Evaluation, ranks: Evaluation | None, seconds: float
-    ) -> None:
+    def report(self, kept: float, removed: float, run: Any, found: Evaluation, seconds: float) -> None:
         """Print a model's row, and append it to the JSON lines."""
-        references = {"dense": self.dense, "tuned": self.tuned} | ({} if ranks is None else {"ranks": ranks})
-        against = {name: compare(reference, found) for name, reference in references.items()}
+        against = {name: compare(reference, found) for name, reference in self.references.items()}
         differences = ", ".join(f"{x.mean:+.3f} +- {x.standard_error:.3f} to {name}" for name, x in against.items())
         units, parameters = circuit(run.model), count_parameters(run.model)
         # A pivoted layer has as many multiply-adds per token as parameters.
