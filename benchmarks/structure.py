@@ -12,8 +12,8 @@ the default settings against the tuned model, for `--steps` at that one size, wi
 or dense. There are no label offsets, and the test split decides nothing.
 
 Prints the score, paired differences to the dense model, the tuned one and ranks alone at this size and those before,
-agreement with the tuned model and KL from it, the heads and neurons of each block, and the speed of all models of a
-size, which take turns. `--work-dir` keeps finished stages, so that a stopped benchmark goes on.
+agreement with the tuned model and KL from it, the heads and neurons of each block, and the speed of all models so
+far, which take turns. `--work-dir` keeps finished stages, so that a stopped benchmark goes on.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Bench:
         self.tuned = self.score(self.run)
         self.lessons, self.total = make_lessons(self.run), count_parameters(run.model)
         # Of ranks alone, all sizes so far: another size may take the same time.
-        self.references = {"dense": self.dense, "tuned": self.tuned}
+        self.references, self.models = {"dense": self.dense, "tuned": self.tuned}, {"dense": self.run.model}
         text, row = describe(self.dense, self.tuned)
         print(f"{name}, {self.dense.count} test rows, dense {self.dense.score:.3f}; tuned: {text}", flush=True)
         self.write(dense=self.dense.score, dense_error=self.dense.standard_error, tuned=row)
@@ -135,8 +135,7 @@ class Bench:
         append_json(self.arguments.json, {"task": self.name, "seed": self.arguments.seed, **row, **machine})
 
     def compare_size(self, kept: float) -> None:
-        """Prune to a size in each way, score the models, and time them together."""
-        models = {"dense": self.run.model}
+        """Prune to a size in each way, score the models, and time them together with those of the sizes before."""
         for removed in self.arguments.removed:
             start = time.perf_counter()
             run = self.prune(kept, removed)
@@ -144,9 +143,9 @@ class Bench:
             if removed == 0:
                 self.references[f"ranks at {kept:g}"] = found
             self.report(kept, removed, run, found, time.perf_counter() - start)
-            models[f"structure {removed:g}"] = run.model
-        decode, prefill = decode_speeds(models, self.run.tokenizer), prefill_seconds(models)
-        for name in models:
+            self.models[f"kept {kept:g}, {removed:.0%} by structure"] = run.model
+        decode, prefill = decode_speeds(self.models, self.run.tokenizer), prefill_seconds(self.models)
+        for name in self.models:
             print(f"    {name}: {decode[name][0]:.1f} tokens/s (spread {decode[name][1]:.2f}), prefill of {CONTEXT} "
                   f"{1e3 * prefill[name]:.0f} ms", flush=True)  # fmt: skip
         self.write(kept=kept, decode=decode, prefill=prefill)

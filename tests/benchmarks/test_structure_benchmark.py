@@ -40,7 +40,8 @@ def test_all_ways_have_the_size_asked_for_and_a_stopped_run_goes_on(tmp_path: Pa
     assert [sum(row["neurons"]) for row in models[:3]] == sorted(sum(row["neurons"]) for row in models[:3])[::-1]
     assert models[0]["against"]["ranks at 0.3"]["mean"] == 0
     assert {"ranks at 0.3", "ranks at 0.6"} < models[-1]["against"].keys()
-    assert {"dense", "structure 0", "structure 0.2", "structure 1"} == rows[-1]["decode"].keys()
+    ways = [f"kept {kept:g}, {removed:.0%} by structure" for kept in (0.3, 0.6) for removed in (0, 0.2, 1)]
+    assert list(rows[-1]["decode"]) == list(rows[-1]["prefill"]) == ["dense", *ways]
     assert "heads [" in capsys.readouterr().out
     benchmark.main([*map(str, words)])
     again = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()][len(rows) :]
