@@ -31,8 +31,8 @@ class HealConfig:
             Peak learning rate of AdamW; 10 % warmup, cosine decay.
         shrink (`float`):
             Kept fraction of each size relative to the next larger one, above 0 and below 1. Where the tolerance
-            decides, its fourth power below a kept fraction of .1, and a size may be left out. Up to two larger sizes, each of
-            at most half, come before that of a `pruning_ratio`.
+            decides, its fourth power below a kept fraction of .1, and a size may be left out. Up to two larger sizes,
+            each of at most half, come before that of a `pruning_ratio`.
         adapter_rank (`int`):
             Rank of the LoRA adapters that are trained on both factors of every layer, with a scale of 2, and merged
             into them after each size. 0 trains all entries of the factors; the learning rate is then relative to each

@@ -137,7 +137,7 @@ def test_the_prune_command_heals_unless_it_is_told_not_to(
     assert "smallest size within the tolerance" not in capsys.readouterr().out
 
     within = ("--tolerance", 0.3, "--search-steps", 2, "--rank-multiple", 1, "--time-limit", "1h")
-    within += ("--heal-steps", 2, "--heal-shrink", 0.4)
+    within += ("--heal-steps", 2, "--heal-shrink", 0.7)
     assert run(*words, *within, "--output", tmp_path / "within") == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
     sizes = re.search(r"smallest size within the tolerance: (.+)% without healing, (.+)% with it", shown)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from optimum_sieve.publish.result import SieveResult
     from optimum_sieve.tasks import Task
 
-HEAL = {"steps": 3, "learning_rate": 0.003, "shrink": 0.5, "train_norms": True}
+HEAL = {"steps": 3, "learning_rate": 0.003, "shrink": 0.7, "train_norms": True}
 # Random answers on a random model: every size is accepted, down to a hundredth.
 SETTINGS: dict[str, Any] = {
     **{"tolerance": 0.9, "confidence": 0.5, "rank_multiple": 1, "rounds": 1, "search_steps": 1, "tune": None}
