@@ -25,7 +25,7 @@ def prune_toy(folder: Path, **settings: Any) -> SievePruner:
     config = SieveConfig(
         **{
             **{"tolerance": 0.1, "rank_multiple": 1, "rounds": 1, "search_steps": 3, "tune": None},
-            **{"heal": HealConfig(steps=32, shrink=0.5), "label_offsets": "none", **settings},
+            **{"heal": HealConfig(steps=32, shrink=0.8), "label_offsets": "none", **settings},
         }
     )
     pruner.prune(config, work_dir=folder / "work", progress=False)

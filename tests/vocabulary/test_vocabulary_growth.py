@@ -96,7 +96,9 @@ def test_the_vocabulary_grows_until_its_own_loss_is_half_of_the_tolerance(dense:
     report = pruner.result.report
     first, *_, last = report["vocabulary"]["trials"]
     # The tokens of calibration alone lose many points on new words, although nothing is pruned yet.
-    assert first == {"tokens": first["tokens"], "lower_bound": first["mean"], **cut_loss(dense, task).to_dict()}
+    # A batch may hold another number of rows, whose products round otherwise.
+    cut = cut_loss(dense, task).to_dict()
+    assert first == pytest.approx({"tokens": first["tokens"], "lower_bound": first["mean"], **cut}, rel=1e-6)
     assert first["mean"] < -0.3
     assert last["tokens"] == report["vocabulary"]["after"] == len(pruner.tokenizer) > first["tokens"]
     assert last["mean"] == cut_loss(dense, task, last["tokens"]).mean >= -0.1
