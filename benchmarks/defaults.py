@@ -39,28 +39,32 @@ if TYPE_CHECKING:
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--tasks", nargs="*", choices=[job.name for job in JOBS], default=["movie", "uci-amazon", "snips"]
-    )
-    parser.add_argument("--files", nargs="*", type=Path, default=[], help="task files, measured besides --tasks")
-    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    add_task_options(parser, tasks=["movie", "uci-amazon", "snips"], rows=[256, 400, 1000])
     parser.add_argument("--gguf-file", help="GGUF file in that directory")
     parser.add_argument("--dtype", default="float32", help="dtype of the model; default: %(default)s")
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--pruning-ratio", type=float, help="prune to this size instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", type=int, nargs=3, default=[256, 400, 1000], metavar="N", help="rows of each split")
     parser.add_argument("--unlabelled", type=int, default=0, help="rows without answers, half of the calibration pool")
     parser.add_argument("--tune", action="store_true", help="tune the dense model first")
     parser.add_argument("--set", nargs="+", type=read_setting, default=[], metavar="NAME=VALUE", help="other settings")
     parser.add_argument("--no-heal", action="store_true", help="train nothing")
+    parser.add_argument("--work-dir", type=Path, help="keeps finished stages")
+    return parser.parse_args(words)
+
+
+def add_task_options(parser: argparse.ArgumentParser, *, tasks: Sequence[str], rows: Sequence[int]) -> None:
+    """Add the options that [`read_tasks`] reads, with the default tasks and rows, and those of model and output."""
+    parser.add_argument("--tasks", nargs="*", choices=[job.name for job in JOBS], default=list(tasks))
+    parser.add_argument("--files", nargs="*", type=Path, default=[], help="task files, measured besides --tasks")
+    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    parser.add_argument("--rows", type=int, nargs=3, default=list(rows), metavar="N", help="rows of each split")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument(
         "--cache", type=Path, default=ROOT / "results-cache", help="directory for rows that are split anew"
     )
-    parser.add_argument("--work-dir", type=Path, help="keeps finished stages")
     parser.add_argument("--json", type=Path, help="append the rows to this file, as JSON lines")
-    return parser.parse_args(words)
+    parser.set_defaults(unlabelled=0)
 
 
 def read_setting(text: str) -> tuple[str, Any]:

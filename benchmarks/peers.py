@@ -28,9 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from bench import append_json, machine_name, make_parser
-from defaults import read_tasks
+from defaults import add_task_options, read_tasks
 from peers.contest import KFAC, METHODS, Contest
-from results.suite import JOBS, ROOT
 
 
 if TYPE_CHECKING:
@@ -45,22 +44,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lems", type=Path, metavar="DIR", help="checkout of LEMS, whose code is run")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all whose checkout is named")
     parser.add_argument("--kept", type=float, nargs="+", default=[0.45, 0.3], help="kept fractions")
-    parser.add_argument("--tasks", nargs="*", choices=[job.name for job in JOBS], default=["movie"])
-    parser.add_argument("--files", nargs="*", type=Path, default=[], help="task files, measured besides --tasks")
-    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    add_task_options(parser, tasks=["movie"], rows=[256, 400, 600])
     parser.add_argument("--gguf-file", help="GGUF file in that directory")
-    parser.add_argument("--rows", type=int, nargs=3, default=[256, 400, 600], metavar="N", help="rows of each split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pack-length", type=int, default=1024, help="tokens of a sequence of the peers' calibration")
     parser.add_argument("--sensitivity-tokens", type=int, default=8192, help="tokens that the search of LEMS compares")
     parser.add_argument("--no-generate", action="store_true", help="measure written answers by the KL alone")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
-    parser.add_argument(
-        "--cache", type=Path, default=ROOT / "results-cache", help="directory for rows that are split anew"
-    )
-    parser.add_argument("--json", type=Path, help="append the rows to this file, as JSON lines")
     chosen = parser.parse_args(words)
-    chosen.unlabelled = 0
     named = {"svd-llm": chosen.svd_llm, **dict.fromkeys(KFAC, chosen.lems)}
     if chosen.methods is None:
         chosen.methods = [name for name in METHODS if named.get(name, True)]

@@ -52,8 +52,7 @@ from bench import (
     train_dense,
     training_only,
 )
-from defaults import read_tasks
-from results.suite import JOBS, ROOT
+from defaults import add_task_options, read_tasks
 from structure.units import (
     circuit,
     count_parameters,
@@ -80,22 +79,12 @@ STAGE = 0.7
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
-    names = [job.name for job in JOBS]
-    parser.add_argument("--tasks", nargs="*", choices=names, default=["movie", "uci-amazon", "snips"])
-    parser.add_argument("--files", nargs="*", type=Path, default=[], help="task files, measured besides --tasks")
-    parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
+    add_task_options(parser, tasks=["movie", "uci-amazon", "snips"], rows=[256, 16, 600])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.25, 0.45])
     parser.add_argument("--removed", type=float, nargs="+", default=[0.0, 1.0, 0.15], help="part that structure takes")
     parser.add_argument("--steps", type=int, default=HealConfig.steps, help="healing steps of each model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, nargs=3, default=[256, 16, 600], metavar="N", help="rows of each split")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
-    parser.add_argument(
-        "--cache", type=Path, default=ROOT / "results-cache", help="directory for rows that are split anew"
-    )
     parser.add_argument("--work-dir", type=Path, help="keeps finished stages")
-    parser.add_argument("--json", type=Path, help="append the rows to this file, as JSON lines")
-    parser.set_defaults(unlabelled=0)
     return parser.parse_args(words)
 
 

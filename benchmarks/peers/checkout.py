@@ -25,8 +25,8 @@ def import_from(folder: Path, names: Sequence[str], absent: Sequence[str] = ()) 
     Args:
         folder (`Path`): The checkout.
         names (`Sequence[str]`): Full names of the modules.
-        absent (`Sequence[str]`): Modules that the code imports but does not need here. Stand-ins take their place;
-            calling what they hold is an error.
+        absent (`Sequence[str]`): Modules that the code imports but does not need here. Stand-ins take their place,
+            whose functions raise an error when they are called.
 
     Raises:
         SystemExit: If the folder does not hold the modules, or a package that they need is missing.

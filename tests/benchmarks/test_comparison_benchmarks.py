@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from benchmark_module import load_benchmark
-from healed_world import learn
-from toy import load_task, make_tokenizer, parity_rows
+from healed_world import save_learned
+from toy import make_tokenizer
 
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("world")
-    learn(load_task(directory, parity_rows(600))).save_pretrained(directory / "model")
-    make_tokenizer().save_pretrained(directory / "model")
+    save_learned(directory)
     return directory
 
 

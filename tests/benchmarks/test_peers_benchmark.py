@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from benchmark_module import load_benchmark
-from healed_world import learn
+from healed_world import save_learned
 from peer_checkouts import write_checkouts
 from toy import load_task, make_model, make_tokenizer, parity_rows
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("world")
-    learn(load_task(directory, parity_rows(600))).save_pretrained(directory / "model")
-    make_tokenizer().save_pretrained(directory / "model")
+    save_learned(directory)
     write_checkouts(directory)
     return directory
 
@@ -68,7 +67,7 @@ def test_every_method_prunes_the_same_model_to_the_same_sizes(world: Path, tmp_p
     assert kl["svd-llm", 0.4] == pytest.approx(kl["kfac", 0.4]) == pytest.approx(kl["kfac-answer", 0.4])
     assert kl["svd-llm", 0.4] != pytest.approx(kl["kfac-lems", 0.4])
     assert kl["svd-llm", 0.4] > kl["joint-factors", 0.4]
-    # What the projects print is apart, and none of their modules stays.
+    # The projects' output goes to the error stream, and none of their modules stays.
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == len(rows)
     scored = [int(line.split()[1]) for line in printed.err.splitlines() if line.startswith("scored")]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from benchmark_module import load_benchmark
-from healed_world import learn
-from toy import load_task, make_model, make_tokenizer, parity_rows
+from healed_world import save_learned
+from toy import make_model
 
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def load_units() -> ModuleType:
 
 
 def test_all_ways_have_the_size_asked_for_and_a_stopped_run_goes_on(tmp_path: Path, capsys: Any) -> None:
-    learn(load_task(tmp_path, parity_rows(600))).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_learned(tmp_path)
     words = ["--model", tmp_path / "model", "--tasks", "--files", tmp_path / "task.json", "--rows", 100, 50, 100,
              "--kept", 0.3, 0.6, "--removed", 0, 0.2, 1, "--steps", 2, "--work-dir", tmp_path / "work",
              "--json", tmp_path / "found.jsonl"]  # fmt: skip

@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from toy import make_model, make_tokenizer, unhealed
+from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
 
 from optimum_sieve import HealConfig, evaluate
 from optimum_sieve.allocation.stage import allocate_ranks
@@ -23,6 +23,7 @@ from optimum_sieve.surgery.apply import apply_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +34,12 @@ TOKENIZER = make_tokenizer()
 QUICK = HealConfig(steps=24, learning_rate=3e-2)
 # Models that `learn` trained.
 _LEARNED: dict[str, PreTrainedModel] = {}
+
+
+def save_learned(directory: Path) -> None:
+    """Write a task file, and a model that does the task with its tokenizer as `directory/model`."""
+    learn(load_task(directory, parity_rows(600))).save_pretrained(directory / "model")
+    make_tokenizer().save_pretrained(directory / "model")
 
 
 def learn(
