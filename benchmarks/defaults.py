@@ -5,15 +5,16 @@
     python benchmarks/defaults.py --files my_task.yaml --model my-model --tune
     python benchmarks/defaults.py --no-heal --tune --pruning-ratio 0.8 --set fisher_temperature=1
     python benchmarks/defaults.py --set heal.steps=32 tune.steps=128
+    python benchmarks/defaults.py --tasks nq --fractions .2 .5 .3 --rows 256 1000 500
 
 Each run is what `optimum-cli sieve prune --tolerance 0.02` does, on 256 calibration, 400 selection and 1,000 test rows.
 The seed divides the rows, samples them and orders the training. Prints the kept fraction without and with healing, the
 scores on the test split with paired differences, the agreement and the minutes; with several seeds also mean and
 standard deviation over the seeds. `--tune` tunes the dense model first also where nothing is healed; with `--set
 reference=tuned` the tolerance is measured from it. `--set` changes any setting of `SieveConfig`, or of `HealConfig` and
-`TuneConfig` after `heal.` and `tune.`; its value is JSON, or else text. `--unlabelled` adds rows without answers.
-`--work-dir` keeps finished stages, one folder for each run, so that a stopped benchmark resumes; minutes are then those
-of the last start.
+`TuneConfig` after `heal.` and `tune.`; its value is JSON, or else text. `--fractions` divides all rows of each data set
+anew, calibration, selection and test. `--unlabelled` adds rows without answers. `--work-dir` keeps finished stages, one
+folder for each run, so that a stopped benchmark resumes; minutes are then those of the last start.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import append_json, choose_source, machine_name, make_parser, read_task
-from results.suite import JOBS, ROOT, Places
+from results.suite import JOBS, ROOT, Job, Places, Rows
 
 from optimum_sieve import HealConfig, SieveConfig, SievePruner, Task, TuneConfig
 from optimum_sieve.plan.forecast import Forecast
@@ -59,6 +61,9 @@ def add_task_options(parser: argparse.ArgumentParser, *, tasks: Sequence[str], r
     parser.add_argument("--files", nargs="*", type=Path, default=[], help="task files, measured besides --tasks")
     parser.add_argument("--model", help="Hub id or directory; default: the demo's model")
     parser.add_argument("--rows", type=int, nargs=3, default=list(rows), metavar="N", help="rows of each split")
+    parser.add_argument(
+        "--fractions", type=float, nargs=3, metavar="X", help="divide all rows of --tasks anew, in these proportions"
+    )
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument(
         "--cache", type=Path, default=ROOT / "results-cache", help="directory for rows that are split anew"
@@ -101,16 +106,25 @@ def read_tasks(arguments: argparse.Namespace, seed: int) -> dict[str, Task]:
     tasks = {}
     for job in JOBS:
         if job.name in arguments.tasks:
-            spec = {**places.read(job.rows, limit).spec, "seed": seed}
+            rows = job.rows if arguments.fractions is None else divided_anew(job, arguments.fractions)
+            spec = {**places.read(rows, limit).spec, "seed": seed}
             if arguments.unlabelled:
                 if "fractions" not in spec["data"]:
                     raise ValueError(f"`--unlabelled` must be 0 for a task of several files, got {job.name}.")
                 spec |= with_unlabelled(spec, arguments.unlabelled)
             roots = {"data": places.data, "demo": choose_source(None, None)[0].parent, "rows": places.cache / "rows"}
-            tasks[job.name] = Task.from_dict(spec, roots[job.rows.root])
+            tasks[job.name] = Task.from_dict(spec, roots[rows.root])
     if arguments.unlabelled and arguments.files:
         raise ValueError("`--unlabelled` must be 0 for task files, which can name such rows themselves.")
     return tasks | {file.stem: read_task(file, limit=limit, seed=seed) for file in arguments.files}
+
+
+def divided_anew(job: Job, fractions: Sequence[float]) -> Rows:
+    """Return the rows of a job, read from one file and divided in these proportions."""
+    shares = dict(zip(("calibration", "selection", "test"), fractions, strict=True))
+    if isinstance(job.rows.data["files"], str):
+        return replace(job.rows, data={**job.rows.data, "fractions": shares})
+    return replace(job.rows, root="rows", data={"files": f"{job.name}.jsonl", "fractions": shares})
 
 
 def with_unlabelled(spec: dict[str, Any], count: int) -> dict[str, Any]:

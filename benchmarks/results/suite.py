@@ -124,11 +124,12 @@ def write_rows(data: Path, output: Path, files: Any) -> None:
     """Write the files that `files` names, from all splits of a data set, for jobs that split it anew.
 
     `uci-<source>.jsonl` holds all sentences of that source of UCI 331, `squad.jsonl` all rows of SQuAD, `nq.jsonl` all
-    rows of Natural Questions.
+    rows of Natural Questions, and `<folder>.jsonl` all rows of another data set.
     """
     for name in [files] if isinstance(files, str) else files.values():
-        source = name.removesuffix(".jsonl").removeprefix("uci-")
-        folder = data / _FOLDERS.get(source, "uci_sentences")
+        stem = name.removesuffix(".jsonl")
+        source = stem.removeprefix("uci-")
+        folder = data / ("uci_sentences" if source != stem else _FOLDERS.get(stem, stem))
         texts = [(folder / f"{split}.jsonl").read_text(encoding="utf-8") for split in ("train", "validation", "test")]
         rows = [json.loads(line) for text in texts for line in text.split("\n") if line.strip()]
         lines = [json.dumps(row, ensure_ascii=False) for row in rows if row.get("source", source) == source]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from benchmark_module import load_benchmark
 from healed_world import learn
-from toy import load_task, make_tokenizer, parity_rows
+from toy import load_task, make_tokenizer, parity_rows, prompts, write_rows
 
 
 if TYPE_CHECKING:
@@ -50,3 +50,20 @@ def test_settings_of_the_command_line_reach_the_run(model: Path, tmp_path: Path)
     assert row["kept"] <= 1 - row["settings"]["pruning_ratio"] == 0.6
     assert (row["settings"]["fisher_temperature"], row["settings"]["storage"]) == (2, "factors")
     assert {"dense", "tuned", "pruned", "difference_to_tuned"} <= row.keys()
+
+
+def test_fractions_divide_all_rows_of_a_data_set_anew(tmp_path: Path) -> None:
+    benchmark = load_benchmark("defaults")
+    rows = [{"question": f"Is {number} a number?", "context": f"{number} is one.", "answer": "yes"} for number in range(60)]
+    folder = tmp_path / "data" / "pubmedqa"
+    folder.mkdir(parents=True)
+    for index, split in enumerate(("train", "validation", "test")):
+        write_rows(folder / f"{split}.jsonl", rows[index * 20 : index * 20 + 20])
+    words = ["--tasks", "pubmedqa", "--data", tmp_path / "data", "--cache", tmp_path / "cache", "--rows", 12, 24, 12]
+    parser = benchmark.make_parser(benchmark.__doc__)
+    benchmark.add_task_options(parser, tasks=[], rows=[1, 1, 1])
+    arguments = parser.parse_args([*map(str, words), "--fractions", ".2", ".5", ".3"])
+    task = benchmark.read_tasks(arguments, 0)["pubmedqa"]
+    splits = [set(prompts(task, split)) for split in ("calibration", "selection", "test")]
+    assert [len(split) for split in splits] == [12, 24, 12]
+    assert len(set.union(*splits)) == 48
