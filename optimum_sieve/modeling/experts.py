@@ -106,10 +106,11 @@ def is_fused(module: Any) -> bool:
     if not (isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter) and gate_up.ndim == down.ndim == 3):
         return False
     # The decorator of transformers' expert classes sets these; a class may override the method of the gate.
-    flags = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False,
-             "has_post_expert_norm": False}  # fmt: skip
+    flags = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
     return (
         all(getattr(module, name, None) is value for name, value in flags.items())
+        # Later versions of transformers set it.
+        and not getattr(module, "has_post_expert_norm", False)
         and getattr(type(module)._apply_gate, "__name__", "") == "_default_apply_gate"
         and gate_up.is_floating_point()
         and hasattr(module, "act_fn")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
@@ -224,14 +225,23 @@ def pipeline_entry(config: Any) -> dict[str, Any]:
     return {"impl": f"{Path(__file__).stem}.{SievePipeline.__name__}", "pt": [served.__name__], "type": "text"}
 
 
+class _InstalledTask(dict[str, Any]):
+    """What the registry of pipelines knows of a task; its pipeline is imported when it is asked for."""
+
+    def __getitem__(self, key: str) -> Any:
+        # Versions of transformers before 5.23 take a class alone, not its name.
+        if key == "impl":
+            return import_module("optimum_sieve.prediction.pipeline").SievePipeline
+        return super().__getitem__(key)
+
+
 def register_pipeline(name: str) -> None:
     """Let `pipeline(name)` use the installed package, without trust in the code of a checkpoint."""
-    PIPELINE_REGISTRY.supported_tasks[name] = {
-        # Imported when a pipeline is made.
-        "impl": "optimum_sieve.prediction.pipeline.SievePipeline",
-        "pt": (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification),
-        "type": "text",
-    }
+    PIPELINE_REGISTRY.supported_tasks[name] = _InstalledTask(
+        impl=None,
+        pt=(AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification),
+        type="text",
+    )
 
 
 def _check_head(model: Any) -> None:

@@ -54,7 +54,9 @@ def test_settings_of_the_command_line_reach_the_run(model: Path, tmp_path: Path)
 
 def test_fractions_divide_all_rows_of_a_data_set_anew(tmp_path: Path) -> None:
     benchmark = load_benchmark("defaults")
-    rows = [{"question": f"Is {number} a number?", "context": f"{number} is one.", "answer": "yes"} for number in range(60)]
+    rows = [
+        {"question": f"Is {number} a number?", "context": f"{number} is one.", "answer": "yes"} for number in range(60)
+    ]
     folder = tmp_path / "data" / "pubmedqa"
     folder.mkdir(parents=True)
     for index, split in enumerate(("train", "validation", "test")):

@@ -6,6 +6,7 @@ import json
 import pickle
 from typing import TYPE_CHECKING
 
+import pytest
 import tiny_models
 import torch
 import transformers
@@ -90,6 +91,7 @@ def test_checkpoint_names_of_the_base_architecture_are_kept(tmp_path: Path) -> N
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(pruned))
 
 
+@pytest.mark.skipif(not hasattr(transformers, "InternLM3Config"), reason="transformers 5.16 has no such architecture")
 def test_a_borrowed_model_class_has_a_name_for_each_configuration(tmp_path: Path) -> None:
     settings = {**tiny_models.ARCHITECTURES["llama"][2], "head_dim": 8}
     model = AutoModelForCausalLM.from_config(transformers.InternLM3Config(**settings)).eval()

@@ -285,10 +285,11 @@ def test_a_factorized_factor() -> None:
 
 
 def test_weights_packed_in_gguf_blocks() -> None:
-    from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+    # transformers 5.16 always dequantizes.
+    module = pytest.importorskip("transformers.quantizers.quantizer_gguf")
 
     model = make_tiny_model("llama")
-    model.hf_quantizer = GgufHfQuantizer(transformers.GgufConfig())
+    model.hf_quantizer = module.GgufHfQuantizer(transformers.GgufConfig())
     model.hf_quantizer.packed_modules = {"model.layers.0.mlp.up_proj.weight": nn.Linear(1, 1)}
     with pytest.raises(
         ValueError, match=r"`model` must hold plain weights, got .* GGUF blocks.*GgufConfig\(dequantize=True\)"

@@ -204,7 +204,9 @@ def test_gradient_checkpointing_does_not_change_the_gradients(llama_directory: P
     for checkpointing in (False, True):
         model = AutoModelForCausalLM.from_pretrained(llama_directory).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            # The second is its name before transformers 5.22.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         ids = make_input_ids()
         model(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
