@@ -10,7 +10,7 @@ QUANTO := $(VENV)/quanto
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test suite quanto soak check lint types imports pages project docs style clean
+.PHONY: help demo test suite quanto soak compatibility serving check lint types imports pages project docs style clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -43,6 +43,12 @@ quanto: $(QUANTO)
 
 soak: $(INSTALLED) ## Kill runs, fill disks, alter models and generate inputs by the thousand (SOAK_ARGS: options)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(SOAK_ARGS)
+
+compatibility: $(INSTALLED) ## Run tests under other versions of other packages, write docs/compatibility.md (ENVIRONMENTS)
+	$(BIN)/python tests/compatibility/run.py $(ENVIRONMENTS)
+
+serving: $(INSTALLED) ## Serve the demo's model with vLLM on the CPU: its tests, then tokens per second
+	$(BIN)/python tests/compatibility/run.py vLLM --then benchmarks/serving.py $(SERVING_ARGS)
 
 check: lint types imports pages project ## Lint, format, types, import rules, documentation, version
 

@@ -1,12 +1,13 @@
-"""Fit a quantization with bitsandbytes, torchao or quanto to the shapes of a pruned model.
+"""Fit a quantization with bitsandbytes, torchao, quanto or llm-compressor to the shapes of a pruned model.
 
-The quantizers of transformers treat the factors like any `torch.nn.Linear`. But none of them supports a weight without
+Quantizers treat the factors like any `torch.nn.Linear`. But none of them supports a weight without
 elements, and the group size must divide the row length, which for a last factor is the rank.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ _SKIPPED = {
     "bitsandbytes": "llm_int8_skip_modules",
     "torchao": "modules_to_not_convert",
     "quanto": "modules_to_not_convert",
+    "llm-compressor": "ignore",
 }
 # The 4-bit CPU kernels of bitsandbytes need multiples of these numbers of rows and columns. Some return wrong results
 # if a block of 64 extends past the end of a row.
@@ -49,9 +51,9 @@ def compatible(
         config ([`~transformers.PreTrainedConfig`]):
             Configuration of the pruned or dense model, from `AutoConfig.from_pretrained`. The model is assumed to be
             loaded with its head.
-        quantization_config (`BitsAndBytesConfig`, `TorchAoConfig` or `QuantoConfig`):
-            For `from_pretrained`; not changed. Modules that it skips stay skipped; if it names none, the output
-            embeddings are skipped, as in transformers.
+        quantization_config (`BitsAndBytesConfig`, `TorchAoConfig`, `QuantoConfig` or a modifier of llm-compressor):
+            For `from_pretrained`, or for `llmcompressor.oneshot`, such as its `GPTQModifier`; not changed. Modules that
+            it skips stay skipped; if it names none, the output embeddings are skipped, as in transformers.
         exclude_modules (`Sequence[str]`):
             `fnmatch` patterns of more linears to skip, such as `("left", "rest")`; a pattern also matches the end of a
             name after a dot.
@@ -76,12 +78,12 @@ def compatible(
 
     ```
     """
-    method = getattr(quantization_config, "quant_method", None)
-    method = str(getattr(method, "value", method))
+    method = _method(quantization_config)
     if method not in _SKIPPED:
         raise ValueError(
-            "`quantization_config` must be a BitsAndBytesConfig, TorchAoConfig or QuantoConfig, got "
-            f"{type(quantization_config).__name__}. For other methods, name the modules to skip yourself."
+            "`quantization_config` must be a BitsAndBytesConfig, TorchAoConfig, QuantoConfig or a modifier of "
+            f"llm-compressor, got {type(quantization_config).__name__}. For other methods, name the modules to skip "
+            "yourself."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("`config` must be of a model that is not quantized, got one that is. Load it as it is.")
@@ -97,10 +99,24 @@ def compatible(
     ]
     named = getattr(quantization_config, _SKIPPED[method])
     # A list replaces the default of transformers, which skips the head and tied weights.
-    named = sorted(get_keys_to_not_convert(empty)) if named is None else named
+    if named is None or (method == "llm-compressor" and not named):
+        named = sorted(get_keys_to_not_convert(empty))
+    skipped = list(dict.fromkeys([*named, *left_out]))
+    if method == "llm-compressor":
+        # A modifier reads its fields once, when it is made.
+        return type(quantization_config)(**quantization_config.model_dump(exclude_unset=True) | {"ignore": skipped})
     fitted = copy.copy(quantization_config)
-    setattr(fitted, _SKIPPED[method], list(dict.fromkeys([*named, *left_out])))
+    setattr(fitted, _SKIPPED[method], skipped)
     return fitted
+
+
+def _method(quantization_config: Any) -> str:
+    """Return the name of the library that a configuration is for, or of a method without a rule here."""
+    # llm-compressor's modifiers name no method; each resolves to a configuration of compressed-tensors.
+    if hasattr(quantization_config, "resolve_quantization_config"):
+        return "llm-compressor"
+    method = getattr(quantization_config, "quant_method", None)
+    return str(getattr(method, "value", method))
 
 
 def _fits(rows: int, columns: int, multiples: tuple[int, int]) -> bool:
@@ -112,6 +128,11 @@ def _multiples(quantization_config: Any, name: str, device: torch.device) -> tup
     """Return the numbers that the rows and columns of the weight called `name` must be multiples of."""
     if getattr(quantization_config, "load_in_4bit", False) and device.type == "cpu":
         return _CPU_4BIT
+    if _method(quantization_config) == "llm-compressor":
+        schemes = quantization_config.resolve_quantization_config().config_groups.values()
+        sizes = (getattr(scheme.weights, "group_size", None) for scheme in schemes)
+        # -1 means one scale for a row.
+        return 1, math.lcm(*(size for size in sizes if isinstance(size, int) and size > 0))
     settings = _torchao_settings(getattr(quantization_config, "quant_type", None), name)
     granularities = (getattr(settings, kind, None) for kind in ("granularity", "weight_granularity"))
     sizes = (getattr(owner, "group_size", None) for owner in (settings, *granularities))

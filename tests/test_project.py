@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -27,6 +28,19 @@ def test_changelog_begins_with_the_package_version():
     assert heading is not None
     assert heading[1] == optimum_sieve.__version__
     assert heading[2] == "unreleased" if "dev" in heading[1] else re.fullmatch(r"\d{4}-\d\d-\d\d", heading[2])
+
+
+def test_the_page_of_other_versions_shows_the_runs():
+    sys.path.insert(0, str(ROOT / "tests" / "compatibility"))
+    try:
+        import run
+    finally:
+        sys.path.pop(0)
+    results = json.loads(run.RESULTS.read_text(encoding="utf-8"))
+    assert read("docs/compatibility.md").partition(run.MARK)[2] == run.render(results)
+    environments = run.read_environments()
+    assert [name for name in environments if name in results] == list(results)
+    assert all(results[name]["tests"] == list(environments[name].tests) for name in results)
 
 
 def test_every_requirement_has_a_tested_version():

@@ -3,6 +3,7 @@
     python tests/compatibility/run.py                              # every environment: hours
     python tests/compatibility/run.py 'transformers 5.16' vLLM     # these, whose rows of the table are replaced
     python tests/compatibility/run.py --render                     # the table alone, of the runs before
+    python tests/compatibility/run.py vLLM --then benchmarks/serving.py --eager    # then a script, in its environment
 
 Environments are made in `.venv/compatibility` and made anew where environments.yaml or the project's requirements
 changed.
@@ -87,7 +88,12 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(environments)}; default: all")
     parser.add_argument("--render", action="store_true", help="write the page alone")
+    parser.add_argument(
+        "--then", nargs=argparse.REMAINDER, metavar="SCRIPT", help="run this after the tests of one NAME"
+    )
     arguments = parser.parse_args(words)
+    if arguments.then and len(arguments.names) != 1:
+        parser.error("--then requires one NAME")
     if unknown := set(arguments.names) - environments.keys():
         parser.error(f"NAME must be one of {', '.join(environments)}, got {', '.join(sorted(unknown))}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -101,6 +107,9 @@ def main(words: list[str] | None = None) -> int:
         print(*table(ordered)[-1:], sep="\n", flush=True)
     before = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     PAGE.write_text(f"{before}{MARK}{render(results)}", encoding="utf-8")
+    if arguments.then:
+        python = make(environments[arguments.names[0]])
+        failed += subprocess.run([str(python), *arguments.then], cwd=ROOT, check=False).returncode
     return int(failed > 0)
 
 

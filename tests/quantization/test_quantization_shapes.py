@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -151,6 +153,32 @@ def test_quantized_models_and_other_methods_are_refused(directories: dict[str, P
     with pytest.raises(ValueError, match="`config` must be of a model that is not quantized, got one that is"):
         fit(directory, eight)
     with pytest.raises(
-        ValueError, match=r"`quantization_config` must be a BitsAndBytesConfig, .* or QuantoConfig, got LlamaConfig"
+        ValueError, match=r"`quantization_config` must be a BitsAndBytesConfig, .* of llm-compressor, got LlamaConfig"
     ):
         fit(directories["llama"], LlamaConfig())
+
+
+@dataclass
+class Modifier:
+    """What `compatible` reads of a modifier of llm-compressor, which no environment of these tests has."""
+
+    group_size: int | None
+    ignore: list[str] = field(default_factory=list)
+
+    def resolve_quantization_config(self) -> Any:
+        scheme = SimpleNamespace(weights=SimpleNamespace(group_size=self.group_size))
+        return SimpleNamespace(config_groups={"group_0": scheme, "group_1": SimpleNamespace(weights=None)})
+
+    def model_dump(self, *, exclude_unset: bool) -> dict[str, Any]:
+        assert exclude_unset
+        return vars(self).copy()
+
+
+@pytest.mark.parametrize(("size", "expected"), [(None, EMPTY), (-1, EMPTY), (32, f"{EMPTY} v.left")])
+def test_a_modifier_of_llm_compressor(odd_ranks: Path, size: int | None, expected: str) -> None:
+    given = Modifier(size)
+    fitted = fit(odd_ranks, given)
+    assert fitted.ignore[0] == "lm_head"
+    assert set(fitted.ignore[1:]) == attention_names(expected)
+    assert (given.ignore, fitted.group_size) == ([], size)
+    assert fit(odd_ranks, Modifier(None, ["embed"])).ignore[0] == "embed"
