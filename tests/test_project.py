@@ -41,6 +41,8 @@ def test_the_page_of_other_versions_shows_the_runs():
     environments = run.read_environments()
     assert [name for name in environments if name in results] == list(results)
     assert all(results[name]["tests"] == list(environments[name].tests) for name in results)
+    jobs = yaml.safe_load(read(".github/workflows/nightly.yml"))["jobs"]
+    assert jobs["packages"]["strategy"]["matrix"]["environment"] == list(environments)
 
 
 def test_every_requirement_has_a_tested_version():
