@@ -6,6 +6,8 @@ import json
 import logging
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +99,18 @@ def pushing(repo_id: str) -> Iterator[None]:
         HfHubHTTPError: If the Hub refuses; an `OSError`.
         ConnectionError: If the push was interrupted.
     """
-    # The HTTP client of huggingface_hub, which does not wrap its network errors.
-    from httpx2 import HTTPError
     from huggingface_hub.errors import HfHubHTTPError
+
+    # huggingface_hub does not wrap the network errors of its HTTP client, which was httpx before 2.0.
+    clients = [import_module(name) for name in ("httpx2", "httpx") if find_spec(name) is not None]
+    network_errors = tuple(client.HTTPError for client in clients)
 
     try:
         yield
     except HfHubHTTPError as error:
         error.append_to_message(f" {_REMEDIES.get(error.response.status_code, '')}".rstrip())
         raise
-    except (HTTPError, RuntimeError) as error:
+    except (*network_errors, RuntimeError) as error:
         # The message of the client's wrapper only names the file, its cause the reason.
         raise ConnectionError(
             f"The push to {repo_id!r} did not complete: {error} {error.__cause__ or ''}".rstrip()

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import transformers
-from packaging import version
-from quantized_checkpoints import save_block_fp8, save_mxfp4, set_quantization
+from quantized_checkpoints import needs_block_fp8, save_block_fp8, save_mxfp4, set_quantization
 from safetensors.torch import load_file
 from toy import VOCABULARY, load_task, make_model, make_tokenizer, unhealed
 from transformers import (
@@ -30,9 +28,6 @@ from optimum_sieve.backbone.loading import load_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-needs_block_fp8 = pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.17"), reason="transformers 5.16 cannot read block FP8"
-)
 CONFIG = unhealed(pruning_ratio=0.3, rounds=1)
 IDS = torch.arange(8)[None]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from quantized_checkpoints import save_block_fp8
+from quantized_checkpoints import needs_block_fp8, save_block_fp8
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_pruned_model, make_tiny_model
 from toy import load_task, make_model, make_tokenizer, parity_rows, unhealed
@@ -141,6 +141,7 @@ def fp8_traces(model: Any, directory: Path) -> Any:
     return model
 
 
+@needs_block_fp8
 @pytest.mark.parametrize("write", [save_merged, save_dense])
 def test_every_writer_refuses_and_leaves_what_was_there(write: Any, tmp_path: Path) -> None:
     model = fp8_traces(make_pruned_model("llama", hidden_size=64, storage="factors"), tmp_path / "base")

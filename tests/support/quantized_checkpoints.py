@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
+import transformers
+from packaging import version
 from safetensors.torch import load_file, save_file
 
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BLOCK = 16
+needs_block_fp8 = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.17"), reason="transformers 5.16 cannot read block FP8"
+)
 
 
 def save_block_fp8(model: PreTrainedModel, directory: Path) -> Path:
