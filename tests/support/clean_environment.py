@@ -19,8 +19,13 @@ def make_clean_environment(root: Path) -> Path:
     sources = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     # An environment of `make compatibility` lies in front of another one.
     sources += [path for path in sys.path if Path(path).name == "site-packages"]
+    taken = set()
     for source in dict.fromkeys(sources):
         for entry in Path(source).iterdir():
-            if entry.suffix != ".pth" and "optimum_sieve" not in entry.name and not (target / entry.name).exists():
+            # The metadata of a package have its version in their name.
+            name = entry.name.partition("-")[0] if entry.suffix == ".dist-info" else entry.name
+            key = (name, entry.suffix == ".dist-info")
+            if entry.suffix != ".pth" and "optimum_sieve" not in name and key not in taken:
+                taken.add(key)
                 (target / entry.name).symlink_to(entry)
     return Path(sysconfig.get_path("scripts", vars=base)) / "python"
