@@ -13,13 +13,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# Options with the forms that they are for.
+_REQUIRED = {"max_difference": ("onnx",), "max_shard_size": ("dense", "factors")}
+
+
 class ExportCommand(SieveSubcommand):
-    """Write a pruned model in a format that does not need optimum-sieve."""
+    """Write a pruned model in another format."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options of `optimum-cli sieve export`."""
-        parser.description = "Convert a pruned model to a dense model of its base architecture, or to an ONNX graph."
+        parser.description = (
+            "Convert a pruned model to one of plain factors, to a dense model of its base architecture, or to an ONNX "
+            "graph."
+        )
         parser.add_argument("--model", metavar="MODEL", required=True, help="Hub id or directory of the pruned model.")
         parser.add_argument("--output", metavar="DIR", required=True, help="Directory for the exported model.")
         form = parser.add_mutually_exclusive_group(required=True)
@@ -27,6 +34,12 @@ class ExportCommand(SieveSubcommand):
             "--dense",
             action="store_true",
             help="Multiply the factors out: dense size and speed, loads with plain transformers.",
+        )
+        form.add_argument(
+            "--factors",
+            action="store_true",
+            help="Stay pruned, with every layer stored as two plain factors of rank 1 or more: for tensor parallelism "
+            "and vLLM.",
         )
         form.add_argument(
             "--onnx",
@@ -45,21 +58,25 @@ class ExportCommand(SieveSubcommand):
             help="With --onnx: maximum logit difference, relative to the largest logit (default: 0.001).",
         )
         parser.add_argument(
-            "--max-shard-size", metavar="SIZE", help="With --dense: maximum size of a weight file, such as 2GB."
+            "--max-shard-size",
+            metavar="SIZE",
+            help="With --dense or --factors: maximum size of a weight file, such as 2GB.",
         )
         parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
         add_debug(parser)
 
     def execute(self, arguments: Namespace) -> None:
         """Load the model, export it and print the directory."""
-        for option, form in (("max_difference", "onnx"), ("max_shard_size", "dense")):
-            if getattr(arguments, option) is not None and not getattr(arguments, form):
-                self.parser.error(f"--{option.replace('_', '-')} requires --{form}")
+        for option, forms in _REQUIRED.items():
+            if getattr(arguments, option) is not None and not any(getattr(arguments, form) for form in forms):
+                required = " or ".join(f"--{form}" for form in forms)
+                self.parser.error(f"--{option.replace('_', '-')} requires {required}")
         with reserved_output(arguments):
             self._export(arguments)
 
     def _export(self, arguments: Namespace) -> None:
         from optimum_sieve.export.dense import save_dense
+        from optimum_sieve.export.factors import save_factors
         from optimum_sieve.export.onnx import TOLERANCE, check_onnx_packages, export_onnx
         from optimum_sieve.publish.card import base_license
 
@@ -74,7 +91,8 @@ class ExportCommand(SieveSubcommand):
         else:
             if arguments.max_shard_size is not None:
                 common["max_shard_size"] = arguments.max_shard_size
-            save_dense(model, tokenizer, arguments.output, progress=True, **common)
+            save = save_dense if arguments.dense else save_factors
+            save(model, tokenizer, arguments.output, progress=True, **common)
         print(f"saved in {arguments.output}")
 
 

@@ -1,7 +1,7 @@
 """Write a pruned model in another format.
 
-In: a pruned model. Out: a plain dense checkpoint (`dense.save_dense`) or an ONNX graph (`onnx.export_onnx`). Only the
-`export` command imports this folder.
+In: a pruned model. Out: a pruned model of plain factors (`factors.save_factors`), a plain dense checkpoint
+(`dense.save_dense`) or an ONNX graph (`onnx.export_onnx`). Only the `export` command imports this folder.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ from optimum_sieve._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .dense import export_dense, save_dense
+    from .factors import export_factors, save_factors
     from .onnx import export_onnx
 
-__all__ = ["export_dense", "export_onnx", "save_dense"]
+__all__ = ["export_dense", "export_factors", "export_onnx", "save_dense", "save_factors"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"dense": ["export_dense", "save_dense"], "onnx": ["export_onnx"]})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "dense": ["export_dense", "save_dense"],
+        "factors": ["export_factors", "save_factors"],
+        "onnx": ["export_onnx"],
+    },
+)
