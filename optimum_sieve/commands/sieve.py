@@ -81,7 +81,7 @@ class SieveCommand(SieveGroup):
         ),
         CommandInfo(
             name="export",
-            help="Convert a pruned model to a dense model or to an ONNX graph.",
+            help="Convert a pruned model to plain factors, a dense model, an ONNX graph or a GGUF file.",
             subcommand_class=ExportCommand,
         ),
         CommandInfo(

@@ -119,7 +119,7 @@ def save_dense(
         files=lambda: inherited_files(source, revision, with_results=True, label_offsets=block.get(KEY) or ()),
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
-        needed_bytes=tensor_bytes(model) + sum(map(_added_bytes, layers.values())),
+        needed_bytes=tensor_bytes(model) + added_bytes(layers),
     )
 
 
@@ -218,8 +218,12 @@ def _add_zero_biases(model: nn.Module, dense_modules: Mapping[str, Any]) -> None
             module.bias = nn.Parameter(weight.new_zeros(module.out_features), requires_grad=weight.requires_grad)
 
 
+def added_bytes(layers: Mapping[str, FactorizedLinear]) -> int:
+    """Return how many bytes more the layers take as dense ones."""
+    return sum(map(_added_bytes, layers.values()))
+
+
 def _added_bytes(layer: FactorizedLinear) -> int:
-    """Return how many bytes more the dense layer takes."""
     parameters = list(layer.parameters())
     size = layer.out_features * layer.in_features - sum(parameter.numel() for parameter in parameters)
     return size * parameters[0].element_size()

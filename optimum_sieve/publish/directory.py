@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,8 @@ def save_directory(
     Args:
         output_dir (`str | Path`): A new or empty directory.
         write_model (`Callable[[Path], None]`): Writes the model to a directory; called after the check.
-        tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
+        tokenizer (`PreTrainedTokenizerBase`): Saved with the model; with its SentencePiece file, if it was loaded from
+            one that still fits.
         card (`Callable[[], object]`): Makes the model card, whose `str` becomes README.md; called after everything else
             is written.
         report (`dict[str, Any]`, *optional*): Becomes `sieve_report.json`, with the size of the weights as written, and
@@ -64,7 +67,7 @@ def save_directory(
     output = Path(output_dir)
     with reserved(output, overwrite, needed_bytes=needed_bytes, inputs=inputs), whole_directory(output) as partial:
         write_model(partial)
-        tokenizer.save_pretrained(partial)
+        _save_tokenizer(tokenizer, partial)
         if report is not None:
             report["bytes"]["after"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
             write_report(report, partial / REPORT_NAME)
@@ -73,3 +76,23 @@ def save_directory(
             (partial / name).write_text(text, encoding="utf-8", newline="")
         (partial / "README.md").write_text(str(card()), encoding="utf-8", newline="")
     return output
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer, and what converters read of a SentencePiece one besides `tokenizer.json`.
+
+    transformers saves neither its file nor, for a tokenizer with one, which tokens were added to it. A tokenizer that
+    was reduced has forgotten the file, which no longer fits.
+    """
+    tokenizer.save_pretrained(directory)
+    file = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if file.suffix != ".model" or not file.is_file():
+        return
+    if not (directory / file.name).exists():
+        # Not the link in the cache of the Hub.
+        shutil.copyfile(file, directory / file.name)
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    config.setdefault("added_tokens_decoder", {str(number): token.__getstate__() for number, token in added})
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

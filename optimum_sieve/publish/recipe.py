@@ -144,6 +144,15 @@ def recipe_files(
     return {RECIPE_NAME: recipe_text(base_model, specs, report["settings"], loading)}
 
 
+def recipe_specs(text: str | None) -> list[dict[str, Any]]:
+    """Return the tasks in the content of a `sieve.yaml`; none of a missing or damaged one, or where they are paths."""
+    try:
+        tasks = yaml.safe_load(text or "")["tasks"]
+    except (yaml.YAMLError, KeyError, TypeError):
+        return []
+    return tasks if isinstance(tasks, list) and all(isinstance(task, dict) for task in tasks) else []
+
+
 def recipe_command(
     report: Mapping[str, Any], specs: Sequence[Mapping[str, Any]], *, base_model: str | None
 ) -> str | None:

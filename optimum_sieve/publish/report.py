@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 REPORT_NAME = "sieve_report.json"
 # That of `modeling.fingerprint`, which imports torch.
 DIGEST_KEY = "weights_sha256"
+# Key of the form in which the model was exported after it was scored.
+EXPORT_KEY = "exported"
 # Keys of what holds for the weights of the pruned model alone.
 _MEASURED = (
     *("pruned", "paired_difference", "difference_to_tuned", "agreement", "kl", "answers", "healing"),

@@ -22,8 +22,8 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _GRID = (np.arange(31) / 30) ** 2
 
 
-def _place(name: str) -> tuple[str, str]:
-    """Return the layer and the kind of a matrix; the experts of a layer are of one kind."""
+def matrix_place(name: str) -> tuple[str, str]:
+    """Return the layer and the kind of a matrix by its name; the experts of a layer are of one kind."""
     layer, kind = split_name(name)
     return layer, _INDEX.sub("*", kind)
 
@@ -50,7 +50,7 @@ def rank_section(matrices: Iterable[tuple[str, int | None, float]]) -> dict[str,
     ranks: dict[tuple[str, str], list[int]] = {}
     kept: dict[tuple[str, str], list[float]] = {}
     for name, rank, fraction in matrices:
-        place = _place(name)
+        place = matrix_place(name)
         kept.setdefault(place, []).append(fraction)
         ranks.setdefault(place, []).extend([] if rank is None else [rank])
     layers, kinds = (list(dict.fromkeys(place[side] for place in kept)) for side in (0, 1))
@@ -84,7 +84,7 @@ def spectra_section(energies: Mapping[str, NDArray[np.float64]]) -> dict[str, An
         if len(energy) and total > 0:
             left = 1 - np.concatenate([[0.0], np.cumsum(energy)]) / total
             at = np.interp(_GRID * len(energy), np.arange(len(energy) + 1), left)
-            shares.setdefault(_place(name)[1], []).append(at.clip(0, 1))
+            shares.setdefault(matrix_place(name)[1], []).append(at.clip(0, 1))
     if not shares:
         return None
     return {

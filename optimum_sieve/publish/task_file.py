@@ -142,6 +142,19 @@ def _widget_example(spec: dict[str, Any], kind: str) -> dict[str, Any] | None:
     return example
 
 
+def inherited_text(model: str | Path | None, revision: str | None, name: str) -> str | None:
+    """Return the text of a file of a model in a directory or on the Hub; `None` if there is none or it is no text."""
+    from transformers.utils.hub import cached_file
+
+    if not model:
+        return None
+    try:
+        file = cached_file(str(model), name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if file is None else Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
 def inherited_files(
     model: str | Path | None,
     revision: str | None = None,
@@ -161,17 +174,10 @@ def inherited_files(
     Returns:
         `dict[str, str]`: Empty if the model has no such file, or it is damaged.
     """
-    from transformers.utils.hub import cached_file
-
-    if not model:
-        return {}
     try:
-        file = cached_file(str(model), TASK_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if file is None:
-            return {}
-        content: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(inherited_text(model, revision, TASK_NAME) or "")
         tasks = [dict(task) for task in content["tasks"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
     for task in tasks:
         labels = list((task.get("labels") or {}).values())

@@ -19,7 +19,7 @@ _MODEL = (
     *("sieve_config.json", _CONFIG, "generation_config.json"),
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json"),
-    *("model.onnx", "model.onnx.data", "export.json"),
+    *("model.onnx", "model.onnx.data", "export.json", "model.gguf"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("vocab.json", "vocab.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json"),
     *(

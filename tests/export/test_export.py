@@ -339,9 +339,15 @@ def test_the_command_refuses_before_it_loads_weights(
     for words, status, message in (
         (["--model", saved, "--output", tmp_path / "full", "--dense"], 1, "must be new or empty"),
         (["--model", dense, "--output", tmp_path / "new", "--dense"], 1, "must be a pruned model"),
-        (["--model", saved, "--output", tmp_path / "new"], 2, "one of the arguments --dense --onnx is required"),
+        (["--model", saved, "--output", tmp_path / "new"], 2, "arguments --dense --factors --onnx --gguf is required"),
         (["--model", saved, "--output", tmp_path / "new", "--dense", "--max-difference", "1"], 2, "requires --onnx"),
         (["--model", saved, "--output", tmp_path / "new", "--onnx", "--max-shard-size", "1GB"], 2, "requires --dense"),
+        (["--model", saved, "--output", tmp_path / "new", "--dense", "--outtype", "f16"], 2, "requires --gguf"),
+        (
+            ["--model", saved, "--output", tmp_path / "new", "--gguf", "--converter", tmp_path],
+            1,
+            "must be a checkout of",
+        ),
     ):
         assert run(monkeypatch, *words) == status, words
         assert message in capsys.readouterr().err

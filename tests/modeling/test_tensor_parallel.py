@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import factors_layer, logits, make_input_ids, make_pruned_model, make_tiny_model, pivoted_layer, save
 from torch import nn
+from toy import make_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from two_processes import run_in_two_processes
 
+from optimum_sieve.export.factors import save_factors
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
@@ -154,6 +156,14 @@ def test_two_processes_share_factors_of_any_rank(tmp_path: Path) -> None:
     torch.testing.assert_close(found, logits(pruned), rtol=0, atol=1e-5)
     names = {name.partition(".layers.0.")[2] for name in shapes}
     assert {"self_attn.q_proj.left.weight", "mlp.up_proj.left.weight", "mlp.down_proj.right.weight"} < names
+
+
+def test_two_processes_share_what_was_pivoted(tmp_path: Path) -> None:
+    pruned = make_pruned_model("llama", storage="pivoted")
+    expected = logits(pruned)
+    found, shapes = logits_of_two_processes(save_factors(pruned, make_tokenizer(), tmp_path / "factors"), tmp_path)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert shapes["model.layers.0.self_attn.q_proj.left.weight"][0] == 16
 
 
 @exact_names

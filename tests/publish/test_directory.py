@@ -6,9 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers import AddedToken
 from toy import make_model, make_tokenizer
+from transformers import AutoTokenizer
+from vocabulary_world import byte_fallback
 
+from optimum_sieve.backbone.fingerprint import tokenizer_fingerprint
 from optimum_sieve.publish.directory import save_directory
+from optimum_sieve.vocabulary.tokenizer import reduce_tokenizer
 
 
 if TYPE_CHECKING:
@@ -56,3 +61,37 @@ def test_an_output_that_is_refused_costs_no_work(tmp_path: Path) -> None:
         save_directory(tmp_path, fail, make_tokenizer(), fail)
     with pytest.raises(OSError, match=r"`output_dir` must have room for .* GB"):
         save_directory(tmp_path / "out", fail, make_tokenizer(), fail, needed_bytes=10**18)
+
+
+def test_the_file_of_a_sentencepiece_tokenizer_is_saved_while_it_fits(tmp_path: Path) -> None:
+    base, snapshot = tmp_path / "base", tmp_path / "snapshot"
+    made = byte_fallback()
+    made.add_tokens([AddedToken("<|user|>", special=True, normalized=False), AddedToken("<tool>", normalized=False)])
+    made.save_pretrained(base)
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    # As the cache of the Hub holds it.
+    snapshot.mkdir()
+    for path in base.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    tokenizer = AutoTokenizer.from_pretrained(snapshot)
+    saved = save_directory(tmp_path / "out", make_model().save_pretrained, tokenizer, lambda: "card")
+    assert not (saved / "tokenizer.model").is_symlink()
+    assert (saved / "tokenizer.model").read_bytes() == b"pieces"
+    loaded = AutoTokenizer.from_pretrained(saved)
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+    text = "<|user|> a <tool> film"
+    assert loaded(text).input_ids == tokenizer(text).input_ids
+    # Converters of such files read from here what was added, and what is special.
+    added = json.loads((saved / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    flags = {token["content"]: (int(number), token["special"]) for number, token in added.items()}
+    ids = made.get_vocab()
+    assert flags == {token: (ids[token], token != "<tool>") for token in ("<unk>", "<s>", "</s>", "<|user|>", "<tool>")}
+
+    again = save_directory(tmp_path / "again", make_model().save_pretrained, loaded, lambda: "card")
+    assert sorted((path.name, path.read_bytes()) for path in again.glob("tok*")) == sorted(
+        (path.name, path.read_bytes()) for path in saved.glob("tok*")
+    )
+    reduced, _ = reduce_tokenizer(loaded, loaded("a lovely film").input_ids)
+    fewer = save_directory(tmp_path / "fewer", make_model().save_pretrained, reduced, lambda: "card")
+    assert not (fewer / "tokenizer.model").exists()
+    assert "added_tokens_decoder" not in json.loads((fewer / "tokenizer_config.json").read_text())
