@@ -83,11 +83,8 @@ class SieveConfigMixin(_ConfigBase):  # type: ignore[no-untyped-call]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`, which names the pipeline that is saved with it."""
-        # Before 5.19 transformers compares with a configuration of defaults alone, which has no ranks.
-        if self.sieve is None:
-            return super().to_dict()
-        # PEFT calls this and then looks up the model type's default targets.
-        if (peft := sys.modules.get("peft.utils.constants")) is not None:
+        # PEFT calls this and then looks up the model type's default targets. A configuration of defaults has no ranks.
+        if (peft := sys.modules.get("peft.utils.constants")) is not None and self.sieve is not None:
             targets = factor_layers(self.sieve["rank_pattern"])
             peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[MODEL_TYPE] = targets
         return {**super().to_dict(), "custom_pipelines": {MODEL_TYPE: pipeline_entry(self)}}

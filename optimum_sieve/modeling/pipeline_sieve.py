@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 TASK_NAME = "sieve_task.json"
 TASK_VERSION = 1
+_INSTALLED = "optimum_sieve.prediction.pipeline"
 # Rows that a stream reads ahead: a multiple of the batch size, since rows of similar length share a batch.
 _AHEAD = 16
 _BATCH_SIZE = 16
@@ -229,19 +230,14 @@ class _InstalledTask(dict[str, Any]):
     """What the registry of pipelines knows of a task; its pipeline is imported when it is asked for."""
 
     def __getitem__(self, key: str) -> Any:
-        # Versions of transformers before 5.23 take a class alone, not its name.
-        if key == "impl":
-            return import_module("optimum_sieve.prediction.pipeline").SievePipeline
-        return super().__getitem__(key)
+        # Before 5.23 transformers takes a class alone, not its name.
+        return import_module(_INSTALLED).SievePipeline if key == "impl" else super().__getitem__(key)
 
 
 def register_pipeline(name: str) -> None:
     """Let `pipeline(name)` use the installed package, without trust in the code of a checkpoint."""
-    PIPELINE_REGISTRY.supported_tasks[name] = _InstalledTask(
-        impl=None,
-        pt=(AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification),
-        type="text",
-    )
+    models = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification)
+    PIPELINE_REGISTRY.supported_tasks[name] = _InstalledTask(impl=_INSTALLED, pt=models, type="text")
 
 
 def _check_head(model: Any) -> None:
