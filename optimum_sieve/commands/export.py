@@ -89,13 +89,16 @@ class ExportCommand(SieveSubcommand):
         from optimum_sieve.export.factors import save_factors
         from optimum_sieve.export.gguf import export_gguf
         from optimum_sieve.export.onnx import TOLERANCE, check_onnx_packages, export_onnx
-        from optimum_sieve.publish.card import base_license
+        from optimum_sieve.publish.origin.terms import read_terms
 
         if arguments.onnx:
             check_onnx_packages()
         gguf_options = _check_gguf(arguments) if arguments.gguf else {}
         model, tokenizer = _load(arguments)
-        common: dict[str, Any] = {"overwrite": arguments.overwrite, "license_id": base_license(arguments.model)}
+        common: dict[str, Any] = {
+            "overwrite": arguments.overwrite,
+            "terms": read_terms(arguments.model, arguments.revision),
+        }
         if arguments.onnx:
             tolerance = TOLERANCE if arguments.max_difference is None else arguments.max_difference
             difference = export_onnx(model, tokenizer, arguments.output, tolerance=tolerance, **common)

@@ -45,7 +45,7 @@ class MergeCommand(SieveSubcommand):
         from optimum_sieve.backbone.sources import read_config
         from optimum_sieve.lora.layer import require_peft
         from optimum_sieve.lora.merge import check_adapter, merge_adapter, save_merged
-        from optimum_sieve.publish.card import base_license
+        from optimum_sieve.publish.origin.terms import read_terms
 
         require_peft()
         check_adapter(arguments.adapter, read_config(arguments.model, revision=arguments.revision))
@@ -59,7 +59,7 @@ class MergeCommand(SieveSubcommand):
             tokenizer,
             arguments.output,
             overwrite=arguments.overwrite,
-            license_id=base_license(arguments.model),
+            terms=read_terms(arguments.model, arguments.revision),
         )
         for name, count in _sizes(merged).items():
             print(f"{name}: {before[name]:,} before, {count:,} after")

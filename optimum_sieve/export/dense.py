@@ -18,6 +18,7 @@ from optimum_sieve.modeling.label_offsets import KEY
 from optimum_sieve.modeling.modeling_sieve import SieveConfigMixin, SievePreTrainedModel
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
+from optimum_sieve.publish.origin.terms import NO_TERMS
 from optimum_sieve.publish.saved import save_model
 from optimum_sieve.publish.task_file import inherited_files
 from optimum_sieve.run.bars import progress_bar
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from optimum_sieve.modeling.layers import FactorizedLinear
+    from optimum_sieve.publish.origin.terms import Terms
 
 
 def export_dense(model: PreTrainedModel, *, progress: bool = False) -> PreTrainedModel:
@@ -73,7 +75,7 @@ def save_dense(
     output_dir: str | Path,
     *,
     overwrite: bool = False,
-    license_id: str | None = None,
+    terms: Terms = NO_TERMS,
     progress: bool = False,
     **options: Any,
 ) -> Path:
@@ -84,7 +86,7 @@ def save_dense(
         tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
         output_dir (`str | Path`): A new or empty directory.
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
-        license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
+        terms (`Terms`): Licence and languages of the base model.
         progress (`bool`): Whether to show a progress bar.
         options: Passed to `save_pretrained`, such as `max_shard_size`.
 
@@ -114,9 +116,10 @@ def save_dense(
             "`trust_remote_code`. Its outputs equal the pruned model's up to rounding; its size and speed are "
             "the dense model's.",
             library_name="transformers",
-            license_id=license_id,
+            terms=terms,
         ),
         files=lambda: inherited_files(source, revision, with_results=True, label_offsets=block.get(KEY) or ()),
+        terms=terms,
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model) + added_bytes(layers),

@@ -19,6 +19,7 @@ from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.publish.card import build_card, build_export_card
 from optimum_sieve.publish.directory import save_directory
+from optimum_sieve.publish.origin.terms import NO_TERMS
 from optimum_sieve.publish.recipe import RECIPE_NAME, recipe_specs
 from optimum_sieve.publish.report import EXPORT_KEY, REPORT_NAME, remove_scores, task_blocks
 from optimum_sieve.publish.saved import save_model
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.publish.origin.terms import Terms
 
 # Measured on the layers as they were stored.
 _OF_THE_STORAGE = ("largest_coefficient", "latency")
@@ -73,7 +76,7 @@ def save_factors(
     output_dir: str | Path,
     *,
     overwrite: bool = False,
-    license_id: str | None = None,
+    terms: Terms = NO_TERMS,
     progress: bool = False,
     **options: Any,
 ) -> Path:
@@ -84,7 +87,7 @@ def save_factors(
         tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
         output_dir (`str | Path`): A new or empty directory.
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
-        license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
+        terms (`Terms`): Licence and languages of the base model.
         progress (`bool`): Whether to show a progress bar.
         options: Passed to `save_pretrained`, such as `max_shard_size`.
 
@@ -111,8 +114,8 @@ def save_factors(
 
     def card() -> object:
         if report is None:
-            return _short_card(model, license_id)
-        return _card(model, report, files(), license_id)
+            return _short_card(model, terms)
+        return _card(model, report, files(), terms)
 
     return save_directory(
         output_dir,
@@ -121,6 +124,7 @@ def save_factors(
         card,
         report=report,
         files=files,
+        terms=terms,
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model) + added_bytes,
@@ -200,7 +204,7 @@ def _fraction(module: nn.Module) -> float:
     return weights / (module.out_features * module.in_features)
 
 
-def _card(model: PreTrainedModel, report: dict[str, Any], files: Mapping[str, str], license_id: str | None) -> object:
+def _card(model: PreTrainedModel, report: dict[str, Any], files: Mapping[str, str], terms: Terms) -> object:
     block = model.config.sieve
     base = block.get("base_model")
     specs = recipe_specs(files.get(RECIPE_NAME))
@@ -215,11 +219,11 @@ def _card(model: PreTrainedModel, report: dict[str, Any], files: Mapping[str, st
         base_revision=block.get("base_revision"),
         task_specs=specs,
         kind=model_kind(model),
-        license_id=license_id,
+        terms=terms,
     )
 
 
-def _short_card(model: PreTrainedModel, license_id: str | None) -> str:
+def _short_card(model: PreTrainedModel, terms: Terms) -> str:
     return build_export_card(
         model.config.sieve,
         kind=model_kind(model),
@@ -227,5 +231,5 @@ def _short_card(model: PreTrainedModel, license_id: str | None) -> str:
         text="all of them plain products of two matrices. Its outputs equal those of the pruned model that it was made "
         "from, up to rounding.",
         library_name="transformers",
-        license_id=license_id,
+        terms=terms,
     )

@@ -20,6 +20,7 @@ from optimum_sieve.modeling.conversion import plain_layers
 from optimum_sieve.modeling.label_offsets import KEY
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
+from optimum_sieve.publish.origin.terms import NO_TERMS
 from optimum_sieve.publish.task_file import inherited_files
 from optimum_sieve.vocabulary.tokenizer import serialized
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.publish.origin.terms import Terms
 
 SCRIPT_NAME, FILE_NAME = "convert_hf_to_gguf.py", "model.gguf"
 _DENSE, _WHOLE = "dense", "whole"
@@ -46,7 +49,7 @@ def export_gguf(
     outtype: str = "f16",
     whole_tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
-    license_id: str | None = None,
+    terms: Terms = NO_TERMS,
     progress: bool = False,
 ) -> Path:
     """Write a pruned model as `model.gguf`, with its tokenizer and a model card; all of it or nothing.
@@ -64,7 +67,7 @@ def export_gguf(
         whole_tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the dense model, with all its tokens; for
             a model of reduced vocabulary, see [`check_vocabulary`].
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
-        license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
+        terms (`Terms`): Licence and languages of the base model.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -86,7 +89,7 @@ def export_gguf(
         check_vocabulary(tokenizer, whole_tokenizer)
 
     def write_model(directory: Path) -> None:
-        save_dense(model, tokenizer, directory / _DENSE, license_id=license_id, progress=progress)
+        save_dense(model, tokenizer, directory / _DENSE, terms=terms, progress=progress)
         if is_reduced and whole_tokenizer is not None:
             whole_tokenizer.save_pretrained(directory / _WHOLE)
         _convert(script, directory, outtype, Path(output_dir).absolute().name)
@@ -107,9 +110,10 @@ def export_gguf(
             text=f"multiplied out and converted by llama.cpp: `{FILE_NAME}`, weights of type `{outtype}`. Its size and "
             "speed are those of the dense model in that type.",
             library_name="gguf",
-            license_id=license_id,
+            terms=terms,
         ),
         files=lambda: inherited_files(*source, with_results=True, label_offsets=block.get(KEY) or ()),
+        terms=terms,
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         # Both are on the disk for a moment; no type takes more than float32.

@@ -19,6 +19,7 @@ from optimum_sieve.modeling.experts import SeparateExperts
 from optimum_sieve.modeling.label_offsets import KEY
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
+from optimum_sieve.publish.origin.terms import NO_TERMS
 from optimum_sieve.publish.task_file import inherited_files
 
 from .dense import base_config
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.publish.origin.terms import Terms
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Rows and tokens of the inputs for the check; the last ones are padded.
@@ -44,7 +47,7 @@ def export_onnx(
     output_dir: str | Path,
     *,
     overwrite: bool = False,
-    license_id: str | None = None,
+    terms: Terms = NO_TERMS,
     tolerance: float = TOLERANCE,
 ) -> float:
     """Write a pruned model as an ONNX graph that keeps the factors, with the exporter of transformers.
@@ -59,7 +62,7 @@ def export_onnx(
         tokenizer (`PreTrainedTokenizerBase`): Saved with the graph.
         output_dir (`str | Path`): A new or empty directory.
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
-        license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
+        terms (`Terms`): Licence and languages of the base model.
         tolerance (`float`): Maximum logit difference, relative to the largest logit.
 
     Returns:
@@ -92,7 +95,7 @@ def export_onnx(
             text="as an ONNX graph, `model.onnx` with its weights in `model.onnx.data`. In ONNX Runtime its logits "
             f"differ from those of the model by at most {difference:.1g} of the largest, on random inputs.",
             library_name="onnx",
-            license_id=license_id,
+            terms=terms,
         ),
         files=lambda: inherited_files(
             model.name_or_path,
@@ -100,6 +103,7 @@ def export_onnx(
             with_results=True,
             label_offsets=model.config.sieve.get(KEY) or (),
         ),
+        terms=terms,
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model),

@@ -16,6 +16,7 @@ from optimum_sieve.modeling.fingerprint import task_names
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.publish.card import build_export_card
 from optimum_sieve.publish.directory import save_directory
+from optimum_sieve.publish.origin.terms import NO_TERMS
 from optimum_sieve.publish.saved import save_model
 from optimum_sieve.publish.task_file import inherited_files
 from optimum_sieve.surgery.factors import recompress
@@ -25,6 +26,8 @@ from .layer import require_peft, whole_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_sieve.publish.origin.terms import Terms
 
 RANKS = ("widen", "keep")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -194,7 +197,7 @@ def save_merged(
     output_dir: str | Path,
     *,
     overwrite: bool = False,
-    license_id: str | None = None,
+    terms: Terms = NO_TERMS,
 ) -> Path:
     """Write the result of [`merge_adapter`], with its tokenizer and a model card; all of it or nothing.
 
@@ -203,7 +206,7 @@ def save_merged(
         tokenizer (`PreTrainedTokenizerBase`): Saved with the model.
         output_dir (`str | Path`): A new or empty directory.
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
-        license_id (`str`, *optional*): Licence of the base model, as the Hub names it.
+        terms (`Terms`): Licence and languages of the base model.
 
     Returns:
         `Path`: `output_dir`.
@@ -223,9 +226,10 @@ def save_merged(
             text="into which a LoRA adapter was merged. Nothing was measured after the merge: "
             "`optimum-cli sieve evaluate` does.",
             library_name="transformers",
-            license_id=license_id,
+            terms=terms,
         ),
         files=lambda: inherited_files(model.name_or_path, getattr(model.config, "_commit_hash", None)),
+        terms=terms,
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model),

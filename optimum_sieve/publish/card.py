@@ -12,6 +12,7 @@ import yaml
 from optimum_sieve.search.genome import split_name
 from optimum_sieve.tasks.templates.python_values import only_in_python
 
+from .origin.terms import NO_TERMS
 from .page.page import PICTURE_NAME
 from .recipe import recipe_command
 from .report import task_blocks
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    from .origin.terms import Terms
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 # Only a model of type `sieve` has the first tag.
@@ -60,7 +63,7 @@ def build_card(
     base_revision: str | None = None,
     task_specs: Sequence[dict[str, Any]] = (),
     kind: str = "causal",
-    license_id: str | None = None,
+    terms: Terms = NO_TERMS,
 ) -> ModelCard:
     """Build the README.md of a pruned model from its report, without network access.
 
@@ -73,8 +76,7 @@ def build_card(
         base_revision (`str`, *optional*): Commit of the dense model on the Hub.
         task_specs (`Sequence[dict[str, Any]]`): Content of each task file, quoted in the card.
         kind (`str`): Kind of the model, see [`model_kind`][optimum_sieve.backbone.kinds.model_kind].
-        license_id (`str`, *optional*):
-            Licence of the dense model, see [`base_license`][optimum_sieve.publish.card.base_license].
+        terms (`Terms`): Of the dense model, see [`read_terms`][optimum_sieve.publish.origin.terms.read_terms].
 
     Returns:
         `huggingface_hub.ModelCard`: Metadata with a model index of the scores of both models and an example of each
@@ -100,7 +102,7 @@ def build_card(
     grid = _rank_grid(rank_pattern)
     files = task_file_names(len(task_blocks(report)))
     card: ModelCard = ModelCard.from_template(
-        _card_data(report, on_hub, f"{name}-sieve", kind, license_id, widget_examples(task_specs, kind)),
+        _card_data(report, on_hub, f"{name}-sieve", kind, terms, task_specs),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         report=report,
         tasks=task_blocks(report),
@@ -129,7 +131,7 @@ def build_card(
 
 
 def build_export_card(
-    block: dict[str, Any], *, kind: str, form: str, text: str, library_name: str, license_id: str | None = None
+    block: dict[str, Any], *, kind: str, form: str, text: str, library_name: str, terms: Terms = NO_TERMS
 ) -> str:
     """Build the README.md of a model that was made from a pruned one: its origin and the scores of the pruned model.
 
@@ -139,7 +141,7 @@ def build_export_card(
         form (`str`): Last word of the heading.
         text (`str`): Follows "with low-rank factors in place of N weight matrices, " in the first paragraph.
         library_name (`str`): Library that loads the model.
-        license_id (`str`, *optional*): Licence of the dense model.
+        terms (`Terms`): Of the dense model.
 
     Returns:
         `str`: Metadata and text.
@@ -153,7 +155,7 @@ def build_export_card(
         pipeline_tag=_PIPELINE_TAGS[kind],
         tags=[*_TAGS[1:], *_KIND_TAGS.get(kind, ())],
         library_name=library_name,
-        license=license_id,
+        **terms.metadata,
     )
     names = ", ".join(f"`{task['task']}`" for task in blocks if "task" in task)
     pruned_for = f" for {names}" if names else ""
@@ -182,30 +184,6 @@ def _scores_line(results: dict[str, Any], num_tasks: int) -> str:
     )
 
 
-def base_license(base_model: str | None) -> str | None:
-    """Return the licence that the card of the dense model declares, or `None` if it is unknown.
-
-    Args:
-        base_model (`str`, *optional*): A directory, whose README.md is read, or a Hub id.
-
-    Returns:
-        `str`, *optional*: The Hub's name of the licence, for example `"apache-2.0"`.
-    """
-    from huggingface_hub import ModelCard, hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    if not base_model:
-        return None
-    try:
-        local = Path(base_model) / "README.md"
-        path = local if Path(base_model).is_dir() else hf_hub_download(base_model, "README.md")
-        declared = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
-    except (OSError, HFValidationError, ValueError, yaml.YAMLError):
-        # Without a readable card or network, the new card has no licence.
-        return None
-    return declared if isinstance(declared, str) else None
-
-
 def public_name(base_model: str | None) -> str | None:
     """Return the Hub id or the last part of a path, as local paths must not be published."""
     return hub_id(base_model) or (Path(base_model).name if base_model else None)
@@ -223,8 +201,8 @@ def _card_data(
     hub_id: str | None,
     name: str,
     kind: str,
-    license_id: str | None,
-    widget: list[dict[str, Any]],
+    terms: Terms,
+    task_specs: Sequence[dict[str, Any]],
 ) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
@@ -233,9 +211,9 @@ def _card_data(
         base_model=hub_id,
         library_name="transformers",
         pipeline_tag=pipeline_tag,
-        license=license_id,
+        datasets=_datasets(task_specs) or None,
         tags=[*_TAGS, *_KIND_TAGS.get(kind, ())],
-        widget=widget or None,
+        widget=widget_examples(task_specs, kind) or None,
         metrics=list(dict.fromkeys(_hub_metric(task)["type"] for task in task_blocks(report))),
         model_name=name,
         eval_results=[
@@ -244,7 +222,14 @@ def _card_data(
             for key in ("pruned", "tuned", "dense")
             if key in task
         ],
+        **terms.metadata,
     )
+
+
+def _datasets(task_specs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the Hub ids of the data sets of tasks."""
+    named = [(spec.get("data") or {}).get("dataset") for spec in task_specs]
+    return list(dict.fromkeys(name for name in named if isinstance(name, str) and "/" in name and hub_id(name)))
 
 
 def _eval_result(task: dict[str, Any], key: str, pipeline_tag: str) -> EvalResult:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_sieve.run.files import whole_directory
 from optimum_sieve.run.outputs import reserved
 
+from .origin.terms import NO_TERMS
 from .page.load import write_pages
 from .report import REPORT_NAME, write_report
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from optimum_sieve.run.outputs import Inputs
 
+    from .origin.terms import Terms
+
 
 def save_directory(
     output_dir: str | Path,
@@ -31,6 +34,7 @@ def save_directory(
     report: dict[str, Any] | None = None,
     files: Callable[[], Mapping[str, str]] = dict,
     examples: Sequence[dict[str, Any]] | None = None,
+    terms: Terms = NO_TERMS,
     overwrite: bool = False,
     needed_bytes: int = 0,
     inputs: Inputs = (),
@@ -51,6 +55,7 @@ def save_directory(
         files (`Callable[[], Mapping[str, str]]`): Returns further texts by the name of their file, such as
             `sieve_task.json`; called after the model is written.
         examples (`Sequence[dict]`, *optional*): Examples for the page alone, see `publish.page.examples`.
+        terms (`Terms`): Of the base model, whose texts are written as well.
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
         needed_bytes (`int`): Bytes that must be free on the disk.
         inputs (`Iterable[tuple[str, str | Path | None]]`): Names of arguments with their paths, from which `output_dir`
@@ -72,7 +77,7 @@ def save_directory(
             report["bytes"]["after"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
             write_report(report, partial / REPORT_NAME)
             write_pages(report, partial, examples)
-        for name, text in files().items():
+        for name, text in {**terms.files, **files()}.items():
             (partial / name).write_text(text, encoding="utf-8", newline="")
         (partial / "README.md").write_text(str(card()), encoding="utf-8", newline="")
     return output

@@ -13,8 +13,9 @@ from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.run import distributed
 from optimum_sieve.surgery.apply import largest_coefficient
 
-from .card import base_license, build_card, hub_id
+from .card import build_card, hub_id
 from .directory import save_directory
+from .origin.terms import read_terms
 from .page.examples import differing
 from .recipe import recipe_files
 from .report import DIGEST_KEY, build_report, remove_scores, task_block, task_blocks
@@ -204,6 +205,7 @@ def save_result(
         options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
 
         specs = [public_task(spec) for spec in task_specs]
+        terms = read_terms(base_model, base_revision)
 
         def write_model(directory: Path) -> None:
             save_model(result.model, directory, **options)
@@ -221,7 +223,7 @@ def save_result(
                 base_revision=base_revision,
                 task_specs=specs,
                 kind=model_kind(result.model),
-                license_id=base_license(base_model),
+                terms=terms,
             ),
             report=result.report,
             files=lambda: {
@@ -229,6 +231,7 @@ def save_result(
                 **recipe_files(result.report, specs, base_model=hub_id(base_model), revision=base_revision),
             },
             examples=examples,
+            terms=terms,
             overwrite=overwrite,
             needed_bytes=result.report["bytes"]["after"],
             inputs=[("model", base_model), ("work_dir", work_dir)],

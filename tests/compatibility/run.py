@@ -111,9 +111,9 @@ def main(words: list[str] | None = None) -> int:
         results[name] = run_tests(environments[name])
         failed += bool(results[name]["failed"])
         # After each one: the next may take an hour.
-        ordered = {name: results[name] for name in environments if name in results}
-        RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-        print(*table(ordered)[-1:], sep="\n", flush=True)
+        results = {name: results[name] for name in environments if name in results}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(*table({name: results[name]})[-1:], flush=True)
     before = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     PAGE.write_text(f"{before}{MARK}{render(results)}", encoding="utf-8")
     if arguments.then:

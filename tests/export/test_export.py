@@ -25,6 +25,7 @@ from optimum_sieve.export.dense import export_dense, save_dense
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.modeling.experts import SeparateExperts, separate_experts
 from optimum_sieve.modeling.layers import FactorizedLinear
+from optimum_sieve.publish.origin.terms import Terms
 
 
 if TYPE_CHECKING:
@@ -211,7 +212,9 @@ def test_the_directory_is_whole(tmp_path: Path) -> None:
     pruned = make_pruned("llama", vocab_size=113)
     pruned.generation_config.max_new_tokens = 7
     expected = logits(pruned)
-    output = save_dense(pruned, make_tokenizer(), tmp_path / "new", license_id="mit", max_shard_size="10KB")
+    terms = Terms({"license": "mit"}, {"LICENSE": "MIT"})
+    output = save_dense(pruned, make_tokenizer(), tmp_path / "new", terms=terms, max_shard_size="10KB")
+    assert (output / "LICENSE").read_text() == "MIT"
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert len(list(output.glob("*.safetensors"))) > 3
     loaded = AutoModelForCausalLM.from_pretrained(output)

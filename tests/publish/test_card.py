@@ -12,7 +12,8 @@ from toy import load_task
 from optimum_sieve import SieveConfig, Task
 from optimum_sieve.commands.base.settings import add_settings, settings_from
 from optimum_sieve.config.tune import TuneConfig
-from optimum_sieve.publish.card import base_license, build_card
+from optimum_sieve.publish.card import build_card
+from optimum_sieve.publish.origin.terms import Terms
 from optimum_sieve.publish.recipe import recipe_files
 from optimum_sieve.publish.reproduction import reproduction_command
 from optimum_sieve.tasks.templates.python_values import only_in_python
@@ -50,7 +51,8 @@ def report():
 
 
 def test_metadata_survives_the_hub_library(report, tmp_path):
-    build_card(report, PATTERN, base_model="org/base", license_id="apache-2.0").save(tmp_path / "README.md")
+    terms = Terms({"license": "apache-2.0"})
+    build_card(report, PATTERN, base_model="org/base", terms=terms).save(tmp_path / "README.md")
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.base_model, data.license, data.library_name) == ("org/base", "apache-2.0", "transformers")
     assert data.pipeline_tag == "text-generation"
@@ -291,20 +293,13 @@ def test_a_local_path_stays_out_of_the_card(report, tmp_path):
         assert "revision" not in card.text
 
 
-@pytest.mark.parametrize(
-    ("front_matter", "expected"),
-    [("---\nlicense: mit\n---\n# A model", "mit"), ("# No metadata", None), ("---\nlicense: [a\n---\n", None)],
-)
-def test_licence_is_read_from_the_base_models_card(tmp_path, front_matter, expected):
-    (tmp_path / "README.md").write_text(front_matter)
-    assert base_license(str(tmp_path)) == expected
-
-
-@pytest.mark.parametrize("base_model", [None, "org/not-in-the-cache", "not a hub id/at all/", "missing-card"])
-def test_licence_that_cannot_be_known_is_left_out(base_model, tmp_path, monkeypatch):
+def test_data_sets_of_the_hub_are_named(report, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "missing-card").mkdir()
-    assert base_license(base_model) is None
+    (tmp_path / "mine" / "rows").mkdir(parents=True)
+    named = ["org/reviews", "mine/rows", "org/reviews"]
+    specs = [{**TASK, "data": {"dataset": name}} for name in named] + [{**TASK, "data": {"files": "rows.jsonl"}}, TASK]
+    assert build_card(report, PATTERN, base_model="org/base", task_specs=specs).data.datasets == ["org/reviews"]
+    assert build_card(report, PATTERN, base_model="org/base", task_specs=[TASK]).data.datasets is None
 
 
 @pytest.mark.parametrize(
