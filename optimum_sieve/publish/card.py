@@ -15,7 +15,7 @@ from optimum_sieve.tasks.templates.python_values import only_in_python
 from .page.page import PICTURE_NAME
 from .recipe import recipe_command
 from .report import task_blocks
-from .reproduction import healing_command, reproduction_command, task_file_names
+from .reproduction import dense_hub_id, dense_name, healing_command, reproduction_command, task_file_names
 from .table import size_changes
 from .task_file import pipeline_usage, widget_examples
 from .trials import answer, decisive, size_name, stop_sentences, verdict, worst
@@ -95,6 +95,7 @@ def build_card(
 
     on_hub = hub_id(base_model)
     name = Path(base_model).name if base_model else "model"
+    dense = dense_name(report, on_hub or name)
     settings = report.get("settings")
     storages = Counter(entry["storage"] for entry in rank_pattern.values()).most_common()
     grid = _rank_grid(rank_pattern)
@@ -118,9 +119,9 @@ def build_card(
         kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
         storage=storages[0][0] if storages else None,
         mixed_storage=len(storages) > 1,
-        recipe=recipe_command(report, task_specs, base_model=on_hub) if settings else None,
-        command=reproduction_command(on_hub or name, settings, report.get("loading"), files) if settings else None,
-        heal_command=healing_command(on_hub or name, report.get("healing", {}), files),
+        recipe=recipe_command(report, task_specs, base_model=dense_hub_id(report, on_hub)) if settings else None,
+        command=reproduction_command(dense, settings, report.get("loading"), files) if settings else None,
+        heal_command=healing_command(dense, report.get("healing", {}), files),
         settings=_yaml(settings or {}),
         usage=pipeline_usage(task_specs),
         task_specs=list(zip(files, map(_yaml, task_specs), map(only_in_python, task_specs), strict=False)),

@@ -67,17 +67,14 @@ class CheckCommand(SieveSubcommand):
 
 
 def _read_tokenizer(arguments: Namespace) -> tuple[PreTrainedTokenizerBase, InputFormat]:
-    from transformers import AutoTokenizer
-
     from optimum_sieve.backbone.kinds import InputFormat, auto_class_name, max_positions
-    from optimum_sieve.backbone.sources import naming_model, read_config
+    from optimum_sieve.backbone.sources import read_config, read_tokenizer
 
     options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.revision is not None:
         options["revision"] = arguments.revision
     config = read_config(arguments.model, **options)
-    with naming_model(arguments.model):
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, **options)
+    tokenizer = read_tokenizer(arguments.model, **options)
     start = getattr(config, "decoder_start_token_id", None)
     kind: Any = _KINDS[auto_class_name(config)]
     return tokenizer, InputFormat(
