@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.backbone.adapters.merging import adapted_name, plain
 from optimum_sieve.backbone.latency import with_latencies
 from optimum_sieve.backbone.loading import load_model
 from optimum_sieve.backbone.sources import check_name
@@ -48,15 +49,16 @@ class SievePruner:
     """Prune one model for one task or several.
 
     Args:
-        model (`PreTrainedModel`): The dense model. `prune` turns it into the pruned one, in place.
+        model (`PreTrainedModel`): The dense model, which `prune` turns into the pruned one, in place. The adapter of a
+            `PeftModel` is merged at once, in place.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer. With `vocabulary="task"`, `prune` replaces it by a smaller
             one.
         task (`Task | Sequence[Task]`): The task, or several with different names.
-        base_model (`str`, *optional*): Name of the dense model for the card and the configuration.
+        base_model (`str`, *optional*): Name of the dense model for the card. Default: that of a `PeftModel`'s base.
         loading (`dict[str, str]`, *optional*): Options it was loaded with, for the command in the card.
 
     Raises:
-        ValueError: If the model is already pruned, neither generates nor classifies, or two tasks have the same name.
+        ValueError: If the model is pruned, neither writes nor classifies or has an adapter that cannot be merged.
     """
 
     def __init__(
@@ -68,13 +70,13 @@ class SievePruner:
         base_model: str | None = None,
         loading: dict[str, str] | None = None,
     ) -> None:
-        check_model(model)
-        self.model = model
+        self.base_model = base_model or adapted_name(model)
+        check_name(self.base_model or "", "base_model")
+        self.model = plain(model)
+        check_model(self.model)
         self.tokenizer = tokenizer
         self.tasks = read_tasks(task)
         check_tasks(self.tasks)
-        check_name(base_model or "", "base_model")
-        self.base_model = base_model
         self.loading = loading
         self.result: SieveResult | None = None
         self._work_dir: str | Path | None = None
@@ -98,14 +100,15 @@ class SievePruner:
         """Load a model and a task.
 
         Args:
-            model (`str | Path | PreTrainedModel`): Hub id, directory or a loaded model (then pass `tokenizer` too).
+            model (`str | Path | PreTrainedModel`): Hub id or directory of a model, or of an adapter of PEFT, which is
+                merged into its base model; or one that is loaded (then pass `tokenizer` too).
             task (`str | Path | dict | Task`): Task file, its content, or a task; or a sequence of those.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Default: the model's.
             dtype (`str | torch.dtype`, *optional*): For example `"bfloat16"`. Default: as the checkpoint was saved.
             device (`str | torch.device`, *optional*): Device to compute on. Default: the GPU if there is one.
             trust_remote_code (`bool`): Whether to run code that is saved with the model or named by an `lm_eval` task.
             gguf_file (`str`, *optional*): Name of a GGUF file in the model's repository or directory.
-            revision (`str`, *optional*): Revision on the Hub.
+            revision (`str`, *optional*): Revision on the Hub; for an adapter in a directory, that of its base model.
             offload_dir (`str | Path`, *optional*): Keep the weights of the model's blocks on disk until they are used:
                 in the checkpoint or, if they need conversion, in a private directory inside this one, which is removed
                 together with the model. For models larger than the memory, with a `memory_limit`.
@@ -282,7 +285,6 @@ class SievePruner:
             return push_folder(self.save_pretrained(Path(directory) / "model"), repo_id, **options)
 
     def _base_revision(self) -> str | None:
-        """Return the commit of a dense model from the Hub."""
         return getattr(self.model.config, "_commit_hash", None)
 
     def _ensure_dense(self) -> None:

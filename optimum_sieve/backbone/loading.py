@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_sieve._messages import cut, listed, shown
 from optimum_sieve.modeling.block import check_block
@@ -20,11 +20,20 @@ from optimum_sieve.modeling.modeling_sieve import SievePreTrainedModel
 from optimum_sieve.run import distributed
 from optimum_sieve.run.scratch import Scratch
 
+from .adapters.merging import check_adapter, is_adapted, merge_files, plain
 from .blockwise import find_blocks
 from .fingerprint import check_digest
 from .kinds import auto_class_name
 from .quantized import check_quantized, quantization_options
-from .sources import naming_model, read_config, source_options
+from .sources import (
+    adapter_of,
+    base_options,
+    naming_base,
+    naming_model,
+    read_config,
+    read_tokenizer,
+    source_options,
+)
 
 
 if TYPE_CHECKING:
@@ -47,14 +56,17 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
     """Return the model, its tokenizer and its name; a loaded model is returned unchanged.
 
+    An adapter of PEFT is merged into its base model, whose name is then returned: in a new model if it is in files, in
+    place if it is a `PeftModel`.
+
     Args:
-        model (`str | Path | PreTrainedModel`): Hub id, directory or a loaded model.
+        model (`str | Path | PreTrainedModel`): Hub id or directory of a model or adapter, or a loaded one.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Required with a loaded model.
         dtype (`str | torch.dtype`, *optional*): Default: as the checkpoint was saved.
         device (`str | torch.device`, *optional*): Default: the accelerator if there is one, else the CPU.
         trust_remote_code (`bool`): Whether code from the model's repository may run.
         gguf_file (`str`, *optional*): Name of a GGUF file in the repository or directory.
-        revision (`str`, *optional*): Revision on the Hub.
+        revision (`str`, *optional*): Revision on the Hub; for an adapter in a directory, that of its base model.
         offload_dir (`str | Path`, *optional*): Leave the weights of the blocks on disk until a block is called: in the
             checkpoint or, if they have to be converted, in a new directory inside this one, which is removed together
             with the model.
@@ -63,20 +75,45 @@ def load_model(
     Raises:
         TypeError: If `model` is neither a name nor a transformers model.
         ValueError: If `dtype` is not a floating-point type, this machine lacks the `device`, a loaded model comes
-            without a tokenizer, the model cannot be offloaded or dequantized, or a pruned model, loaded as it was
-            saved, has other weights than its digest says.
+            without a tokenizer, the model cannot be offloaded or dequantized, an adapter cannot be merged, or a pruned
+            model, loaded as it was saved, has other weights than its digest says.
+        ImportError: If `model` is an adapter and PEFT is not installed.
         OSError: If the model is not found or damaged.
     """
     if not isinstance(model, str | Path):
         return _given(model, tokenizer)
-    name, kind, target_device = str(model), read_dtype(dtype), read_device(device)
+    name = str(model)
+    placed: dict[str, Any] = {"kind": read_dtype(dtype), "device": read_device(device), "offload_dir": offload_dir}
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **source_options(name, revision)}
     options |= {key: value for key, value in (("gguf_file", gguf_file), ("revision", revision)) if value is not None}
+    adapter = None if gguf_file else adapter_of(name, options)
     # GGUF files hold causal language models.
     config = None if gguf_file else read_config(name, **options)
+    if adapter is not None:
+        check_adapter(adapter, config, offload_dir)
     if tokenizer is None:
-        with naming_model(name):
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = read_tokenizer(name, **options)
+    if adapter is None:
+        return _load(name, config, options, quantized=quantized, **placed), tokenizer, name
+    base, options = adapter.base_model, base_options(adapter, options)
+    with naming_base(adapter):
+        options |= {"config": config, **source_options(base, adapter.base_revision)}
+        loaded = _load(base, config, options, lent=adapter.shapes(), **placed)
+    return merge_files(loaded, adapter, len(tokenizer)), tokenizer, base
+
+
+def _load(
+    name: str,
+    config: PreTrainedConfig | None,
+    options: dict[str, Any],
+    *,
+    kind: str | torch.dtype,
+    device: torch.device,
+    offload_dir: str | Path | None,
+    quantized: bool = False,
+    lent: Collection[str] = (),
+) -> PreTrainedModel:
+    """Load the weights of a model; `lent` names tensors that it may lack, as they come later."""
     if config is not None:
         options |= quantization_options(config, name, accepted=quantized)
         if config.model_type == "sieve":
@@ -87,16 +124,17 @@ def load_model(
     if offload_dir is not None:
         if config is None:
             raise ValueError(
-                f"`memory_limit` must go with a model in safetensors files, got the GGUF file {gguf_file!r}, which is "
-                "unpacked in memory as a whole. Save the unpacked model with `save_pretrained` and prune that."
+                f"`memory_limit` must go with a model in safetensors files, got the GGUF file "
+                f"{options['gguf_file']!r}, which is unpacked in memory as a whole. Save the unpacked model with "
+                "`save_pretrained` and prune that."
             )
         scratch = Scratch(Path(offload_dir), "offloaded")
         with naming_model(name):
-            device_map = offload_map(config, target_device)
+            device_map = offload_map(config, device)
         options |= {"device_map": device_map, "offload_folder": str(scratch.path)}
     with naming_model(name):
         loaded, info = auto_class.from_pretrained(name, dtype=kind, output_loading_info=True, **options)
-    _check_missing(info["missing_keys"], name)
+    _check_missing(set(info["missing_keys"]) - set(lent), name)
     check_quantized(loaded, name)
     if not isinstance(loaded, SievePreTrainedModel):
         # Pruned models do it themselves.
@@ -106,8 +144,8 @@ def load_model(
     if scratch is not None:
         weakref.finalize(loaded, scratch.remove)
     else:
-        loaded.to(target_device)  # type: ignore[arg-type]
-    return loaded, tokenizer, name
+        loaded.to(device)  # type: ignore[arg-type]
+    return loaded
 
 
 def _check_missing(missing: Collection[str], name: str) -> None:
@@ -122,9 +160,11 @@ def _check_missing(missing: Collection[str], name: str) -> None:
 def _given(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
-    require_model(model)
+    if not is_adapted(model):
+        require_model(model)
     if tokenizer is None:
         raise ValueError("`tokenizer` must be given with a loaded model, got None. Pass the model's tokenizer.")
+    model = plain(model)
     return model, tokenizer, getattr(model.config, "_name_or_path", None) or None
 
 

@@ -11,13 +11,21 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils.hub import cached_file
 
 from optimum_sieve._messages import cut, shown
+
+from .adapters.files import find_adapter
+from .kinds import MULTIMODAL, loaded_kind
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .adapters.files import Adapter
 
 
 # What transformers raises for files with other values than it expects; out of memory is none of them.
@@ -25,12 +33,16 @@ _ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, SafetensorError),
     StrictDataclassError,
 )
+_PROCESSOR = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("audio_tokenizer_config.json", "chat_template.json"),
+)
 # transformers makes an object for each.
 _MOST = {"num_labels": 1_000_000, "num_hidden_layers": 10_000}
 
 
 def read_config(model: str | Path, **options: Any) -> PreTrainedConfig:
-    """Return the configuration of a model in a directory or on the Hub.
+    """Return the configuration of a model in a directory or on the Hub; that of an adapter's base model.
 
     Args:
         model (`str | Path`): Hub id, directory or file.
@@ -41,11 +53,69 @@ def read_config(model: str | Path, **options: Any) -> PreTrainedConfig:
         ValueError: If the configuration is invalid.
     """
     options |= source_options(model, options.get("revision"))
+    adapter = adapter_of(model, options)
+    if adapter is not None:
+        with naming_base(adapter):
+            return adapter.configure(read_config(adapter.base_model, **base_options(adapter, options)))
     with naming_model(model):
         described, _ = PreTrainedConfig.get_config_dict(str(model), **options)
         _check_counts(described)
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(model), **options)
     return config
+
+
+def read_tokenizer(model: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model in a directory or on the Hub; for an adapter without one, its base model's.
+
+    Args:
+        model (`str | Path`): Hub id or directory.
+        options (`Any`): Options of transformers' `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        OSError: If there is none, or the Hub cannot be reached.
+        ValueError: If its files are damaged.
+    """
+    options |= source_options(model, options.get("revision"))
+    adapter = None if "gguf_file" in options else adapter_of(model, options)
+    if adapter is not None:
+        if not adapter.has_tokenizer():
+            with naming_base(adapter):
+                return read_tokenizer(adapter.base_model, **base_options(adapter, options))
+        # The class of a tokenizer may follow from the configuration, which an adapter lacks.
+        options["config"] = read_config(model, **options)
+    with naming_model(model):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model), **options)
+    return tokenizer
+
+
+def adapter_of(model: str | Path, options: dict[str, Any]) -> Adapter | None:
+    """Return the adapter that `model` names, or `None` if it is a model itself; `options` are of transformers."""
+    known = {name: options[name] for name in ("revision", "local_files_only") if name in options}
+    return find_adapter(model, **known)
+
+
+def base_options(adapter: Adapter, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that load the base model of an adapter, from those that load the adapter."""
+    others = {name: value for name, value in options.items() if name not in ("revision", "local_files_only")}
+    return others if adapter.base_revision is None else {**others, "revision": adapter.base_revision}
+
+
+@contextmanager
+def naming_base(adapter: Adapter) -> Iterator[None]:
+    """Let errors about the base model of an adapter say that it is one.
+
+    Raises:
+        OSError: If it cannot be loaded.
+        ValueError: If its files do not hold what they should.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{error} It is the base model of the adapter {cut(adapter.name)}: if there is another copy, write its "
+            "place into `base_model_name_or_path` of adapter_config.json."
+        ) from error
 
 
 def _check_counts(described: dict[str, Any]) -> None:
@@ -91,6 +161,42 @@ def _not_loadable(model: str | Path, error: Exception) -> Exception:
     kind = OSError if isinstance(error, OSError | SafetensorError) else ValueError
     reason = cut(str(error) or type(error).__name__, 1000)
     return kind(f"`model` must be one that transformers can load, got an error for {shown(str(model))}: {reason}")
+
+
+def processor_files(model: PreTrainedModel, *first: str | None) -> dict[str, str]:
+    """Return the files of the processor of a model that takes images or sounds, as the directory it came from has them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Models of text alone have none.
+        first (`str`, *optional*): Directories or Hub ids that are looked at first, such as that of an adapter.
+
+    Returns:
+        `dict[str, str]`: Their contents by name. `chat_template.jinja` is the tokenizer's, which saves it.
+    """
+    found: dict[str, str] = {}
+    if loaded_kind(model.config) not in MULTIMODAL:
+        return found
+    own = (model.name_or_path, getattr(model.config, "_commit_hash", None))
+    for source, revision in (*((name, None) for name in first), own):
+        for name in _PROCESSOR:
+            path = _file_of(source, name, revision) if source and name not in found else None
+            if path is not None:
+                found[name] = Path(path).read_text(encoding="utf-8")
+    return found
+
+
+def _file_of(source: str, name: str, revision: str | None) -> str | None:
+    try:
+        return cached_file(
+            source,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        # A directory that is gone.
+        return None
 
 
 def source_options(model: str | Path, revision: str | None = None) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def find_targets(
         model (`torch.nn.Module`): The model.
         target_modules (`Sequence[str]`, *optional*): `fnmatch` patterns (not regular expressions) of module names. A
             pattern also matches a name's end after a dot, so `q_proj` matches every `...self_attn.q_proj`. Default:
-            every `nn.Linear` and `Conv1D` inside the transformer blocks, hence neither embeddings nor heads.
+            every `nn.Linear` and `Conv1D` inside the transformer blocks, hence neither embeddings nor heads, without
+            those of [`left_out`].
         exclude_modules (`Sequence[str]`): Patterns of layers that stay dense.
 
     Returns:
@@ -94,6 +95,7 @@ def find_targets(
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     blocks = block_lists(model)
+    kept = set() if target_modules is not None else {name for names in left_out(model).values() for name in names}
     for argument, patterns in (("target_modules", target_modules or ()), ("exclude_modules", exclude_modules)):
         for pattern in patterns:
             if not any(_matches(name, (pattern,)) for name in linears):
@@ -104,7 +106,7 @@ def find_targets(
     targets = [
         _target(name, module)
         for name, module in linears.items()
-        if _selected(name, target_modules, blocks) and not _matches(name, exclude_modules)
+        if _selected(name, target_modules, blocks) and name not in kept and not _matches(name, exclude_modules)
     ]
     if not targets:
         raise ValueError(
@@ -112,6 +114,41 @@ def find_targets(
             f"Its linear layers: {_sample(linears)}. Select some with `target_modules`."
         )
     return targets
+
+
+def left_out(model: nn.Module) -> dict[str, list[str]]:
+    """Return the linear layers in blocks that are no targets by default, by the reason, which follows "as they".
+
+    Those outside the language model, such as vision towers, and those that share their weights with others.
+    """
+    blocks = block_lists(model)
+    linears = {
+        name: module for name, module in model.named_modules() if is_linear(module) and _selected(name, None, blocks)
+    }
+    inside = language_models(model)
+    outside = [name for name in linears if inside and not name.startswith(inside)]
+    # The same object has one name alone in `named_modules`.
+    owners: dict[int, list[str]] = {}
+    for name, module in linears.items():
+        if name not in outside:
+            owners.setdefault(id(module.weight), []).append(name)
+    shared = [name for names in owners.values() if len(names) > 1 for name in names]
+    reasons = {"are not in the language model": outside, "share their weights with others": shared}
+    return {reason: names for reason, names in reasons.items() if names}
+
+
+def language_models(model: nn.Module) -> tuple[str, ...]:
+    """Return the prefixes of the outermost modules with the text part of a configuration of several parts."""
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is config:
+        return ()
+    prefixes: list[str] = []
+    for name, module in model.named_modules():
+        # Models may copy their part of the configuration.
+        if name and type(getattr(module, "config", None)) is type(text) and not name.startswith(tuple(prefixes)):
+            prefixes.append(f"{name}.")
+    return tuple(prefixes)
 
 
 def _target(name: str, module: nn.Module) -> Target:

@@ -141,8 +141,8 @@ def _score(
         examples=labelled,
         is_pruned=model.config.model_type == "sieve",
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        # Size of the files: 0 for a model on the Hub or in another format.
-        num_bytes=sum(path.stat().st_size for path in Path(model_name).glob("*.safetensors")),
+        # Size of the files: 0 for an adapter, and for a model on the Hub or in another format.
+        num_bytes=sum(path.stat().st_size for path in Path(model_name).glob("model*.safetensors")),
         seconds=time.perf_counter() - start,
         vocabulary=(getattr(model.config, "sieve", None) or {}).get("vocabulary"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.config.heal import HealConfig
 
@@ -97,13 +97,18 @@ class HealCommand(SieveSubcommand):
             tokenizer,
             Path(arguments.output),
             overwrite=arguments.overwrite,
-            base_model=arguments.dense,
+            base_model=_card_base(result.model.config.sieve, arguments.dense),
             base_revision=result.model.config.sieve.get("base_revision"),
             task_specs=[task.spec for task in tasks],
             tasks=tasks if arguments.with_examples else (),
         )
         print(result)
         print(f"\nsaved in {arguments.output}")
+
+
+def _card_base(block: dict[str, Any], dense: str) -> str | None:
+    """Return the model to name as the base: if the dense one is an adapter of it, or was merged with one, not that."""
+    return block.get("base_model") if "adapter" in block else dense
 
 
 def _base_model(model: str, trust_remote_code: bool) -> str:
@@ -114,6 +119,8 @@ def _base_model(model: str, trust_remote_code: bool) -> str:
     config = read_config(model, trust_remote_code=trust_remote_code)
     check_pruned(config)
     name = config.sieve.get("base_model")
+    if (adapter := config.sieve.get("adapter")) is not None:
+        name = adapter.get("name")
     # Of a directory only the name is published.
     if not name or "/" not in name:
         raise ValueError(

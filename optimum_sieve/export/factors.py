@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_sieve.backbone.kinds import model_kind
+from optimum_sieve.backbone.kinds import loaded_kind
 from optimum_sieve.backbone.loading import empty_model
 from optimum_sieve.backbone.sizes import bytes_by_part, tensor_bytes
+from optimum_sieve.backbone.sources import processor_files
 from optimum_sieve.modeling.conversion import plain_layers
 from optimum_sieve.modeling.fingerprint import DIGEST_KEY, current_results, weights_digest
 from optimum_sieve.modeling.layers import FactorizedLinear
@@ -110,7 +111,7 @@ def save_factors(
 
     def files() -> dict[str, str]:
         kept = {} if recipe is None else {RECIPE_NAME: recipe}
-        return {**kept, **inherited_files(*source, with_results=_is_scored(model))}
+        return {**processor_files(model), **kept, **inherited_files(*source, with_results=_is_scored(model))}
 
     def card() -> object:
         if report is None:
@@ -218,7 +219,7 @@ def _card(model: PreTrainedModel, report: dict[str, Any], files: Mapping[str, st
         base_model=base if base is None or "/" in base else f"./{base}",
         base_revision=block.get("base_revision"),
         task_specs=specs,
-        kind=model_kind(model),
+        kind=loaded_kind(model.config),
         terms=terms,
     )
 
@@ -226,7 +227,7 @@ def _card(model: PreTrainedModel, report: dict[str, Any], files: Mapping[str, st
 def _short_card(model: PreTrainedModel, terms: Terms) -> str:
     return build_export_card(
         model.config.sieve,
-        kind=model_kind(model),
+        kind=loaded_kind(model.config),
         form="as factors",
         text="all of them plain products of two matrices. Its outputs equal those of the pruned model that it was made "
         "from, up to rounding.",

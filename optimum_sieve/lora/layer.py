@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from optimum_sieve.backbone.adapters.merging import require_peft as require_peft
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.surgery.factors import factors_of, is_plain, layer_like, row_norms
@@ -25,19 +26,6 @@ if TYPE_CHECKING:
 
 # Other initializations change the dense weight, which a factorized matrix does not have.
 _INITIALIZATIONS = ("gaussian", "orthogonal")
-
-
-def require_peft() -> Any:
-    """Import PEFT.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("`peft` must be installed for adapters, got none. `pip install peft`.") from error
-    return peft
 
 
 def factor_targets(model: nn.Module) -> list[str]:

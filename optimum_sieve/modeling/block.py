@@ -27,6 +27,8 @@ def check_block(block: Any) -> None:
         raise _error("sieve", "an object", block)
     for name in ("base_model", "base_revision"):
         _check(block, name, "", "a string", lambda value: isinstance(value, str))
+    for name, value in _part(block, "adapter", "").items():
+        _check({name: value}, name, "adapter.", "a string", lambda value: isinstance(value, str))
     settings = _part(block, "settings", "")
     for name in ("target_modules", "exclude_modules"):
         _check(settings, name, "settings.", "a list of strings", _is_strings)

@@ -39,6 +39,7 @@ def sieve_model(
     base_revision: str | None = None,
     vocabulary: dict[str, int] | None = None,
     label_offsets: list[dict[str, Any]] | None = None,
+    adapter: dict[str, str] | None = None,
 ) -> PreTrainedModel:
     """Turn a factorized transformers model into a model of type `sieve`, in place.
 
@@ -52,6 +53,8 @@ def sieve_model(
         base_revision (`str`, *optional*): Commit of `base_model`.
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
         label_offsets (`list[dict]`, *optional*): `candidates` and their `offsets` of each task that has some.
+        adapter (`dict[str, str]`, *optional*): `type`, and where known `name` and `revision`, of the adapter that was
+            merged into `base_model` before it was pruned.
 
     Returns:
         [`~transformers.PreTrainedModel`]: The same object with the same weights, and with the class and configuration
@@ -77,6 +80,8 @@ def sieve_model(
         block["base_revision"] = base_revision
     if vocabulary is not None:
         block["vocabulary"] = vocabulary
+    if adapter is not None:
+        block["adapter"] = adapter
     if label_offsets:
         block[KEY] = label_offsets
     if experts := separate_names(model.base_model):

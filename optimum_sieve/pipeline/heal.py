@@ -245,6 +245,7 @@ def _make_result(
         base_model=block.get("base_model"),
         base_revision=block.get("base_revision"),
         vocabulary=block.get("vocabulary"),
+        adapter=block.get("adapter"),
         label_offsets=offsets,
         healing={**healing.to_dict(), **training_examples(dense.lessons), "settings": settings},
     )

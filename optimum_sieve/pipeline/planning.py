@@ -6,12 +6,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
 from optimum_sieve.backbone.experts import separated_view
 from optimum_sieve.backbone.kinds import input_format
 from optimum_sieve.backbone.loading import dtype_of, empty_model, read_dtype
-from optimum_sieve.backbone.sources import naming_model, read_config
+from optimum_sieve.backbone.sources import naming_model, read_config, read_tokenizer
 from optimum_sieve.backbone.targets import find_targets
 from optimum_sieve.calibration.losses import PROMPT_SITES
 from optimum_sieve.calibration.sampled import draws_candidates, typical_draw
@@ -84,7 +82,7 @@ def forecast_tasks(
     described = read_config(model, **options)
     with naming_model(model):
         kind = dtype_of(described, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        tokenizer = read_tokenizer(model, **options)
         empty = empty_model(described)
     empty.to(dtype=kind)  # type: ignore[call-arg]
     check_model(empty)

@@ -27,6 +27,7 @@ from optimum_sieve.tasks.several import naming, task_shares
 
 from .checks import check_task, check_tasks_of_run, check_weights
 from .planning import plan_run
+from .usable import called_targets, tell_left_out
 
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def check_inputs(
             "`SieveConfig(tolerance=0.02)`."
         )
     targets = find_targets(model, config.target_modules, config.exclude_modules)
+    if config.target_modules is None:
+        tell_left_out(model)
     check_weights(model, targets)
     check_tasks_of_run(model, tokenizer, tasks, config)
     return targets
@@ -97,6 +100,7 @@ def check_and_plan(
         ValueError: If the settings, the model or the data break a rule.
     """
     targets = check_inputs(separated_view(model), tokenizer, tasks, config)
+    targets = called_targets(model, tokenizer, tasks, targets)
     return plan_run(model, tokenizer, tasks, targets, check_vocabulary(model, tokenizer, tasks, config), config)
 
 
@@ -119,7 +123,7 @@ def prepare(
     if study_storage is not None:
         require_metric_sources(task.metric for task in tasks)
     view = separated_view(model)
-    targets = check_inputs(view, tokenizer, tasks, config)
+    targets = called_targets(model, tokenizer, tasks, check_inputs(view, tokenizer, tasks, config))
     vocabulary = check_vocabulary(model, tokenizer, tasks, config)
     # A plan tokenizes all examples, so it is made only if needed.
     limited = config.memory_limit is not None or holds_offloaded(model)

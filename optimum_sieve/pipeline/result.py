@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from optimum_sieve.backbone.adapters.merging import merged_adapter
 from optimum_sieve.backbone.latency import total_seconds
 from optimum_sieve.backbone.offloading import bring_in
 from optimum_sieve.backbone.sizes import matrix_sizes, measure_sizes
@@ -19,6 +20,8 @@ from .reference import warn_of_the_majority
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
 
     from optimum_sieve.allocation.budget import Ranks
     from optimum_sieve.calibration.rounds import Bases
@@ -88,6 +91,7 @@ def pruned_result(
         vocabulary=None if run.vocabulary is None else run.vocabulary.sizes,
         latency=None if run.latencies is None else total_seconds(run, ranks),
         label_offsets=offsets,
+        adapter=_adapter(run.model),
         sections={
             "spectra": sizes["spectra"],
             "ranks": rank_section(matrix_sizes(run.model, run.targets)),
@@ -103,6 +107,12 @@ def pruned_result(
         }
     save_in_work_dir(run, result.report)
     return result
+
+
+def _adapter(model: PreTrainedModel) -> dict[str, str] | None:
+    """Return what may be published of the adapter that was merged into the dense model."""
+    adapter = merged_adapter(model)
+    return adapter and {key: public_name(value) or "" if key == "name" else value for key, value in adapter.items()}
 
 
 def _stopped(run: Run, trials: list[dict[str, Any]], healer: Healer | None) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from optimum_sieve.backbone.kinds import AUTO_CLASSES
 from optimum_sieve.search.genome import split_name
 from optimum_sieve.tasks.templates.python_values import only_in_python
 
@@ -16,7 +17,7 @@ from .origin.terms import NO_TERMS
 from .page.page import PICTURE_NAME
 from .recipe import recipe_command
 from .report import task_blocks
-from .reproduction import healing_command, reproduction_command, task_file_names
+from .reproduction import dense_hub_id, dense_name, healing_command, reproduction_command, task_file_names
 from .table import size_changes
 from .task_file import pipeline_usage, widget_examples
 from .trials import answer, decisive, size_name, stop_sentences, verdict, worst
@@ -37,13 +38,9 @@ _PIPELINE_TAGS = {
     "causal": "text-generation",
     "seq2seq": "text-generation",
     "classification": "text-classification",
+    "image-text": "image-text-to-text",
 }
 _KIND_TAGS = {"seq2seq": ["text2text-generation"]}
-_AUTO_CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-}
 # This package's names that are not names of evaluate's modules.
 _HUB_METRICS: dict[str, dict[str, Any]] = {
     "macro_f1": {"type": "f1", "args": {"average": "macro"}},
@@ -75,7 +72,7 @@ def build_card(
             Hub id or path of the dense model. Only the last part of a path appears in the text, none in the metadata.
         base_revision (`str`, *optional*): Commit of the dense model on the Hub.
         task_specs (`Sequence[dict[str, Any]]`): Content of each task file, quoted in the card.
-        kind (`str`): Kind of the model, see [`model_kind`][optimum_sieve.backbone.kinds.model_kind].
+        kind (`str`): Kind of the model, see [`loaded_kind`][optimum_sieve.backbone.kinds.loaded_kind].
         terms (`Terms`): Of the dense model, see [`read_terms`][optimum_sieve.publish.origin.terms.read_terms].
 
     Returns:
@@ -97,6 +94,7 @@ def build_card(
 
     on_hub = hub_id(base_model)
     name = Path(base_model).name if base_model else "model"
+    dense = dense_name(report, on_hub or name)
     settings = report.get("settings")
     storages = Counter(entry["storage"] for entry in rank_pattern.values()).most_common()
     grid = _rank_grid(rank_pattern)
@@ -114,15 +112,15 @@ def build_card(
         trials=[(size_name(trial), trial, worst(trial), answer(trial)) for trial in decisive(report.get("trials", []))],
         stops=[f"{sentence[0].upper()}{sentence[1:]}." for sentence in stop_sentences(report)],
         verdicts=[(task, verdict(report, task)) for task in task_blocks(report)],
-        auto_class=_AUTO_CLASSES[kind],
+        auto_class=AUTO_CLASSES[kind],
         rank_pattern=rank_pattern,
         grid=grid,
         kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
         storage=storages[0][0] if storages else None,
         mixed_storage=len(storages) > 1,
-        recipe=recipe_command(report, task_specs, base_model=on_hub) if settings else None,
-        command=reproduction_command(on_hub or name, settings, report.get("loading"), files) if settings else None,
-        heal_command=healing_command(on_hub or name, report.get("healing", {}), files),
+        recipe=recipe_command(report, task_specs, base_model=dense_hub_id(report, on_hub)) if settings else None,
+        command=reproduction_command(dense, settings, report.get("loading"), files) if settings else None,
+        heal_command=healing_command(dense, report.get("healing", {}), files),
         settings=_yaml(settings or {}),
         usage=pipeline_usage(task_specs),
         task_specs=list(zip(files, map(_yaml, task_specs), map(only_in_python, task_specs), strict=False)),
@@ -137,7 +135,7 @@ def build_export_card(
 
     Args:
         block (`dict[str, Any]`): The `sieve` block of the pruned model's configuration.
-        kind (`str`): Kind of the model, see [`model_kind`][optimum_sieve.backbone.kinds.model_kind].
+        kind (`str`): Kind of the model, see [`loaded_kind`][optimum_sieve.backbone.kinds.loaded_kind].
         form (`str`): Last word of the heading.
         text (`str`): Follows "with low-rank factors in place of N weight matrices, " in the first paragraph.
         library_name (`str`): Library that loads the model.
@@ -152,7 +150,7 @@ def build_export_card(
     data = ModelCardData(
         # A name without a user may be the last part of a path.
         base_model=base if base and "/" in base else None,
-        pipeline_tag=_PIPELINE_TAGS[kind],
+        pipeline_tag=_PIPELINE_TAGS.get(kind, "text-generation"),
         tags=[*_TAGS[1:], *_KIND_TAGS.get(kind, ())],
         library_name=library_name,
         **terms.metadata,
@@ -206,7 +204,7 @@ def _card_data(
 ) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
-    pipeline_tag = _PIPELINE_TAGS[kind]
+    pipeline_tag = _PIPELINE_TAGS.get(kind, "text-generation")
     return ModelCardData(
         base_model=hub_id,
         library_name="transformers",

@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 _TASK_FILES = ("task.yaml",)
 
 
+def dense_name(report: dict[str, Any], base_model: str) -> str:
+    """Return the name of the dense model of a run for command lines: that of an adapter merged into `base_model`."""
+    return report["adapter"].get("name", "ADAPTER") if "adapter" in report else base_model
+
+
+def dense_hub_id(report: dict[str, Any], base_model: str | None) -> str | None:
+    """Return [`dense_name`] if it is on the Hub, else `None`; of a directory only the last part is published."""
+    if "adapter" not in report:
+        return base_model
+    name = dense_name(report, "")
+    return name if "/" in name else None
+
+
 def task_file_names(count: int) -> list[str]:
     """Return the names that the card gives to the task files of a run."""
     return ["task.yaml"] if count == 1 else [f"task_{number}.yaml" for number in range(1, count + 1)]

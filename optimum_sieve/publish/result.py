@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from optimum_sieve.backbone.kinds import model_kind
+from optimum_sieve.backbone.adapters.merging import merged_adapter
+from optimum_sieve.backbone.kinds import loaded_kind
 from optimum_sieve.backbone.sizes import shard_bytes
+from optimum_sieve.backbone.sources import processor_files
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
@@ -110,6 +112,7 @@ def make_result(
     vocabulary: dict[str, int] | None = None,
     latency: dict[str, float] | None = None,
     label_offsets: list[dict[str, Any]] | None = None,
+    adapter: dict[str, str] | None = None,
     sections: dict[str, Any] | None = None,
 ) -> SieveResult:
     """Turn a factorized model into one of model type `sieve`, in place, and build its report.
@@ -129,6 +132,7 @@ def make_result(
         vocabulary (`dict[str, int]`, *optional*): Rows of the embeddings before and after, if the vocabulary was cut.
         latency (`dict[str, float]`, *optional*): Seconds of the targets for one row, if there was a latency target.
         label_offsets (`list[dict]`, *optional*): Offsets that the scores of the pruned model contain.
+        adapter (`dict[str, str]`, *optional*): What may be published of the adapter that was merged into `base_model`.
         sections (`dict[str, Any]`, *optional*): Further sections of the report, see `publish.sections`.
     """
     named = dict(zip(("before", "after"), sizes, strict=True))
@@ -148,6 +152,7 @@ def make_result(
         sections={
             **(sections or {}),
             "base_model": base_model,
+            "adapter": adapter,
             "parts": parts_section(sizes),
             "trials": trial_rows(trials, settings.get("tolerance")) or None,
         },
@@ -160,6 +165,7 @@ def make_result(
         results=_results(report),
         vocabulary=vocabulary,
         label_offsets=label_offsets,
+        adapter=adapter,
     )
     report[DIGEST_KEY] = model.config.sieve["results"][DIGEST_KEY]
     return SieveResult(
@@ -204,6 +210,9 @@ def save_result(
         limited = result.report["settings"].get("memory_limit") is not None
         options: dict[str, Any] = {"max_shard_size": shard_bytes(result.model)} if limited else {}
 
+        adapter = merged_adapter(result.model) or {}
+        dense, revision = adapter.get("name", base_model), adapter.get("revision") if adapter else base_revision
+
         specs = [public_task(spec) for spec in task_specs]
         terms = read_terms(base_model, base_revision)
 
@@ -222,19 +231,20 @@ def save_result(
                 base_model=base_model,
                 base_revision=base_revision,
                 task_specs=specs,
-                kind=model_kind(result.model),
+                kind=loaded_kind(result.model.config),
                 terms=terms,
             ),
             report=result.report,
             files=lambda: {
+                **processor_files(result.model, adapter.get("name")),
                 **sieve_task_json(specs, result.report),
-                **recipe_files(result.report, specs, base_model=hub_id(base_model), revision=base_revision),
+                **recipe_files(result.report, specs, base_model=hub_id(dense), revision=revision),
             },
             examples=examples,
             terms=terms,
             overwrite=overwrite,
             needed_bytes=result.report["bytes"]["after"],
-            inputs=[("model", base_model), ("work_dir", work_dir)],
+            inputs=[("model", base_model), ("model", adapter.get("name")), ("work_dir", work_dir)],
         )
     distributed.wait()
     return output

@@ -21,6 +21,7 @@ from optimum_sieve.modeling.fingerprint import weights_digest
 from optimum_sieve.modeling.layers import FactorizedLinear
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
 from optimum_sieve.publish.hub import check_folder
+from optimum_sieve.publish.origin.terms import Terms
 from optimum_sieve.surgery.factors import factors_of
 
 
@@ -88,7 +89,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, tokenizer, _ = load_model(pruned, device="cpu")
-    return save_factors(model, tokenizer, tmp_path_factory.mktemp("export") / "factors", license_id="mit")
+    return save_factors(
+        model, tokenizer, tmp_path_factory.mktemp("export") / "factors", terms=Terms({"license": "mit"})
+    )
 
 
 def read(directory: Path, name: str) -> Any:

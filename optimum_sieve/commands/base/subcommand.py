@@ -83,7 +83,8 @@ def add_source(parser: ArgumentParser, *, required: bool = True, several: bool =
         several (`bool`): Whether several tasks can be named.
         own_task (`bool`): Whether the task may be left out, for that of a pruned model.
     """
-    parser.add_argument("--model", required=required, metavar="MODEL", help="Hub id or directory of the model.")
+    text = "Hub id or directory of the model, or of a LoRA adapter of it."
+    parser.add_argument("--model", required=required, metavar="MODEL", help=text)
     default = " Default: the task that the model was pruned for." if own_task else ""
     add_task(parser, required=required and not own_task, several=several, default=default)
     parser.add_argument(

@@ -9,7 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from optimum_sieve.publish.report import task_blocks
-from optimum_sieve.publish.reproduction import healing_command, reproduction_command, task_file_names
+from optimum_sieve.publish.reproduction import dense_name, healing_command, reproduction_command, task_file_names
 from optimum_sieve.publish.trials import (
     REFERENCES,
     answer,
@@ -181,7 +181,7 @@ def _command(report: dict[str, Any], tasks: Sequence[dict[str, Any]]) -> str | N
     settings, files = report.get("settings"), task_file_names(len(tasks))
     if not settings:
         return None
-    base = clean(report.get("base_model") or "MODEL")
+    base = clean(dense_name(report, report.get("base_model") or "MODEL"))
     heal = healing_command(base, report.get("healing", {}), files)
     command = reproduction_command(base, settings, report.get("loading"), files)
     return f"{command}\n{heal}" if heal else command
