@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 TASK_NAME = "sieve_task.json"
 TASK_VERSION = 1
 _INSTALLED = "optimum_sieve.prediction.pipeline"
-# Auto classes of models that do tasks, the first that loads a model being its own.
+# Auto classes of models that do tasks. transformers takes the first that loads a model, and most can be classifiers.
 _SERVED = (
-    *("AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
-    *("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    *("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    "AutoModelForSequenceClassification",
 )
 # Rows that a stream reads ahead: a multiple of the batch size, since rows of similar length share a batch.
 _AHEAD = 16
