@@ -29,6 +29,7 @@ def save_directory(
     report: dict[str, Any] | None = None,
     files: Callable[[], Mapping[str, str]] = dict,
     examples: Sequence[dict[str, Any]] | None = None,
+    finish: Callable[[Path], object] = lambda directory: None,
     overwrite: bool = False,
     needed_bytes: int = 0,
     inputs: Inputs = (),
@@ -48,6 +49,7 @@ def save_directory(
         files (`Callable[[], Mapping[str, str]]`): Returns further texts by the name of their file, such as
             `sieve_task.json`; called after the model is written.
         examples (`Sequence[dict]`, *optional*): Examples for the page alone, see `publish.page.examples`.
+        finish (`Callable[[Path], object]`): Changes files of the temporary directory, before the card is written.
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
         needed_bytes (`int`): Bytes that must be free on the disk.
         inputs (`Iterable[tuple[str, str | Path | None]]`): Names of arguments with their paths, from which `output_dir`
@@ -71,5 +73,6 @@ def save_directory(
             write_pages(report, partial, examples)
         for name, text in files().items():
             (partial / name).write_text(text, encoding="utf-8", newline="")
+        finish(partial)
         (partial / "README.md").write_text(str(card()), encoding="utf-8", newline="")
     return output
