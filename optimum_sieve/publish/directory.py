@@ -35,6 +35,7 @@ def save_directory(
     files: Callable[[], Mapping[str, str]] = dict,
     examples: Sequence[dict[str, Any]] | None = None,
     terms: Terms = NO_TERMS,
+    finish: Callable[[Path], object] = lambda directory: None,
     overwrite: bool = False,
     needed_bytes: int = 0,
     inputs: Inputs = (),
@@ -56,6 +57,7 @@ def save_directory(
             `sieve_task.json`; called after the model is written.
         examples (`Sequence[dict]`, *optional*): Examples for the page alone, see `publish.page.examples`.
         terms (`Terms`): Of the base model, whose texts are written as well.
+        finish (`Callable[[Path], object]`): Changes files of the temporary directory, before the card is written.
         overwrite (`bool`): Whether to replace a directory that holds a model, once the new one is complete.
         needed_bytes (`int`): Bytes that must be free on the disk.
         inputs (`Iterable[tuple[str, str | Path | None]]`): Names of arguments with their paths, from which `output_dir`
@@ -79,6 +81,7 @@ def save_directory(
             write_pages(report, partial, examples)
         for name, text in {**terms.files, **files()}.items():
             (partial / name).write_text(text, encoding="utf-8", newline="")
+        finish(partial)
         (partial / "README.md").write_text(str(card()), encoding="utf-8", newline="")
     return output
 
