@@ -21,7 +21,7 @@ from torch import nn
 
 from .hooks import Watch, check_loss
 from .modes import loss_scale
-from .targets import block_lists
+from .targets import block_lists, language_models
 
 
 if TYPE_CHECKING:
@@ -38,12 +38,13 @@ class _ReachedError(Exception):
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Return the names of the model's blocks, in order.
+    """Return the names of the model's blocks, in order; of a multimodal model those of the language model.
 
     Raises:
         ValueError: If the model does not have exactly one sequence of blocks.
     """
-    lists = block_lists(model)
+    inside = language_models(model)
+    lists = [name for name in block_lists(model) if not inside or name.startswith(inside)]
     if len(lists) != 1:
         raise ValueError(
             f"`memory_limit` must be for a model with one sequence of blocks, got {type(model).__name__} with "

@@ -1,4 +1,4 @@
-"""Kinds of models (causal, seq2seq, classification) and the format of their inputs. Never imports torch."""
+"""Kinds of models (causal, seq2seq, classification) and the format of their inputs. Does not import torch at first."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 Kind = Literal["causal", "seq2seq", "classification"]
 _CLASSIFIER = "ForSequenceClassification"
+_IMAGES, _SEVERAL = "image-text", "multimodal"
+MULTIMODAL = (_IMAGES, _SEVERAL)
+# Auto class by kind; models that also take images or sounds are of one of the last two, and of a kind for their texts.
+AUTO_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    _IMAGES: "AutoModelForImageTextToText",
+    _SEVERAL: "AutoModelForMultimodalLM",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +102,47 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "ib
 
 def model_kind(model: Any) -> Kind:
     """Return the kind of a transformers model, dense or pruned."""
+    return _kind([type(model).__name__], model.config)
+
+
+def config_kind(config: Any) -> Kind:
+    """Return the kind of the model that a configuration describes, dense or pruned."""
+    return _kind(getattr(config, "architectures", None) or (), config)
+
+
+def _kind(names: Iterable[Any], config: Any) -> Kind:
     # The class name of a pruned model may have a suffix after two underscores.
-    if type(model).__name__.partition("__")[0].endswith(_CLASSIFIER):
+    if any(str(name).partition("__")[0].endswith(_CLASSIFIER) for name in names):
         return "classification"
-    return "seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal"
+    return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+
+
+def loaded_kind(config: Any) -> str:
+    """Return the key of `AUTO_CLASSES` of a configuration: its kind, or that it takes images or sounds too."""
+    kind = config_kind(config)
+    if kind == "classification" or config is None:
+        return kind
+    # Imports torch.
+    from transformers.models.auto import modeling_auto as known
+
+    block = getattr(config, "sieve", None)
+    base: Any = block.get("base_model_type") if isinstance(block, dict) else getattr(config, "model_type", None)
+    names = [
+        str(name).removeprefix("Sieve").partition("__")[0] for name in getattr(config, "architectures", None) or ()
+    ]
+    for loaded, classes in (
+        (_IMAGES, known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        (_SEVERAL, known.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+    ):
+        is_text = not names and base in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if base in classes and not is_text and (not names or classes[base] in names):
+            return loaded
+    return kind
 
 
 def auto_class_name(config: Any) -> str:
     """Return the name of the Auto class that loads a checkpoint with this configuration including its head."""
-    names = [str(name).partition("__")[0] for name in getattr(config, "architectures", None) or ()]
-    if any(name.endswith(_CLASSIFIER) for name in names):
-        return "AutoModelForSequenceClassification"
-    return "AutoModelForSeq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "AutoModelForCausalLM"
+    return AUTO_CLASSES[loaded_kind(config)]
 
 
 def max_positions(model: Any) -> int | None:

@@ -12,16 +12,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils.hub import cached_file
 
 from optimum_sieve._messages import cut, shown
 
 from .adapters.files import find_adapter
+from .kinds import MULTIMODAL, loaded_kind
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .adapters.files import Adapter
 
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 _ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, SafetensorError),
     StrictDataclassError,
+)
+_PROCESSOR = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("audio_tokenizer_config.json", "chat_template.json"),
 )
 # transformers makes an object for each.
 _MOST = {"num_labels": 1_000_000, "num_hidden_layers": 10_000}
@@ -155,6 +161,42 @@ def _not_loadable(model: str | Path, error: Exception) -> Exception:
     kind = OSError if isinstance(error, OSError | SafetensorError) else ValueError
     reason = cut(str(error) or type(error).__name__, 1000)
     return kind(f"`model` must be one that transformers can load, got an error for {shown(str(model))}: {reason}")
+
+
+def processor_files(model: PreTrainedModel, *first: str | None) -> dict[str, str]:
+    """Return the files of the processor of a model that takes images or sounds, as the directory it came from has them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Models of text alone have none.
+        first (`str`, *optional*): Directories or Hub ids that are looked at first, such as that of an adapter.
+
+    Returns:
+        `dict[str, str]`: Their contents by name. `chat_template.jinja` is the tokenizer's, which saves it.
+    """
+    found: dict[str, str] = {}
+    if loaded_kind(model.config) not in MULTIMODAL:
+        return found
+    own = (model.name_or_path, getattr(model.config, "_commit_hash", None))
+    for source, revision in (*((name, None) for name in first), own):
+        for name in _PROCESSOR:
+            path = _file_of(source, name, revision) if source and name not in found else None
+            if path is not None:
+                found[name] = Path(path).read_text(encoding="utf-8")
+    return found
+
+
+def _file_of(source: str, name: str, revision: str | None) -> str | None:
+    try:
+        return cached_file(
+            source,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        # A directory that is gone.
+        return None
 
 
 def source_options(model: str | Path, revision: str | None = None) -> dict[str, Any]:

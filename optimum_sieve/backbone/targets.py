@@ -125,7 +125,7 @@ def left_out(model: nn.Module) -> dict[str, list[str]]:
     linears = {
         name: module for name, module in model.named_modules() if is_linear(module) and _selected(name, None, blocks)
     }
-    inside = _language_models(model)
+    inside = language_models(model)
     outside = [name for name in linears if inside and not name.startswith(inside)]
     # The same object has one name alone in `named_modules`.
     owners: dict[int, list[str]] = {}
@@ -137,7 +137,7 @@ def left_out(model: nn.Module) -> dict[str, list[str]]:
     return {reason: names for reason, names in reasons.items() if names}
 
 
-def _language_models(model: nn.Module) -> tuple[str, ...]:
+def language_models(model: nn.Module) -> tuple[str, ...]:
     """Return the prefixes of the outermost modules with the text part of a configuration of several parts."""
     config: Any = getattr(model, "config", None)
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_sieve.backbone.kinds import model_kind
+from optimum_sieve.backbone.kinds import loaded_kind
 from optimum_sieve.backbone.loading import empty_model
 from optimum_sieve.backbone.sizes import tensor_bytes
+from optimum_sieve.backbone.sources import processor_files
 from optimum_sieve.modeling.conversion import plain_layers
 from optimum_sieve.modeling.experts import fuse_dense_experts
 from optimum_sieve.modeling.label_offsets import KEY
@@ -96,7 +97,8 @@ def save_dense(
         FileExistsError: If `output_dir` holds files and `overwrite` is false, or files that are not of a model.
         OSError: If the disk is full or the directory cannot be written.
     """
-    layers, block = plain_layers(model), model.config.sieve
+    layers, block, kind = plain_layers(model), model.config.sieve, loaded_kind(model.config)
+    processor = processor_files(model)
     source, revision = model.name_or_path, getattr(model.config, "_commit_hash", None)
 
     def write_model(directory: Path) -> None:
@@ -108,7 +110,7 @@ def save_dense(
         tokenizer,
         lambda: build_export_card(
             block,
-            kind=model_kind(model),
+            kind=kind,
             form="dense",
             text=f"multiplied out: an ordinary `{type(model).__name__}`, which needs neither optimum-sieve nor "
             "`trust_remote_code`. Its outputs equal the pruned model's up to rounding; its size and speed are "
@@ -116,7 +118,10 @@ def save_dense(
             library_name="transformers",
             license_id=license_id,
         ),
-        files=lambda: inherited_files(source, revision, with_results=True, label_offsets=block.get(KEY) or ()),
+        files=lambda: {
+            **processor,
+            **inherited_files(source, revision, with_results=True, label_offsets=block.get(KEY) or ()),
+        },
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model) + sum(map(_added_bytes, layers.values())),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from optimum_sieve.backbone.kinds import model_kind
+from optimum_sieve.backbone.kinds import loaded_kind
 from optimum_sieve.backbone.loading import empty_model
 from optimum_sieve.backbone.sizes import tensor_bytes
+from optimum_sieve.backbone.sources import processor_files
 from optimum_sieve.modeling.conversion import check_pruned, plain_layers
 from optimum_sieve.modeling.fingerprint import task_names
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
@@ -218,14 +219,17 @@ def save_merged(
         tokenizer,
         lambda: build_export_card(
             model.config.sieve,
-            kind=model_kind(model),
+            kind=loaded_kind(model.config),
             form="adapted",
             text="into which a LoRA adapter was merged. Nothing was measured after the merge: "
             "`optimum-cli sieve evaluate` does.",
             library_name="transformers",
             license_id=license_id,
         ),
-        files=lambda: inherited_files(model.name_or_path, getattr(model.config, "_commit_hash", None)),
+        files=lambda: {
+            **processor_files(model),
+            **inherited_files(model.name_or_path, getattr(model.config, "_commit_hash", None)),
+        },
         overwrite=overwrite,
         inputs=[("model", model.name_or_path)],
         needed_bytes=tensor_bytes(model),

@@ -110,6 +110,16 @@ def softmax(scores: Sequence[float]) -> list[float]:
     return [float(p) for p in torch.tensor(scores, dtype=torch.float64).softmax(0)]
 
 
+def check_head(model: Any) -> None:
+    """Refuse a classifier that was loaded as a language model, with a head of random weights."""
+    names = str(getattr(model.config, "architectures", None))
+    if "ForSequenceClassification" in names and not is_classifier(model):
+        raise ValueError(
+            f"`model` must have its own head, got the classifier {names} loaded as {type(model).__name__}. Load it "
+            "with `AutoModelForSequenceClassification` and pass the model and its tokenizer."
+        )
+
+
 def is_classifier(model: Any) -> bool:
     """Whether the model scores labels instead of tokens."""
     return "ForSequenceClassification" in type(model).__name__

@@ -14,13 +14,15 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, Pipeline
+import transformers
+from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils.hub import cached_file
 
 from .pipeline_scores import (
     RenderedRow,
     Template,
+    check_head,
     choice_texts,
     classifier_scores,
     is_classifier,
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
 
 TASK_NAME = "sieve_task.json"
 TASK_VERSION = 1
+# Auto classes of models that do tasks, in the order in which transformers tries them.
+_SERVED = (
+    *("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"),
+    *("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+)
 # Rows that a stream reads ahead: a multiple of the batch size, since rows of similar length share a batch.
 _AHEAD = 16
 _BATCH_SIZE = 16
@@ -72,7 +79,7 @@ class SievePipeline(Pipeline):
 
     def __init__(self, *args: Any, task_file: Any = None, task_name: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_head(self.model)
+        check_head(self.model)
         self.spec = choose_task(self._read_tasks(task_file), task_name)
         self._prepare()
 
@@ -219,10 +226,11 @@ class SievePipeline(Pipeline):
 
 def pipeline_entry(config: Any) -> dict[str, Any]:
     """Return what `pipeline("sieve", trust_remote_code=True)` reads from the configuration of a pruned model."""
-    is_classifier = "ForSequenceClassification" in str(config.architectures)
-    served: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    served = AutoModelForSequenceClassification if is_classifier else served
-    return {"impl": f"{Path(__file__).stem}.{SievePipeline.__name__}", "pt": [served.__name__], "type": "text"}
+    # What `auto_map` names it set before this is saved.
+    classes = {key: str(value).rpartition(".")[2] for key, value in (getattr(config, "auto_map", None) or {}).items()}
+    served = [name for name in _SERVED if classes.get(name) in (config.architectures or ())]
+    default = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    return {"impl": f"{Path(__file__).stem}.{SievePipeline.__name__}", "pt": [*served, default][:1], "type": "text"}
 
 
 class _InstalledTask(dict[str, Any]):
@@ -237,21 +245,8 @@ class _InstalledTask(dict[str, Any]):
 
 def register_pipeline(name: str) -> None:
     """Let `pipeline(name)` use the installed package, without trust in the code of a checkpoint."""
-    PIPELINE_REGISTRY.supported_tasks[name] = _InstalledTask(
-        impl=None,
-        pt=(AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification),
-        type="text",
-    )
-
-
-def _check_head(model: Any) -> None:
-    """Refuse a classifier that was loaded as a language model, with a head of random weights."""
-    names = str(getattr(model.config, "architectures", None))
-    if "ForSequenceClassification" in names and not is_classifier(model):
-        raise ValueError(
-            f"`model` must have its own head, got the classifier {names} loaded as {type(model).__name__}. Load it "
-            "with `AutoModelForSequenceClassification` and pass the model and its tokenizer."
-        )
+    classes = tuple(getattr(transformers, auto_class) for auto_class in _SERVED)
+    PIPELINE_REGISTRY.supported_tasks[name] = _InstalledTask(impl=None, pt=classes, type="text")
 
 
 def read_tasks(model: Any, task_file: Any) -> list[dict[str, Any]]:

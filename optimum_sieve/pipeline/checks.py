@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-from optimum_sieve._messages import shown
+from optimum_sieve._messages import listed, shown
 from optimum_sieve.backbone.kinds import input_format, model_kind
 from optimum_sieve.backbone.targets import is_linear, linear_weight
 from optimum_sieve.config.rules import search_count
@@ -38,7 +39,8 @@ def check_model(model: PreTrainedModel) -> None:
 
     Raises:
         TypeError: If it is another object, such as one around a model.
-        ValueError: If the model is already pruned, neither generates nor classifies, or has adapters.
+        ValueError: If the model is already pruned, neither generates nor classifies, needs more than a text, or has
+            adapters.
     """
     require_model(model)
     if getattr(model.config, "model_type", None) == "sieve":
@@ -52,6 +54,18 @@ def check_model(model: PreTrainedModel) -> None:
             "it with `AutoModelForCausalLM`, `AutoModelForSeq2SeqLM` or `AutoModelForSequenceClassification`."
         )
     input_format(model)
+    needed = [
+        name
+        for name, parameter in inspect.signature(type(model).forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in ("self", "input_ids")
+    ]
+    if needed:
+        raise ValueError(
+            f"`model` must be able to read texts alone, got {type(model).__name__}, which needs {listed(needed)} too. "
+            "Prune its language model."
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("`model` must be a plain model, got one with adapters. Merge them and save it first.")
 

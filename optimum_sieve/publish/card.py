@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from optimum_sieve.backbone.kinds import AUTO_CLASSES
 from optimum_sieve.search.genome import split_name
 from optimum_sieve.tasks.templates.python_values import only_in_python
 
@@ -34,13 +35,9 @@ _PIPELINE_TAGS = {
     "causal": "text-generation",
     "seq2seq": "text-generation",
     "classification": "text-classification",
+    "image-text": "image-text-to-text",
 }
 _KIND_TAGS = {"seq2seq": ["text2text-generation"]}
-_AUTO_CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-}
 # This package's names that are not names of evaluate's modules.
 _HUB_METRICS: dict[str, dict[str, Any]] = {
     "macro_f1": {"type": "f1", "args": {"average": "macro"}},
@@ -72,7 +69,7 @@ def build_card(
             Hub id or path of the dense model. Only the last part of a path appears in the text, none in the metadata.
         base_revision (`str`, *optional*): Commit of the dense model on the Hub.
         task_specs (`Sequence[dict[str, Any]]`): Content of each task file, quoted in the card.
-        kind (`str`): Kind of the model, see [`model_kind`][optimum_sieve.backbone.kinds.model_kind].
+        kind (`str`): Kind of the model, see [`loaded_kind`][optimum_sieve.backbone.kinds.loaded_kind].
         license_id (`str`, *optional*):
             Licence of the dense model, see [`base_license`][optimum_sieve.publish.card.base_license].
 
@@ -113,7 +110,7 @@ def build_card(
         trials=[(size_name(trial), trial, worst(trial), answer(trial)) for trial in decisive(report.get("trials", []))],
         stops=[f"{sentence[0].upper()}{sentence[1:]}." for sentence in stop_sentences(report)],
         verdicts=[(task, verdict(report, task)) for task in task_blocks(report)],
-        auto_class=_AUTO_CLASSES[kind],
+        auto_class=AUTO_CLASSES[kind],
         rank_pattern=rank_pattern,
         grid=grid,
         kinds=list(dict.fromkeys(kind for row in grid.values() for kind in row)),
@@ -136,7 +133,7 @@ def build_export_card(
 
     Args:
         block (`dict[str, Any]`): The `sieve` block of the pruned model's configuration.
-        kind (`str`): Kind of the model, see [`model_kind`][optimum_sieve.backbone.kinds.model_kind].
+        kind (`str`): Kind of the model, see [`loaded_kind`][optimum_sieve.backbone.kinds.loaded_kind].
         form (`str`): Last word of the heading.
         text (`str`): Follows "with low-rank factors in place of N weight matrices, " in the first paragraph.
         library_name (`str`): Library that loads the model.
@@ -151,7 +148,7 @@ def build_export_card(
     data = ModelCardData(
         # A name without a user may be the last part of a path.
         base_model=base if base and "/" in base else None,
-        pipeline_tag=_PIPELINE_TAGS[kind],
+        pipeline_tag=_PIPELINE_TAGS.get(kind, "text-generation"),
         tags=[*_TAGS[1:], *_KIND_TAGS.get(kind, ())],
         library_name=library_name,
         license=license_id,
@@ -229,7 +226,7 @@ def _card_data(
 ) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
-    pipeline_tag = _PIPELINE_TAGS[kind]
+    pipeline_tag = _PIPELINE_TAGS.get(kind, "text-generation")
     return ModelCardData(
         base_model=hub_id,
         library_name="transformers",

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optimum_sieve.backbone.adapters.merging import merged_adapter
-from optimum_sieve.backbone.kinds import model_kind
+from optimum_sieve.backbone.kinds import loaded_kind
 from optimum_sieve.backbone.sizes import shard_bytes
+from optimum_sieve.backbone.sources import processor_files
 from optimum_sieve.evaluation.comparison import compare
 from optimum_sieve.modeling.conversion import sieve_model
 from optimum_sieve.modeling.modeling_sieve import read_rank_pattern
@@ -228,11 +229,12 @@ def save_result(
                 base_model=base_model,
                 base_revision=base_revision,
                 task_specs=specs,
-                kind=model_kind(result.model),
+                kind=loaded_kind(result.model.config),
                 license_id=base_license(base_model),
             ),
             report=result.report,
             files=lambda: {
+                **processor_files(result.model, adapter.get("name")),
                 **sieve_task_json(specs, result.report),
                 **recipe_files(result.report, specs, base_model=hub_id(dense), revision=revision),
             },

@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 
     from optimum_sieve.backbone.kinds import InputFormat
 
-_KINDS = {
-    "AutoModelForCausalLM": "causal",
-    "AutoModelForSeq2SeqLM": "seq2seq",
-    "AutoModelForSequenceClassification": "classification",
-}
-
 
 class CheckCommand(SieveSubcommand):
     """Check a task file and its data, alone or with a model's tokenizer."""
@@ -67,7 +61,7 @@ class CheckCommand(SieveSubcommand):
 
 
 def _read_tokenizer(arguments: Namespace) -> tuple[PreTrainedTokenizerBase, InputFormat]:
-    from optimum_sieve.backbone.kinds import InputFormat, auto_class_name, max_positions
+    from optimum_sieve.backbone.kinds import InputFormat, config_kind, max_positions
     from optimum_sieve.backbone.sources import read_config, read_tokenizer
 
     options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
@@ -76,9 +70,8 @@ def _read_tokenizer(arguments: Namespace) -> tuple[PreTrainedTokenizerBase, Inpu
     config = read_config(arguments.model, **options)
     tokenizer = read_tokenizer(arguments.model, **options)
     start = getattr(config, "decoder_start_token_id", None)
-    kind: Any = _KINDS[auto_class_name(config)]
     return tokenizer, InputFormat(
-        kind=kind,
+        kind=config_kind(config),
         max_length=max_positions(SimpleNamespace(config=config)),
         start_token_id=0 if start is None else start,
         label_ids={str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items()},
