@@ -44,13 +44,14 @@ class CachedDecoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.cache_name = _cache_name(model) or ""
 
     def forward(self, past_key_values: Past, **inputs: torch.Tensor) -> dict[str, Any]:
         """Return the logits of the new tokens, and the cache with them."""
         cache = DynamicCache()
         cache.layers = [_filled_layer(**layer) for layer in past_key_values.values()]
-        outputs = self.model(**inputs, past_key_values=cache, use_cache=True)
-        layers = enumerate(outputs.past_key_values.layers)
+        outputs = self.model(**inputs, **{self.cache_name: cache}, use_cache=True)
+        layers = enumerate(outputs[self.cache_name].layers)
         present = {str(index): {"key": layer.keys, "value": layer.values} for index, layer in layers}
         return {"logits": outputs.logits, "present": present}
 
@@ -63,6 +64,12 @@ def _filled_layer(key: torch.Tensor, value: torch.Tensor) -> DynamicLayer:
     return layer
 
 
+def _cache_name(model: PreTrainedModel) -> str | None:
+    """Return the name of the cache among a model's inputs and outputs, which transformers 5.24 changed."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
+
+
 @torch.no_grad()
 def cache_layers(model: PreTrainedModel) -> list[DynamicLayer] | None:
     """Return the layers of the cache of two tokens, or `None` if it holds more than the keys and values of a decoder.
@@ -73,9 +80,10 @@ def cache_layers(model: PreTrainedModel) -> list[DynamicLayer] | None:
     Returns:
         `list[DynamicLayer]`, *optional*: Layers with `keys` and `values` of shape `(1, heads, 2, size)`.
     """
-    if model_kind(model) != "causal" or "past_key_values" not in inspect.signature(model.forward).parameters:
+    name = _cache_name(model)
+    if model_kind(model) != "causal" or name is None:
         return None
-    cache = model(**random_inputs(model, 1, 2), use_cache=True).past_key_values
+    cache = model(**random_inputs(model, 1, 2), use_cache=True).get(name)
     if type(cache) is not DynamicCache:
         return None
     layers: Any = cache.layers
