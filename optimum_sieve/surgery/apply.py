@@ -133,8 +133,9 @@ def apply_ranks(
 
 def _replacement(dense: nn.Module, basis: FactorBasis, rank: int, storage: str) -> FactorizedLinear | None:
     with loaded(dense):
+        # First, and another tensor: `linear_weight` offloads the layer's own parameters again.
+        bias = dense.bias.detach() if isinstance(dense.bias, torch.Tensor) else None
         weight = linear_weight(dense)
-        bias = dense.bias if isinstance(dense.bias, torch.Tensor) else None
     layer = factorized_layer(basis, rank, storage=storage, bias=bias, dtype=weight.dtype)
     return None if layer is None else layer.to(weight.device).train(dense.training)
 

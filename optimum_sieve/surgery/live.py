@@ -86,7 +86,7 @@ class LiveRanks:
         if rank is None:
             return dense
         with loaded(dense):
-            bias, dtype = dense.bias, linear_weight(dense).dtype
+            bias, dtype = _bias(dense), linear_weight(dense).dtype
         left, right = (factor.to(dtype) for factor in self._bases[name].truncate(rank))
         rows, columns = left.shape[0], right.shape[1]
         layer: nn.Module
@@ -98,5 +98,11 @@ class LiveRanks:
             layer.first.weight = nn.Parameter(right, requires_grad=False)
             layer.last.weight = nn.Parameter(left, requires_grad=False)
             last = layer.last
-        last.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+        last.register_parameter("bias", bias)
         return layer.train(dense.training)
+
+
+def _bias(dense: nn.Module) -> nn.Parameter | None:
+    """Return a parameter with the bias of a loaded layer, which stays valid when the layer is offloaded again."""
+    bias = dense.bias
+    return nn.Parameter(bias.detach(), requires_grad=bias.requires_grad) if isinstance(bias, nn.Parameter) else None

@@ -87,6 +87,20 @@ def test_the_result_is_that_without_a_limit(base: Path, settings: dict[str, Any]
     assert {path.name.split("-")[0] for path in (tmp_path / "work").glob("*.safetensors")} <= {"bases", "evaluation"}
 
 
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_biases_of_offloaded_layers_are_kept(base: Path, storage: str, tmp_path: Path) -> None:
+    model = make_model(num_hidden_layers=4, attention_bias=True, mlp_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(base)
+    config = unhealed(**SETTINGS, pruning_ratio=0.5, storage=storage)
+    found = load(base, offload_dir=tmp_path / "o").prune(config, progress=False).model
+    expected = load(base).prune(config, progress=False).model
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), parameter)
+
+
 def test_a_model_in_memory_is_held_to_a_limit_too(base: Path, tmp_path: Path) -> None:
     config = {**SETTINGS, "pruning_ratio": 0.5}
     expected = load(base).prune(unhealed(**config), progress=False)
