@@ -30,6 +30,7 @@ _SKIPPED = {
     "quanto": "modules_to_not_convert",
     "llm-compressor": "ignore",
 }
+_MODIFIERS = ("QuantizationModifier", "GPTQModifier")
 # The 4-bit CPU kernels of bitsandbytes need multiples of these numbers of rows and columns. Some return wrong results
 # if a block of 64 extends past the end of a row.
 _CPU_4BIT = (32, 64)
@@ -112,8 +113,8 @@ def compatible(
 
 def _method(quantization_config: Any) -> str:
     """Return the name of the library that a configuration is for, or of a method without a rule here."""
-    # llm-compressor's modifiers name no method; each resolves to a configuration of compressed-tensors.
-    if hasattr(quantization_config, "resolve_quantization_config"):
+    # llm-compressor's modifiers name no method. AWQ's and the like also change pairs of layers, by names of dense ones.
+    if type(quantization_config).__name__ in _MODIFIERS:
         return "llm-compressor"
     method = getattr(quantization_config, "quant_method", None)
     return str(getattr(method, "value", method))
@@ -130,9 +131,11 @@ def _multiples(quantization_config: Any, name: str, device: torch.device) -> tup
         return _CPU_4BIT
     if _method(quantization_config) == "llm-compressor":
         schemes = quantization_config.resolve_quantization_config().config_groups.values()
-        sizes = (getattr(scheme.weights, "group_size", None) for scheme in schemes)
-        # -1 means one scale for a row.
-        return 1, math.lcm(*(size for size in sizes if isinstance(size, int) and size > 0))
+        # Rows and columns of a block; of a group, columns alone. -1 means one scale for a row.
+        blocks = [getattr(scheme.weights, "block_structure", None) or (1, 1) for scheme in schemes]
+        groups = [getattr(scheme.weights, "group_size", None) for scheme in schemes]
+        columns = [size for size in groups if isinstance(size, int) and size > 0]
+        return math.lcm(*(rows for rows, _ in blocks)), math.lcm(*columns, *(size for _, size in blocks))
     settings = _torchao_settings(getattr(quantization_config, "quant_type", None), name)
     granularities = (getattr(settings, kind, None) for kind in ("granularity", "weight_granularity"))
     sizes = (getattr(owner, "group_size", None) for owner in (settings, *granularities))

@@ -158,7 +158,8 @@ def _read_report(text: str | None) -> dict[str, Any] | None:
     """Return a report; `None` if there is none, or it is damaged."""
     try:
         report = json.loads(text or "")
-        return report if {"bytes", "parameters", "versions"} <= report.keys() else None
+        is_whole = {"bytes", "parameters", "versions"} <= report.keys()
+        return report if is_whole and {"targets_after", "model_after"} <= report["parameters"].keys() else None
     except (ValueError, AttributeError):
         return None
 

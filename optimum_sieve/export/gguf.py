@@ -115,7 +115,10 @@ def export_gguf(
         files=lambda: inherited_files(*source, with_results=True, label_offsets=block.get(KEY) or ()),
         terms=terms,
         overwrite=overwrite,
-        inputs=[("model", model.name_or_path)],
+        inputs=[
+            ("model", model.name_or_path),
+            ("whole_tokenizer", whole_tokenizer.name_or_path if whole_tokenizer is not None else None),
+        ],
         # Both are on the disk for a moment; no type takes more than float32.
         needed_bytes=num_bytes + num_bytes * 4 // model.dtype.itemsize,
     )
@@ -139,7 +142,8 @@ def find_converter(converter: str | Path | None) -> Path:
             f"`converter` must be given where no {SCRIPT_NAME} is on the PATH, got None. Clone llama.cpp and pass its "
             "directory."
         )
-    path = Path(named).absolute()
+    # Not a link to it: the script imports what lies beside it.
+    path = Path(named).resolve()
     script = path / SCRIPT_NAME if path.is_dir() else path
     if not script.is_file():
         raise FileNotFoundError(

@@ -93,14 +93,32 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None
     was reduced has forgotten the file, which no longer fits.
     """
     tokenizer.save_pretrained(directory)
-    file = Path(getattr(tokenizer, "vocab_file", None) or "")
-    if file.suffix != ".model" or not file.is_file():
-        return
-    if not (directory / file.name).exists():
-        # Not the link in the cache of the Hub.
-        shutil.copyfile(file, directory / file.name)
     path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    added = sorted(tokenizer.added_tokens_decoder.items())
-    config.setdefault("added_tokens_decoder", {str(number): token.__getstate__() for number, token in added})
-    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = dict(config)
+    if not type(tokenizer).__module__.startswith("transformers_modules"):
+        # Code that was not run, and that converters would run without asking.
+        config.pop("auto_map", None)
+    file = _own_file(tokenizer)
+    if file is not None:
+        if not (directory / file.name).exists():
+            # Not the link in the cache of the Hub.
+            shutil.copyfile(file, directory / file.name)
+        added = sorted(tokenizer.added_tokens_decoder.items())
+        config.setdefault("added_tokens_decoder", {str(number): token.__getstate__() for number, token in added})
+    if config != before:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _own_file(tokenizer: Any) -> Path | None:
+    """Return the SentencePiece file of a tokenizer, in its own directory or the Hub's cache.
+
+    A checkpoint may name any file of this machine, which must not be published.
+    """
+    from huggingface_hub import constants
+
+    file = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if file.suffix != ".model" or file.name not in tokenizer.vocab_files_names.values() or not file.is_file():
+        return None
+    is_own = file.parent == Path(tokenizer.name_or_path) and not file.is_symlink()
+    return file if is_own or Path(constants.HF_HUB_CACHE) in file.parents else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import pytest
 from tokenizers import AddedToken
 from toy import make_model, make_tokenizer
@@ -63,8 +64,11 @@ def test_an_output_that_is_refused_costs_no_work(tmp_path: Path) -> None:
         save_directory(tmp_path / "out", fail, make_tokenizer(), fail, needed_bytes=10**18)
 
 
-def test_the_file_of_a_sentencepiece_tokenizer_is_saved_while_it_fits(tmp_path: Path) -> None:
+def test_the_file_of_a_sentencepiece_tokenizer_is_saved_while_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, snapshot = tmp_path / "base", tmp_path / "snapshot"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(snapshot))
     made = byte_fallback()
     made.add_tokens([AddedToken("<|user|>", special=True, normalized=False), AddedToken("<tool>", normalized=False)])
     made.save_pretrained(base)
@@ -95,3 +99,27 @@ def test_the_file_of_a_sentencepiece_tokenizer_is_saved_while_it_fits(tmp_path: 
     fewer = save_directory(tmp_path / "fewer", make_model().save_pretrained, reduced, lambda: "card")
     assert not (fewer / "tokenizer.model").exists()
     assert "added_tokens_decoder" not in json.loads((fewer / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("where", ["private", "link"])
+def test_a_file_that_a_checkpoint_names_elsewhere_is_not_published(where: str, tmp_path: Path) -> None:
+    base, private = tmp_path / "base", tmp_path / "private"
+    byte_fallback().save_pretrained(base)
+    private.mkdir()
+    (private / "tokenizer.model").write_bytes(b"secret")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.vocab_file = str((private if where == "private" else base) / "tokenizer.model")
+    if where == "link":
+        (base / "tokenizer.model").symlink_to(private / "tokenizer.model")
+    output = save_directory(tmp_path / "out", make_model().save_pretrained, tokenizer, lambda: "card")
+    assert not (output / "tokenizer.model").exists()
+
+
+def test_code_that_was_not_run_is_not_named_to_converters(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_tokenizer().save_pretrained(base)
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["a/b--c.D", None]}}))
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    output = save_directory(tmp_path / "out", make_model().save_pretrained, tokenizer, lambda: "card")
+    assert "auto_map" not in json.loads((output / "tokenizer_config.json").read_text())

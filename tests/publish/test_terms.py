@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 from tiny_models import make_pruned_model, make_tiny_model
@@ -94,3 +95,21 @@ def test_a_pruned_model_and_its_exports_have_the_terms(tmp_path: Path) -> None:
         assert data.language == ["en", "de"]
         assert (tmp_path / name / "LICENSE.txt").read_text() == "terms"
         assert (tmp_path / name / "USE_POLICY").read_text() == "policy"
+
+
+def test_a_network_that_fails_costs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TimeoutOfTheClientError(Exception):
+        pass
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TimeoutOfTheClientError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert read_terms("org/base") == Terms()
+
+
+def test_a_link_out_of_the_directory_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("secret")
+    base = write(tmp_path / "base", "# A model")
+    (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "private")
+    assert read_terms(base) == Terms()

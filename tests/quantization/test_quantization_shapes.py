@@ -159,14 +159,15 @@ def test_quantized_models_and_other_methods_are_refused(directories: dict[str, P
 
 
 @dataclass
-class Modifier:
+class QuantizationModifier:
     """What `compatible` reads of a modifier of llm-compressor, which no environment of these tests has."""
 
     group_size: int | None
+    block_structure: list[int] | None = None
     ignore: list[str] = field(default_factory=list)
 
     def resolve_quantization_config(self) -> Any:
-        scheme = SimpleNamespace(weights=SimpleNamespace(group_size=self.group_size))
+        scheme = SimpleNamespace(weights=self)
         return SimpleNamespace(config_groups={"group_0": scheme, "group_1": SimpleNamespace(weights=None)})
 
     def model_dump(self, *, exclude_unset: bool) -> dict[str, Any]:
@@ -174,11 +175,21 @@ class Modifier:
         return vars(self).copy()
 
 
-@pytest.mark.parametrize(("size", "expected"), [(None, EMPTY), (-1, EMPTY), (32, f"{EMPTY} v.left")])
-def test_a_modifier_of_llm_compressor(odd_ranks: Path, size: int | None, expected: str) -> None:
-    given = Modifier(size)
+@pytest.mark.parametrize(
+    ("size", "block", "expected"),
+    [
+        (None, None, EMPTY),
+        (-1, None, EMPTY),
+        (32, None, f"{EMPTY} v.left"),
+        (None, [16, 16], f"{EMPTY} v.left v.right q.right"),
+    ],
+)
+def test_a_modifier_of_llm_compressor(
+    odd_ranks: Path, size: int | None, block: list[int] | None, expected: str
+) -> None:
+    given = QuantizationModifier(size, block)
     fitted = fit(odd_ranks, given)
     assert fitted.ignore[0] == "lm_head"
     assert set(fitted.ignore[1:]) == attention_names(expected)
     assert (given.ignore, fitted.group_size) == ([], size)
-    assert fit(odd_ranks, Modifier(None, ["embed"])).ignore[0] == "embed"
+    assert fit(odd_ranks, QuantizationModifier(None, ignore=["embed"])).ignore[0] == "embed"

@@ -191,7 +191,7 @@ def input_paths(arguments: Namespace) -> Iterator[tuple[str, str | Path]]:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     files = given.get("task", [])
     tasks = [path for file in ([files] if isinstance(files, str) else files) for path in local_paths(Path(file))]
-    read = ("model", "dense", "compare_to", "adapter", "config", "recipe")
+    read = ("model", "dense", "compare_to", "adapter", "config", "recipe", "whole_tokenizer")
     named = [(name, given.get(name)) for name in read]
     if "gguf_file" in given:
         named.append(("gguf_file", os.path.join(given.get("dense", given["model"]), given["gguf_file"])))

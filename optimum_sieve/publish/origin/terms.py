@@ -51,14 +51,16 @@ def read_terms(model: str | Path | None, revision: str | None = None) -> Terms:
     folder = _folder(model, revision)
     if folder is None:
         return Terms()
-    files = {path.name: text for path in sorted(folder.iterdir()) if (text := _licence_text(path)) is not None}
+    is_local = Path(str(model)).is_dir()
+    paths = [path for path in sorted(folder.iterdir()) if not (is_local and path.is_symlink())]
+    files = {path.name: text for path in paths if (text := _licence_text(path)) is not None}
     metadata = _metadata(folder / _CARD)
     link = metadata.get("license_link")
     if isinstance(link, str) and "://" not in link and link not in files:
         from huggingface_hub import hf_hub_url
 
         del metadata["license_link"]
-        if not Path(str(model)).is_dir():
+        if not is_local:
             metadata["license_link"] = hf_hub_url(str(model), link.removeprefix("./"), revision=revision)
     return Terms(metadata, files)
 
@@ -70,20 +72,21 @@ def _folder(model: str | Path | None, revision: str | None) -> Path | None:
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=[_CARD, *_FILES]))
-    except (OSError, HFValidationError, ValueError):
-        # A directory that is gone, or no network.
+    except Exception:  # A directory that is gone, or no network, for which each client has errors of its own.
         return None
 
 
 def _licence_text(path: Path) -> str | None:
-    is_licence = any(fnmatch(path.name, pattern) for pattern in _FILES)
-    if not is_licence or not path.is_file() or path.stat().st_size > _MOST_BYTES:
+    """Return the text of a licence's file; `None` of other files, and of those that cannot be read."""
+    try:
+        if not any(fnmatch(path.name, pattern) for pattern in _FILES) or not path.is_file():
+            return None
+        return path.read_text(encoding="utf-8", errors="replace") if path.stat().st_size <= _MOST_BYTES else None
+    except OSError:
         return None
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _metadata(card: Path) -> dict[str, Any]:
