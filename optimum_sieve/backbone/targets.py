@@ -138,15 +138,22 @@ def left_out(model: nn.Module) -> dict[str, list[str]]:
 
 
 def language_models(model: nn.Module) -> tuple[str, ...]:
-    """Return the prefixes of the outermost modules with the text part of a configuration of several parts."""
+    """Return the prefixes of the outermost modules with the text part of a configuration of several parts.
+
+    An encoder and a decoder with configurations of their own both count.
+    """
     config: Any = getattr(model, "config", None)
-    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text is config:
+    sides = [getattr(config, side, None) for side in ("encoder", "decoder")]
+    texts = sides if all(sides) else [config.get_text_config() if hasattr(config, "get_text_config") else config]
+    # That of an encoder may have a part for images.
+    texts = [getattr(text, "text_config", None) or text for text in texts]
+    if config in texts:
         return ()
+    # Models may copy their part of the configuration.
+    kinds = {type(text) for text in texts}
     prefixes: list[str] = []
     for name, module in model.named_modules():
-        # Models may copy their part of the configuration.
-        if name and type(getattr(module, "config", None)) is type(text) and not name.startswith(tuple(prefixes)):
+        if name and type(getattr(module, "config", None)) in kinds and not name.startswith(tuple(prefixes)):
             prefixes.append(f"{name}.")
     return tuple(prefixes)
 

@@ -229,7 +229,9 @@ def pipeline_entry(config: Any) -> dict[str, Any]:
     """Return what `pipeline("sieve", trust_remote_code=True)` reads from the configuration of a pruned model."""
     # What `auto_map` names it set before this is saved.
     classes = {key: str(value).rpartition(".")[2] for key, value in (getattr(config, "auto_map", None) or {}).items()}
-    served = [name for name in _SERVED if classes.get(name) in (config.architectures or ())]
+    # A damaged file is refused elsewhere.
+    named = config.architectures if isinstance(config.architectures, list) else ()
+    served = [name for name in _SERVED if classes.get(name) in named]
     default = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
     return {"impl": f"{Path(__file__).stem}.{SievePipeline.__name__}", "pt": [*served, default][:1], "type": "text"}
 

@@ -14,7 +14,7 @@ from optimum_sieve.backbone.modes import evaluating
 from optimum_sieve.backbone.targets import left_out
 from optimum_sieve.evaluation.batches import input_device
 from optimum_sieve.evaluation.encoding import encode_prompts
-from optimum_sieve.modeling.experts import separate_names
+from optimum_sieve.evaluation.head import head_at
 
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Prompts of each task that are tried; almost always the first calls all layers.
-_PROMPTS = 8
+_PROMPTS = 2
 
 
 def tell_left_out(model: PreTrainedModel) -> None:
@@ -42,18 +42,21 @@ def called_targets(
 ) -> list[Target]:
     """Return the targets that are called when the model reads calibration prompts; log the others, which stay dense.
 
-    Some layers only lend their weight to a kernel, such as `dt_proj` of Mamba: nothing is known of their inputs.
-    Experts that receive no token count as called.
+    Some layers only lend their weight to a kernel, such as `dt_proj` of Mamba: the module that holds them runs and they
+    do not, so nothing is known of their inputs. Where the module does not run either, such as an expert without a token
+    of these few prompts, its layers count as called.
 
     Raises:
         ValueError: If no target is called.
     """
-    experts = tuple(f"{name}." for name in separate_names(model))
+    # Those of fused experts are no modules yet.
     present = {name for name, _ in model.named_modules()}
-    waiting = {target.name for target in targets if target.name in present and not target.name.startswith(experts)}
+    waiting = {target.name for target in targets if target.name in present}
+    owners: set[str] = set()
     for task in tasks:
         examples = task.examples("calibration", tokenizer)[:_PROMPTS]
-        _run(model, encode_prompts(examples, tokenizer, input_format(model)), waiting)
+        _run(model, encode_prompts(examples, tokenizer, input_format(model)), waiting, owners)
+    waiting = {name for name in waiting if name.rpartition(".")[0] in owners}
     called = [target for target in targets if target.name not in waiting]
     if not called:
         raise ValueError(
@@ -64,15 +67,19 @@ def called_targets(
     return called
 
 
-def _run(model: PreTrainedModel, rows: Iterable[list[int]], waiting: set[str]) -> None:
-    """Run the model on rows of token ids until all layers were called; remove those that were from `waiting`."""
+def _run(model: PreTrainedModel, rows: Iterable[list[int]], waiting: set[str], owners: set[str]) -> None:
+    """Run the model on rows of token ids until all layers were called.
+
+    Layers that were called leave `waiting`; the modules that hold them join `owners` when they run.
+    """
     inputs, device = input_format(model), input_device(model)
-    modules = {name: model.get_submodule(name) for name in waiting}
 
-    def call(name: str) -> Any:
-        return lambda *unused: waiting.discard(name)
+    def on_call(act: Any, name: str) -> Any:
+        return model.get_submodule(name).register_forward_pre_hook(lambda *unused: act(name))
 
-    handles = [module.register_forward_pre_hook(call(name)) for name, module in modules.items()]
+    holders = {name.rpartition(".")[0] for name in waiting}
+    handles = [on_call(waiting.discard, name) for name in list(waiting)]
+    handles += [on_call(owners.add, name) for name in holders]
     try:
         with evaluating(model):
             for row in rows:
@@ -82,7 +89,9 @@ def _run(model: PreTrainedModel, rows: Iterable[list[int]], waiting: set[str]) -
                 arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
                 if inputs.kind == "seq2seq":
                     arguments["decoder_input_ids"] = torch.tensor([[inputs.start_token_id]], device=device)
-                model(**arguments, **({} if inputs.kind == "classification" else {"use_cache": False}))
+                first = torch.zeros((1, 2), dtype=torch.long)
+                with head_at(model, first, arguments.get("decoder_input_ids", ids).shape):
+                    model(**arguments, **({} if inputs.kind == "classification" else {"use_cache": False}))
     finally:
         for handle in handles:
             handle.remove()

@@ -229,3 +229,19 @@ def test_a_model_that_needs_an_image_is_refused(tmp_path: Path) -> None:
     model.__class__ = Needing
     with pytest.raises(ValueError, match=r"`model` must be able to read texts alone, got Needing, which needs pixel_v"):
         SievePruner(model, make_tokenizer(), load_task(tmp_path))
+
+
+def test_an_encoder_and_a_decoder_of_two_configurations_are_both_pruned() -> None:
+    small = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    decoder = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(transformers.BertConfig(**small), decoder)
+    model = transformers.EncoderDecoderModel(config)
+    sides = {target.name.partition(".")[0] for target in find_targets(model)}
+    assert sides == {"encoder", "decoder"}
+    assert left_out(model) == {}

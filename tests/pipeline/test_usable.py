@@ -141,3 +141,13 @@ def test_layers_that_share_weights_are_no_targets_by_default() -> None:
     names = [f"model.layers.{index}.mlp.up_proj" for index in range(2)]
     assert left_out(model) == {_SHARED: names}
     assert not {target.name for target in find_targets(model)} & set(names)
+
+
+def test_experts_without_a_token_count_as_called(tmp_path: Path) -> None:
+    settings = {"vocab_size": len(VOCABULARY), "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = transformers.SwitchTransformersConfig(
+        **settings, num_experts=8, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0
+    )
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    targets = find_targets(model)
+    assert called_targets(model, make_tokenizer(), [load_task(tmp_path)], targets) == targets
