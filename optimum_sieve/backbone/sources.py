@@ -12,11 +12,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-from transformers.utils.hub import cached_file
 
 from optimum_sieve._messages import cut, shown
 
-from .adapters.files import find_adapter
+from .adapters.files import find_adapter, find_file
 from .kinds import MULTIMODAL, loaded_kind
 
 
@@ -179,24 +178,10 @@ def processor_files(model: PreTrainedModel, *first: str | None) -> dict[str, str
     own = (model.name_or_path, getattr(model.config, "_commit_hash", None))
     for source, revision in (*((name, None) for name in first), own):
         for name in _PROCESSOR:
-            path = _file_of(source, name, revision) if source and name not in found else None
+            path = find_file(source, name, {"revision": revision}) if source and name not in found else None
             if path is not None:
-                found[name] = Path(path).read_text(encoding="utf-8")
+                found[name] = path.read_text(encoding="utf-8")
     return found
-
-
-def _file_of(source: str, name: str, revision: str | None) -> str | None:
-    try:
-        return cached_file(
-            source,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError):
-        # A directory that is gone.
-        return None
 
 
 def source_options(model: str | Path, revision: str | None = None) -> dict[str, Any]:

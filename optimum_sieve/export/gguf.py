@@ -142,7 +142,7 @@ def find_converter(converter: str | Path | None) -> Path:
             f"`converter` must be given where no {SCRIPT_NAME} is on the PATH, got None. Clone llama.cpp and pass its "
             "directory."
         )
-    # Not a link to it: the script imports what lies beside it.
+    # The script imports files from its own directory, which a link does not lie in.
     path = Path(named).resolve()
     script = path / SCRIPT_NAME if path.is_dir() else path
     if not script.is_file():

@@ -37,7 +37,7 @@ MODIFIERS = {
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with layers of rank 0, 1, 24 and 128, of which groups of 128 divide the last alone."""
+    """A model with layers of rank 0, 1, 24 and 128. Groups of 128 fit the rank 128 alone."""
     model = make_tiny_model("llama", **SIZES)
     for name, rank in RANKS.items():
         attention = model.model.layers[0].self_attn

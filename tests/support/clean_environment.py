@@ -17,7 +17,7 @@ def make_clean_environment(root: Path) -> Path:
     base = {"base": str(root / "venv")}
     target = Path(sysconfig.get_path("purelib", vars=base))
     sources = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    # An environment of `make compatibility` lies in front of another one.
+    # An environment of `make compatibility` adds its packages to those of another one, and comes first.
     sources += [path for path in sys.path if Path(path).name == "site-packages"]
     taken = set()
     for source in dict.fromkeys(sources):

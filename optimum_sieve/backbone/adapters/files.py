@@ -53,7 +53,7 @@ class Adapter:
 
     def has_tokenizer(self) -> bool:
         """Return whether a tokenizer is saved with the adapter."""
-        return _file(self.name, "tokenizer_config.json", self.options) is not None
+        return find_file(self.name, "tokenizer_config.json", self.options) is not None
 
     def weights(self) -> Path:
         """Return the file of the weights, after downloading it if needed; its directory holds the settings too.
@@ -61,7 +61,7 @@ class Adapter:
         Raises:
             ValueError: If there is none in safetensors.
         """
-        path = _file(self.name, _WEIGHTS, self.options)
+        path = find_file(self.name, _WEIGHTS, self.options)
         if path is None:
             raise ValueError(
                 f"`model` must be an adapter with its weights in {_WEIGHTS}, got {cut(self.name)} without. Load it "
@@ -114,8 +114,8 @@ def find_adapter(model: str | Path, *, revision: str | None = None, local_files_
     """
     name = str(model)
     options = {"revision": revision, "local_files_only": local_files_only}
-    path = _file(name, _SETTINGS, options)
-    if path is None or any(_file(name, whole, options) for whole in _WHOLE):
+    path = find_file(name, _SETTINGS, options)
+    if path is None or any(find_file(name, whole, options) for whole in _WHOLE):
         return None
     settings = _read(path, name)
     base = settings["base_model_name_or_path"]
@@ -134,7 +134,10 @@ def find_adapter(model: str | Path, *, revision: str | None = None, local_files_
             f"`model` must be an adapter of a model that writes or classifies, got {cut(name)} with the task_type "
             f"{shown(adapter.task_type)}. Train one with 'CAUSAL_LM', 'SEQ_2_SEQ_LM' or {_CLASSIFIER!r}."
         )
-    if _file(base, _SETTINGS, {"revision": adapter.base_revision, "local_files_only": local_files_only}) is not None:
+    if (
+        find_file(base, _SETTINGS, {"revision": adapter.base_revision, "local_files_only": local_files_only})
+        is not None
+    ):
         raise ValueError(
             f"`model` must be an adapter of a plain model, got {cut(name)}, whose base {shown(base)} holds an adapter "
             "itself. Merge that one with `merge_and_unload()` and save the result."
@@ -161,7 +164,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     return settings
 
 
-def _file(model: str, name: str, options: dict[str, Any]) -> Path | None:
+def find_file(model: str, name: str, options: dict[str, Any]) -> Path | None:
     """Return the path of a file of a model, downloaded if needed, or `None` if there is none."""
     if Path(model).is_file():
         return None

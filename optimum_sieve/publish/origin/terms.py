@@ -42,7 +42,7 @@ def read_terms(model: str | Path | None, revision: str | None = None) -> Terms:
     """Read the terms of a model from its card and its files; none of a model without, or that cannot be reached.
 
     Args:
-        model (`str | Path`, *optional*): Directory, or Hub id, of which these files are downloaded.
+        model (`str | Path`, *optional*): Directory or Hub id. From the Hub, these files are downloaded.
         revision (`str`, *optional*): Revision on the Hub.
 
     Returns:
